@@ -1,0 +1,17 @@
+"""FLAP's fluctuation: a neuron that hardly varies can be replaced by its mean, so its variance is what counts."""
+
+import torch
+from torch import Tensor
+
+from ..families import FFNWeights
+from .base import ActivationStats, criterion
+
+
+@criterion(
+    "flap",
+    summary="Var over tokens of a_j * squared L2 norm of the down row V_j",
+    source="An et al. 2023, arXiv 2312.11983, section 3 (WIFV metric)",
+    needs_activations=True,
+)
+def flap(weights: FFNWeights, stats: ActivationStats, generator: torch.Generator) -> Tensor:
+    return stats.variance.cpu() * weights.down.double().square().sum(1).cpu()

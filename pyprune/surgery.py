@@ -1,0 +1,127 @@
+"""The only place that changes a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, families
+from .errors import UnsupportedModelError, check, check_choice
+from .families import FFN
+from .heterogeneous import narrow
+from .mask import KeepIndex, Mask
+from .mlp import MODES, PrunedMLP
+
+
+@torch.no_grad()
+def cut(ffn: FFN, keep: KeepIndex, down: Tensor | None = None, bias_shift: Tensor | None = None) -> None:
+    """Remove the neurons outside `keep` from an FFN, in place; the model keeps its modules, only narrower.
+
+    Args:
+        ffn: the FFN.
+        keep: the neurons that stay.
+        down: `[K, D]` new down rows for them (from a compensation), or None to keep the old ones.
+        bias_shift: `[D]` to add to the down bias, which must exist, or None.
+    """
+    size = ffn.intermediate_size
+    check(keep.intermediate_size == size, "keep", f"refer to {size} neurons", keep.intermediate_size)
+    index = keep.neurons.long()
+    for name, blocks in ffn.pattern.inputs:
+        stacked = torch.cat([index + block * size for block in range(blocks)])
+        narrow(ffn.holder.get_submodule(name), stacked, "out")
+    narrow(ffn.down, index, "in")
+    if down is not None:
+        ffn.weights().down.copy_(down)
+    if bias_shift is not None:
+        bias = ffn.weights().down_bias
+        assert bias is not None
+        bias += bias_shift.to(bias.dtype)
+    if hasattr(ffn.holder, "intermediate_size"):
+        ffn.holder.intermediate_size = len(keep)
+
+
+@torch.no_grad()
+def give_biases(model: nn.Module, ffns: list[FFN]) -> None:
+    """Make sure every down projection has a bias, with zeros where the family's format allows one to be added.
+
+    Raises:
+        UnsupportedModelError: the family's checkpoint format has no FFN bias.
+    """
+    if all(ffn.weights().down_bias is not None for ffn in ffns):
+        return
+    key = families.bias_key(model.config)
+    if key is None:
+        raise UnsupportedModelError(
+            f"compensate 'bias' needs a bias on the down projection, and {type(model.config).__name__} has no config "
+            f"key for one (looked for {', '.join(families.BIAS_KEYS)}); use compensate 'least-squares' or 'none'"
+        )
+    for ffn in ffns:
+        for name in [n for n, _ in ffn.pattern.inputs] + [ffn.pattern.down]:
+            projection: Any = ffn.holder.get_submodule(name)
+            if projection.bias is None:
+                projection.bias = nn.Parameter(projection.weight.new_zeros(projection.weight.shape[0]))
+    setattr(model.config, key, True)
+
+
+def set_widths(model: nn.Module, block: dict[str, Any], widths: list[int]) -> None:
+    """Write FFN widths into the model's config: the family's own key, and `per_layer_config` where they differ.
+
+    Args:
+        model: the model.
+        block: what `families.ffn_block` gave for it.
+        widths: neurons of each layer.
+    """
+    config: Any = model.config
+    key = block["width_key"]
+    config.per_layer_config = None
+    for name, value in families.WIDTH_AS_IT_STANDS.get(config.model_type, {}).items():
+        setattr(config, name, value)
+    setattr(config, key, max(widths))
+    provenance = {k: v for k, v in (getattr(config, "pyprune", None) or {}).items() if k != "ffn"}
+    if len(set(widths)) > 1:
+        config.per_layer_config = {i: {key: width} for i, width in enumerate(widths)}
+        provenance["ffn"] = block
+    config.pyprune = provenance
+
+
+def accelerate(model: nn.Module, mode: str = "compact", backend: str = "auto", mask: Mask | None = None) -> nn.Module:
+    """Swap every FFN of a loaded model, pruned or not, for a `PrunedMLP`, layer by layer, freeing the originals.
+
+    Args:
+        model: a causal LM of Transformers; changed in place.
+        mode: `compact`, or `gather`, which keeps all weights and reads those of the neurons in `mask`.
+        backend: `auto`, or a backend that is then used or refused.
+        mask: the neurons to keep; required by `gather`; with `compact` the others are removed for good.
+
+    Returns:
+        `model`.
+
+    Raises:
+        InputError: unknown mode or backend, a mask that is missing or belongs to another model.
+        UnsupportedModelError: an FFN that pyprune does not know, or a model that is accelerated already.
+    """
+    check_choice(mode, "mode", MODES)
+    check_choice(backend, "backend", dispatch.names())
+    check(mask is not None or mode == "compact", "mask", "be given in gather mode", mask)
+    ffns = families.find_ffns(model)
+    if mask is not None:
+        mask.check_fits([f.intermediate_size for f in ffns], families.fingerprint(model, ffns))
+        if mode == "compact":
+            set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
+    ffns.reverse()
+    while ffns:
+        ffn = ffns.pop()  # nothing else holds the original once it is swapped
+        _swap(model, ffn, PrunedMLP.from_dense(ffn, mask.layers[ffn.layer] if mask else None, mode, backend))
+    return model
+
+
+def _swap(model: nn.Module, ffn: FFN, module: PrunedMLP) -> None:
+    if ffn.pattern.in_layer:
+        setattr(ffn.holder, ffn.pattern.up, module)
+        setattr(ffn.holder, "activation_fn", nn.Identity())
+        setattr(ffn.holder, ffn.pattern.down, nn.Identity())
+        return
+    parent, _, name = ffn.name.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
