@@ -1,11 +1,34 @@
-"""Peak memory of a stretch of work, from the resident size of this process."""
+"""Memory of this process: its peak over a stretch of work, and giving freed memory back."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 import psutil
+
+
+def _find_trim() -> Callable[[int], int] | None:
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None  # not glibc, so there is nothing of this kind to call
+    return trim
+
+
+_trim = _find_trim()
+
+
+def release() -> None:
+    """Give freed heap pages back to the system.
+
+    Replacing weights layer by layer leaves holes between the new ones; glibc keeps them, and the process would grow by
+    about the size of the model.
+    """
+    if _trim is not None:
+        _trim(0)
 
 
 class PeakMemory:

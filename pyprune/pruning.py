@@ -18,7 +18,7 @@ from .errors import check
 from .families import FFN
 from .importance import ActivationStats
 from .mask import KeepIndex, Mask
-from .memory import PeakMemory
+from .memory import PeakMemory, release
 
 
 @dataclass
@@ -141,6 +141,7 @@ class _Pruner:
             if stream:
                 stream.advance()
             chosen.append(keep)
+            release()
         self.progress("pruning layers", len(self.ffns), len(self.ffns))
         return chosen
 

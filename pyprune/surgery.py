@@ -12,6 +12,7 @@ from .errors import UnsupportedModelError, check, check_choice
 from .families import FFN
 from .heterogeneous import narrow
 from .mask import KeepIndex, Mask
+from .memory import release
 from .mlp import MODES, PrunedMLP
 
 
@@ -114,6 +115,7 @@ def accelerate(model: nn.Module, mode: str = "compact", backend: str = "auto", m
     while ffns:
         ffn = ffns.pop()  # nothing else holds the original once it is swapped
         _swap(model, ffn, PrunedMLP.from_dense(ffn, mask.layers[ffn.layer] if mask else None, mode, backend))
+        release()
     return model
 
 

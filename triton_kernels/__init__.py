@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from . import decode, prefill
@@ -35,12 +36,17 @@ __all__ = [
 # triton.jit chose between compiler and interpreter when the kernels above were defined.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
+# Triton's own functions chose when triton was imported.
+_INTERPRETED_TOO_LATE = INTERPRETED and isinstance(tl.zeros, triton.JITFunction)
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MINIMUM_CAPABILITY = (8, 0)
 
 
 def why_unavailable(device_type: str) -> str | None:
     """None if the kernels run on `device_type` ("cpu", "cuda", ...) now, else the reason in one line."""
+    if _INTERPRETED_TOO_LATE:
+        return "TRITON_INTERPRET was set after the first import of triton"
     if INTERPRETED:
         return None if device_type in ("cpu", "cuda") else f"Triton's interpreter does not run on {device_type}"
     if device_type != "cuda":
@@ -139,7 +145,7 @@ def _call(run: Callable[[Problem, Tensor], None], p: Problem) -> Tensor:
         down_bias=None if p.down_bias is None else p.down_bias.contiguous(),
         index=None if p.index is None else p.index.contiguous(),
     )
-    out = p.x.new_empty(p.x.shape)
+    out = torch.empty(p.x.shape, dtype=p.x.dtype, device=p.x.device)
     if p.m:
         elsewhere = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
         with torch.cuda.device(x.device) if elsewhere else nullcontext():

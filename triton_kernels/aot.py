@@ -41,7 +41,7 @@ _POINTERS = {
 }
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# Opcodes that spill, and that multiply matrices. FFMA is what a float32 product is made of.
+# Opcodes that spill, and that multiply. FFMA is what a float32 product is made of.
 _OPCODE = re.compile(r"\s(HGMMA|HMMA|UTC[A-Z]*MMA|LDL|STL|FFMA2?)[.\s]")
 
 
@@ -116,8 +116,13 @@ def _tool(path: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _inspect(launch: Launch, architecture: int) -> dict[str, Any]:
-    """Compile one launch; sizes from its resource usage, counts from its disassembly."""
+def machine_code(launch: Launch, architecture: int) -> dict[str, Any]:
+    """Compile one launch; sizes from its resource usage, counts from its disassembly.
+
+    Returns:
+        registers, stack_bytes, ldl and stl (spill loads and stores), mma (kind of matrix instruction, FFMA where there
+        are none), mma_count, shared_bytes.
+    """
     compiled = triton.compile(_source(launch), target=GPUTarget("cuda", architecture, 32), options=launch.options())
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -127,7 +132,6 @@ def _inspect(launch: Launch, architecture: int) -> dict[str, Any]:
     opcodes = Counter(_OPCODE.findall(assembly))
     spills = {name.lower(): opcodes.pop(name, 0) for name in ("LDL", "STL")}
     matrix = {name: count for name, count in opcodes.items() if "MMA" in name}
-    # The kind that does the work: matrix instructions if there are any.
     kind, count = max((matrix or opcodes or {"none": 0}).items(), key=lambda item: item[1])
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -140,41 +144,46 @@ def _inspect(launch: Launch, architecture: int) -> dict[str, Any]:
 
 
 def variants() -> Iterator[Variant]:
-    """Every branch and dtype of every kernel at least once, at the width of a 7B model and at an unaligned one."""
+    """Every branch, dtype and kind of tile at least once."""
     for phase, m in (("decode", 1), ("prefill", 512)):
         for gated, activation in ((False, "gelu"), (True, "silu")):
             for gather in (False, True):
                 yield Variant(m, 11008, 4096, "bfloat16", gated, gather, activation, phase)
         yield Variant(m, 1536, 576, "float16", True, True, "gelu_tanh", phase)
         yield Variant(m, 1536, 576, "float32", True, True, "gelu", phase)
-        yield Variant(m, 3072, 768, "float32", False, False, "relu2", phase)
-    yield Variant(33, 587, 587, "bfloat16", True, True, "quick_gelu", "prefill")
-    yield Variant(7, 587, 587, "float16", False, False, "relu", "decode")
+        yield Variant(m, 11007, 4097, "bfloat16", True, True, "quick_gelu", phase)
+    yield Variant(1, 28672, 8192, "bfloat16", True, True, "silu", "decode")
+    yield Variant(33, 3072, 768, "float16", False, True, "relu2", "prefill")
+    yield Variant(17, 587, 587, "float16", False, False, "relu", "prefill")
+
+
+def distinct_launches(variants: Iterable[Variant]) -> list[tuple[Variant, Launch]]:
+    """The launches of `variants` that Triton would compile separately."""
+    found: dict[tuple[str, ...], tuple[Variant, Launch]] = {}
+    for variant in variants:
+        for launch in variant.launches():
+            source = _source(launch)
+            parts = (source.name, source.signature, source.constants, source.attrs, launch.options())
+            found.setdefault(tuple(map(str, parts)), (variant, launch))
+    return list(found.values())
 
 
 def static_table(variants: Iterable[Variant], architectures: Iterable[int] = ARCHITECTURES) -> list[dict[str, Any]]:
     """Compile `variants` for `architectures`, each distinct kernel once.
 
     Returns:
-        One row a kernel and architecture: kernel, architecture, dtype, gated, gather, activation, blocks, num_warps,
-        registers, stack_bytes, ldl and stl (spill loads and stores), mma (kind of matrix instruction, FFMA where
-        there are none), mma_count, shared_bytes.
+        One row a kernel and architecture: kernel, architecture, dtype, gated, gather, activation (None where the kernel
+        has no such branch), aligned, blocks, num_warps, and what `machine_code` finds.
 
     Raises:
         RuntimeError: the kernels were imported for the interpreter, which compiles nothing.
     """
     if INTERPRETED:
         raise RuntimeError("static_table compiles; TRITON_INTERPRET must not be set when the kernels are imported")
-    distinct: dict[tuple[Any, ...], tuple[Variant, Launch]] = {}
-    for variant in variants:
-        for launch in variant.launches():
-            source = _source(launch)
-            key = (launch.kernel.__name__, str(source.signature), str(source.constants), str(source.attrs))
-            distinct.setdefault((*key, str(launch.options())), (variant, launch))
+    launches = distinct_launches(variants)
     rows = []
     for architecture in architectures:
-        for variant, launch in distinct.values():
-            blocks = {n: v for n, v in launch.arguments.items() if n.startswith(("BLOCK", "SLAB")) and n != "BF16_BITS"}
+        for variant, launch in launches:
             given = launch.arguments
             rows.append(
                 {
@@ -182,11 +191,12 @@ def static_table(variants: Iterable[Variant], architectures: Iterable[int] = ARC
                     "architecture": f"sm_{architecture}",
                     "dtype": variant.dtype,
                     "gated": given.get("GATED"),
-                    "gather": None if "index" not in given else given["index"] is not None,
+                    "gather": given["index"] is not None if "index" in given else None,
                     "activation": given.get("ACTIVATION"),
-                    "blocks": "x".join(str(v) for v in blocks.values()),
+                    "aligned": variant.d % 16 == 0,
+                    "blocks": {name: size for name, size in given.items() if name.startswith(("BLOCK_", "SLAB"))},
                     "num_warps": launch.num_warps,
-                    **_inspect(launch, architecture),
+                    **machine_code(launch, architecture),
                 }
             )
     return rows

@@ -103,9 +103,9 @@ def decode_config(k: int, d: int, dtype: torch.dtype, aligned: bool) -> DecodeCo
     )
 
 
-# (block_m, block_n, warps), large to small, by (half precision, aligned). A thread holds 64 accumulators of a product at
-# most, or twice 32 of a pair. Operands that come in through registers, as all float32 and all unaligned ones do, leave
-# room for less.
+# (block_m, block_n, warps), large to small, by (half precision, aligned). A thread holds 64 accumulators of a product
+# at most, or twice 32 of a pair. Operands that come in through registers, as all float32 and all unaligned ones do,
+# leave room for less.
 _TILES = {
     (True, True): ((128, 128, 8), (128, 64, 8), (64, 64, 4), (32, 64, 4), (16, 64, 4)),
     (True, False): ((64, 64, 8), (32, 64, 4), (16, 64, 4)),

@@ -104,7 +104,7 @@ def reduce_kernel(
 def launches(p: Problem, out: torch.Tensor, config: DecodeConfig) -> list[Launch]:
     """The launches that write `out` `[M, D]`; no neuron is touched when none is kept."""
     slabs = triton.cdiv(p.k, config.slab)
-    partial = p.x.new_empty((slabs, p.m, p.d), dtype=torch.float32)
+    partial = torch.empty((slabs, p.m, p.d), dtype=torch.float32, device=p.x.device)
     plan = []
     if slabs:
         plan.append(

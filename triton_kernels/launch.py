@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .config import DecodeConfig, PrefillConfig, decode_config, prefill_config

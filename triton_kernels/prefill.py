@@ -25,7 +25,7 @@ def _tile_of(
     columns,  # column blocks of the output
     GROUP: tl.constexpr,  # row blocks that share column blocks before the next column block comes
 ):
-    """Program number -> (row block, column block), in bands of GROUP row blocks so that operands stay in the L2 cache."""
+    """Program number -> (row block, column block), in bands of GROUP row blocks: operands stay in the L2 cache."""
     band = pid // (GROUP * columns)
     height = tl.minimum(rows - band * GROUP, GROUP)
     within = pid % (GROUP * columns)
@@ -112,7 +112,7 @@ def launches(p: Problem, out: torch.Tensor, config: PrefillConfig) -> list[Launc
     """The two launches that write `out` `[M, D]`; needs at least one kept neuron."""
     up, down = config.hidden, config.down
     columns = triton.cdiv(p.k, up.block_n)
-    hidden = p.x.new_empty((p.m, columns * up.block_n))
+    hidden = torch.empty((p.m, columns * up.block_n), dtype=p.x.dtype, device=p.x.device)
     return [
         Launch(
             hidden_kernel,

@@ -1,0 +1,160 @@
+"""Tiny random models of every family, a tiny tokenizer, and what every test shares. Nothing here needs a network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+LAYERS, HIDDEN, WIDTH, VOCABULARY = 3, 32, 96, 128
+
+_COMMON = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT = {
+    "n_embd": HIDDEN,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_inner": WIDTH,
+    "n_positions": 64,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MODERN = {**_COMMON, "intermediate_size": WIDTH, "num_key_value_heads": 2, "head_dim": 8}
+
+# model type -> config of a tiny model; grouped-query attention wherever the family has it.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT,
+    "gpt_neo": {
+        "hidden_size": HIDDEN,
+        "num_layers": LAYERS,
+        "num_heads": 4,
+        "intermediate_size": WIDTH,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "window_size": 8,
+        "max_position_embeddings": 64,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gptj": {**_GPT, "rotary_dim": 4},
+    "gpt_neox": {**_COMMON, "intermediate_size": WIDTH},
+    "gpt_bigcode": _GPT,
+    "opt": {**_COMMON, "ffn_dim": WIDTH, "word_embed_proj_dim": HIDDEN},
+    "falcon": {**_COMMON, "ffn_hidden_size": WIDTH, "bias": True},
+    "phi": {**_COMMON, "intermediate_size": WIDTH},
+    "phi3": _MODERN,
+    "llama": _MODERN,
+    "mistral": _MODERN,
+    "qwen2": _MODERN,
+    "qwen3": _MODERN,
+    "gemma": _MODERN,
+    "gemma2": {**_MODERN, "sliding_window": 16},
+    "gemma3_text": {**_MODERN, "sliding_window": 16},
+    "olmo2": _MODERN,
+    "smollm3": _MODERN,
+    "starcoder2": _MODERN,
+    "glm4": _MODERN,
+    "stablelm": _MODERN,
+    "nemotron": _MODERN,
+    "granite": _MODERN,
+    "cohere2": _MODERN,
+    # beyond the 24: in-layer projections without a module, biased gated, w1/w3/w2
+    "biogpt": {**_COMMON, "intermediate_size": WIDTH},
+    "xglm": {
+        "d_model": HIDDEN,
+        "num_layers": LAYERS,
+        "attention_heads": 4,
+        "ffn_dim": WIDTH,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+    },
+    "lfm2": {**_MODERN, "block_auto_adjust_ff_dim": False, "layer_types": ["full_attention", "conv", "full_attention"]},
+}
+
+
+def make_config(family: str, **changes: Any) -> Any:
+    """The tiny config of a family, with changes."""
+    return AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+
+
+def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random model of a family, in eval mode, with weights large enough that every neuron counts."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(family, **changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 or name.endswith("bias"):
+                parameter.normal_(std=0.15)
+    return model
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Any]:
+    """`tiny(family, seed=0, **config_changes)` -> a fresh tiny model."""
+    return make_model
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., Any]:
+    return make_config
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """`[4, 16]` random token ids."""
+    return torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 1024 tokens, trained here."""
+    from pyprune.text import default_text
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([default_text()[:200_000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a tiny dense LLaMA of 1024 tokens, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_model("llama", vocab_size=1024, max_position_embeddings=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
