@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.triton_kernels.aot import static_table, variants
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -30,13 +31,18 @@ def _text(value: Any) -> str:
 def main() -> None:
     """Compile, print, write."""
     rows = static_table(variants())
-    table = Table(title="Triton kernels as machine code")
+    table = Table(title="Triton kernels as machine code", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", overflow="fold")
+        table.add_column(
+            name.replace("_", "\n"), justify="right" if isinstance(rows[0][name], int) else "left", no_wrap=True
+        )
     for row in rows:
         spilled = row["stack_bytes"] or row["ldl"] or row["stl"]
         table.add_row(*map(_text, row.values()), style="red" if spilled else None)
-    Console().print(table)
+    # Into a pipe rich would fold the columns at 80.
+    console = Console()
+    console.width = max(console.width, 160)
+    console.print(table)
     versions = {name: version(name) for name in ("triton", "torch")}
     with new_file(RESULT) as temporary:
         temporary.write_text(json.dumps({"versions": versions, "kernels": rows}, indent=1) + "\n")

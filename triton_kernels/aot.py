@@ -155,6 +155,9 @@ def variants() -> Iterator[Variant]:
     yield Variant(1, 28672, 8192, "bfloat16", True, True, "silu", "decode")
     yield Variant(33, 3072, 768, "float16", False, True, "relu2", "prefill")
     yield Variant(17, 587, 587, "float16", False, False, "relu", "prefill")
+    # Sizes and strides of 1, which Triton makes constants.
+    yield Variant(1, 1, 1, "float16", True, True, "relu2", "decode")
+    yield Variant(1, 1, 1, "float16", True, True, "relu2", "prefill")
 
 
 def distinct_launches(variants: Iterable[Variant]) -> list[tuple[Variant, Launch]]:

@@ -1,0 +1,396 @@
+"""The command line: `pyprune VERB ...`. Every verb is a thin call of the Python interface."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.markup import escape
+from torch import Tensor
+
+from . import checkpoint, dispatch, families, importance, loading, machine, surgery
+from .backends import Problem
+from .benchmark import benchmark
+from .config import COMPENSATIONS, SCOPES, PruneConfig
+from .demo import run_demo
+from .errors import CheckpointError, InputError, check, check_choice
+from .evaluation import generate_text, perplexity
+from .files import check_out_folder
+from .mask import Mask
+from .mlp import MODES
+from .pruning import prune as prune_model
+from .screen import Bars, megabytes, show, table, verb
+from .text import load_text, token_windows
+
+app = typer.Typer(
+    help="Structurally pruned feed-forward networks (FFNs) that really run faster, inside real GPT-type models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_MODEL_HELP = "A local folder, a hub name, a GGUF file, or 'demo' (SmolLM2-135M-Instruct)."
+ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, metavar="MODEL", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help=f"Of the weights: {', '.join(loading.DTYPES)}.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one.")]
+TextOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        help="UTF-8 text or .jsonl with a 'text' field; append :first or :second for half of it. "
+        "Default: prose that CPython carries, one half to calibrate, the other to evaluate.",
+        show_default=False,
+    ),
+]
+TokensOption = Annotated[int, typer.Option("--tokens", help="Tokens of text to use at most; 0 for all.")]
+WindowOption = Annotated[int, typer.Option("--window", help="Tokens in a window; windows do not overlap.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+
+
+def _device(name: str) -> str:
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    check_choice(chosen.partition(":")[0], "device", ("cpu", "cuda"))
+    if chosen.startswith("cuda"):
+        check(torch.cuda.is_available(), "device", "be cpu, for torch sees no CUDA device here", name)
+    return chosen
+
+
+def _windows(model: str, text: str | None, part: str, tokens: int, window: int) -> tuple[Tensor, str]:
+    """Token windows of a text with the tokenizer of `model`, and the text's name."""
+    content, name = load_text(text, part)
+    return token_windows(loading.load_tokenizer(model), content, tokens, window), name
+
+
+def _check_window(model: Any, window: int) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    check(limit is None or window <= limit, "window", f"be at most the model's context, {limit} tokens", window)
+
+
+@app.command()
+@verb
+def doctor(as_json: JsonOption = False) -> None:
+    """Machine, versions and backends: usable, or why not, in one line each."""
+    facts = machine.facts()
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    backends: dict[str, dict[str, str]] = {}
+    choices: list[dict[str, str]] = []
+    for device in ("cpu", "cuda"):
+        for name, backend in dispatch.backends().items():
+            problem = Problem(device, torch.float32, 1, 64, 64, 64, True, False, "silu")
+            reason = backend.why_not(problem)
+            if device not in devices:
+                reason = reason or "torch sees no CUDA device"
+            backends.setdefault(name, {})[device] = "usable" if reason is None else reason
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for gather in (False, True):
+                for tokens in (1, 512):
+                    problem = Problem(device, dtype, tokens, 4096, 14336, 7168, True, gather, "silu")
+                    choices.append(
+                        {
+                            "device": device,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "form": "gather" if gather else "compact",
+                            "tokens": str(tokens),
+                            "backend": dispatch.choose(problem).NAME,
+                        }
+                    )
+    try:
+        demo = f"usable ({loading.demo_file().name})"
+    except InputError as error:
+        demo = str(error)
+    show(
+        {"machine": facts, "backends": backends, "choices": choices, "demo": demo},
+        as_json,
+        table("machine", ("what", "value"), [(k, v) for k, v in facts.items()]),
+        table(
+            "backends", ("backend", "device", "state"), [(n, d, s) for n, by in backends.items() for d, s in by.items()]
+        ),
+        table("what `auto` chooses", tuple(choices[0]), [tuple(c.values()) for c in choices]),
+        f"demo model: {escape(demo)}",
+    )
+
+
+@app.command()
+@verb
+def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
+    """The FFNs found: layer, family, plain or gated, widths, activation, bias, parameters, share of the bytes."""
+    loaded = loading.load_model(model, "auto")
+    ffns = families.find_ffns(loaded)
+    total = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    rows: list[dict[str, Any]] = []
+    for ffn in ffns:
+        parameters = ffn.parameters()
+        count = sum(p.numel() for p in parameters)
+        rows.append(
+            {
+                "layer": ffn.layer,
+                "name": ffn.name,
+                "family": ffn.pattern.name,
+                "kind": "gated" if ffn.gated else "plain",
+                "hidden_size": ffn.hidden_size,
+                "intermediate_size": ffn.intermediate_size,
+                "activation": ffn.activation,
+                "bias": ffn.weights().down_bias is not None,
+                "parameters": count,
+                "share_of_bytes": sum(p.numel() * p.element_size() for p in parameters) / total,
+            }
+        )
+    share = sum(r["share_of_bytes"] for r in rows)
+    show(
+        {
+            "model": model,
+            "model_type": loaded.config.model_type,
+            "bytes": total,
+            "ffn_share_of_bytes": share,
+            "fingerprint": families.fingerprint(loaded, ffns),
+            "ffns": rows,
+        },
+        as_json,
+        table(
+            f"{model}: {len(rows)} FFNs, {share:.1%} of {megabytes(total)}",
+            (">layer", "name", "family", "kind", ">D", ">F", "activation", "bias", ">parameters", ">share"),
+            [
+                (
+                    r["layer"],
+                    r["name"],
+                    r["family"],
+                    r["kind"],
+                    r["hidden_size"],
+                    r["intermediate_size"],
+                    r["activation"],
+                    "yes" if r["bias"] else "no",
+                    f"{r['parameters']:,}",
+                    f"{r['share_of_bytes']:.2%}",
+                )
+                for r in rows
+            ],
+        ),
+    )
+
+
+@app.command()
+@verb
+def prune(
+    model: ModelArgument,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)] = None,
+    keep: Annotated[float, typer.Option(help="Share of neurons that stays, in (0, 1].")] = 0.7,
+    method: Annotated[str, typer.Option(help=f"Importance criterion: {', '.join(importance.names())}.")] = "wanda",
+    scope: Annotated[str, typer.Option(help=f"{' or '.join(SCOPES)}: compare neurons within a layer, or of all.")] = "layer",
+    multiple: Annotated[int, typer.Option(help="Round widths to multiples of this many neurons.")] = 64,
+    floor: Annotated[float, typer.Option(help="With scope global, the least share any layer keeps.")] = 0.0,
+    compensate: Annotated[str, typer.Option(help=f"{', '.join(COMPENSATIONS)}.")] = "least-squares",
+    damping: Annotated[float, typer.Option(help="Ridge of least squares, as a share of the mean diagonal.")] = 1e-2,
+    text: TextOption = None,
+    tokens: TokensOption = 16384,
+    window: WindowOption = 1024,
+    seed: SeedOption = 0,
+    mask: Annotated[Path | None, typer.Option(help="Keep the neurons of this mask file instead of scoring.")] = None,
+    save_mask: Annotated[Path | None, typer.Option(help="Also write the mask to this file.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the folder if it exists; it stays whole until then.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Remove FFN neurons and write a checkpoint that Transformers loads."""
+    config = PruneConfig(keep, method, scope, multiple, floor, compensate, damping, seed)
+    if out is None and not dry_run:
+        raise InputError("out must be given, unless with --dry-run; got None")
+    if out is not None:
+        check_out_folder(out, overwrite)
+    loaded_mask = Mask.load(mask) if mask else None
+    place = _device(device)
+    batches, text_name = None, None
+    if config.compensate != "none" or (loaded_mask is None and config.needs_text):
+        batches, text_name = _windows(model, text, "first", tokens, window)
+    loaded = loading.load_model(model, dtype, place)
+    if batches is not None:
+        _check_window(loaded, window)
+    facts = {"model": model if model == loading.DEMO else Path(model).name, "text": text_name, "versions": machine.versions()}
+    with Bars() as bars:
+        report = prune_model(loaded, config, batches, mask=loaded_mask, progress=bars, provenance=facts)
+    if not dry_run and out is not None:
+        checkpoint.save(loaded, out, loading.load_tokenizer(model), overwrite)
+    if save_mask is not None and not dry_run:
+        report.mask.save(save_mask)
+    written = "nothing (dry run)" if dry_run else str(out)
+    widths = sorted(set(report.mask.widths))
+    show(
+        {**report.to_json(), "text": text_name, "out": None if dry_run else str(out)},
+        as_json,
+        table(
+            f"pruned {model}",
+            ("what", ">dense", ">pruned"),
+            [
+                ("neurons", sum(k.intermediate_size for k in report.mask.layers), sum(report.mask.widths)),
+                ("FFN width", max(k.intermediate_size for k in report.mask.layers), " .. ".join(map(str, {widths[0], widths[-1]}))),
+                ("parameters", f"{report.parameters_before:,}", f"{report.parameters_after:,}"),
+                ("size", megabytes(report.bytes_before), megabytes(report.bytes_after)),
+            ],
+        ),
+        f"text {text_name or 'not needed'}, {report.tokens} tokens; {report.seconds:.1f} s; "
+        f"peak memory +{megabytes(report.peak_bytes)}; wrote {escape(written)}",
+    )
+
+
+@app.command(name="eval")
+@verb
+def evaluate(
+    model: ModelArgument,
+    text: TextOption = None,
+    tokens: TokensOption = 16384,
+    window: WindowOption = 1024,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Token perplexity (not word perplexity) over non-overlapping windows of text."""
+    windows, name = _windows(model, text, "second", tokens, window)
+    loaded = loading.load_model(model, dtype, _device(device))
+    _check_window(loaded, window)
+    with Bars() as bars:
+        result = perplexity(loaded, windows, bars)
+    show(
+        {"model": model, "text": name, **vars(result)},
+        as_json,
+        f"token perplexity {result.perplexity:.3f} ({result.tokens} tokens of {escape(name)}, window {result.window})",
+    )
+
+
+@app.command()
+@verb
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    against: Annotated[str | None, typer.Option(help="A second MODEL, to show beside.", show_default=False)] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt, with one model or two side by side."""
+    place = _device(device)
+    texts = {}
+    for name in [n for n in (against, model) if n is not None]:
+        loaded = loading.load_model(name, dtype, place)
+        texts[name] = generate_text(loaded, loading.load_tokenizer(name), prompt, new_tokens, temperature, seed, chat)
+    show(
+        {"prompt": prompt, "texts": texts},
+        as_json,
+        table(f"prompt: {escape(prompt)}", tuple(escape(n) for n in texts), [tuple(escape(t) for t in texts.values())]),
+    )
+
+
+@app.command()
+@verb
+def bench(
+    model: ModelArgument,
+    against: Annotated[str | None, typer.Option(help="The dense MODEL; then MODEL is a pruned one.", show_default=False)] = None,
+    keep: Annotated[float, typer.Option(help="Without --against: keep this share of MODEL's neurons (random ones).")] = 0.5,
+    mode: Annotated[str, typer.Option(help=f"{' or '.join(MODES)}, for PrunedMLP.")] = "compact",
+    backend: Annotated[str, typer.Option(help=f"{', '.join(dispatch.names())}; a forced one is used or refused.")] = "auto",
+    prefill: Annotated[int, typer.Option(help="Tokens of a prefill, and of the many-token FFN timing.")] = 512,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Decode, prefill and FFN speed as ratios to dense in the same run, each with its ceiling."""
+    check(against is None or mode == "compact", "mode", "be compact with --against, whose neurons are gone", mode)
+    config = PruneConfig(keep=keep, method="random", compensate="none", multiple=1, seed=seed)
+    check_choice(mode, "mode", MODES)
+    check_choice(backend, "backend", dispatch.names())
+    place = _device(device)
+    dense = loading.load_model(against or model, dtype, place)
+    narrow = loading.load_model(model, dtype, place)
+    swapped = loading.load_model(model, dtype, place)
+    if against is None:
+        mask = prune_model(narrow, config).mask
+        surgery.accelerate(swapped, mode, backend, mask)
+    else:
+        surgery.accelerate(swapped, mode, backend)
+    neurons = [sum(f.intermediate_size for f in families.find_ffns(m)) for m in (narrow, dense)]
+    candidates = {"narrow modules": narrow, f"PrunedMLP {mode}": swapped}
+    with Bars() as bars:
+        report = benchmark(dense, candidates, keep=neurons[0] / neurons[1], prefill_tokens=prefill, progress=bars)
+    result = report.to_json()
+    show(result, as_json, *_bench_tables(result))
+
+
+def _bench_tables(result: dict[str, Any]) -> list[Any]:
+    """One table: what was measured, for dense and each candidate, as ratio to dense beside its ceiling."""
+    rows = []
+    for name, entry in result["models"].items():
+        for what in ("decode", "prefill", "ffn"):
+            for key, value in entry[what].items():
+                speed = f"{value['tokens_per_s']:.1f} tokens/s" if "tokens_per_s" in value else f"{value['us']:.0f} us"
+                ratio, ceiling = value.get("ratio"), value.get("ceiling")
+                rows.append(
+                    (
+                        name,
+                        {"decode": f"decode, batch {key}", "prefill": f"prefill, {key} tokens", "ffn": f"one FFN, M={key}"}[what],
+                        speed,
+                        "" if ratio is None else f"{ratio:.2f}x",
+                        "" if ceiling is None else f"{ceiling:.2f}x",
+                    )
+                )
+    return [table("speed against dense, medians", ("model", "what", ">speed", ">ratio", ">ceiling"), rows)]
+
+
+@app.command()
+@verb
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint that pyprune wrote.", metavar="DIR", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The dense MODEL it should come from.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a checkpoint: hashes of its files, widths against tensors, fingerprint of the base model."""
+    manifest = checkpoint.verify(folder)
+    if base is not None:
+        dense = loading.load_model(base, "auto")
+        found = families.fingerprint(dense, families.find_ffns(dense))
+        if found != manifest["base_fingerprint"]:
+            raise CheckpointError(
+                f"{folder} was pruned from a model with fingerprint {manifest['base_fingerprint']}; {base} has {found}"
+            )
+    show(
+        {"verified": True, "base_checked": base is not None, **manifest},
+        as_json,
+        f"{escape(str(folder))}: {len(manifest['files'])} files have their hashes, widths fit the tensors "
+        f"({min(manifest['widths'])} to {max(manifest['widths'])} neurons), base {manifest['base_fingerprint']}"
+        + (" matches" if base else ""),
+    )
+
+
+@app.command()
+@verb
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint, the results and the figure.")] = Path("out/demo"),
+    keep: Annotated[float, typer.Option(help="Share of neurons that stays, in (0, 1].")] = 0.7,
+    text: TextOption = None,
+    tokens: TokensOption = 16384,
+    as_json: JsonOption = False,
+) -> None:
+    """The main job on a real model: prune, save, reload in a fresh process, compare with dense, draw."""
+    with Bars() as bars:
+        result = run_demo(out, keep, text, tokens, bars)
+    show(result.to_json(), as_json, *result.tables())
+
+
+def main() -> None:
+    """Entry point: quiet libraries, then the verbs."""
+    warnings.filterwarnings("ignore", module="torch")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    app()

@@ -1,0 +1,182 @@
+"""The main job, end to end, on a real model: prune, save, reload in a fresh process, compare with dense."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import checkpoint, fresh, loading, machine, surgery
+from .benchmark import benchmark
+from .calibration import Progress
+from .config import PruneConfig
+from .errors import InputError, PypruneError
+from .evaluation import perplexity
+from .figures import demo_figure
+from .files import new_file
+from .pruning import prune
+from .screen import megabytes, table
+from .text import load_text, token_windows
+
+PROMPT = "Explain in two sentences what a list is in Python."
+_NEW_TOKENS = 48
+_WINDOW = 1024
+_EVALUATION_TOKENS = 8192
+
+
+@dataclass
+class DemoResult:
+    """What the demo measured.
+
+    Attributes:
+        out: the folder with `dense/`, `pruned/`, `results.json` and `demo.png`.
+        facts: everything, as JSON values.
+    """
+
+    out: Path
+    facts: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.facts
+
+    def tables(self) -> list[Any]:
+        """The one table, the texts, and where the figure is."""
+        dense, pruned = self.facts["dense"], self.facts["pruned"]
+        speed = self.facts["bench"]["models"]
+        rows = [
+            ("FFN neurons", f"{dense['neurons']:,}", f"{pruned['neurons']:,}", _ratio(dense, pruned, "neurons"), ""),
+            ("token perplexity", f"{dense['perplexity']:.2f}", f"{pruned['perplexity']:.2f}", "", ""),
+            ("file", megabytes(dense["file_bytes"]), megabytes(pruned["file_bytes"]), _ratio(dense, pruned, "file_bytes"), ""),
+            (
+                "peak memory, load and generate",
+                megabytes(dense["peak_bytes"]),
+                megabytes(pruned["peak_bytes"]),
+                _ratio(dense, pruned, "peak_bytes"),
+                "",
+            ),
+        ]
+        for kind, label in (("decode", "decode, batch {}"), ("prefill", "prefill, {} tokens"), ("ffn", "one FFN, M = {}")):
+            for key, base in speed["dense"][kind].items():
+                new = speed["pruned"][kind][key]
+                unit = "tokens_per_s" if "tokens_per_s" in base else "us"
+                form = "{:.1f} tokens/s" if unit == "tokens_per_s" else "{:.0f} us"
+                rows.append(
+                    (
+                        label.format(key),
+                        form.format(base[unit]),
+                        form.format(new[unit]),
+                        f"{new['ratio']:.2f}x",
+                        f"{new['ceiling']:.2f}x",
+                    )
+                )
+        texts = [(escape(dense["text"].strip()), escape(pruned["text"].strip()))]
+        return [
+            table(f"prompt: {escape(PROMPT)}", ("dense", "pruned"), texts),
+            table(
+                f"SmolLM2-135M-Instruct, {1 - self.facts['keep']:.1%} of FFN neurons removed",
+                ("what", ">dense", ">pruned", ">ratio", ">ceiling"),
+                rows,
+            ),
+            f"reloaded by stock Transformers in a fresh process: logits differ by {pruned['difference']:g}; "
+            f"figure {self.out / 'demo.png'}; {self.facts['seconds']:.0f} s in all",
+        ]
+
+
+def _ratio(dense: dict[str, Any], pruned: dict[str, Any], key: str) -> str:
+    return f"{pruned[key] / dense[key]:.2f}x"
+
+
+def _reload(folder: Path, model: Any, ids: Tensor) -> dict[str, Any]:
+    """Load `folder` in a fresh process without pyprune; compare its logits with those of `model`."""
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    with tempfile.TemporaryDirectory() as temporary:
+        expected = Path(temporary) / "logits.safetensors"
+        save_file({"ids": ids, "logits": logits}, expected)
+        command = [sys.executable, "-I", str(fresh.__file__), str(folder), str(expected), PROMPT, str(_NEW_TOKENS)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PypruneError(f"a fresh process could not use {folder}: {done.stderr.strip().splitlines()[-1:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def _check_out(out: Path) -> None:
+    for name in ("dense", "pruned"):
+        folder = out / name
+        if folder.exists() and not (folder / checkpoint.MANIFEST).is_file():
+            raise InputError(f"out must be a folder of the demo's own; {folder} is something else")
+
+
+def _keep_facts(model: Any, folder: Path, windows: Tensor, neurons: int, progress: Progress) -> dict[str, Any]:
+    """Save `model`, reload it in a fresh process, and measure what it is worth."""
+    progress("saving and reloading in a fresh process", 0, 1)
+    checkpoint.save(model, folder, loading.load_tokenizer(loading.DEMO), overwrite=True)
+    facts = _reload(folder, model, windows[:1, :256].contiguous())
+    facts["file_bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    facts["perplexity"] = perplexity(model, windows, progress).perplexity
+    facts["neurons"] = neurons
+    return facts
+
+
+def run_demo(out: Path, keep: float, text: str | None, tokens: int, progress: Progress) -> DemoResult:
+    """Prune the embedded model and compare it with dense.
+
+    Args:
+        out: folder for results; what an earlier demo left there is replaced.
+        keep: share of neurons that stays, in (0, 1].
+        text: as for `text.load_text`; None for the default.
+        tokens: calibration tokens.
+        progress: called as `(stage, done, total)`.
+
+    Raises:
+        InputError: `out` holds something else, a bad `keep`, `text` or `tokens`, or no embedded model.
+    """
+    started = time.perf_counter()
+    _check_out(out)
+    config = PruneConfig(keep=keep)
+    tokenizer = loading.load_tokenizer(loading.DEMO)
+    first, first_name = load_text(text, "first")
+    second, second_name = load_text(text, "second")
+    calibration = token_windows(tokenizer, first, tokens, _WINDOW)
+    held_out = token_windows(tokenizer, second, _EVALUATION_TOKENS, _WINDOW)
+    progress("loading SmolLM2-135M-Instruct", 0, 1)
+    dense = loading.load_model(loading.DEMO)
+    pruned = loading.load_model(loading.DEMO)
+    report = prune(
+        pruned,
+        config,
+        calibration,
+        progress=progress,
+        provenance={"model": "SmolLM2-135M-Instruct", "text": first_name, "versions": machine.versions()},
+    )
+    total = sum(k.intermediate_size for k in report.mask.layers)
+    facts: dict[str, Any] = {
+        "model": "SmolLM2-135M-Instruct",
+        "keep": report.mask.keep,
+        "calibration": {"text": first_name, "tokens": report.tokens, "window": _WINDOW},
+        "evaluation": {"text": second_name, "tokens": held_out.numel(), "window": _WINDOW},
+        "prune": report.to_json(),
+        "dense": _keep_facts(dense, out / "dense", held_out, total, progress),
+        "pruned": _keep_facts(pruned, out / "pruned", held_out, sum(report.mask.widths), progress),
+    }
+    swapped = surgery.accelerate(loading.load_model(str(out / "pruned")))
+    facts["bench"] = benchmark(
+        dense, {"pruned": pruned, "PrunedMLP": swapped}, keep=report.mask.keep, progress=progress
+    ).to_json()
+    facts["seconds"] = time.perf_counter() - started
+    with new_file(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    with new_file(out / "demo.png") as temporary:
+        demo_figure(facts, temporary)
+    return DemoResult(out, facts)

@@ -1,0 +1,64 @@
+"""Figures, as PNG files, from JSON facts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_DENSE, _PRUNED, _CEILING = "#8d99ae", "#2a6f97", "#d62828"
+
+
+def demo_figure(facts: dict[str, Any], path: Path) -> None:
+    """Draw what the demo found: speed against its ceiling, quality and size, and where least squares repaired.
+
+    Args:
+        facts: as `demo.run_demo` writes them.
+        path: the PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    speed, quality, repair = figure.subplots(1, 3, width_ratios=(1.5, 1, 1.3))
+    _speed_panel(speed, facts["bench"]["models"]["pruned"])
+    _quality_panel(quality, facts["dense"], facts["pruned"])
+    _repair_panel(repair, facts["prune"]["layers"])
+    figure.suptitle(f"{facts['model']}: {1 - facts['keep']:.0%} of FFN neurons removed, on the CPU" if not
+                    facts["bench"]["machine"].get("gpu") else facts["model"])
+    figure.savefig(path, dpi=130, format="png")
+
+
+def _speed_panel(axes: Any, pruned: dict[str, Any]) -> None:
+    names = {"decode": "decode\nbatch {}", "prefill": "prefill\n{} tokens", "ffn": "one FFN\nM = {}"}
+    entries = [(names[k].format(key), v) for k in names for key, v in pruned[k].items()]
+    places = range(len(entries))
+    axes.bar(places, [v["ratio"] for _, v in entries], color=_PRUNED, label="measured")
+    for place, (_, value) in zip(places, entries, strict=True):
+        axes.hlines(value["ceiling"], place - 0.45, place + 0.45, color=_CEILING, label=None if place else "ceiling")
+        axes.text(place, value["ratio"] + 0.01, f"{value['ratio']:.2f}", ha="center", va="bottom", fontsize=8)
+    axes.axhline(1.0, color=_DENSE, linewidth=1, linestyle="--", label="dense")
+    axes.set_xticks(list(places), [name for name, _ in entries], fontsize=7)
+    axes.set_title("speed against dense, same run", fontsize=10)
+    axes.set_ylabel("times as fast")
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _quality_panel(axes: Any, dense: dict[str, Any], pruned: dict[str, Any]) -> None:
+    labels = ("token\nperplexity", "file\n(100 MB)", "peak memory\n(100 MB)")
+    scales = (("perplexity", 1.0), ("file_bytes", 1e8), ("peak_bytes", 1e8))
+    for shift, (name, entry, colour) in enumerate((("dense", dense, _DENSE), ("pruned", pruned, _PRUNED))):
+        heights = [entry[key] / scale for key, scale in scales]
+        bars = axes.bar([i + 0.4 * shift for i in range(len(heights))], heights, 0.38, color=colour, label=name)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.set_xticks([i + 0.2 for i in range(len(labels))], labels, fontsize=8)
+    axes.set_title("quality and size (lower is better)", fontsize=10)
+    axes.legend(fontsize=8)
+
+
+def _repair_panel(axes: Any, layers: list[dict[str, Any]]) -> None:
+    numbers = [entry["layer"] for entry in layers]
+    axes.plot(numbers, [e["error_cut"] for e in layers], color=_DENSE, marker=".", label="neurons removed")
+    axes.plot(numbers, [e["error_repaired"] for e in layers], color=_PRUNED, marker=".", label="and least squares")
+    axes.set_yscale("log")
+    axes.set_xlabel("layer")
+    axes.set_title("relative squared error of the FFN's output", fontsize=10)
+    axes.legend(fontsize=8)
