@@ -10,12 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pyprune.triton_kernels.aot import static_table, variants
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from pyprune.files import new_file
+from pyprune.triton_kernels.aot import static_table, variants
 
 RESULT = Path(__file__).parent / "results" / "static.json"
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported, whoever imports it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -22,11 +22,11 @@ if not torch.cuda.is_available():
 
 import triton
 import triton.language as tl
-from pyprune.triton_kernels import tile
-from pyprune.triton_kernels.activations import round_like
 
 from pyprune import reference
 from pyprune import triton_kernels as kernels
+from pyprune.triton_kernels import tile
+from pyprune.triton_kernels.activations import round_like
 
 if not kernels.INTERPRETED and not torch.cuda.is_available():
     raise RuntimeError("the kernels were imported before TRITON_INTERPRET=1 was set: no test here would run")
