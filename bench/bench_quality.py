@@ -39,8 +39,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(
-    text: Annotated[list[str] | None, typer.Option(help="Evaluation text; its second half is used. Calibration: see below.")] = None,
-    calibrate: Annotated[list[str] | None, typer.Option(help="Calibration texts; the first half of each; 'default' is CPython's prose.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Evaluation text; its second half is used. Calibration: see below.")
+    ] = None,
+    calibrate: Annotated[
+        list[str] | None, typer.Option(help="Calibration texts; the first half of each; 'default' is CPython's prose.")
+    ] = None,
     model: Annotated[str, typer.Option(help="MODEL, as for the command line.")] = DEMO,
     keep: Annotated[float, typer.Option(help="Share of neurons that stays.")] = 0.7,
     multiple: Annotated[int, typer.Option(help="Widths are multiples of this.")] = 64,

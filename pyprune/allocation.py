@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,8 +47,9 @@ def uniform(scores: Sequence[Tensor], keep: float, multiple: int = 1) -> list[Ke
 def global_top(scores: Sequence[Tensor], keep: float, multiple: int = 1, floor: float = 0.0) -> list[KeepIndex]:
     """The share `keep` of all neurons with the highest standardised scores stays; widths differ by layer.
 
-    Widths are rounded to `multiple` so that the total stays as near to `keep` as the multiple allows: each layer is
-    rounded down, then the layers whose next neurons score highest grow by one multiple at a time.
+    Widths are rounded to `multiple` so that the total stays as near to `keep` as the multiple allows: each layer
+    starts at its floor (at least one multiple), then the layers whose next neurons score highest grow by one multiple
+    at a time.
 
     Args:
         scores: one `[F]` a layer, higher = keep.
@@ -63,8 +65,10 @@ def global_top(scores: Sequence[Tensor], keep: float, multiple: int = 1, floor: 
         check_scores(s, f"scores of layer {i}")
     ranked = [standardise(s.double()).sort(descending=True).values for s in scores]
     budget = round(keep * sum(s.numel() for s in scores))
+    # The tolerance keeps 0.3 * 10 = 3.0000000000000004 from becoming 4.
+    least = [math.ceil(floor * s.numel() - 1e-9) for s in scores]
     widths = [
-        min(s.numel(), max(multiple, -(-int(floor * s.numel()) // multiple) * multiple)) for s in scores
+        min(s.numel(), max(1, math.ceil(n / multiple)) * multiple) for n, s in zip(least, scores, strict=True)
     ]
 
     def gain(i: int) -> float:
@@ -79,4 +83,5 @@ def global_top(scores: Sequence[Tensor], keep: float, multiple: int = 1, floor: 
             break
         widths[best] += step
         gains[best] = gain(best)
-    return [KeepIndex.from_scores(s, w, f"scores of layer {i}") for i, (s, w) in enumerate(zip(scores, widths, strict=True))]
+    pairs = zip(scores, widths, strict=True)
+    return [KeepIndex.from_scores(s, w, f"scores of layer {i}") for i, (s, w) in enumerate(pairs)]

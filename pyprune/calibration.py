@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError, check
-from .families import FFN
+from .families import FFN, decoder_layers
 from .importance import ActivationStats
 
 Progress = Callable[[str, int, int], None]
@@ -41,16 +41,29 @@ def stack_batches(batches: Iterable[Tensor] | Tensor, vocabulary: int | None) ->
     Raises:
         InputError: no batch, windows of different lengths, not integers, or ids out of range.
     """
-    rows = [b.reshape(-1, b.shape[-1]) for b in ([batches] if isinstance(batches, Tensor) else list(batches))]
-    check(len(rows) > 0 and all(r.numel() for r in rows), "batches", "hold at least one window", len(rows))
+    given = [batches] if isinstance(batches, Tensor) else list(batches)
+    strange = [type(b).__name__ for b in given if not isinstance(b, Tensor) or b.ndim == 0]
+    check(not strange, "batches", "hold tensors of shape [W] or [N, W]", strange[:3])
+    check(bool(given) and all(b.numel() for b in given), "batches", "hold at least one window", len(given))
+    rows = [b.reshape(-1, b.shape[-1]) for b in given]
     lengths = sorted({r.shape[1] for r in rows})
     check(len(lengths) == 1, "batches", "have windows of one length", lengths)
     ids = torch.cat(rows)
-    check(not ids.is_floating_point() and ids.dtype != torch.bool, "batches", "hold token ids", ids.dtype)
+    fractional = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+    check(not fractional, "batches", "hold token ids", ids.dtype)
     ids = ids.long().cpu()
     low, high = int(ids.min()), int(ids.max())
     check(low >= 0 and (vocabulary is None or high < vocabulary), "batches", f"lie in [0, {vocabulary})", (low, high))
     return ids
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
 
 
 class LayerStream:
@@ -67,13 +80,14 @@ class LayerStream:
 
     def __init__(self, model: nn.Module, ffns: list[FFN], ids: Tensor) -> None:
         self._model = model
-        parent = ffns[0].name.split(".")
-        self._layers: list[nn.Module] = list(model.get_submodule(".".join(parent[: parent.index("0")])))
+        self._layers: list[nn.Module] = list(decoder_layers(model)[1])
         self._device = next(model.parameters()).device
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._position = 0
         with torch.no_grad():
-            self._record_calls(ids[:1])
+            self._calls = self._record_calls(ids[:1])
+            other = (ids != ids[:1]).any(1).nonzero()
+            if len(other):
+                self._check_independent(self._record_calls(ids[int(other[0])][None]))
             self._hidden = self._embed(ids)
 
     def _run(self, ids: Tensor) -> None:
@@ -83,19 +97,20 @@ class LayerStream:
             return
         raise UnsupportedModelError(f"{type(self._model).__name__} never called its decoder layers")
 
-    def _record_calls(self, ids: Tensor) -> None:
-        """Note with what each layer is called (masks, positions), and that each gets what the one before gave."""
+    def _record_calls(self, ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """With what each layer is called (masks, positions); each must get what the one before gave."""
         previous: list[Tensor] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             if previous and not torch.equal(hidden, previous[0]):
                 raise UnsupportedModelError(
-                    f"{type(self._model).__name__}: the input of decoder layer {len(self._calls)} is not the output "
-                    f"of layer {len(self._calls) - 1}, so the model cannot be calibrated layer by layer"
+                    f"{type(self._model).__name__}: the input of decoder layer {len(calls)} is not the output "
+                    f"of layer {len(calls) - 1}, so the model cannot be calibrated layer by layer"
                 )
             rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-            self._calls.append((args[1:], rest))
+            calls.append((args[1:], rest))
 
         def after(layer: nn.Module, args: Any, output: Any) -> None:
             previous[:] = [_first(output)]
@@ -109,6 +124,17 @@ class LayerStream:
         finally:
             for handle in handles:
                 handle.remove()
+        return calls
+
+    def _check_independent(self, others: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        """What layers get beside the hidden state is noted once, so it must not depend on the tokens."""
+        for i, (call, other) in enumerate(zip(self._calls, others, strict=True)):
+            pairs = zip(_tensors(call), _tensors(other), strict=True)
+            if not all(torch.equal(a, b) for a, b in pairs):
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__}: decoder layer {i} gets more from the tokens than its hidden "
+                    "state, so the model cannot be calibrated layer by layer"
+                )
 
     def _embed(self, ids: Tensor) -> Tensor:
         """`[N, W, D]`: what the first layer gets, for every window."""
@@ -142,7 +168,10 @@ class LayerStream:
 
         Args:
             ffn: the FFN of the layer the stream stands in front of.
-            gram: also collect the `[F, F]` second moment.
+            gram: also collect the `[F, F]` second moment; float32 products within a window, float64 sums over windows.
+
+        Raises:
+            InputError: activations that are not finite.
         """
         assert ffn.layer == self._position
         size = ffn.intermediate_size
@@ -157,9 +186,8 @@ class LayerStream:
             tokens += len(a)
             total.add_(a.sum(0, dtype=torch.float64))
             absolute.add_(a.abs().sum(0, dtype=torch.float64))
-            if second is None:
-                square.add_(a.double().square().sum(0))
-            else:
+            square.add_(a.double().square().sum(0))
+            if second is not None:
                 second.add_(a.t() @ a)
             raise _Stop
 
@@ -172,8 +200,9 @@ class LayerStream:
                     continue
         finally:
             handle.remove()
-        if second is not None:
-            square = second.diagonal().clone()
+        bad = (~square.isfinite()).nonzero()
+        message = f"be finite; {len(bad)} of {size} neurons are not, the first is"
+        check(len(bad) == 0, f"activations of layer {ffn.layer}", message, bad[:1].flatten().tolist())
         return ActivationStats(tokens, total / tokens, absolute / tokens, square, second)
 
     @torch.no_grad()

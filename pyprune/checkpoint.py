@@ -24,8 +24,10 @@ from .files import check_out_folder, new_folder, sha256_of
 MANIFEST = "pyprune.json"
 REMOTE_CODE = "modeling_pyprune.py"
 _FORMAT = 1
-_MOST_LAYERS = 10_000
+_MOST_LAYERS = 1_000
 _WIDEST = 1 << 24
+_LOADED = {".safetensors", ".json", ".py", ".bin", ".pt", ".pth", ".pkl"}  # what a loader might read
+_DEPTH_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 def _remote_code(class_name: str) -> str:
@@ -49,12 +51,12 @@ def _write_manifest(folder: Path, model: nn.Module, facts: dict[str, Any]) -> No
     }
     config: Any = model.config
     manifest = {
+        **facts,
         "format": _FORMAT,
         "model_type": config.model_type,
         "widths": _config_widths(config),
         "base_fingerprint": (getattr(config, "pyprune", None) or {}).get("base_fingerprint"),
         "files": files,
-        **facts,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -89,8 +91,9 @@ def save(
     else:
         config.auto_map = {"AutoModelForCausalLM": f"{Path(REMOTE_CODE).stem}.{class_name}"}
     _check_rebuilds(model)
+    pretrained: Any = model
     with new_folder(path, overwrite) as folder:
-        model.save_pretrained(folder)
+        pretrained.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if widths is not None:
@@ -107,17 +110,27 @@ def _meta_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check_rebuilds(model: nn.Module) -> None:
-    config: Any = type(model.config).from_dict(model.config.to_dict())
-    wanted = _meta_shapes(config)
-    for name, tensor in model.state_dict().items():
-        if name in wanted and wanted[name] != tuple(tensor.shape):
+    config: Any = model.config
+    wanted = _meta_shapes(type(config).from_dict(config.to_dict()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(name) != shapes.get(name):
             raise CheckpointError(
-                f"{name} has shape {tuple(tensor.shape)}, but its config builds {wanted[name]}; nothing was written"
+                f"{name} has shape {shapes.get(name)} in the model, but its config builds {wanted.get(name)}; "
+                "nothing was written"
             )
 
 
+def _bounded(raw: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a config that would build an enormous model before any config class of Transformers reads it."""
+    for key in _DEPTH_KEYS:
+        if isinstance(raw.get(key), int) and not 0 <= raw[key] <= _MOST_LAYERS:
+            raise CheckpointError(f"config {key} must lie in [1, {_MOST_LAYERS}]; got {raw[key]!r}")
+    return raw
+
+
 def _config_widths(config: Any) -> list[int]:
-    layers = config.num_hidden_layers
+    layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
         raise CheckpointError(f"config num_hidden_layers must lie in [1, {_MOST_LAYERS}]; got {layers!r}")
     key = families.width_key(config)
@@ -135,8 +148,9 @@ def _read_config(folder: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        config: Any = AutoConfig.for_model(raw.get("model_type"), **{k: v for k, v in raw.items() if k != "model_type"})
+        raw = _bounded(json.loads(path.read_text(encoding="utf-8")))
+        values = {k: v for k, v in raw.items() if k != "model_type"}
+        config: Any = AutoConfig.for_model(str(raw.get("model_type")), **values)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a config class of Transformers makes of hostile values
@@ -165,7 +179,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             shapes.update({name: tuple(entry["shape"]) for name, entry in header.items()})
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{file.name} has a damaged header: {error}") from error
         if size != 8 + length + end:
             raise CheckpointError(f"{file.name} must have {8 + length + end} bytes; it has {size}")
@@ -186,8 +200,11 @@ def check_fits(folder: str | Path) -> list[int]:
     shapes = tensor_shapes(folder)
     try:
         wanted = _meta_shapes(config)
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except Exception as error:  # a config that no model class of Transformers accepts
         raise CheckpointError(f"{folder}/config.json builds no model: {type(error).__name__}: {error}") from error
+    if not set(wanted) & set(shapes):  # a checkpoint of the bare decoder, as GPT-2's own
+        shapes = {f"{model_class.base_model_prefix}.{name}": shape for name, shape in shapes.items()}
     for name, shape in shapes.items():
         if name in wanted and wanted[name] != shape:
             raise CheckpointError(f"{name} has shape {shape} in the file, but config.json says {wanted[name]}")
@@ -214,7 +231,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         if manifest["format"] != _FORMAT:
             raise CheckpointError(f"{path} has format {manifest['format']!r}; this version reads {_FORMAT}")
         files = {str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        list(manifest["widths"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
         raise CheckpointError(f"{path} names files outside its folder")
@@ -223,7 +241,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
-    """Check a checkpoint that pyprune wrote: every file's size and hash, and widths against tensors.
+    """Check a checkpoint that pyprune wrote: every file's size and hash, nothing added, and widths against tensors.
 
     Returns:
         The manifest.
@@ -242,6 +260,9 @@ def verify(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{name} must have {entry['bytes']} bytes; it has {file.stat().st_size}")
         if sha256_of(file) != entry["sha256"]:
             raise CheckpointError(f"{name} was altered: its SHA-256 is not the one in {MANIFEST}")
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _LOADED and file.name not in {*manifest["files"], MANIFEST}:
+            raise CheckpointError(f"{file.name} lies in {folder}, but {MANIFEST} does not list it")
     widths = check_fits(folder)
     if widths != manifest["widths"]:
         raise CheckpointError(f"{MANIFEST} says widths {manifest['widths']}, config.json says {widths}")

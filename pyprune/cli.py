@@ -25,6 +25,7 @@ from .mask import Mask
 from .mlp import MODES
 from .pruning import prune as prune_model
 from .screen import Bars, megabytes, show, table, verb
+from .summary import speeds
 from .text import load_text, token_windows
 
 app = typer.Typer(
@@ -72,6 +73,14 @@ def _check_window(model: Any, window: int) -> None:
     check(limit is None or window <= limit, "window", f"be at most the model's context, {limit} tokens", window)
 
 
+def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    """Nested facts as rows."""
+    rows: list[tuple[str, object]] = []
+    for key, value in facts.items():
+        rows += _flat(value, f"{key} ") if isinstance(value, dict) else [(prefix + key, value)]
+    return rows
+
+
 @app.command()
 @verb
 def doctor(as_json: JsonOption = False) -> None:
@@ -108,7 +117,7 @@ def doctor(as_json: JsonOption = False) -> None:
     show(
         {"machine": facts, "backends": backends, "choices": choices, "demo": demo},
         as_json,
-        table("machine", ("what", "value"), [(k, v) for k, v in facts.items()]),
+        table("machine", ("what", "value"), _flat(facts)),
         table(
             "backends", ("backend", "device", "state"), [(n, d, s) for n, by in backends.items() for d, s in by.items()]
         ),
@@ -179,10 +188,14 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
 @verb
 def prune(
     model: ModelArgument,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)
+    ] = None,
     keep: Annotated[float, typer.Option(help="Share of neurons that stays, in (0, 1].")] = 0.7,
     method: Annotated[str, typer.Option(help=f"Importance criterion: {', '.join(importance.names())}.")] = "wanda",
-    scope: Annotated[str, typer.Option(help=f"{' or '.join(SCOPES)}: compare neurons within a layer, or of all.")] = "layer",
+    scope: Annotated[
+        str, typer.Option(help=f"{' or '.join(SCOPES)}: compare neurons within a layer, or of all.")
+    ] = "layer",
     multiple: Annotated[int, typer.Option(help="Round widths to multiples of this many neurons.")] = 64,
     floor: Annotated[float, typer.Option(help="With scope global, the least share any layer keeps.")] = 0.0,
     compensate: Annotated[str, typer.Option(help=f"{', '.join(COMPENSATIONS)}.")] = "least-squares",
@@ -194,7 +207,9 @@ def prune(
     mask: Annotated[Path | None, typer.Option(help="Keep the neurons of this mask file instead of scoring.")] = None,
     save_mask: Annotated[Path | None, typer.Option(help="Also write the mask to this file.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace the folder if it exists; it stays whole until then.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the folder if it exists; it stays whole until then.")
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -213,7 +228,11 @@ def prune(
     loaded = loading.load_model(model, dtype, place)
     if batches is not None:
         _check_window(loaded, window)
-    facts = {"model": model if model == loading.DEMO else Path(model).name, "text": text_name, "versions": machine.versions()}
+    facts = {
+        "model": model if model == loading.DEMO else Path(model).name,
+        "text": text_name,
+        "versions": machine.facts()["versions"],
+    }
     with Bars() as bars:
         report = prune_model(loaded, config, batches, mask=loaded_mask, progress=bars, provenance=facts)
     if not dry_run and out is not None:
@@ -223,14 +242,18 @@ def prune(
     written = "nothing (dry run)" if dry_run else str(out)
     widths = sorted(set(report.mask.widths))
     show(
-        {**report.to_json(), "text": text_name, "out": None if dry_run else str(out)},
+        {"model": model, **report.to_json(), "text": text_name, "out": None if dry_run else str(out)},
         as_json,
         table(
             f"pruned {model}",
             ("what", ">dense", ">pruned"),
             [
                 ("neurons", sum(k.intermediate_size for k in report.mask.layers), sum(report.mask.widths)),
-                ("FFN width", max(k.intermediate_size for k in report.mask.layers), " .. ".join(map(str, {widths[0], widths[-1]}))),
+                (
+                    "FFN width",
+                    max(k.intermediate_size for k in report.mask.layers),
+                    " .. ".join(map(str, {widths[0], widths[-1]})),
+                ),
                 ("parameters", f"{report.parameters_before:,}", f"{report.parameters_after:,}"),
                 ("size", megabytes(report.bytes_before), megabytes(report.bytes_after)),
             ],
@@ -295,11 +318,21 @@ def generate(
 @verb
 def bench(
     model: ModelArgument,
-    against: Annotated[str | None, typer.Option(help="The dense MODEL; then MODEL is a pruned one.", show_default=False)] = None,
-    keep: Annotated[float, typer.Option(help="Without --against: keep this share of MODEL's neurons (random ones).")] = 0.5,
+    against: Annotated[
+        str | None, typer.Option(help="The dense MODEL; then MODEL is a pruned one.", show_default=False)
+    ] = None,
+    keep: Annotated[
+        float, typer.Option(help="Without --against: keep this share of MODEL's neurons (random ones).")
+    ] = 0.5,
     mode: Annotated[str, typer.Option(help=f"{' or '.join(MODES)}, for PrunedMLP.")] = "compact",
-    backend: Annotated[str, typer.Option(help=f"{', '.join(dispatch.names())}; a forced one is used or refused.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help=f"{', '.join(dispatch.names())}; a forced one is used or refused.")
+    ] = "auto",
     prefill: Annotated[int, typer.Option(help="Tokens of a prefill, and of the many-token FFN timing.")] = 512,
+    repeats: Annotated[int, typer.Option(help="Rounds of every measurement; all models take turns in each.")] = 5,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Also run by torch.compile; the faster path counts.")
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -319,32 +352,27 @@ def bench(
         surgery.accelerate(swapped, mode, backend, mask)
     else:
         surgery.accelerate(swapped, mode, backend)
-    neurons = [sum(f.intermediate_size for f in families.find_ffns(m)) for m in (narrow, dense)]
     candidates = {"narrow modules": narrow, f"PrunedMLP {mode}": swapped}
     with Bars() as bars:
-        report = benchmark(dense, candidates, keep=neurons[0] / neurons[1], prefill_tokens=prefill, progress=bars)
+        report = benchmark(dense, candidates, prefill_tokens=prefill, repeats=repeats, compiled=compiled, progress=bars)
     result = report.to_json()
-    show(result, as_json, *_bench_tables(result))
-
-
-def _bench_tables(result: dict[str, Any]) -> list[Any]:
-    """One table: what was measured, for dense and each candidate, as ratio to dense beside its ceiling."""
-    rows = []
-    for name, entry in result["models"].items():
-        for what in ("decode", "prefill", "ffn"):
-            for key, value in entry[what].items():
-                speed = f"{value['tokens_per_s']:.1f} tokens/s" if "tokens_per_s" in value else f"{value['us']:.0f} us"
-                ratio, ceiling = value.get("ratio"), value.get("ceiling")
-                rows.append(
-                    (
-                        name,
-                        {"decode": f"decode, batch {key}", "prefill": f"prefill, {key} tokens", "ffn": f"one FFN, M={key}"}[what],
-                        speed,
-                        "" if ratio is None else f"{ratio:.2f}x",
-                        "" if ceiling is None else f"{ceiling:.2f}x",
-                    )
-                )
-    return [table("speed against dense, medians", ("model", "what", ">speed", ">ratio", ">ceiling"), rows)]
+    rows = [
+        (name, s.what, s.text, f"{s.ratio:.2f}x", f"{s.ceiling:.2f}x", s.path)
+        for name in result["models"]
+        for s in speeds(result, name)
+    ]
+    share = result["share"]
+    show(
+        result,
+        as_json,
+        table(
+            "speed against dense in the same run, medians",
+            ("model", "what", ">speed", ">ratio", ">ceiling", "path"),
+            rows,
+        ),
+        f"FFN share of the dense model's time: decode {share['decode'][min(share['decode'], key=int)]:.0%} at batch 1, "
+        f"prefill {share['prefill'][str(prefill)]:.0%}; memory read at {result['bandwidth_gb_s']:.1f} GB/s",
+    )
 
 
 @app.command()
@@ -375,7 +403,9 @@ def verify(
 @app.command()
 @verb
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint, the results and the figure.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint, the results and the figure.")] = Path(
+        "out/demo"
+    ),
     keep: Annotated[float, typer.Option(help="Share of neurons that stays, in (0, 1].")] = 0.7,
     text: TextOption = None,
     tokens: TokensOption = 16384,

@@ -54,20 +54,25 @@ def least_squares(down: Tensor, stats: ActivationStats, keep: Tensor, damping: f
         damping: lambda above.
 
     Raises:
-        InputError: the activations hold no signal or are not finite, so nothing can be fitted.
+        InputError: the activations are not finite, or `damping` is too small for them.
     """
     assert stats.gram is not None
     v = down.double()
     h = stats.gram / stats.tokens
     scale = float(h.diagonal().mean())
-    if not 0 < scale < float("inf"):
-        raise InputError(f"activations must be finite and not all zero for least squares; their mean square is {scale}")
+    if not 0 <= scale < float("inf"):
+        raise InputError(f"activations must be finite for least squares; their mean square is {scale}")
+    if scale == 0:
+        return Repair(v[keep], 0.0, 0.0)  # dead neurons only: the bare cut changes nothing
     rows = h[keep]
     factor = rows[:, keep].clone()
     factor.diagonal().add_(damping * scale)
     target = rows @ v
     target += damping * scale * v[keep]  # the ridge's share of H_S: V
-    new = torch.cholesky_solve(target, torch.linalg.cholesky(factor))
+    triangle, failed = torch.linalg.cholesky_ex(factor)
+    if failed:
+        raise InputError(f"damping must be large enough to make the second moment positive definite; got {damping}")
+    new = torch.cholesky_solve(target, triangle)
     cut = v.clone()
     cut[keep] = 0.0
     change = v.clone()

@@ -12,6 +12,10 @@ SCOPES = ("layer", "global")
 COMPENSATIONS = ("none", "bias", "least-squares")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class PruneConfig:
     """How to prune.
@@ -42,14 +46,16 @@ class PruneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.keep, int | float) and not isinstance(self.keep, bool)
-        check(number and 0 < self.keep <= 1, "keep", "lie in (0, 1]", self.keep)
+        check(_is_number(self.keep) and 0 < self.keep <= 1, "keep", "lie in (0, 1]", self.keep)
         importance.get(self.method)
         check_choice(self.scope, "scope", SCOPES)
         check_choice(self.compensate, "compensate", COMPENSATIONS)
         check(isinstance(self.multiple, int) and self.multiple >= 1, "multiple", "be a positive integer", self.multiple)
-        check(0 <= self.floor <= 1, "floor", "lie in [0, 1]", self.floor)
-        check(0 < self.damping < float("inf"), "damping", "be positive and finite", self.damping)
+        check(_is_number(self.floor) and 0 <= self.floor <= 1, "floor", "lie in [0, 1]", self.floor)
+        fits = self.scope != "global" or self.floor <= self.keep
+        check(fits, "floor", f"be at most keep ({self.keep})", self.floor)
+        positive = _is_number(self.damping) and 0 < self.damping < float("inf")
+        check(positive, "damping", "be positive and finite", self.damping)
         check(isinstance(self.seed, int) and self.seed >= 0, "seed", "be a non-negative integer", self.seed)
 
     @property

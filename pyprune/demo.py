@@ -26,6 +26,7 @@ from .figures import demo_figure
 from .files import new_file
 from .pruning import prune
 from .screen import megabytes, table
+from .summary import speeds
 from .text import load_text, token_windows
 
 PROMPT = "Explain in two sentences what a list is in Python."
@@ -52,11 +53,16 @@ class DemoResult:
     def tables(self) -> list[Any]:
         """The one table, the texts, and where the figure is."""
         dense, pruned = self.facts["dense"], self.facts["pruned"]
-        speed = self.facts["bench"]["models"]
         rows = [
             ("FFN neurons", f"{dense['neurons']:,}", f"{pruned['neurons']:,}", _ratio(dense, pruned, "neurons"), ""),
             ("token perplexity", f"{dense['perplexity']:.2f}", f"{pruned['perplexity']:.2f}", "", ""),
-            ("file", megabytes(dense["file_bytes"]), megabytes(pruned["file_bytes"]), _ratio(dense, pruned, "file_bytes"), ""),
+            (
+                "file",
+                megabytes(dense["file_bytes"]),
+                megabytes(pruned["file_bytes"]),
+                _ratio(dense, pruned, "file_bytes"),
+                "",
+            ),
             (
                 "peak memory, load and generate",
                 megabytes(dense["peak_bytes"]),
@@ -65,20 +71,8 @@ class DemoResult:
                 "",
             ),
         ]
-        for kind, label in (("decode", "decode, batch {}"), ("prefill", "prefill, {} tokens"), ("ffn", "one FFN, M = {}")):
-            for key, base in speed["dense"][kind].items():
-                new = speed["pruned"][kind][key]
-                unit = "tokens_per_s" if "tokens_per_s" in base else "us"
-                form = "{:.1f} tokens/s" if unit == "tokens_per_s" else "{:.0f} us"
-                rows.append(
-                    (
-                        label.format(key),
-                        form.format(base[unit]),
-                        form.format(new[unit]),
-                        f"{new['ratio']:.2f}x",
-                        f"{new['ceiling']:.2f}x",
-                    )
-                )
+        for base, new in zip(speeds(self.facts["bench"], "dense"), speeds(self.facts["bench"], "pruned"), strict=True):
+            rows.append((base.what, base.text, new.text, f"{new.ratio:.2f}x", f"{new.ceiling:.2f}x"))
         texts = [(escape(dense["text"].strip()), escape(pruned["text"].strip()))]
         return [
             table(f"prompt: {escape(PROMPT)}", ("dense", "pruned"), texts),
@@ -158,7 +152,7 @@ def run_demo(out: Path, keep: float, text: str | None, tokens: int, progress: Pr
         config,
         calibration,
         progress=progress,
-        provenance={"model": "SmolLM2-135M-Instruct", "text": first_name, "versions": machine.versions()},
+        provenance={"model": "SmolLM2-135M-Instruct", "text": first_name, "versions": machine.facts()["versions"]},
     )
     total = sum(k.intermediate_size for k in report.mask.layers)
     facts: dict[str, Any] = {
@@ -171,9 +165,7 @@ def run_demo(out: Path, keep: float, text: str | None, tokens: int, progress: Pr
         "pruned": _keep_facts(pruned, out / "pruned", held_out, sum(report.mask.widths), progress),
     }
     swapped = surgery.accelerate(loading.load_model(str(out / "pruned")))
-    facts["bench"] = benchmark(
-        dense, {"pruned": pruned, "PrunedMLP": swapped}, keep=report.mask.keep, progress=progress
-    ).to_json()
+    facts["bench"] = benchmark(dense, {"pruned": pruned, "PrunedMLP": swapped}, progress=progress).to_json()
     facts["seconds"] = time.perf_counter() - started
     with new_file(out / "results.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -1,13 +1,16 @@
 """Which FFN a model has, and how its family spells it: one table, and detection by structure.
 
 A row names the projections; nothing names a model. What is found is then tried: the FFN module is run on a few
-random tokens and must agree with one of the activations of `reference.ACTIVATIONS`; so a shape that only looks
-familiar (an extra norm, a multiplier, a hidden residual) is refused instead of silently changed.
+random tokens, over small random weights, and must agree with one of the activations of `reference.ACTIVATIONS`; so a
+shape that only looks familiar (an extra norm, a multiplier, a hidden residual) is refused instead of silently changed.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +158,7 @@ def projections(holder: nn.Module, pattern: Pattern) -> FFNWeights:
     """Neuron-major views of the projections that `pattern` names in `holder`."""
 
     def rows(name: str) -> tuple[Tensor, Tensor | None]:
-        module = holder.get_submodule(name)
+        module: Any = holder.get_submodule(name)
         weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
         return weight, module.bias
 
@@ -184,16 +187,33 @@ def match(holder: nn.Module, in_layer: bool = False) -> Pattern | None:
     return None
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The dotted path and the list of the model's decoder layers.
+
+    Raises:
+        UnsupportedModelError: not exactly one outermost list as long as `config.num_hidden_layers` says.
+    """
     count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    for name, module in lists:
-        if len(module) == count:
-            return name, module
-    found = ", ".join(f"{n} ({len(m)})" for n, m in lists[:5]) or "no nn.ModuleList"
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no list of {count} decoder layers (config.num_hidden_layers); found {found}"
-    )
+    fitting = [(n, m) for n, m in lists if count and len(m) == count]
+    outer = [(n, m) for n, m in fitting if not any(n.startswith(f"{o}.") for o, _ in fitting)]
+    if len(outer) == 1:
+        return outer[0]
+    found = ", ".join(f"{n} ({len(m)})" for n, m in (outer or lists)[:5]) or "no nn.ModuleList"
+    wanted = f"{'one' if outer else 'a'} list of {count} decoder layers (config.num_hidden_layers)"
+    raise UnsupportedModelError(f"{type(model).__name__} does not have {wanted}; found {found}")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every submodule is in the mode it was in."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
 
 
 def _reference_output(weights: FFNWeights, x: Tensor, activation: str) -> Tensor:
@@ -205,39 +225,75 @@ def _reference_output(weights: FFNWeights, x: Tensor, activation: str) -> Tensor
     return linear(hidden, weights.down.t(), weights.down_bias)
 
 
-def _closest(got: Tensor, candidates: dict[str, Tensor], dtype: torch.dtype) -> str | None:
-    """The name of the candidate that equals `got` within the rounding of `dtype`, or None."""
-    errors = {name: float((got.double() - want.double()).norm() / got.double().norm()) for name, want in candidates.items()}
-    name = min(errors, key=lambda n: errors[n])
-    return name if errors[name] <= 64 * torch.finfo(dtype).eps else None
+def _small_projection(projection: Any, inputs: int, outputs: int, generator: torch.Generator) -> Any:
+    """A copy of a Linear or Conv1D, or of a subclass with its own forward, with small random float64 weights."""
+    small = copy.copy(projection)
+    small._parameters = {}
+    weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
+    small.weight = nn.Parameter(weight.t().contiguous() if isinstance(projection, Conv1D) else weight)
+    bias = torch.randn(outputs, generator=generator, dtype=torch.float64) / 4
+    small.bias = None if projection.bias is None else nn.Parameter(bias)
+    small.nx, small.nf = small.in_features, small.out_features = inputs, outputs
+    return small
+
+
+def _miniature(holder: nn.Module, pattern: Pattern) -> nn.Module:
+    """A shallow copy of an FFN module with small random projections; everything else in it is the module's own."""
+    hidden, neurons = 8, 24
+    generator = torch.Generator().manual_seed(0)
+    small = copy.copy(holder)
+    small._modules = dict(holder._modules)
+    for name, blocks in pattern.inputs:
+        small._modules[name] = _small_projection(holder.get_submodule(name), hidden, blocks * neurons, generator)
+    small._modules[pattern.down] = _small_projection(
+        holder.get_submodule(pattern.down), neurons, hidden, generator
+    )
+    return small
+
+
+def _same(got: Any, want: Tensor) -> bool:
+    """Whether every row agrees to 1e-6 of its norm: float64 is far closer, two different activations are not."""
+    if not isinstance(got, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    error = torch.linalg.vector_norm(got - want, dim=-1)
+    return bool((error <= 1e-6 * torch.linalg.vector_norm(want, dim=-1)).all())
 
 
 def detect_activation(holder: nn.Module, pattern: Pattern) -> str | None:
-    """Name the activation by behaviour: run the module (in_layer: its activation) on random tokens and compare."""
-    weights = projections(holder, pattern)
-    dtype, device = weights.down.dtype, weights.down.device
-    generator = torch.Generator().manual_seed(0)
+    """Name the activation by behaviour: run the module (in_layer: its activation) and compare.
+
+    The module runs in float64 over small random weights instead of its own, so neither its dtype nor its size nor
+    dead weights blur the answer. Inputs reach from small values, which tell smooth activations apart, to large ones,
+    which tell clipped ones from unclipped.
+    """
     if pattern.in_layer:
         act = getattr(holder, "activation_fn", None)
         if act is None:
             return None
-        x = torch.linspace(-6, 6, 193, dtype=dtype, device=device)
-        return _closest(act(x), {name: fn(x) for name, fn in reference.ACTIVATIONS.items()}, dtype)
-    # Pre-activations of order one, whatever the scale of the weights, tell activations apart.
-    scale = weights.parts[0].float().norm() / weights.parts[0].shape[0] ** 0.5
-    x = torch.randn(8, weights.down.shape[1], generator=generator).to(device)
-    x = (x * (2.0 / scale.clamp_min(1e-12))).to(dtype)
-    training = holder.training
-    holder.eval()
+        x = torch.linspace(-1, 1, 97, dtype=torch.float64) * torch.tensor([[2.0], [20.0]], dtype=torch.float64)
+        got = act(x)
+        return next((name for name, fn in reference.ACTIVATIONS.items() if _same(got, fn(x))), None)
+    x = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[1] *= 16
     try:
-        got = holder(x)
-    except (TypeError, ValueError, IndexError, RuntimeError):
+        with evaluating(holder):
+            small = _miniature(holder, pattern)
+            got = small(x)
+    except (TypeError, ValueError, IndexError, RuntimeError, KeyError, AttributeError):
         return None  # it wants more than a hidden state, so it is no FFN that a record can stand for
-    finally:
-        holder.train(training)
-    if not isinstance(got, Tensor) or got.shape != x.shape or not bool(got.isfinite().all()):
+    weights = projections(small, pattern)
+    return next((n for n in reference.ACTIVATIONS if _same(got, _reference_output(weights, x, n))), None)
+
+
+def _wide_norm(layer: nn.Module, width: int, hidden_size: int) -> str | None:
+    """The name of a norm over the neurons of an in-layer FFN, which no module call would reveal, or None."""
+    if width == hidden_size:
         return None
-    return _closest(got, {name: _reference_output(weights, x, name) for name in reference.ACTIVATIONS}, dtype)
+    for name, module in layer.named_modules():
+        weight = getattr(module, "weight", None)
+        if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.shape == (width,):
+            return name
+    return None
 
 
 def _describe(layer: nn.Module) -> str:
@@ -260,7 +316,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         UnsupportedModelError: no decoder layers, a layer without a known FFN (a mixture of experts, an unknown
             shape), or one whose output is not `down(act(up(x)))` or `down(act(gate(x)) * up(x))`.
     """
-    list_name, layers = _decoder_layers(model)
+    list_name, layers = decoder_layers(model)
     ffns = []
     for i, layer in enumerate(layers):
         prefix = f"{list_name}.{i}"
@@ -282,8 +338,23 @@ def find_ffns(model: nn.Module) -> list[FFN]:
                 f"{type(model).__name__}: {prefix}{name} ({type(module).__name__}, {pattern.name}) does not compute "
                 f"a {'gated' if pattern.gated else 'plain'} FFN with one of {', '.join(reference.ACTIVATIONS)}"
             )
-        ffns.append(FFN(i, prefix + name, module, pattern, activation))
+        ffn = FFN(i, prefix + name, module, pattern, activation)
+        if pattern.in_layer and (norm := _wide_norm(layer, ffn.intermediate_size, ffn.hidden_size)):
+            raise UnsupportedModelError(f"{type(model).__name__}: {prefix} has a norm over its neurons, {norm}")
+        ffns.append(ffn)
+    _check_shared(model, ffns)
     return ffns
+
+
+def _check_shared(model: nn.Module, ffns: list[FFN]) -> None:
+    owner: dict[int, str] = {}
+    for ffn in ffns:
+        for parameter in ffn.parameters():
+            other = owner.setdefault(id(parameter), ffn.name)
+            if other != ffn.name:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: {other} and {ffn.name} share weights, so they cannot be pruned apart"
+                )
 
 
 def width_key(config: Any) -> str:
@@ -311,8 +382,9 @@ def bias_key(config: Any) -> str | None:
 def ffn_block(model: nn.Module, ffns: list[FFN]) -> dict[str, Any]:
     """The description of the FFNs that a checkpoint's config carries (see `heterogeneous`)."""
     pattern = ffns[0].pattern
-    list_name, layers = _decoder_layers(model)
-    base = {id(m): n for n, m in model.base_model.named_modules()}
+    list_name, layers = decoder_layers(model)
+    base_model: Any = model.base_model
+    base = {id(m): n for n, m in base_model.named_modules()}
     inner = ffns[0].name.removeprefix(f"{list_name}.0").removeprefix(".")
     dot = f"{inner}." if inner else ""
     return {
@@ -327,7 +399,7 @@ def fingerprint(model: nn.Module, ffns: list[FFN]) -> str:
     """A hex SHA-256 that names a dense model: its type, its FFN shapes, and a sample of every FFN's weights.
 
     Weights are rounded to bfloat16 first, so a checkpoint has one fingerprint whether it is loaded in float32 or
-    in bfloat16. The sample is 4096 values of each part of each layer, evenly spread.
+    in bfloat16. The sample is at least 4096 values (all, of fewer) of each part of each layer, evenly spread.
     """
     digest = hashlib.sha256()
     digest.update(str(getattr(model.config, "model_type", "")).encode())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .summary import Speed, speeds
+
 _DENSE, _PRUNED, _CEILING = "#8d99ae", "#2a6f97", "#d62828"
 
 
@@ -19,27 +21,26 @@ def demo_figure(facts: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     speed, quality, repair = figure.subplots(1, 3, width_ratios=(1.5, 1, 1.3))
-    _speed_panel(speed, facts["bench"]["models"]["pruned"])
+    _speed_panel(speed, list(speeds(facts["bench"], "pruned")))
     _quality_panel(quality, facts["dense"], facts["pruned"])
     _repair_panel(repair, facts["prune"]["layers"])
-    figure.suptitle(f"{facts['model']}: {1 - facts['keep']:.0%} of FFN neurons removed, on the CPU" if not
-                    facts["bench"]["machine"].get("gpu") else facts["model"])
+    device = (facts["bench"]["machine"]["gpu"] or {}).get("name") or facts["bench"]["machine"]["cpu"]
+    figure.suptitle(f"{facts['model']}: {1 - facts['keep']:.1%} of FFN neurons removed ({device})")
     figure.savefig(path, dpi=130, format="png")
 
 
-def _speed_panel(axes: Any, pruned: dict[str, Any]) -> None:
-    names = {"decode": "decode\nbatch {}", "prefill": "prefill\n{} tokens", "ffn": "one FFN\nM = {}"}
-    entries = [(names[k].format(key), v) for k in names for key, v in pruned[k].items()]
-    places = range(len(entries))
-    axes.bar(places, [v["ratio"] for _, v in entries], color=_PRUNED, label="measured")
-    for place, (_, value) in zip(places, entries, strict=True):
-        axes.hlines(value["ceiling"], place - 0.45, place + 0.45, color=_CEILING, label=None if place else "ceiling")
-        axes.text(place, value["ratio"] + 0.01, f"{value['ratio']:.2f}", ha="center", va="bottom", fontsize=8)
+def _speed_panel(axes: Any, pruned: list[Speed]) -> None:
+    places = range(len(pruned))
+    axes.bar(places, [s.ratio for s in pruned], color=_PRUNED, label="measured")
+    for place, speed in zip(places, pruned, strict=True):
+        axes.hlines(speed.ceiling, place - 0.45, place + 0.45, color=_CEILING, label=None if place else "ceiling")
+        axes.text(place, 0.04, f"{speed.ratio:.2f}", ha="center", va="bottom", fontsize=8, color="white")
     axes.axhline(1.0, color=_DENSE, linewidth=1, linestyle="--", label="dense")
-    axes.set_xticks(list(places), [name for name, _ in entries], fontsize=7)
+    axes.set_xticks(list(places), [s.what.replace(", ", "\n") for s in pruned], fontsize=7)
     axes.set_title("speed against dense, same run", fontsize=10)
     axes.set_ylabel("times as fast")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set_ylim(0, 1.25 * max(max(s.ratio, s.ceiling) for s in pruned))
+    axes.legend(fontsize=8, loc="upper left", ncols=3)
 
 
 def _quality_panel(axes: Any, dense: dict[str, Any], pruned: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Safe file writing: everything is written beside its place and renamed, so that a kill or a full disk loses nothing."""
+"""Safe file writing: everything is written beside its place and renamed; a kill or a full disk loses nothing."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             target.rename(old / target.name)
         try:
             temporary.rename(target)
-        except OSError:
-            if old is not None:
+        except BaseException:  # Ctrl-C between the two renames included
+            if old is not None and not target.exists():
                 (old / target.name).rename(target)
+                old.rmdir()
             raise
-        finally:
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

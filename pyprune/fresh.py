@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 
-sys.modules["pyprune"] = None  # type: ignore[assignment]  # an import of it would now fail
+if __name__ == "__main__":
+    sys.modules["pyprune"] = None  # type: ignore[assignment]  # an import of it would now fail
 
-import psutil
-import torch
-import transformers
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import psutil  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 def _watch(process: psutil.Process, peak: list[int], done: threading.Event) -> None:
@@ -50,11 +51,7 @@ def main(folder: str, logits_file: str, prompt: str, new_tokens: str) -> None:
     with torch.no_grad():
         difference = (model(expected["ids"]).logits - expected["logits"]).abs().max().item()
     text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(
-        json.dumps(
-            {"difference": difference, "text": text, "load_seconds": loaded, "peak_bytes": peak[0] - before}
-        )
-    )
+    print(json.dumps({"difference": difference, "text": text, "load_seconds": loaded, "peak_bytes": peak[0] - before}))
 
 
 if __name__ == "__main__":

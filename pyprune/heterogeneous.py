@@ -8,13 +8,14 @@ FFN's projections are stands in the config's `pyprune` block:
     {"ffn": {"layers": "layers", "width_key": "intermediate_size",
              "in": [["mlp.gate_proj", 1], ["mlp.up_proj", 1]], "out": "mlp.down_proj"}}
 
-"layers" is a path inside `model.base_model`. Each entry of "in" is a projection into the FFN with the number of neuron blocks stacked in it (2 where gate and up
-are fused); "out" is the projection back.
+"layers" is a path inside `model.base_model`. Each entry of "in" is a projection into the FFN with the number of
+neuron blocks stacked in it (2 where gate and up are fused); "out" is the projection back.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
-def narrow(projection: nn.Module, index: Tensor, side: str) -> None:
+def narrow(projection: Any, index: Tensor, side: str) -> None:
     """Keep only the `index` outputs (`side="out"`) or inputs (`side="in"`) of a Linear or Conv1D, in place."""
     transposed = isinstance(projection, Conv1D)  # weight [in, out] instead of [out, in]
     weight = projection.weight
@@ -53,7 +54,11 @@ def layer_widths(config: Any) -> list[int] | None:
 
 def resize(model: PreTrainedModel, ffn: dict[str, Any], widths: list[int]) -> None:
     """Cut every FFN of a freshly built, full-width model down to its width in `widths`."""
-    for i, (layer, width) in enumerate(zip(model.base_model.get_submodule(ffn["layers"]), widths, strict=True)):
+    for path, blocks in ffn["in"]:
+        if blocks not in (1, 2):
+            raise ValueError(f"pyprune.ffn.in must stack 1 or 2 blocks in {path}; got {blocks!r}")
+    layers: Any = model.base_model.get_submodule(ffn["layers"])
+    for i, (layer, width) in enumerate(zip(layers, widths, strict=True)):
         out = layer.get_submodule(ffn["out"])
         full = out.nx if isinstance(out, Conv1D) else out.in_features
         if not isinstance(width, int) or not 1 <= width <= full:
@@ -85,7 +90,7 @@ def _put_back(config: Any, saved: tuple[dict[str, Any], int]) -> None:
     config.per_layer_config = overrides
 
 
-def pruned_class(base: type) -> type:
+def pruned_class(base: Any) -> type:
     """A subclass of the Transformers model class `base` that builds each layer at its own FFN width."""
 
     @functools.wraps(base.__init__)
@@ -119,18 +124,24 @@ def install() -> None:
         widths = layer_widths(config)
         if widths is not None:
             saved = _set_aside(config, widths)
+            # Also when construction fails before its end: the config is put back when the half-built model goes.
+            put_back = weakref.finalize(self, _put_back, config, saved)
+            put_back.atexit = False
         init(self, config, *args, **kwargs)
         if widths is not None:
-            self.__dict__["_pyprune_widths"] = (widths, saved)
+            self.__dict__["_pyprune_widths"] = (widths, put_back)
 
     @functools.wraps(post_init)
     def wrapped_post_init(self: Any) -> None:
-        widths, saved = self.__dict__.pop("_pyprune_widths", (None, None))
+        widths, put_back = self.__dict__.pop("_pyprune_widths", (None, None))
         if widths is not None:
-            resize(self, self.config.pyprune["ffn"], widths)
-            _put_back(self.config, saved)
+            try:
+                resize(self, self.config.pyprune["ffn"], widths)
+            finally:
+                put_back()
         post_init(self)
 
-    PreTrainedModel.__init__ = wrapped_init
-    PreTrainedModel.post_init = wrapped_post_init
-    PreTrainedModel._pyprune_installed = True
+    hooked: Any = PreTrainedModel
+    hooked.__init__ = wrapped_init
+    hooked.post_init = wrapped_post_init
+    hooked._pyprune_installed = True

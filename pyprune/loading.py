@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import checkpoint
-from .errors import CheckpointError, InputError, check_choice
+from .errors import CheckpointError, InputError, check, check_choice
 
 DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
@@ -37,6 +37,7 @@ def demo_file() -> Path:
 
 def _source(model: str) -> tuple[str, dict[str, str]]:
     """What to hand to `from_pretrained`: a folder or a name, and the GGUF file in it if it is one."""
+    check(bool(model.strip()), "model", "be a folder, a hub name, a .gguf file or 'demo'", model)
     path = demo_file() if model == DEMO else Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -59,7 +60,8 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
 
     Raises:
         InputError: no such model.
-        CheckpointError: a folder whose config and tensors do not fit each other, or that cannot be read.
+        CheckpointError: a folder whose config and tensors do not fit each other, or that cannot be read; or a
+            checkpoint without some of the model's tensors.
     """
     check_choice(dtype, "dtype", DTYPES)
     place, extra = _source(model)
@@ -67,15 +69,22 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
     if local and any(Path(place).glob("*.safetensors")):
         checkpoint.check_fits(place)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **extra)
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            place, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **extra
+        )
     except OSError as error:
         raise InputError(f"model {model!r} cannot be loaded: {_first_line(error)}") from error
     except (ValueError, RuntimeError, KeyError) as error:
         kind = CheckpointError if local else InputError
         raise kind(f"model {model!r} cannot be loaded: {_first_line(error)}") from error
+    loaded, info = result
+    if missing := sorted(info["missing_keys"]):  # Transformers only warns, and fills them at random
+        raise CheckpointError(f"model {model!r} lacks {len(missing)} tensors, the first is {missing[0]}")
     if extra:
-        # Dequantised on the way in; with this entry left, Transformers would refuse to save it.
-        del loaded.config.quantization_config
+        # Dequantised on the way in: with these marks left, Transformers would refuse to save ordinary weights.
+        loaded.config.__dict__.pop("quantization_config", None)
+        for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+            loaded.__dict__.pop(mark, None)
     return loaded.to(device).eval()
 
 

@@ -17,6 +17,7 @@ from .errors import CheckpointError, InputError, check
 from .files import new_file
 
 _FORMAT = "pyprune-mask-1"
+_WIDEST = 2**31 - 1  # neuron numbers are int32
 
 
 class KeepIndex:
@@ -32,9 +33,17 @@ class KeepIndex:
     """
 
     __slots__ = ("_neurons", "intermediate_size")
+    intermediate_size: int
 
     def __init__(self, neurons: Tensor | Iterable[int], intermediate_size: int, argument: str = "keep index") -> None:
-        tensor = neurons.detach().cpu() if isinstance(neurons, Tensor) else torch.tensor(list(neurons))
+        whole = isinstance(intermediate_size, int) and not isinstance(intermediate_size, bool)
+        check(
+            whole and 1 <= intermediate_size <= _WIDEST, argument, f"refer to 1 to {_WIDEST} neurons", intermediate_size
+        )
+        try:
+            tensor = neurons.detach().cpu() if isinstance(neurons, Tensor) else torch.tensor(list(neurons))
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise InputError(f"{argument} must hold integers; got {neurons!r:.80}") from error
         check(tensor.ndim == 1, argument, "have one dimension", tuple(tensor.shape))
         check(tensor.numel() > 0, argument, "keep at least one neuron", [])
         check(
@@ -50,10 +59,16 @@ class KeepIndex:
         check(bool((steps != 0).all()), argument, "hold no duplicate", int(tensor[1:][steps == 0][:1].sum()))
         check(bool((steps > 0).all()), argument, "be sorted", tensor[:8].tolist())
         object.__setattr__(self, "_neurons", tensor.to(torch.int32, copy=True))
-        object.__setattr__(self, "intermediate_size", int(intermediate_size))
+        object.__setattr__(self, "intermediate_size", intermediate_size)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError("a KeepIndex is immutable")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("a KeepIndex is immutable")
+
+    def __reduce__(self) -> tuple[type, tuple[Tensor, int]]:
+        return KeepIndex, (self.neurons, self.intermediate_size)
 
     @property
     def neurons(self) -> Tensor:
@@ -122,7 +137,10 @@ class Mask:
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
         check(len(self.layers) > 0, "mask", "hold at least one layer", 0)
+        strange = [type(keep).__name__ for keep in self.layers if not isinstance(keep, KeepIndex)]
+        check(not strange, "mask", "hold one KeepIndex a layer", strange)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -180,9 +198,11 @@ class Mask:
                 sizes = json.loads(metadata["intermediate_sizes"])
                 provenance = json.loads(metadata["provenance"])
                 layers = tuple(
-                    KeepIndex(file.get_tensor(f"layers.{i}"), int(size), f"mask layer {i}")
-                    for i, size in enumerate(sizes)
+                    KeepIndex(file.get_tensor(f"layers.{i}"), size, f"mask layer {i}") for i, size in enumerate(sizes)
                 )
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+                fingerprint = metadata["fingerprint"]
+        except InputError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a readable mask: {error}") from error
-        return cls(layers, metadata["fingerprint"], provenance)
+        return cls(layers, fingerprint, provenance)

@@ -25,6 +25,9 @@ def pack(weights: FFNWeights, keep: Tensor | None = None) -> tuple[Tensor, Tenso
 
     Returns:
         record `[K, P*D]`, and neuron_bias `[K, P-1]` or None.
+
+    Raises:
+        UnsupportedModelError: only one of gate and up has a bias, which a record cannot tell from a zero bias.
     """
     rows, d = weights.down.shape
     parts = weights.parts
@@ -34,9 +37,11 @@ def pack(weights: FFNWeights, keep: Tensor | None = None) -> tuple[Tensor, Tenso
     for i, part in enumerate(parts):
         record[:, i * d : (i + 1) * d] = part if keep is None else part[keep]
     biases = weights.input_biases
-    if all(b is None for b in biases):
+    columns = [b for b in biases if b is not None]
+    if not columns:
         return record, None
-    columns = [weights.down.new_zeros(weights.down.shape[0]) if b is None else b for b in biases]
+    if len(columns) < len(biases):
+        raise UnsupportedModelError("an FFN must have a bias on both gate and up, or on neither; it has one on one")
     bias = torch.stack(columns, dim=1)
     return record, bias if keep is None else bias[keep]
 
@@ -194,19 +199,20 @@ class PrunedMLP(nn.Module):
         error_msgs: list[str],
     ) -> None:
         root = self._prefix(prefix)
-        targets = self._projection_tensors()
-        for name, tensor in targets.items():
+        tensors = self._projection_tensors()
+        for name, old in list(tensors.items()):
             new = state_dict.get(root + name)
             if new is None:
                 missing_keys.append(root + name)
-            elif new.shape != tensor.shape:
-                error_msgs.append(f"{root}{name} must have shape {tuple(tensor.shape)}; got {tuple(new.shape)}")
-        if error_msgs or any(root + name not in state_dict for name in targets):
-            return
-        with torch.no_grad():
-            self._assign({name: state_dict[root + name] for name in targets})
+            elif new.shape != old.shape:
+                error_msgs.append(f"{root}{name} must have shape {tuple(old.shape)}; got {tuple(new.shape)}")
+            else:
+                tensors[name] = new
         if strict:
-            unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(root) :] not in targets)
+            own = (prefix, f"{root}{self.pattern.down}.") if self.pattern.in_layer else (prefix,)
+            unexpected_keys.extend(k for k in state_dict if k.startswith(own) and k[len(root) :] not in tensors)
+        with torch.no_grad():
+            self._assign({name: tensor.to(self.record.device, copy=True) for name, tensor in tensors.items()})
 
     def _assign(self, tensors: dict[str, Tensor]) -> None:
         names = [name for name, _ in self.pattern.inputs]

@@ -2,7 +2,8 @@
 
 In one line each, with U, G, V the parts of the record:
 
-    plain_ffn(x) = act(x U^T + b) V + c + residual          gated_ffn(x) = (act(x G^T + b) * (x U^T + b')) V + c + residual
+    plain_ffn(x) = act(x U^T + b) V + c + residual
+    gated_ffn(x) = (act(x G^T + b) * (x U^T + b')) V + c + residual
 
 The gather forms do the same over the rows `index`. Schema, fake implementation and autograd formula are registered
 here; `dispatch` chooses who computes. The functions of this module check every argument and then call the operator.
@@ -74,11 +75,12 @@ def _backward(twin: Callable[..., Tensor]) -> Callable[..., Any]:
         """Gradients by differentiating the plain-torch twin."""
         tensors = list(ctx.saved_tensors)
         wanted = [i for i, t in enumerate(tensors) if t is not None and ctx.needs_input_grad[i]]
+        twice = torch.is_grad_enabled()  # create_graph=True: these gradients will be differentiated again
         with torch.enable_grad():
-            for i in wanted:
+            for i in wanted if not twice else ():
                 tensors[i] = tensors[i].detach().requires_grad_()
             out = twin(*tensors, activation=ctx.activation)
-            found = torch.autograd.grad(out, [tensors[i] for i in wanted], grad)
+            found = torch.autograd.grad(out, [tensors[i] for i in wanted], grad, create_graph=twice)
         grads: list[Tensor | None] = [None] * (len(tensors) + 2)
         for i, g in zip(wanted, found, strict=True):
             grads[i] = g
@@ -145,6 +147,7 @@ def check_operands(
     parts = 3 if gated else 2
     check_choice(activation, "activation", reference.ACTIVATIONS)
     check(x.ndim >= 1, "x", "have at least one dimension", tuple(x.shape))
+    check(record.ndim == 2, "record", "have two dimensions", tuple(record.shape))
     d, f = x.shape[-1], record.shape[0]
     check(x.is_floating_point(), "x", "be floating point", x.dtype)
     shapes = (

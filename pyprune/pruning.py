@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from . import allocation, families, importance, surgery
 from .calibration import LayerStream, Progress, quiet, stack_batches
 from .compensation import least_squares, mean_bias
 from .config import PruneConfig
-from .errors import check
+from .errors import InputError, check
 from .families import FFN
 from .importance import ActivationStats
 from .mask import KeepIndex, Mask
@@ -82,9 +83,10 @@ class PruneReport:
 class _Pruner:
     """One run of `prune`: the model, what it must do, and the report it fills."""
 
-    def __init__(self, model: nn.Module, config: PruneConfig, ids: Tensor | None, progress: Progress) -> None:
-        self.model, self.config, self.ids, self.progress = model, config, ids, progress
-        self.ffns = families.find_ffns(model)
+    def __init__(
+        self, model: nn.Module, ffns: list[FFN], config: PruneConfig, ids: Tensor | None, progress: Progress
+    ) -> None:
+        self.model, self.ffns, self.config, self.ids, self.progress = model, ffns, config, ids, progress
         self.criterion = importance.get(config.method)
         self.reports: list[LayerReport] = []
 
@@ -123,27 +125,61 @@ class _Pruner:
         surgery.cut(ffn, keep, down, shift)
         self.reports.append(report)
 
+    def step(self, ffn: FFN, keep: KeepIndex | None, stream: LayerStream | None) -> KeepIndex:
+        """Score one layer if `keep` is None, and prune it."""
+        config = self.config
+        stats = stream.statistics(ffn, gram=config.compensate == "least-squares") if stream else None
+        if keep is None:
+            (keep,) = allocation.uniform([self.scores(ffn, stats)], config.keep, config.multiple)
+        self.prune_layer(ffn, keep, stats)
+        if stream:
+            stream.advance()
+        release()
+        return keep
+
     def run(self, keeps: list[KeepIndex] | None) -> list[KeepIndex]:
         """Prune every layer; `keeps` None means: score each layer when it is reached, pruned layers upstream."""
-        config = self.config
-        compensating = config.compensate != "none"
+        compensating = self.config.compensate != "none"
         scoring = keeps is None and self.criterion.needs_activations
         stream = self.stream() if compensating or scoring else None
         chosen = []
         for ffn in self.ffns:
             self.progress("pruning layers", ffn.layer, len(self.ffns))
-            stats = stream.statistics(ffn, gram=config.compensate == "least-squares") if stream else None
-            if keeps is not None:
-                keep = keeps[ffn.layer]
-            else:
-                (keep,) = allocation.uniform([self.scores(ffn, stats)], config.keep, config.multiple)
-            self.prune_layer(ffn, keep, stats)
-            if stream:
-                stream.advance()
-            chosen.append(keep)
-            release()
+            try:
+                chosen.append(self.step(ffn, None if keeps is None else keeps[ffn.layer], stream))
+            except InputError as error:
+                done = "; earlier layers are pruned already, so load the model again" if self.reports else ""
+                raise InputError(f"layer {ffn.layer}: {error}{done}") from error
         self.progress("pruning layers", len(self.ffns), len(self.ffns))
         return chosen
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        check(bool(parameter.isfinite().all()), "model", "have finite weights", f"NaN or infinity in {name}")
+
+
+def _check_windows(model: nn.Module, ids: Tensor) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    fits = not isinstance(longest, int) or ids.shape[1] <= longest
+    check(fits, "batches", f"have windows of at most {longest} tokens (max_position_embeddings)", ids.shape[1])
+
+
+def _check_json(provenance: dict[str, Any] | None) -> None:
+    try:
+        json.dumps(provenance)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"provenance must hold JSON values only; {error}") from error
+
+
+def _used(config: PruneConfig, mask: Mask | None) -> dict[str, Any]:
+    """The part of the configuration that had a say; with a mask, its own provenance tells how neurons were chosen."""
+    used = config.to_json()
+    if config.compensate != "least-squares":
+        del used["damping"]
+    if config.scope != "global":
+        del used["floor"]
+    return used if mask is None else {k: v for k, v in used.items() if k in ("compensate", "damping")}
 
 
 def _totals(model: nn.Module) -> tuple[int, int]:
@@ -170,16 +206,18 @@ def prune(
     Args:
         model: a causal LM of Transformers, dense or pruned before.
         config: what to do; None for the defaults.
-        batches: calibration tokens, `[N, W]` or an iterable of `[W]` / `[B, W]` integer tensors, all of one W. Needed by
-            methods that look at activations and by compensation.
+        batches: calibration tokens, `[N, W]` or an iterable of `[W]` / `[B, W]` integer tensors, all of one W. Needed
+            by methods that look at activations and by compensation.
         mask: neurons to keep, instead of scoring; `config.keep`, `method` and `scope` are then not used.
         progress: called as `(stage, done, total)`.
         provenance: facts about the run (text, versions) that go into the mask and the checkpoint.
 
     Raises:
-        InputError: a value breaks its rule, calibration text is missing, scores are not finite, or the mask belongs to
-            another model.
-        UnsupportedModelError: an FFN that pyprune does not know, or a compensation that its format cannot hold.
+        InputError: a value breaks its rule, calibration text is missing, weights are not finite, or the mask belongs to
+            another model; the model is unchanged then. Also where scores or activations are not finite: if that shows
+            only after some layers were pruned, the message says so, and the model must be loaded again.
+        UnsupportedModelError: an FFN that pyprune does not know, or a compensation that its format cannot hold; the
+            model is unchanged then.
     """
     config = config or PruneConfig()
     needed = config.compensate != "none" or (mask is None and config.needs_text)
@@ -189,34 +227,36 @@ def prune(
         f"be given for method {config.method!r} with compensate {config.compensate!r}",
         batches,
     )
-    vocabulary = getattr(model.config, "vocab_size", None)
-    ids = stack_batches(batches, vocabulary) if needed and batches is not None else None
-    pruner = _Pruner(model, config, ids, progress)
-    ffns = pruner.ffns
+    _check_json(provenance)
+    ffns = families.find_ffns(model)
+    ids = None
+    if needed and batches is not None:
+        ids = stack_batches(batches, getattr(model.config, "vocab_size", None))
+        _check_windows(model, ids)
+    _check_finite(model)
+    if config.compensate == "bias":
+        surgery.check_biases(model, ffns)
+    pruner = _Pruner(model, ffns, config, ids, progress)
     block = families.ffn_block(model, ffns)
     fingerprint = families.fingerprint(model, ffns)
     if mask is not None:
         mask.check_fits([f.intermediate_size for f in ffns], fingerprint)
-    training = model.training
-    model.eval()
     before = _totals(model)
     started = time.perf_counter()
-    try:
-        with PeakMemory() as memory:
-            if config.compensate == "bias":
-                surgery.give_biases(model, ffns)
-            keeps = None if mask is None else list(mask.layers)
-            if keeps is None and config.scope == "global":
-                keeps = allocation.global_top(pruner.all_scores(), config.keep, config.multiple, config.floor)
-            keeps = pruner.run(keeps)
-    finally:
-        model.train(training)
+    with families.evaluating(model), PeakMemory() as memory:
+        keeps = None if mask is None else list(mask.layers)
+        if keeps is None and config.scope == "global":
+            keeps = allocation.global_top(pruner.all_scores(), config.keep, config.multiple, config.floor)
+        if config.compensate == "bias":
+            surgery.give_biases(model, ffns)
+        keeps = pruner.run(keeps)
     tokens, window = (ids.numel(), ids.shape[1]) if ids is not None else (0, 0)
-    facts = {"config": config.to_json(), "tokens": tokens, "window": window, **(provenance or {})}
+    facts = {"config": _used(config, mask), "tokens": tokens, "window": window, **(provenance or {})}
     if mask is not None:
         facts = {**facts, "mask": mask.provenance}
     surgery.set_widths(model, block, [len(k) for k in keeps])
-    model.config.pyprune = {**model.config.pyprune, "base_fingerprint": fingerprint, "provenance": facts}
+    model_config: Any = model.config
+    model_config.pyprune = {**model_config.pyprune, "base_fingerprint": fingerprint, "provenance": facts}
     after = _totals(model)
     return PruneReport(
         config,

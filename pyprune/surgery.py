@@ -25,9 +25,18 @@ def cut(ffn: FFN, keep: KeepIndex, down: Tensor | None = None, bias_shift: Tenso
         keep: the neurons that stay.
         down: `[K, D]` new down rows for them (from a compensation), or None to keep the old ones.
         bias_shift: `[D]` to add to the down bias, which must exist, or None.
+
+    Raises:
+        InputError: `keep` is of another width, or a new value is not finite in the dtype of the weights; the FFN is
+            unchanged then.
     """
     size = ffn.intermediate_size
     check(keep.intermediate_size == size, "keep", f"refer to {size} neurons", keep.intermediate_size)
+    for argument, new in (("down", down), ("bias_shift", bias_shift)):
+        if new is not None:
+            dtype = ffn.weights().down.dtype
+            bad = int((~new.to(dtype).isfinite()).sum())
+            check(bad == 0, f"{argument} of layer {ffn.layer}", f"be finite in {dtype}", f"{bad} values that are not")
     index = keep.neurons.long()
     for name, blocks in ffn.pattern.inputs:
         stacked = torch.cat([index + block * size for block in range(blocks)])
@@ -39,8 +48,26 @@ def cut(ffn: FFN, keep: KeepIndex, down: Tensor | None = None, bias_shift: Tenso
         bias = ffn.weights().down_bias
         assert bias is not None
         bias += bias_shift.to(bias.dtype)
-    if hasattr(ffn.holder, "intermediate_size"):
-        ffn.holder.intermediate_size = len(keep)
+    holder: Any = ffn.holder
+    if hasattr(holder, "intermediate_size"):
+        holder.intermediate_size = len(keep)
+
+
+def check_biases(model: nn.Module, ffns: list[FFN]) -> str | None:
+    """The config key that must be set to give every down projection a bias, or None where all have one.
+
+    Raises:
+        UnsupportedModelError: the family's checkpoint format has no FFN bias.
+    """
+    if all(ffn.weights().down_bias is not None for ffn in ffns):
+        return None
+    key = families.bias_key(model.config)
+    if key is None:
+        raise UnsupportedModelError(
+            f"compensate 'bias' needs a bias on the down projection, and {type(model.config).__name__} has no config "
+            f"key for one (looked for {', '.join(families.BIAS_KEYS)}); use compensate 'least-squares' or 'none'"
+        )
+    return key
 
 
 @torch.no_grad()
@@ -48,21 +75,17 @@ def give_biases(model: nn.Module, ffns: list[FFN]) -> None:
     """Make sure every down projection has a bias, with zeros where the family's format allows one to be added.
 
     Raises:
-        UnsupportedModelError: the family's checkpoint format has no FFN bias.
+        UnsupportedModelError: as `check_biases`.
     """
-    if all(ffn.weights().down_bias is not None for ffn in ffns):
-        return
-    key = families.bias_key(model.config)
+    key = check_biases(model, ffns)
     if key is None:
-        raise UnsupportedModelError(
-            f"compensate 'bias' needs a bias on the down projection, and {type(model.config).__name__} has no config "
-            f"key for one (looked for {', '.join(families.BIAS_KEYS)}); use compensate 'least-squares' or 'none'"
-        )
+        return
     for ffn in ffns:
         for name in [n for n, _ in ffn.pattern.inputs] + [ffn.pattern.down]:
             projection: Any = ffn.holder.get_submodule(name)
             if projection.bias is None:
-                projection.bias = nn.Parameter(projection.weight.new_zeros(projection.weight.shape[0]))
+                weight = projection.weight
+                projection.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
     setattr(model.config, key, True)
 
 
@@ -119,11 +142,21 @@ def accelerate(model: nn.Module, mode: str = "compact", backend: str = "auto", m
     return model
 
 
+class _Absorbed(nn.Identity):
+    """Stands where an in-layer FFN's down projection stood; its tensors belong to the `PrunedMLP` beside it."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 def _swap(model: nn.Module, ffn: FFN, module: PrunedMLP) -> None:
     if ffn.pattern.in_layer:
-        setattr(ffn.holder, ffn.pattern.up, module)
-        setattr(ffn.holder, "activation_fn", nn.Identity())
-        setattr(ffn.holder, ffn.pattern.down, nn.Identity())
+        holder: Any = ffn.holder
+        setattr(holder, ffn.pattern.up, module)
+        holder.activation_fn = nn.Identity()
+        setattr(holder, ffn.pattern.down, _Absorbed())
+        if hasattr(holder, "activation_dropout"):
+            holder.activation_dropout = 0.0  # it would now fall on the FFN's output
         return
     parent, _, name = ffn.name.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

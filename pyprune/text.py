@@ -97,6 +97,8 @@ def token_windows(tokenizer: Any, text: str, tokens: int, window: int, argument:
     # A token is at least one byte, and hardly ever more than 16 characters: read no more text than can be needed.
     excerpt = text[: tokens * 16] if tokens else text
     ids = tokenizer(excerpt, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < tokens and len(excerpt) < len(text):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = min(len(ids), tokens or len(ids)) // window
     check(count > 0, argument, f"hold at least one window of {window} tokens", f"{len(ids)} tokens")
     return torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import torch
@@ -11,7 +12,7 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported, whoever imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,41 @@ def family(request: pytest.FixtureRequest) -> str:
 def ids() -> torch.Tensor:
     """`[4, 16]` random token ids."""
     return torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def random_mask() -> Callable[..., Any]:
+    """`random_mask(model, widths, seed=0)` -> a mask that keeps `widths[i]` random neurons of layer i."""
+    from pyprune import KeepIndex, Mask, families
+
+    def make(model: Any, widths: Sequence[int], seed: int = 0) -> Mask:
+        ffns = families.find_ffns(model)
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [ffn.intermediate_size for ffn in ffns]
+        keeps = [
+            KeepIndex(torch.randperm(size, generator=generator)[:width].sort().values, size)
+            for size, width in zip(sizes, widths, strict=True)
+        ]
+        return Mask(tuple(keeps), families.fingerprint(model, ffns))
+
+    return make
+
+
+@pytest.fixture
+def masked() -> Callable[..., Any]:
+    """`masked(model, mask)` -> a copy of the dense model in which the removed neurons reach nothing."""
+    from pyprune import families
+
+    @torch.no_grad()
+    def make(model: Any, mask: Any) -> Any:
+        model = copy.deepcopy(model)
+        for ffn, keep in zip(families.find_ffns(model), mask.layers, strict=True):
+            removed = torch.ones(keep.intermediate_size, dtype=torch.bool)
+            removed[keep.neurons.long()] = False
+            ffn.weights().down[removed] = 0.0
+        return model
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 
 import torch
@@ -19,7 +20,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def _kernels() -> ModuleType | str:
     """The kernel package, or why it cannot be imported."""
     try:
-        from pyprune import triton_kernels
+        triton_kernels = importlib.import_module("pyprune.triton_kernels")
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     return triton_kernels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class ActivationStats:
         return (self.square_sum / self.tokens - self.mean.square()).clamp_min(0.0)
 
 
-Score = Callable[[FFNWeights, ActivationStats | None, torch.Generator], Tensor]
+# Stats are None only where the criterion does not ask for them, so a score function may declare them as given.
+Score = Callable[[FFNWeights, Any, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,159 @@
+"""Make the tables of README.md from bench/results/*.json; no number is typed by hand.
+
+    python bench/readme_tables.py            rewrites what stands between <!-- table:NAME --> and <!-- /table -->
+    python bench/readme_tables.py --check    exits with 1 when README.md is stale
+
+A table is a function from its results to Markdown lines, and an entry of `TABLES`. The results of table NAME are
+NAME.json and NAME-*.json, by file name; the same table is made for each.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pyprune.files import new_file
+
+HERE = Path(__file__).parent
+_MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+
+Result = dict[str, Any]
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A Markdown table; a column whose name starts with `>` is aligned to the right."""
+    names = list(header)
+    rule = ["---:" if name.startswith(">") else "---" for name in names]
+    lines = [[name.removeprefix(">") for name in names], rule, *map(list, rows)]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def provenance(result: Result) -> str:
+    """One line that says where numbers come from."""
+    facts = result["machine"]
+    where = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {facts['torch_threads']} threads"
+    commit = f", commit {facts['commit'][:10]}{' with changes' if facts['dirty'] else ''}" if facts["commit"] else ""
+    bandwidth = f", memory read at {result['bandwidth_gb_s']:.1f} GB/s" if "bandwidth_gb_s" in result else ""
+    return f"{where}{bandwidth}, torch {facts['versions']['torch']}, {facts['date'][:10]}{commit}."
+
+
+def _fastest(rows: list[Result], forms: tuple[str, ...], keep_all: bool) -> Result | None:
+    fitting = [r for r in rows if r["form"] in forms and (r["keep"] == 1) == keep_all]
+    return min(fitting, key=lambda r: r["us"]) if fitting else None
+
+
+def ffn_table(result: Result) -> list[str]:
+    """A line for each (model, dtype, M, keep): the dense path, and the fastest of each pruned form beside the ceiling.
+
+    The dense path is the fastest that was measured on all neurons: torch eager or compiled, or PrunedMLP.
+    """
+    pruned_forms = {"narrow Linear": ("linear", "linear-compiled"), "compact": ("compact",), "gather": ("gather",)}
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for r in result["rows"]:
+        groups.setdefault((r["model"], r["hidden_size"], r["intermediate_size"], r["dtype"], r["tokens"]), []).append(r)
+    lines = []
+    for (model, d, f, dtype, tokens), rows in groups.items():
+        dense = _fastest(rows, ("linear", "linear-compiled", "compact"), keep_all=True)
+        for keep in sorted({r["keep"] for r in rows if r["keep"] != 1}, reverse=True):
+            if dense is None:
+                continue
+            cells = [f"{model} {d} x {f}", dtype, str(tokens), f"{keep:.0%}", f"{dense['us']:,.0f}"]
+            ceiling = ""
+            for forms in pruned_forms.values():
+                best = _fastest([r for r in rows if r["keep"] == keep], forms, keep_all=False)
+                if best is None:
+                    cells.append("-")
+                    continue
+                ceiling = f"{best['ceiling']:.2f}x"
+                cells.append(f"{best['us']:,.0f} ({dense['us'] / best['us']:.2f}x, {best['gb_s']:.0f} GB/s)")
+            lines.append([*cells, ceiling])
+    header = ["FFN", "dtype", ">M", ">kept", ">dense, us", *(f">{name}, us" for name in pruned_forms), ">ceiling"]
+    return [f"One FFN, medians. {provenance(result)}", "", *markdown(header, lines)]
+
+
+def model_table(result: Result) -> list[str]:
+    """For each case of the end-to-end bench a line for each measurement and model."""
+    labels = {"decode": "decode, batch {}", "prefill": "prefill, {} tokens", "ffn": "one FFN, M = {}"}
+    lines = []
+    for r in result["rows"]:
+        models = r["report"]["models"]
+        for kind, label in labels.items():
+            for key in models["dense"][kind]:
+                for name, entry in models.items():
+                    value = entry[kind][key]
+                    per_s = "tokens_per_s" in value
+                    speed = f"{value['tokens_per_s']:,.1f} tokens/s" if per_s else f"{value['us']:,.0f} us"
+                    ratio = "" if name == "dense" else f"{value['ratio']:.2f}x"
+                    ceiling = "" if name == "dense" else f"{value['ceiling']:.2f}x"
+                    lines.append([label.format(key), name, f"{entry['keep']:.0%}", speed, ratio, ceiling])
+    header = ["what", "model", ">kept", ">speed", ">ratio", ">ceiling"]
+    settings = result["rows"][0]["report"]["settings"]
+    what = f"{result['rows'][0]['model']}, {settings['dtype']}, medians of interleaved rounds."
+    return [f"{what} {provenance(result)}", "", *markdown(header, lines)]
+
+
+def quality_table(result: Result) -> list[str]:
+    """A line for each row of bench/bench_quality.py."""
+    lines = [
+        [r["calibration"], r["method"], r["compensate"], f"{r['perplexity']:.2f}", f"{r['removed']:.1%}"]
+        for r in result["rows"]
+    ]
+    header = ["calibrated on", "method", "compensation", ">perplexity", ">removed"]
+    what = f"{result['model']} on {result['evaluation']}, dense {result['dense']:.2f}."
+    return [f"{what} {provenance(result)}", "", *markdown(header, lines)]
+
+
+TABLES: dict[str, Callable[[Result], list[str]]] = {
+    "ffn": ffn_table,
+    "model": model_table,
+    "quality": quality_table,
+}
+
+
+def load_results(folder: Path, name: str) -> list[Result]:
+    """The results of a table, by file name."""
+    files = sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}-*.json")])
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def render(readme: str, results: Path) -> str:
+    """The text of a README with its tables made anew from the folder `results`.
+
+    Raises:
+        typer.BadParameter: a marker without an entry in `TABLES`.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        opening, name, _, closing = match.groups()
+        if name not in TABLES:
+            raise typer.BadParameter(f"README has a table {name!r}; known are {', '.join(TABLES)}")
+        found = load_results(results, name)
+        lines = [line for result in found for line in ["", *TABLES[name](result)]]
+        return opening + "".join(f"{line}\n" for line in [*lines, ""] if found) + closing
+
+    return _MARKED.sub(replace, readme)
+
+
+def main(
+    check: Annotated[bool, typer.Option(help="Change nothing; exit with 1 when README is stale.")] = False,
+    readme: Annotated[Path, typer.Option(help="The file with the markers.")] = HERE.parent / "README.md",
+    results: Annotated[Path, typer.Option(help="The folder of the results.")] = HERE / "results",
+) -> None:
+    """Rewrite the tables, or check them."""
+    old = readme.read_text(encoding="utf-8")
+    new = render(old, results)
+    if check and new != old:
+        typer.echo(f"{readme.name} is stale; run: python bench/readme_tables.py", err=True)
+        raise typer.Exit(1)
+    if not check and new != old:
+        with new_file(readme) as temporary:
+            temporary.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,103 @@
+"""Facts about the machine and the versions, for the provenance of measured numbers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+_PACKAGES = ("torch", "transformers", "triton", "pyprune")
+# What runs, apart from the package itself: a commit names the numbers only if these are as committed.
+_SOURCES = (":(top)csrc", ":(top)triton_kernels", ":(top)setup.py")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that numbers depend on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
+def cpu_name() -> str:
+    """The CPU's model name, or its architecture where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the package's folder, or None when it fails; never touches the index."""
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def source() -> dict[str, Any]:
+    """`commit` of the source tree and whether it is `dirty`; both None for an installed package.
+
+    Dirty means that code which runs differs from the commit: results, README and tests do not count.
+    """
+    # A package installed inside somebody else's repository is not tracked by it.
+    if not _git("ls-files", "--error-unmatch", "__init__.py"):
+        return {"commit": None, "dirty": None}
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--", ".", *_SOURCES))}
+
+
+def _gpu() -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def facts() -> dict[str, Any]:
+    """What a reader needs to judge a number: plain JSON values; no host name, no user name, no paths.
+
+    Keys: `cpu`, `instructions` (what torch was able to pick), `cores` (usable by this process), `torch_threads`,
+    `memory_bytes`, `load` (mean of runnable processes over the last minute: well above 0 before a bench starts means
+    noise), `gpu` (None, or `name`, `memory_bytes`, `capability`, `cuda`), `system`, `versions`, `commit`, `dirty`,
+    `date` (UTC).
+    """
+    return {
+        "cpu": cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": usable_cores(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load": round(psutil.getloadavg()[0], 2),
+        "gpu": _gpu(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions(),
+        **source(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

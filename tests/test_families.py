@@ -1,0 +1,252 @@
+"""Families: what is recognised, what is refused and how, and the whole way from dense to a reloaded checkpoint."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, OPTForCausalLM
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from pyprune import PruneConfig, UnsupportedModelError, checkpoint, families, find_ffns, prune, reference
+
+BARE = PruneConfig(compensate="none")
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "silu": "silu",
+    "swish": "silu",
+    "quick_gelu": "quick_gelu",
+}
+LOOKALIKES = ("relu6", "gelu_10", "leaky_relu", "mish", "sigmoid", "tanh", "linear")
+
+
+@pytest.mark.parametrize("widths", [(40, 40, 40), (64, 1, 96)], ids=["uniform", "differing"])
+def test_prune_save_reload_generate(family, widths, tiny, ids, random_mask, masked, tmp_path):
+    model = tiny(family)
+    mask = random_mask(model, widths)
+    want = masked(model, mask)(ids).logits
+    prune(model, BARE, mask=mask)
+    got = model(ids).logits
+    torch.testing.assert_close(got, want)  # the default tolerance: float32 rounding
+
+    checkpoint.save(model, tmp_path / "out")
+    checkpoint.verify(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(loaded) is type(model)
+    assert [ffn.intermediate_size for ffn in find_ffns(loaded)] == list(widths)
+    assert torch.equal(loaded(ids).logits, got)
+    assert loaded.generate(ids[:1], max_new_tokens=3, do_sample=False, min_new_tokens=3).shape == (1, 19)
+
+
+def test_every_layer_is_found_as_built(family, tiny):
+    ffns = find_ffns(tiny(family))
+    assert [f.layer for f in ffns] == [0, 1, 2]
+    assert {(f.hidden_size, f.intermediate_size) for f in ffns} == {(32, 96)}
+
+
+def test_weights_are_views_of_the_model(family, tiny):
+    model = tiny(family)
+    ffn = find_ffns(model)[1]
+    own = {p.untyped_storage().data_ptr() for p in ffn.parameters()}
+    tensors = [*ffn.weights().parts, *ffn.weights().input_biases, ffn.weights().down_bias]
+    assert {t.untyped_storage().data_ptr() for t in tensors if t is not None} == own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_and_dead_weights_do_not_blur_detection(family, dtype, tiny):
+    model = tiny(family)
+    want = [ffn.activation for ffn in find_ffns(model)]
+    model.to(dtype)
+    assert [ffn.activation for ffn in find_ffns(model)] == want
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert [ffn.activation for ffn in find_ffns(model)] == want
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("family_of_act", ["llama", "phi", "opt"])
+def test_activation_is_named_by_behaviour(name, family_of_act, tiny):
+    key = {"opt": "activation_function"}.get(family_of_act, "hidden_act")
+    assert {f.activation for f in find_ffns(tiny(family_of_act, **{key: name}))} == {ACTIVATIONS[name]}
+    assert set(ACTIVATIONS.values()) == set(reference.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+@pytest.mark.parametrize("family_of_act", ["llama", "phi", "opt"])
+def test_lookalike_activation_is_refused(name, family_of_act, tiny):
+    key = {"opt": "activation_function"}.get(family_of_act, "hidden_act")
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0.*does not compute a (gated|plain) FFN with one of gelu"):
+        find_ffns(tiny(family_of_act, **{key: name}))
+
+
+def test_nothing_depends_on_names(tiny, tiny_config):
+    class Unheard(LlamaForCausalLM):
+        pass
+
+    model = Unheard(tiny_config("llama"))
+    model.config.model_type = "unheard"
+    for layer in model.model.layers:
+        layer.mlp.__class__ = type("Other", (LlamaMLP,), {})
+    assert {f.pattern.name for f in find_ffns(model)} == {"gate_proj/up_proj/down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "found"),
+    [("mixtral", "MixtralExperts"), ("qwen2_moe", "Qwen2MoeExperts"), ("olmoe", "OlmoeExperts")],
+)
+def test_mixture_of_experts_is_refused_by_name(model_type, found):
+    small = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **small, **experts, **heads))
+    with pytest.raises(UnsupportedModelError, match=rf"layers\.0 has no FFN.*mixture of experts.*{found}"):
+        find_ffns(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "message"),
+    [
+        ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, r"BloomMLP, dense_h_to_4h/dense_4h_to_h\) does not"),
+        ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}, r"MptForCausalLM: transformer\.blocks\.0.*MptMLP"),
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2}, r"no FFN that pyprune knows; found norm .*MambaMixer"),
+    ],
+)
+def test_unknown_shape_is_refused_by_what_was_found(model_type, config, message):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=64, **config))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match=message):
+        prune(model, PruneConfig(method="random", compensate="none"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class NormedMLP(LlamaMLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = nn.LayerNorm(config.intermediate_size)
+
+    def forward(self, x):
+        return self.down_proj(self.norm(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class ScaledMLP(LlamaMLP):
+    def forward(self, x):
+        return 0.98 * super().forward(x)
+
+
+class ResidualMLP(LlamaMLP):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class SwappedMLP(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+class NormalisingMLP(LlamaMLP):
+    def forward(self, x):
+        return super().forward(nn.functional.normalize(x, dim=-1))
+
+
+class RoutedMLP(LlamaMLP):
+    def forward(self, x, routing):
+        return super().forward(x) * routing
+
+
+@pytest.mark.parametrize("odd", [NormedMLP, ScaledMLP, ResidualMLP, SwappedMLP, NormalisingMLP, RoutedMLP])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_module_that_only_looks_familiar_is_refused(odd, dtype, tiny):
+    model = tiny("llama")
+    model.model.layers[2].mlp = odd(model.config)
+    with pytest.raises(UnsupportedModelError, match=rf"model\.layers\.2\.mlp \({odd.__name__}, gate_proj/up_proj"):
+        find_ffns(model.to(dtype))
+
+
+def test_in_layer_ffn_with_a_norm_over_its_neurons_is_refused(tiny):
+    model = tiny("opt")
+    model.model.decoder.layers[1].ffn_layernorm = nn.LayerNorm(96)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1 has a norm over its neurons, ffn_layernorm"):
+        find_ffns(model)
+
+
+def test_two_ffns_in_one_layer_are_refused(tiny):
+    model = tiny("llama")
+    model.model.layers[0].second = LlamaMLP(model.config)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0 has more than one FFN; found .*second \(LlamaMLP"):
+        find_ffns(model)
+
+
+def test_shared_ffn_is_refused(tiny):
+    model = tiny("llama")
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp and model\.layers\.2\.mlp share weights"):
+        find_ffns(model)
+
+
+def test_decoder_layers_are_never_guessed(tiny):
+    with pytest.raises(UnsupportedModelError, match=r"Linear does not have a list of None decoder layers.*no nn\."):
+        find_ffns(nn.Linear(2, 2))
+    model = tiny("llama")
+    model.model.towers = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
+    with pytest.raises(UnsupportedModelError, match=r"does not have one list of 3.*layers \(3\), model\.towers \(3\)"):
+        find_ffns(model)
+    model = tiny("llama")
+    model.config.num_hidden_layers = 2
+    with pytest.raises(UnsupportedModelError, match=r"a list of 2 decoder layers .*found model\.layers \(3\)"):
+        find_ffns(model)
+
+
+def test_width_key_and_bias_key(tiny_config):
+    assert families.width_key(tiny_config("gpt2")) == "n_inner"
+    assert families.width_key(tiny_config("opt")) == "ffn_dim"
+    assert families.width_key(tiny_config("falcon")) == "ffn_hidden_size"
+    assert families.width_key(tiny_config("llama")) == "intermediate_size"
+    assert families.bias_key(tiny_config("llama")) == "mlp_bias"
+    assert families.bias_key(tiny_config("qwen2")) is None
+    with pytest.raises(UnsupportedModelError, match=r"BloomConfig has no FFN width.*n_inner, ffn_dim"):
+        families.width_key(AutoConfig.for_model("bloom"))
+
+
+def test_evaluating_restores_every_mode(tiny):
+    model = tiny("gpt2").train()
+    model.transformer.h[1].eval()
+    modes = [m.training for m in model.modules()]
+    with families.evaluating(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_fingerprint_names_the_dense_model(tiny, tmp_path):
+    def of(model):
+        return families.fingerprint(model, find_ffns(model))
+
+    model = tiny("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loads = [AutoModelForCausalLM.from_pretrained(tmp_path, dtype=d) for d in (torch.float32, torch.bfloat16)]
+    assert {of(m) for m in loads} == {of(model)}
+    assert of(tiny("llama", seed=1)) != of(tiny("llama"))
+    assert of(tiny("mistral")) != of(tiny("llama"))  # the same weights in another family
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[3, 5] += 1
+    assert of(model) != of(loads[0])
+
+
+def test_every_activation_of_transformers_is_named_rightly_or_not_at_all(tiny):
+    model = tiny("llama")
+    layer = model.model.layers[0].mlp
+    x = torch.linspace(-9, 9, 181, dtype=torch.float64)
+    for name in sorted(ACT2FN):
+        try:
+            layer.act_fn = ACT2FN[name]
+        except (ImportError, TypeError):
+            continue  # needs arguments or a package
+        pattern = families.match(layer)
+        if (found := families.detect_activation(layer, pattern)) is not None:
+            torch.testing.assert_close(layer.act_fn(x), reference.ACTIVATIONS[found](x), rtol=1e-6, atol=1e-6)
