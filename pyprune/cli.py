@@ -231,7 +231,7 @@ def prune(
     facts = {
         "model": model if model == loading.DEMO else Path(model).name,
         "text": text_name,
-        "versions": machine.facts()["versions"],
+        "versions": machine.versions(),
     }
     with Bars() as bars:
         report = prune_model(loaded, config, batches, mask=loaded_mask, progress=bars, provenance=facts)

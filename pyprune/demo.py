@@ -77,7 +77,7 @@ class DemoResult:
         return [
             table(f"prompt: {escape(PROMPT)}", ("dense", "pruned"), texts),
             table(
-                f"SmolLM2-135M-Instruct, {1 - self.facts['keep']:.1%} of FFN neurons removed",
+                f"{self.facts['model']}, {1 - self.facts['keep']:.1%} of FFN neurons removed",
                 ("what", ">dense", ">pruned", ">ratio", ">ceiling"),
                 rows,
             ),
@@ -112,10 +112,12 @@ def _check_out(out: Path) -> None:
             raise InputError(f"out must be a folder of the demo's own; {folder} is something else")
 
 
-def _keep_facts(model: Any, folder: Path, windows: Tensor, neurons: int, progress: Progress) -> dict[str, Any]:
+def _keep_facts(
+    model: Any, tokenizer: Any, folder: Path, windows: Tensor, neurons: int, progress: Progress
+) -> dict[str, Any]:
     """Save `model`, reload it in a fresh process, and measure what it is worth."""
     progress("saving and reloading in a fresh process", 0, 1)
-    checkpoint.save(model, folder, loading.load_tokenizer(loading.DEMO), overwrite=True)
+    checkpoint.save(model, folder, tokenizer, overwrite=True)
     facts = _reload(folder, model, windows[:1, :256].contiguous())
     facts["file_bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     facts["perplexity"] = perplexity(model, windows, progress).perplexity
@@ -123,8 +125,10 @@ def _keep_facts(model: Any, folder: Path, windows: Tensor, neurons: int, progres
     return facts
 
 
-def run_demo(out: Path, keep: float, text: str | None, tokens: int, progress: Progress) -> DemoResult:
-    """Prune the embedded model and compare it with dense.
+def run_demo(
+    out: Path, keep: float, text: str | None, tokens: int, progress: Progress, model: str = loading.DEMO
+) -> DemoResult:
+    """Prune a model, the embedded one by default, and compare it with dense.
 
     Args:
         out: folder for results; what an earlier demo left there is replaced.
@@ -132,6 +136,7 @@ def run_demo(out: Path, keep: float, text: str | None, tokens: int, progress: Pr
         text: as for `text.load_text`; None for the default.
         tokens: calibration tokens.
         progress: called as `(stage, done, total)`.
+        model: as for `loading.load_model`.
 
     Raises:
         InputError: `out` holds something else, a bad `keep`, `text` or `tokens`, or no embedded model.
@@ -139,30 +144,30 @@ def run_demo(out: Path, keep: float, text: str | None, tokens: int, progress: Pr
     started = time.perf_counter()
     _check_out(out)
     config = PruneConfig(keep=keep)
-    tokenizer = loading.load_tokenizer(loading.DEMO)
+    tokenizer = loading.load_tokenizer(model)
+    name = "SmolLM2-135M-Instruct" if model == loading.DEMO else Path(model).name
     first, first_name = load_text(text, "first")
     second, second_name = load_text(text, "second")
     calibration = token_windows(tokenizer, first, tokens, _WINDOW)
     held_out = token_windows(tokenizer, second, _EVALUATION_TOKENS, _WINDOW)
-    progress("loading SmolLM2-135M-Instruct", 0, 1)
-    dense = loading.load_model(loading.DEMO)
-    pruned = loading.load_model(loading.DEMO)
+    progress(f"loading {name}", 0, 1)
+    dense, pruned = loading.load_model(model), loading.load_model(model)
     report = prune(
         pruned,
         config,
         calibration,
         progress=progress,
-        provenance={"model": "SmolLM2-135M-Instruct", "text": first_name, "versions": machine.facts()["versions"]},
+        provenance={"model": name, "text": first_name, "versions": machine.versions()},
     )
     total = sum(k.intermediate_size for k in report.mask.layers)
     facts: dict[str, Any] = {
-        "model": "SmolLM2-135M-Instruct",
+        "model": name,
         "keep": report.mask.keep,
         "calibration": {"text": first_name, "tokens": report.tokens, "window": _WINDOW},
         "evaluation": {"text": second_name, "tokens": held_out.numel(), "window": _WINDOW},
         "prune": report.to_json(),
-        "dense": _keep_facts(dense, out / "dense", held_out, total, progress),
-        "pruned": _keep_facts(pruned, out / "pruned", held_out, sum(report.mask.widths), progress),
+        "dense": _keep_facts(dense, tokenizer, out / "dense", held_out, total, progress),
+        "pruned": _keep_facts(pruned, tokenizer, out / "pruned", held_out, sum(report.mask.widths), progress),
     }
     swapped = surgery.accelerate(loading.load_model(str(out / "pruned")))
     facts["bench"] = benchmark(dense, {"pruned": pruned, "PrunedMLP": swapped}, progress=progress).to_json()

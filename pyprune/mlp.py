@@ -179,14 +179,23 @@ class PrunedMLP(nn.Module):
             tensors[f"{self.pattern.down}.bias"] = self.down_bias
         return tensors
 
-    def _prefix(self, prefix: str) -> str:
-        """Where the family's names start; in an in-layer FFN this module sits in the place of `up` itself."""
-        return prefix[: -len(self.pattern.up) - 1] if self.pattern.in_layer else prefix
+    def _split(self, prefix: str) -> tuple[str, tuple[str, ...]]:
+        """Where the family's names start, and the projections to save or load under `prefix`.
+
+        An in-layer FFN sits in the place of `up`; a `DownStandIn` in the place of `down` answers for that one.
+        """
+        up, down = self.pattern.up, self.pattern.down
+        for name in (up, down) if self.pattern.in_layer else ():
+            if prefix.endswith(f"{name}."):
+                return prefix[: -len(name) - 1], (name,)
+        return prefix, (*(name for name, _ in self.pattern.inputs), down)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        root, projections = self._split(prefix)
         for name, tensor in self._projection_tensors().items():
-            tensor = tensor if keep_vars else tensor.detach()
-            destination[self._prefix(prefix) + name] = tensor.clone(memory_format=torch.contiguous_format)
+            if name.partition(".")[0] in projections:
+                tensor = tensor if keep_vars else tensor.detach()
+                destination[root + name] = tensor.clone(memory_format=torch.contiguous_format)
 
     def _load_from_state_dict(
         self,
@@ -198,9 +207,11 @@ class PrunedMLP(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        root = self._prefix(prefix)
+        root, projections = self._split(prefix)
         tensors = self._projection_tensors()
         for name, old in list(tensors.items()):
+            if name.partition(".")[0] not in projections:
+                continue
             new = state_dict.get(root + name)
             if new is None:
                 missing_keys.append(root + name)
@@ -209,8 +220,7 @@ class PrunedMLP(nn.Module):
             else:
                 tensors[name] = new
         if strict:
-            own = (prefix, f"{root}{self.pattern.down}.") if self.pattern.in_layer else (prefix,)
-            unexpected_keys.extend(k for k in state_dict if k.startswith(own) and k[len(root) :] not in tensors)
+            unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(root) :] not in tensors)
         with torch.no_grad():
             self._assign({name: tensor.to(self.record.device, copy=True) for name, tensor in tensors.items()})
 
@@ -229,6 +239,20 @@ class PrunedMLP(nn.Module):
             self.neuron_bias.copy_(torch.stack(biases[0].chunk(2) if self.pattern.fused else biases, dim=1))
         if self.down_bias is not None:
             self.down_bias.copy_(tensors[f"{self.pattern.down}.bias"])
+
+
+class DownStandIn(nn.Identity):
+    """In the place of an in-layer FFN's down projection: hands on what its `PrunedMLP` computed, owns its names."""
+
+    def __init__(self, mlp: PrunedMLP) -> None:
+        super().__init__()
+        self.__dict__["mlp"] = mlp  # past nn.Module, whose child it is not
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.__dict__["mlp"]._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__["mlp"]._load_from_state_dict(*args)
 
 
 def _describe(mlp: nn.Module) -> FFN:

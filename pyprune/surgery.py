@@ -13,7 +13,7 @@ from .families import FFN
 from .heterogeneous import narrow
 from .mask import KeepIndex, Mask
 from .memory import release
-from .mlp import MODES, PrunedMLP
+from .mlp import MODES, DownStandIn, PrunedMLP
 
 
 @torch.no_grad()
@@ -136,17 +136,11 @@ def accelerate(model: nn.Module, mode: str = "compact", backend: str = "auto", m
             set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
     ffns.reverse()
     while ffns:
-        ffn = ffns.pop()  # nothing else holds the original once it is swapped
+        ffn = ffns.pop()
         _swap(model, ffn, PrunedMLP.from_dense(ffn, mask.layers[ffn.layer] if mask else None, mode, backend))
+        del ffn  # nothing else holds the original
         release()
     return model
-
-
-class _Absorbed(nn.Identity):
-    """Stands where an in-layer FFN's down projection stood; its tensors belong to the `PrunedMLP` beside it."""
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
 
 def _swap(model: nn.Module, ffn: FFN, module: PrunedMLP) -> None:
@@ -154,7 +148,7 @@ def _swap(model: nn.Module, ffn: FFN, module: PrunedMLP) -> None:
         holder: Any = ffn.holder
         setattr(holder, ffn.pattern.up, module)
         holder.activation_fn = nn.Identity()
-        setattr(holder, ffn.pattern.down, _Absorbed())
+        setattr(holder, ffn.pattern.down, DownStandIn(module))
         if hasattr(holder, "activation_dropout"):
             holder.activation_dropout = 0.0  # it would now fall on the FFN's output
         return

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from pyprune import checkpoint
+from pyprune import checkpoint, roofline
 from pyprune.cli import app
 from pyprune.text import default_text
 
@@ -156,6 +156,13 @@ def test_generate_shows_both_models(tiny_checkpoint: Path, pruned: Path) -> None
     assert call("generate", pruned, "--prompt", "The list [bold]", "--new-tokens", 2).exit_code == 0
 
 
+@pytest.fixture
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these tests look at does not depend on a true memory bandwidth, which takes seconds to measure."""
+    monkeypatch.setattr(roofline, "buffer_bytes", lambda device: 1 << 24)
+
+
+@pytest.mark.usefixtures("small_buffer")
 @pytest.mark.parametrize("mode", ["compact", "gather"])
 def test_bench_of_a_dense_model(tiny_checkpoint: Path, mode: str) -> None:
     facts = as_json("bench", tiny_checkpoint, "--mode", mode, "--prefill", 32, "--repeats", 1)
@@ -163,6 +170,7 @@ def test_bench_of_a_dense_model(tiny_checkpoint: Path, mode: str) -> None:
     assert facts["models"]["narrow modules"]["keep"] == 0.5
 
 
+@pytest.mark.usefixtures("small_buffer")
 def test_bench_against_dense(tiny_checkpoint: Path, pruned: Path) -> None:
     result = call("bench", pruned, "--against", tiny_checkpoint, "--prefill", 32, "--repeats", 1)
     assert result.exit_code == 0, result.output

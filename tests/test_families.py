@@ -82,7 +82,9 @@ def test_activation_is_named_by_behaviour(name, family_of_act, tiny):
 @pytest.mark.parametrize("family_of_act", ["llama", "phi", "opt"])
 def test_lookalike_activation_is_refused(name, family_of_act, tiny):
     key = {"opt": "activation_function"}.get(family_of_act, "hidden_act")
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0.*does not compute a (gated|plain) FFN with one of gelu"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.0.*does not compute a (gated|plain) FFN with one of gelu"
+    ):
         find_ffns(tiny(family_of_act, **{key: name}))
 
 
@@ -99,7 +101,7 @@ def test_nothing_depends_on_names(tiny, tiny_config):
 
 @pytest.mark.parametrize(
     ("model_type", "found"),
-    [("mixtral", "MixtralExperts"), ("qwen2_moe", "Qwen2MoeExperts"), ("olmoe", "OlmoeExperts")],
+    [("mixtral", "MixtralSparseMoeBlock"), ("qwen2_moe", "Qwen2MoeSparseMoeBlock"), ("olmoe", "OlmoeSparseMoeBlock")],
 )
 def test_mixture_of_experts_is_refused_by_name(model_type, found):
     small = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}

@@ -1,0 +1,299 @@
+"""PrunedMLP: built from dense modules, trained, saved, loaded, moved, compiled."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, families, find_ffns
+from pyprune.families import FFNWeights
+from pyprune.mlp import pack
+
+KEEP = KeepIndex([0, 3, 4, 40, 77, 95], 96)
+MODULES = ("llama", "phi3", "gpt2", "gptj", "gpt_neox", "starcoder2", "nemotron", "lfm2", "falcon")
+
+
+def dense_and_path(tiny, name):
+    model = tiny(name)
+    ffn = find_ffns(model)[0]
+    return ffn.holder, ffn
+
+
+def cut_dense(ffn, x, keep=KEEP):
+    """The dense module's output with the removed neurons silenced."""
+    module = copy.deepcopy(ffn.holder)
+    removed = torch.ones(96, dtype=torch.bool)
+    removed[keep.neurons.long()] = False
+    with torch.no_grad():
+        families.projections(module, ffn.pattern).down[removed] = 0
+    return module(x)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("mode", ["compact", "gather"])
+def test_from_dense_equals_the_masked_dense_module(name, mode, tiny):
+    module, ffn = dense_and_path(tiny, name)
+    before = copy.deepcopy(module.state_dict())
+    pruned = PrunedMLP.from_dense(module, KEEP, mode)
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(pruned(x), cut_dense(ffn, x))
+    assert pruned.record.shape == (6 if mode == "compact" else 96, 32 * (3 if ffn.gated else 2))
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+    with torch.no_grad():
+        pruned.record.zero_()  # shares no memory with the module it came from
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_whole_module_without_keep(name, tiny):
+    module, ffn = dense_and_path(tiny, name)
+    x = torch.randn(3, 32)
+    for source in (module, ffn):
+        torch.testing.assert_close(PrunedMLP.from_dense(source)(x), module(x))
+
+
+@given(st.integers(1, 9), st.integers(1, 12), st.booleans(), st.booleans(), st.data())
+@settings(max_examples=30, deadline=None)
+def test_pack_and_unpack_round_trip(d, f, gated, biased, data):
+    sizes = [(f, d)] * (3 if gated else 2) + [(f,)] * ((2 if gated else 1) if biased else 0)
+    tensors = [torch.randn(s) for s in sizes]
+    gate = tensors.pop() if gated and not biased else (tensors.pop(2) if gated else None)
+    up, down, *biases = tensors
+    weights = FFNWeights(up, down, gate, *([biases[0], biases[1] if gated else None] if biased else []))
+    keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, f - 1), min_size=1))))
+    record, neuron_bias = pack(weights, keep)
+    assert record.is_contiguous()
+    for part, packed in zip(weights.parts, record.split(d, dim=1), strict=True):
+        assert torch.equal(part[keep], packed)
+    if not biased:
+        assert neuron_bias is None
+    else:
+        for bias, packed in zip(weights.input_biases, neuron_bias.unbind(1), strict=True):
+            assert torch.equal(bias[keep], packed)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_state_dict_is_the_familys_own(name, tiny):
+    module, _ = dense_and_path(tiny, name)
+    state = PrunedMLP.from_dense(module).state_dict()
+    dense = module.state_dict()
+    assert list(state) == sorted(state, key=list(state).index)
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in dense.items()}
+    assert all(torch.equal(state[k], v) and state[k].is_contiguous() for k, v in dense.items())
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("mode", ["compact", "gather"])
+def test_load_state_dict_round_trip(name, mode, tiny):
+    source = PrunedMLP.from_dense(find_ffns(tiny(name))[0].holder, KEEP, mode)
+    target = PrunedMLP.from_dense(find_ffns(tiny(name, seed=9))[0].holder, KEEP, mode)
+    x = torch.randn(3, 32)
+    assert not torch.equal(source(x), target(x))
+    result = target.load_state_dict(source.state_dict())
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert torch.equal(source(x), target(x))
+
+
+def test_load_state_dict_reports(tiny):
+    pruned = PrunedMLP.from_dense(find_ffns(tiny("llama"))[0].holder)
+    state = pruned.state_dict()
+    extra = {**state, "norm.weight": torch.zeros(2)}
+    assert pruned.load_state_dict(extra, strict=False).unexpected_keys == ["norm.weight"]
+    part = {"up_proj.weight": torch.zeros(96, 32)}
+    assert pruned.load_state_dict(part, strict=False).missing_keys == ["gate_proj.weight", "down_proj.weight"]
+    assert (pruned.state_dict()["up_proj.weight"] == 0).all()  # what is there is loaded
+    assert torch.equal(pruned.state_dict()["gate_proj.weight"], state["gate_proj.weight"])
+    with pytest.raises(RuntimeError, match=r"Missing key.*gate_proj.*"):
+        pruned.load_state_dict(part)
+    with pytest.raises(RuntimeError, match="Unexpected key.*norm.weight"):
+        pruned.load_state_dict(extra)
+    with pytest.raises(RuntimeError, match=r"up_proj.weight must have shape \(96, 32\); got \(32, 96\)"):
+        pruned.load_state_dict({**state, "up_proj.weight": torch.zeros(32, 96)})
+
+
+def test_loading_its_own_state_changes_nothing(tiny):
+    pruned = PrunedMLP.from_dense(find_ffns(tiny("phi3"))[0].holder)
+    before = pruned.record.clone()
+    pruned.load_state_dict(dict(pruned.state_dict(keep_vars=True)))
+    assert torch.equal(pruned.record, before)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("mode", ["compact", "gather"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_gradients_are_those_of_the_dense_modules_kept_neurons(name, mode, backend, tiny):
+    module, ffn = dense_and_path(tiny, name)
+    pruned = PrunedMLP.from_dense(module, KEEP, mode, backend)
+    rows = slice(None) if mode == "compact" else KEEP.neurons.long()
+    kept = KEEP.neurons.long()
+    x, upstream = torch.randn(5, 32, requires_grad=True), torch.randn(5, 32)
+    removed = torch.ones(96, dtype=torch.bool)
+    removed[kept] = False
+    with torch.no_grad():
+        ffn.weights().down[removed] = 0
+    module.zero_grad()
+    want_x = torch.autograd.grad(module(x), x, upstream, retain_graph=True)[0]
+    module(x).backward(upstream)
+    grads = copy.deepcopy(module)
+    for copied, own in zip(grads.parameters(), module.parameters(), strict=True):
+        copied.data = own.grad
+    want = families.projections(grads, ffn.pattern)
+    x.grad = None
+    pruned(x).backward(upstream)
+    torch.testing.assert_close(x.grad, want_x)
+    for part, packed in zip(want.parts, pruned.record.grad.split(32, dim=1), strict=True):
+        torch.testing.assert_close(packed[rows], part[kept])
+    if pruned.neuron_bias is not None:
+        torch.testing.assert_close(pruned.neuron_bias.grad[rows], torch.stack(want.input_biases, 1)[kept])
+        torch.testing.assert_close(pruned.down_bias.grad, want.down_bias)
+    if mode == "gather":
+        assert (pruned.record.grad[removed] == 0).all()
+
+
+def test_one_training_step_lowers_the_loss(tiny):
+    pruned = PrunedMLP.from_dense(find_ffns(tiny("llama"))[0].holder, KEEP).train()
+    x, target = torch.randn(64, 32), torch.randn(64, 32)
+    optimizer = torch.optim.SGD(pruned.parameters(), lr=0.5)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = (pruned(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "starcoder2"])
+def test_dropout_only_in_training(name, tiny):
+    changes = {"gpt2": {"resid_pdrop": 0.5}, "starcoder2": {"residual_dropout": 0.5}, "phi3": {}}[name]
+    module = find_ffns(tiny(name, **changes))[0].holder
+    pruned = PrunedMLP.from_dense(module)
+    x = torch.randn(200, 32)
+    torch.testing.assert_close(pruned(x), module(x))
+    pruned.train()
+    zeros = (pruned(x) == 0).float().mean()
+    assert abs(zeros - (0.5 if changes else 0.0)) < 0.05
+
+
+def test_mode_and_requires_grad_are_kept(tiny):
+    module = find_ffns(tiny("llama"))[0].holder
+    assert PrunedMLP.from_dense(module.train()).training
+    assert not PrunedMLP.from_dense(module.eval()).training
+    assert all(p.requires_grad for p in PrunedMLP.from_dense(module).parameters())
+    assert not any(p.requires_grad for p in PrunedMLP.from_dense(module.requires_grad_(False)).parameters())
+
+
+@pytest.mark.parametrize("mode", ["compact", "gather"])
+def test_deepcopy_and_dtype(mode, tiny):
+    pruned = PrunedMLP.from_dense(find_ffns(tiny("gpt2"))[0].holder, KEEP, mode)
+    twin = copy.deepcopy(pruned)
+    x = torch.randn(3, 32)
+    want = pruned(x)
+    assert torch.equal(twin(x), want)
+    with torch.no_grad():
+        twin.record.zero_()
+    assert torch.equal(pruned(x), want)
+    half = pruned.to(torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    if mode == "gather":
+        assert half.index.dtype == torch.int32
+    torch.testing.assert_close(half(x.bfloat16()).float(), want, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("mode", ["compact", "gather"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_compiles_into_one_graph(mode, name, tiny):
+    pruned = PrunedMLP.from_dense(find_ffns(tiny(name))[0].holder, KEEP, mode)
+    compiled = torch.compile(pruned, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (3, 5):
+        x = torch.randn(tokens, 32)
+        torch.testing.assert_close(compiled(x), pruned(x))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_trains_when_compiled(backend, tiny):
+    pruned = PrunedMLP.from_dense(find_ffns(tiny("llama"))[0].holder, KEEP, "gather", backend)
+    x = torch.randn(3, 32)
+    pruned(x).square().sum().backward()
+    want, pruned.record.grad = pruned.record.grad, None
+    torch.compile(pruned, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    torch.testing.assert_close(pruned.record.grad, want)
+
+
+@torch.no_grad()
+def test_inductor(tiny):
+    pruned = PrunedMLP.from_dense(find_ffns(tiny("llama"))[0].holder, KEEP)
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(torch.compile(pruned, fullgraph=True)(x), pruned(x))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(3, 31), r"record must have shape \(96, 93\); got \(96, 96\)"),
+        (torch.randn(3, 32, dtype=torch.float64), "record must have the dtype of x, torch.float64; got torch.float32"),
+        (torch.zeros(3, 32, dtype=torch.int64), "x must be floating point; got torch.int64"),
+        (torch.empty(3, 32, device="meta"), "record must be on the device of x, meta; got 'cpu'"),
+    ],
+)
+def test_wrong_input_is_refused(x, message, tiny):
+    with pytest.raises(InputError, match=message):
+        PrunedMLP.from_dense(find_ffns(tiny("llama"))[0].holder)(x)
+
+
+def test_bad_arguments_are_refused(tiny):
+    module = find_ffns(tiny("llama"))[0].holder
+    for arguments, message in (
+        ({"mode": "compakt"}, r"mode must be one of compact, gather; got 'compakt' \(nearest: compact\)"),
+        ({"mode": "gather"}, "keep must be given in gather mode; got None"),
+        ({"keep": KeepIndex([0], 95)}, "keep must refer to 96 neurons; got 95"),
+        ({"keep": KeepIndex([0], 95), "mode": "gather"}, "keep must refer to 96 neurons; got 95"),
+        ({"backend": "cudnn"}, "backend must be one of auto, torch"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PrunedMLP.from_dense(module, **arguments)
+    with pytest.raises(UnsupportedModelError, match=r"Sequential is no FFN that pyprune knows \(it has 0, 1\)"):
+        PrunedMLP.from_dense(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    with pytest.raises(UnsupportedModelError, match=r"Linear is no FFN that pyprune knows \(it has no children\)"):
+        PrunedMLP.from_dense(nn.Linear(2, 2))
+
+
+def test_bias_on_only_one_of_gate_and_up_is_refused(tiny):
+    module = find_ffns(tiny("llama"))[0].holder
+    module.gate_proj.bias = nn.Parameter(torch.ones(96))
+    with pytest.raises(UnsupportedModelError, match="a bias on both gate and up, or on neither; it has one on one"):
+        PrunedMLP.from_dense(module)
+
+
+def test_bias_on_up_or_down_alone(tiny):
+    module = find_ffns(tiny("nemotron", mlp_bias=True))[0].holder
+    x = torch.randn(3, 32)
+    for missing in ("down_proj", "up_proj"):
+        getattr(module, missing).bias = None
+        pruned = PrunedMLP.from_dense(module)
+        torch.testing.assert_close(pruned(x), module(x))
+        assert pruned.state_dict().keys() == module.state_dict().keys()
+
+
+def test_forced_backend_is_refused_at_the_call(tiny):
+    pruned = PrunedMLP.from_dense(find_ffns(tiny("llama"))[0].holder.double(), backend="triton")
+    with pytest.raises(BackendError, match=r"triton: no kernel for torch\.float64"):
+        pruned(torch.randn(2, 32, dtype=torch.float64))
+
+
+def test_repr_says_what_it_is(tiny):
+    pruned = PrunedMLP.from_dense(find_ffns(tiny("llama"))[0].holder, KEEP, "gather")
+    assert repr(pruned) == "PrunedMLP(gated, D=32, F=96, gather 6, silu, auto)"
+
+
+def test_lone_modules_of_transformers(tiny_config):
+    for module in (GPT2MLP(96, tiny_config("gpt2")), Phi3MLP(tiny_config("phi3"))):
+        x = torch.randn(2, 32)
+        torch.testing.assert_close(PrunedMLP.from_dense(module.eval())(x), module(x))

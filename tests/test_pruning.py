@@ -1,0 +1,324 @@
+"""The verb `prune`: what it does to a model, what it reports, what it refuses, and that a refusal changes nothing."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from pyprune import InputError, PruneConfig, UnsupportedModelError, checkpoint, find_ffns, importance, prune
+
+NAN, INF = float("nan"), float("inf")
+SMALL = {"multiple": 8, "keep": 0.5}
+
+
+def state_of(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}, model.config.to_dict()
+
+
+def assert_untouched(model, before):
+    state, config = before
+    assert model.config.to_dict() == config
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+
+
+@torch.no_grad()
+def entering_down(model, layer, ids):
+    """What enters the down projection of one layer in full forward passes, `[tokens, F]`."""
+    rows = []
+    down = find_ffns(model)[layer].down
+    handle = down.register_forward_pre_hook(lambda m, args: rows.append(args[0].reshape(-1, args[0].shape[-1])))
+    for row in ids:
+        model(row[None])
+    handle.remove()
+    return torch.cat(rows).double()
+
+
+@pytest.mark.parametrize("method", importance.names())
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_every_method_prunes_and_is_deterministic(method, scope, tiny, ids):
+    config = PruneConfig(method=method, scope=scope, seed=4, **SMALL)
+    models = [tiny("llama") for _ in range(2)]
+    first, second = (prune(m, config, ids) for m in models)
+    assert first.mask == second.mask
+    assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+    assert sum(first.mask.widths) == pytest.approx(144, abs=8)
+    assert all(w % 8 == 0 for w in first.mask.widths)
+    if scope == "layer":
+        assert first.mask.widths == (48, 48, 48)
+
+
+def test_seed_changes_random_only(tiny, ids):
+    for method, same in (("random", False), ("wanda", True)):
+        masks = [prune(tiny("llama"), PruneConfig(method=method, seed=s, **SMALL), ids).mask for s in (0, 1)]
+        assert (masks[0] == masks[1]) is same
+    assert len(set(masks[0].layers)) == 3
+
+
+def test_layers_draw_different_random_neurons(tiny):
+    mask = prune(tiny("llama"), PruneConfig(method="random", compensate="none", **SMALL)).mask
+    assert len(set(mask.layers)) == 3
+
+
+@pytest.mark.parametrize("family_name", ["gpt2", "llama", "opt", "phi3"])
+def test_scores_choose_the_neurons(family_name, tiny, ids):
+    model = tiny(family_name)
+    dense = copy.deepcopy(model)
+    report = prune(model, PruneConfig(method="wanda", compensate="none", **SMALL), ids)
+    a = entering_down(dense, 0, ids)
+    down = find_ffns(dense)[0].weights().down.double()
+    best = (down.abs().sum(1) * a.norm(dim=0)).argsort(descending=True)[:48]
+    assert report.mask.layers[0].neurons.tolist() == sorted(best.tolist())
+
+
+@pytest.mark.parametrize("family_name", ["gpt2", "llama", "opt", "phi3"])
+def test_least_squares_is_sequential_and_exact(family_name, tiny, ids):
+    model = tiny(family_name).double()
+    report = prune(model, PruneConfig(method="magnitude-l2-both", damping=1e-3, **SMALL), ids)
+    # Layer by layer: the layers before are pruned already, this one and those after are dense.
+    stepped = tiny(family_name).double()
+    for layer, (keep, line) in enumerate(zip(report.mask.layers, report.layers, strict=True)):
+        a = entering_down(stepped, layer, ids)
+        ffn, kept = find_ffns(stepped)[layer], keep.neurons.long()
+        v = ffn.weights().down.detach().clone()
+        ridge = 1e-3 * a.square().mean()
+        top = torch.cat([a[:, kept] / len(a) ** 0.5, ridge.sqrt() * torch.eye(len(kept))])
+        target = torch.cat([a @ v / len(a) ** 0.5, ridge.sqrt() * v[kept]])
+        want = torch.linalg.lstsq(top, target).solution
+        got = find_ffns(model)[layer].weights().down
+        # The stream forms its products in float32.
+        assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        dense = (a @ v).square().sum()
+        for error, new in ((line.error_cut, v[kept]), (line.error_repaired, want)):
+            assert error == pytest.approx(float((a @ v - a[:, kept] @ new).square().sum() / dense), rel=1e-3)
+        assert line.error_repaired < line.error_cut
+        with torch.no_grad():
+            ffn.weights().down.zero_()
+            ffn.weights().down[kept] = got
+
+
+@pytest.mark.parametrize("family_name", ["gpt2", "opt", "llama"])
+def test_bias_compensation(family_name, tiny, ids, tmp_path):
+    model = tiny(family_name)
+    dense = copy.deepcopy(model)
+    report = prune(model, PruneConfig(method="magnitude-l2-both", compensate="bias", **SMALL), ids)
+    removed = torch.ones(96, dtype=torch.bool)
+    removed[report.mask.layers[0].neurons.long()] = False
+    weights = find_ffns(dense)[0].weights()
+    old = torch.zeros(32) if weights.down_bias is None else weights.down_bias
+    want = old + (entering_down(dense, 0, ids).mean(0)[removed] @ weights.down[removed].double()).float()
+    assert_close(find_ffns(model)[0].weights().down_bias, want)
+    checkpoint.save(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    if family_name == "llama":
+        assert loaded.config.mlp_bias is True
+
+
+def test_bias_compensation_where_the_format_has_none_is_refused_at_once(tiny, ids):
+    model = tiny("qwen2")
+    before = state_of(model)
+    stages = []
+    with pytest.raises(UnsupportedModelError, match=r"Qwen2Config has no config key .* use compensate 'least-squares'"):
+        prune(model, PruneConfig(compensate="bias"), ids, progress=lambda *stage: stages.append(stage))
+    assert_untouched(model, before)
+    assert stages == []
+
+
+def test_compensation_helps(tiny, ids):
+    dense = tiny("llama")
+    want = dense(ids).logits
+    errors = {}
+    for compensate in ("none", "least-squares"):
+        model = copy.deepcopy(dense)
+        prune(model, PruneConfig(method="random", compensate=compensate, **SMALL), ids)
+        errors[compensate] = (model(ids).logits - want).norm().item()
+    assert errors["least-squares"] < 0.9 * errors["none"]
+
+
+def test_report(tiny, ids):
+    model = tiny("llama", tie_word_embeddings=True)
+    stages = []
+    count = sum(p.numel() for p in model.parameters())
+    report = prune(
+        model.to(torch.bfloat16), PruneConfig(**SMALL), ids, progress=lambda *s: stages.append(s), provenance={"text": "t"}
+    )
+    removed = 3 * 48 * 3 * 32
+    assert (report.parameters_before, report.parameters_after) == (count, count - removed)
+    assert (report.bytes_before, report.bytes_after) == (2 * count, 2 * (count - removed))
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+    assert (report.tokens, report.window) == (64, 16)
+    assert [(line.layer, line.before, line.after) for line in report.layers] == [(i, 96, 48) for i in range(3)]
+    assert report.seconds > 0
+    assert report.peak_bytes >= 0
+    plain = json.loads(json.dumps(report.to_json()))
+    assert plain["widths"] == [48, 48, 48]
+    assert plain["keep"] == 0.5
+    assert plain["fingerprint"] == report.mask.fingerprint == model.config.pyprune["base_fingerprint"]
+    assert stages[-1] == ("pruning layers", 3, 3)
+    assert model.config.pyprune["provenance"]["text"] == "t"
+
+
+def test_provenance_says_only_what_had_a_say(tiny, ids, random_mask):
+    model = tiny("llama")
+    facts = prune(model, PruneConfig(method="random", compensate="none", **SMALL)).mask.provenance
+    assert facts["tokens"] == facts["window"] == 0
+    assert facts["config"] == {"keep": 0.5, "method": "random", "scope": "layer", "multiple": 8, "compensate": "none", "seed": 0}
+    model = tiny("llama")
+    mask = random_mask(model, (8, 16, 24))
+    facts = prune(model, PruneConfig(), ids, mask=mask).mask.provenance
+    assert facts["config"] == {"compensate": "least-squares", "damping": 0.01}
+    assert facts["mask"] == mask.provenance
+
+
+def test_text_is_read_only_where_needed(tiny, ids):
+    with pytest.raises(InputError, match="batches must be given for method 'wanda' with compensate 'none'; got None"):
+        prune(tiny("llama"), PruneConfig(compensate="none"))
+    with pytest.raises(InputError, match="batches must be given for method 'random' with compensate 'bias'"):
+        prune(tiny("gpt2"), PruneConfig(method="random", compensate="bias"))
+    assert prune(tiny("llama"), PruneConfig(method="random", compensate="none"), ids).tokens == 0
+
+
+REFUSED = [
+    ({"batches": None}, "batches must be given"),
+    ({"batches": []}, "batches must hold at least one window"),
+    ({"batches": [torch.zeros(4).long(), torch.zeros(5).long()]}, r"have windows of one length; got \[4, 5\]"),
+    ({"batches": torch.full((2, 8), 128)}, r"lie in \[0, 128\); got \(128, 128\)"),
+    ({"batches": torch.full((2, 8), -1)}, r"lie in \[0, 128\)"),
+    ({"batches": torch.zeros(1, 65).long()}, r"windows of at most 64 tokens \(max_position_embeddings\); got 65"),
+    ({"provenance": {"file": object()}}, "provenance must hold JSON values only"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+@pytest.mark.parametrize("family_name", ["llama", "gpt2"])
+def test_refusal_leaves_the_model_untouched(change, message, family_name, tiny, ids):
+    model = tiny(family_name).train()
+    before = state_of(model)
+    with pytest.raises(InputError, match=message):
+        prune(model, PruneConfig(**SMALL), **{"batches": ids, **change})
+    assert_untouched(model, before)
+    assert model.training
+
+
+def test_foreign_mask_is_refused(tiny, ids, random_mask):
+    model = tiny("llama")
+    before = state_of(model)
+    for other, message in (
+        (tiny("llama", seed=2), r"mask must belong to this model \(fingerprint"),
+        (tiny("llama", intermediate_size=64), "mask layer 0 must refer to 96 neurons; got 64"),
+        (tiny("llama", num_hidden_layers=2), "mask must have 3 layers; got 2"),
+    ):
+        mask = random_mask(other, [8] * other.config.num_hidden_layers)
+        with pytest.raises(InputError, match=message):
+            prune(model, PruneConfig(), ids, mask=mask)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("config", [PruneConfig(**SMALL), PruneConfig(method="random", compensate="none", **SMALL)])
+def test_weights_that_are_not_finite_are_refused_before_anything(bad, config, tiny, ids):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.gate_proj.weight[7, 7] = bad
+    with pytest.raises(InputError, match=r"model must have finite weights; got 'NaN or infinity in model\.layers\.2\.mlp"):
+        prune(model, config, ids)
+    assert [f.intermediate_size for f in find_ffns(model)] == [96] * 3
+
+
+@pytest.mark.parametrize(("scope", "widths"), [("layer", [48, 48, 96]), ("global", [96, 96, 96])])
+def test_activations_that_overflow_say_how_far_pruning_went(scope, widths, tiny, ids):
+    model = tiny("gpt2").half()
+    with torch.no_grad():
+        model.transformer.h[2].mlp.c_fc.bias[11] = 60_000
+        model.transformer.h[2].mlp.c_fc.weight[:, 11] = 10_000
+    match = r"activations of layer 2 must be finite; 1 of 96.*\[11\]"
+    with pytest.raises(InputError, match=match) as caught:
+        prune(model, PruneConfig(scope=scope, **SMALL), ids)
+    assert [f.intermediate_size for f in find_ffns(model)] == widths
+    assert ("load the model again" in str(caught.value)) is (scope == "layer")
+
+
+def test_scores_that_are_not_finite_are_refused(tiny, ids, monkeypatch):
+    bad = importance.Criterion("bad", "", "", False, lambda w, s, g: torch.full((len(w.down),), NAN))
+    monkeypatch.setitem(importance.CRITERIA, "bad", bad)
+    for scope in ("layer", "global"):
+        model = tiny("llama")
+        before = state_of(model)
+        with pytest.raises(InputError, match="scores of layer 0 must be finite; 96 of 96"):
+            prune(model, PruneConfig(method="bad", scope=scope), ids)
+        assert_untouched(model, before)
+
+
+def test_model_without_decoder_layers_is_refused(ids):
+    with pytest.raises(UnsupportedModelError, match="Linear does not have a list of None decoder layers"):
+        prune(nn.Linear(2, 2), PruneConfig(), ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compensate", ["least-squares", "bias"])
+def test_half_precision_models(dtype, compensate, tiny, ids, tmp_path):
+    tiny("llama", mlp_bias=True).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    prune(model, PruneConfig(keep=0.75, multiple=8, compensate=compensate), ids)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    checkpoint.save(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == dtype
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_dead_layer_can_be_pruned(tiny, ids):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight.zero_()
+    report = prune(model, PruneConfig(method="magnitude-l2-fan-out", **SMALL), ids)
+    assert (report.layers[1].error_cut, report.layers[1].error_repaired) == (0, 0)
+    assert model(ids).logits.isfinite().all()
+
+
+def test_keep_one_changes_nothing(tiny, ids):
+    model = tiny("gpt2")
+    want = model(ids).logits
+    report = prune(model, PruneConfig(keep=1.0), ids)
+    assert report.mask.widths == (96, 96, 96)
+    assert_close(model(ids).logits, want)
+
+
+def test_modes_are_restored_and_gradients_still_flow(tiny, ids):
+    model = tiny("gpt2").train()
+    model.transformer.h[1].eval()
+    model.transformer.h[0].mlp.c_fc.requires_grad_(False)
+    modes = {n: m.training for n, m in model.named_modules()}
+    prune(model, PruneConfig(**SMALL), ids)
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    assert not model.transformer.h[0].mlp.c_fc.weight.requires_grad
+    model(ids, labels=ids).loss.backward()
+    assert model.transformer.h[0].mlp.c_proj.weight.grad.shape == (48, 32)
+
+
+@pytest.mark.parametrize("first", ["layer", "global"])
+def test_pruned_checkpoint_can_be_pruned_again(first, tiny, ids, tmp_path):
+    model = tiny("llama", seed=3)
+    mask = prune(model, PruneConfig(keep=0.75, multiple=8, scope=first), ids, provenance={"round": 1}).mask
+    checkpoint.save(model, tmp_path / "one")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    again = prune(model, PruneConfig(keep=0.5, multiple=4, scope="global", method="random"), ids, provenance={"round": 2})
+    assert [k.intermediate_size for k in again.mask.layers] == list(mask.widths)
+    assert model.config.pyprune["provenance"]["round"] == 2
+    checkpoint.save(model, tmp_path / "two")
+    assert checkpoint.verify(tmp_path / "two")["widths"] == list(again.mask.widths)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_mask_of_a_run_repeats_it(tiny, ids, tmp_path):
+    model, twin = tiny("llama"), tiny("llama")
+    report = prune(model, PruneConfig(scope="global", **SMALL), ids)
+    report.mask.save(tmp_path / "mask")
+    prune(twin, PruneConfig(), ids, mask=type(report.mask).load(tmp_path / "mask"))
+    assert torch.equal(model(ids).logits, twin(ids).logits)
