@@ -67,9 +67,7 @@ def global_top(scores: Sequence[Tensor], keep: float, multiple: int = 1, floor: 
     budget = round(keep * sum(s.numel() for s in scores))
     # The tolerance keeps 0.3 * 10 = 3.0000000000000004 from becoming 4.
     least = [math.ceil(floor * s.numel() - 1e-9) for s in scores]
-    widths = [
-        min(s.numel(), max(1, math.ceil(n / multiple)) * multiple) for n, s in zip(least, scores, strict=True)
-    ]
+    widths = [min(s.numel(), max(1, math.ceil(n / multiple)) * multiple) for n, s in zip(least, scores, strict=True)]
 
     def gain(i: int) -> float:
         step = ranked[i][widths[i] : widths[i] + multiple]

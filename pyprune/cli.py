@@ -11,7 +11,6 @@ import torch
 import transformers
 import typer
 from rich.markup import escape
-from torch import Tensor
 
 from . import checkpoint, dispatch, families, importance, loading, machine, surgery
 from .backends import Problem
@@ -23,10 +22,22 @@ from .evaluation import generate_text, perplexity
 from .files import check_out_folder
 from .mask import Mask
 from .mlp import MODES
+from .options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    TextOption,
+    TokensOption,
+    WindowOption,
+    check_window,
+    choose_device,
+    text_windows,
+)
 from .pruning import prune as prune_model
-from .screen import Bars, megabytes, show, table, verb
+from .screen import Bars, err, megabytes, show, table, verb
 from .summary import speeds
-from .text import load_text, token_windows
 
 app = typer.Typer(
     help="Structurally pruned feed-forward networks (FFNs) that really run faster, inside real GPT-type models.",
@@ -34,43 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_MODEL_HELP = "A local folder, a hub name, a GGUF file, or 'demo' (SmolLM2-135M-Instruct)."
-ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, metavar="MODEL", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help=f"Of the weights: {', '.join(loading.DTYPES)}.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one.")]
-TextOption = Annotated[
-    str | None,
-    typer.Option(
-        "--text",
-        help="UTF-8 text or .jsonl with a 'text' field; append :first or :second for half of it. "
-        "Default: prose that CPython carries, one half to calibrate, the other to evaluate.",
-        show_default=False,
-    ),
-]
-TokensOption = Annotated[int, typer.Option("--tokens", help="Tokens of text to use at most; 0 for all.")]
-WindowOption = Annotated[int, typer.Option("--window", help="Tokens in a window; windows do not overlap.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random.")]
-
-
-def _device(name: str) -> str:
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    check_choice(chosen.partition(":")[0], "device", ("cpu", "cuda"))
-    if chosen.startswith("cuda"):
-        check(torch.cuda.is_available(), "device", "be cpu, for torch sees no CUDA device here", name)
-    return chosen
-
-
-def _windows(model: str, text: str | None, part: str, tokens: int, window: int) -> tuple[Tensor, str]:
-    """Token windows of a text with the tokenizer of `model`, and the text's name."""
-    content, name = load_text(text, part)
-    return token_windows(loading.load_tokenizer(model), content, tokens, window), name
-
-
-def _check_window(model: Any, window: int) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    check(limit is None or window <= limit, "window", f"be at most the model's context, {limit} tokens", window)
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
@@ -221,13 +195,11 @@ def prune(
     if out is not None:
         check_out_folder(out, overwrite)
     loaded_mask = Mask.load(mask) if mask else None
-    place = _device(device)
+    place = choose_device(device)
     batches, text_name = None, None
     if config.compensate != "none" or (loaded_mask is None and config.needs_text):
-        batches, text_name = _windows(model, text, "first", tokens, window)
+        batches, text_name = text_windows(model, text, "first", tokens, window)
     loaded = loading.load_model(model, dtype, place)
-    if batches is not None:
-        _check_window(loaded, window)
     facts = {
         "model": model if model == loading.DEMO else Path(model).name,
         "text": text_name,
@@ -275,13 +247,17 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Token perplexity (not word perplexity) over non-overlapping windows of text."""
-    windows, name = _windows(model, text, "second", tokens, window)
-    loaded = loading.load_model(model, dtype, _device(device))
-    _check_window(loaded, window)
+    windows, name = text_windows(model, text, "second", tokens, window)
+    loaded = loading.load_model(model, dtype, choose_device(device))
+    check_window(loaded, window)
+    provenance = (getattr(loaded.config, "pyprune", None) or {}).get("provenance") or {}
+    calibrated = provenance.get("text") == name
+    if calibrated:
+        err.print(f"[yellow]note:[/] this model was calibrated on {escape(name)} too; its perplexity there flatters it")
     with Bars() as bars:
         result = perplexity(loaded, windows, bars)
     show(
-        {"model": model, "text": name, **vars(result)},
+        {"model": model, "text": name, "calibrated_on_this_text": calibrated, **vars(result)},
         as_json,
         f"token perplexity {result.perplexity:.3f} ({result.tokens} tokens of {escape(name)}, window {result.window})",
     )
@@ -302,7 +278,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt, with one model or two side by side."""
-    place = _device(device)
+    place = choose_device(device)
     texts = {}
     for name in [n for n in (against, model) if n is not None]:
         loaded = loading.load_model(name, dtype, place)
@@ -343,7 +319,7 @@ def bench(
     config = PruneConfig(keep=keep, method="random", compensate="none", multiple=1, seed=seed)
     check_choice(mode, "mode", MODES)
     check_choice(backend, "backend", dispatch.names())
-    place = _device(device)
+    place = choose_device(device)
     dense = loading.load_model(against or model, dtype, place)
     narrow = loading.load_model(model, dtype, place)
     swapped = loading.load_model(model, dtype, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -106,6 +107,8 @@ def _reload(folder: Path, model: Any, ids: Tensor) -> dict[str, Any]:
 
 
 def _check_out(out: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PypruneError("the demo draws a figure, and matplotlib is not installed: pip install 'pyprune[plot]'")
     for name in ("dense", "pruned"):
         folder = out / name
         if folder.exists() and not (folder / checkpoint.MANIFEST).is_file():

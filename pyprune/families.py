@@ -245,9 +245,7 @@ def _miniature(holder: nn.Module, pattern: Pattern) -> nn.Module:
     small._modules = dict(holder._modules)
     for name, blocks in pattern.inputs:
         small._modules[name] = _small_projection(holder.get_submodule(name), hidden, blocks * neurons, generator)
-    small._modules[pattern.down] = _small_projection(
-        holder.get_submodule(pattern.down), neurons, hidden, generator
-    )
+    small._modules[pattern.down] = _small_projection(holder.get_submodule(pattern.down), neurons, hidden, generator)
     return small
 
 

@@ -12,15 +12,16 @@ import json
 import sys
 import threading
 import time
+from typing import Any
 
 if __name__ == "__main__":
     sys.modules["pyprune"] = None  # type: ignore[assignment]  # an import of it would now fail
 
-import psutil  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import psutil
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def _watch(process: psutil.Process, peak: list[int], done: threading.Event) -> None:
@@ -32,14 +33,14 @@ def main(folder: str, logits_file: str, prompt: str, new_tokens: str) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     expected = load_file(logits_file)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     process, done = psutil.Process(), threading.Event()
     before = process.memory_info().rss
     peak = [before]
     watcher = threading.Thread(target=_watch, args=(process, peak, done), daemon=True)
     watcher.start()
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     loaded = time.perf_counter() - started
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -72,9 +72,9 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
         result: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **extra
         )
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise InputError(f"model {model!r} cannot be loaded: {_first_line(error)}") from error
-    except (ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # whatever a reader makes of a damaged file
         kind = CheckpointError if local else InputError
         raise kind(f"model {model!r} cannot be loaded: {_first_line(error)}") from error
     loaded, info = result
@@ -97,7 +97,7 @@ def load_tokenizer(model: str) -> Any:
     place, extra = _source(model)
     try:
         return AutoTokenizer.from_pretrained(place, **extra)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ImportError, ValueError, KeyError) as error:
         raise InputError(f"the tokenizer of {model!r} cannot be loaded: {_first_line(error)}") from error
 
 

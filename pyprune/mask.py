@@ -159,9 +159,7 @@ class Mask:
         """Raise `InputError` unless the mask was made for a model of these widths and this fingerprint."""
         check(len(self.layers) == len(intermediate_sizes), "mask", f"have {len(intermediate_sizes)} layers", len(self))
         for i, (keep, size) in enumerate(zip(self.layers, intermediate_sizes, strict=True)):
-            check(
-                keep.intermediate_size == size, f"mask layer {i}", f"refer to {size} neurons", keep.intermediate_size
-            )
+            check(keep.intermediate_size == size, f"mask layer {i}", f"refer to {size} neurons", keep.intermediate_size)
         check(
             self.fingerprint == fingerprint,
             "mask",

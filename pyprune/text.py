@@ -41,7 +41,7 @@ def read_text(path: str | Path) -> str:
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"text must be JSON lines; {file}:{number} is not JSON ({error})") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             raise InputError(f"text must have a string field 'text' in every line; {file}:{number} has none")
@@ -50,10 +50,10 @@ def read_text(path: str | Path) -> str:
 
 
 def halves(text: str) -> tuple[str, str]:
-    """Split at the paragraph break nearest the middle: one half to calibrate, one to evaluate."""
+    """Split at the first paragraph break after the middle, or else the last before it, or else in the middle."""
     middle = len(text) // 2
-    cut = text.find("\n\n", middle)
-    cut = middle if cut < 0 else cut
+    breaks = text.find("\n\n", middle), text.rfind("\n\n", 0, middle + 1)
+    cut = next((cut for cut in breaks if cut >= 0), middle)
     return text[:cut], text[cut:]
 
 

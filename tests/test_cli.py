@@ -148,6 +148,16 @@ def test_eval_reports_token_perplexity(tiny_checkpoint: Path, tmp_path: Path) ->
     facts = as_json("eval", tiny_checkpoint, "--text", text, *SMALL)
     assert facts["tokens"] == 256 and facts["window"] == 64 and facts["predicted"] == 4 * 63
     assert 1 < facts["perplexity"] < 100_000
+    assert not facts["calibrated_on_this_text"]
+
+
+def test_eval_says_when_the_text_was_calibrated_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(default_text()[:20_000])
+    as_json("prune", tiny_checkpoint, "--out", tmp_path / "x", "--multiple", 8, "--text", text, *SMALL)
+    assert as_json("eval", tmp_path / "x", "--text", text, *SMALL)["calibrated_on_this_text"]
+    assert "flatters" in call("eval", tmp_path / "x", "--text", text, *SMALL).stderr
+    assert not as_json("eval", tmp_path / "x", *SMALL)["calibrated_on_this_text"]
 
 
 def test_generate_shows_both_models(tiny_checkpoint: Path, pruned: Path) -> None:

@@ -100,7 +100,7 @@ def test_activations_that_are_not_finite_are_refused(bad):
 
 def test_damping_too_small_is_named():
     a, v = problem(tokens=3)
-    with pytest.raises(InputError, match="damping must be large enough .*; got 1e-300"):
+    with pytest.raises(InputError, match=r"damping must be large enough .*; got 1e-300"):
         least_squares(v, stats_of(a), torch.arange(11), 1e-300)
 
 

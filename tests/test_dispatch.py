@@ -82,5 +82,5 @@ def test_auto_on_cuda(gather, first, monkeypatch):
     for backend in dispatch.backends().values():
         monkeypatch.setattr(backend, "why_not", lambda problem: None)
     dispatch.choose.cache_clear()
-    assert dispatch.choose(dataclasses.replace(PROBLEM, device="cuda", gather=gather)).NAME == first
+    assert first == dispatch.choose(dataclasses.replace(PROBLEM, device="cuda", gather=gather)).NAME
     dispatch.choose.cache_clear()

@@ -202,7 +202,7 @@ def test_truncated_and_missing_files_are_refused(tmp_path):
     (tmp_path / "mask").write_bytes((tmp_path / "mask").read_bytes()[:-3])
     with pytest.raises(CheckpointError, match="is not a readable mask"):
         Mask.load(tmp_path / "mask")
-    with pytest.raises(InputError, match="mask must be an existing file; got .*nowhere"):
+    with pytest.raises(InputError, match=r"mask must be an existing file; got .*nowhere"):
         Mask.load(tmp_path / "nowhere")
 
 

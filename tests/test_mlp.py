@@ -110,7 +110,7 @@ def test_load_state_dict_reports(tiny):
     assert torch.equal(pruned.state_dict()["gate_proj.weight"], state["gate_proj.weight"])
     with pytest.raises(RuntimeError, match=r"Missing key.*gate_proj.*"):
         pruned.load_state_dict(part)
-    with pytest.raises(RuntimeError, match="Unexpected key.*norm.weight"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*norm.weight"):
         pruned.load_state_dict(extra)
     with pytest.raises(RuntimeError, match=r"up_proj.weight must have shape \(96, 32\); got \(32, 96\)"):
         pruned.load_state_dict({**state, "up_proj.weight": torch.zeros(32, 96)})

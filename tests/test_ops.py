@@ -207,7 +207,7 @@ def test_wrong_shape_is_refused(gated, gather, argument, shape, rule):
 @pytest.mark.parametrize(("gated", "gather"), FORMS)
 @pytest.mark.parametrize("argument", ["record", "neuron_bias", "down_bias", "residual"])
 def test_wrong_dtype_and_device_are_refused(gated, gather, argument):
-    x, record, _, rest = operands(gated, gather)
+    _, record, _, rest = operands(gated, gather)
     tensor = dict(zip(("record", "neuron_bias", "down_bias", "residual"), (record, *rest), strict=True))[argument]
     with pytest.raises(InputError, match=f"{argument} must have the dtype of x, torch.float32; got torch.float64"):
         replaced(gated, gather, **{argument: tensor.double()})
@@ -242,7 +242,7 @@ def test_gather_wants_a_keep_index_of_this_record(gated):
 @pytest.mark.parametrize("bad", [[0, 12], [-1, 3]])
 def test_raw_operator_never_reads_outside_the_record(gated, bad):
     x, record, _, rest = operands(gated, True)
-    with pytest.raises((IndexError, RuntimeError), match="out of range|out of bounds"):
+    with pytest.raises((IndexError, RuntimeError), match=r"out of range|out of bounds"):
         low_level(gated, True)(x, record, torch.tensor(bad, dtype=torch.int32), *rest, "silu", "torch")
 
 

@@ -145,7 +145,11 @@ def test_report(tiny, ids):
     stages = []
     count = sum(p.numel() for p in model.parameters())
     report = prune(
-        model.to(torch.bfloat16), PruneConfig(**SMALL), ids, progress=lambda *s: stages.append(s), provenance={"text": "t"}
+        model.to(torch.bfloat16),
+        PruneConfig(**SMALL),
+        ids,
+        progress=lambda *s: stages.append(s),
+        provenance={"text": "t"},
     )
     removed = 3 * 48 * 3 * 32
     assert (report.parameters_before, report.parameters_after) == (count, count - removed)
@@ -167,7 +171,14 @@ def test_provenance_says_only_what_had_a_say(tiny, ids, random_mask):
     model = tiny("llama")
     facts = prune(model, PruneConfig(method="random", compensate="none", **SMALL)).mask.provenance
     assert facts["tokens"] == facts["window"] == 0
-    assert facts["config"] == {"keep": 0.5, "method": "random", "scope": "layer", "multiple": 8, "compensate": "none", "seed": 0}
+    assert facts["config"] == {
+        "keep": 0.5,
+        "method": "random",
+        "scope": "layer",
+        "multiple": 8,
+        "compensate": "none",
+        "seed": 0,
+    }
     model = tiny("llama")
     mask = random_mask(model, (8, 16, 24))
     facts = prune(model, PruneConfig(), ids, mask=mask).mask.provenance
@@ -225,7 +236,9 @@ def test_weights_that_are_not_finite_are_refused_before_anything(bad, config, ti
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[2].mlp.gate_proj.weight[7, 7] = bad
-    with pytest.raises(InputError, match=r"model must have finite weights; got 'NaN or infinity in model\.layers\.2\.mlp"):
+    with pytest.raises(
+        InputError, match=r"model must have finite weights; got 'NaN or infinity in model\.layers\.2\.mlp"
+    ):
         prune(model, config, ids)
     assert [f.intermediate_size for f in find_ffns(model)] == [96] * 3
 
@@ -234,8 +247,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything(bad, config, ti
 def test_activations_that_overflow_say_how_far_pruning_went(scope, widths, tiny, ids):
     model = tiny("gpt2").half()
     with torch.no_grad():
-        model.transformer.h[2].mlp.c_fc.bias[11] = 60_000
-        model.transformer.h[2].mlp.c_fc.weight[:, 11] = 10_000
+        model.transformer.h[2].mlp.c_fc.weight[0, 11] = 60_000  # times a normalised value above 1.1: infinite
     match = r"activations of layer 2 must be finite; 1 of 96.*\[11\]"
     with pytest.raises(InputError, match=match) as caught:
         prune(model, PruneConfig(scope=scope, **SMALL), ids)
@@ -307,7 +319,9 @@ def test_pruned_checkpoint_can_be_pruned_again(first, tiny, ids, tmp_path):
     mask = prune(model, PruneConfig(keep=0.75, multiple=8, scope=first), ids, provenance={"round": 1}).mask
     checkpoint.save(model, tmp_path / "one")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
-    again = prune(model, PruneConfig(keep=0.5, multiple=4, scope="global", method="random"), ids, provenance={"round": 2})
+    again = prune(
+        model, PruneConfig(keep=0.5, multiple=4, scope="global", method="random"), ids, provenance={"round": 2}
+    )
     assert [k.intermediate_size for k in again.mask.layers] == list(mask.widths)
     assert model.config.pyprune["provenance"]["round"] == 2
     checkpoint.save(model, tmp_path / "two")

@@ -7,8 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, accelerate
-from pyprune import checkpoint, families, find_ffns, surgery
+from pyprune import (
+    BackendError,
+    InputError,
+    KeepIndex,
+    PrunedMLP,
+    UnsupportedModelError,
+    accelerate,
+    checkpoint,
+    families,
+    find_ffns,
+    surgery,
+)
 
 IN_LAYER = ("opt", "biogpt", "xglm")
 
@@ -45,9 +55,7 @@ def test_compact_with_a_mask_equals_the_masked_dense_model(family, tiny, ids, ra
 
 
 @torch.no_grad()
-def test_gather_equals_the_masked_dense_model_and_saves_the_dense_one(
-    family, tiny, ids, random_mask, masked, tmp_path
-):
+def test_gather_equals_the_masked_dense_model_and_saves_the_dense_one(family, tiny, ids, random_mask, masked, tmp_path):
     model = tiny(family)
     dense = model(ids).logits
     mask = random_mask(model, (64, 24, 96))

@@ -1,0 +1,50 @@
+"""Options that several verbs of the command line share, and what they mean."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from . import loading
+from .errors import check, check_choice
+from .text import load_text, token_windows
+
+_MODEL_HELP = "A local folder, a hub name, a GGUF file, or 'demo' (SmolLM2-135M-Instruct)."
+ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, metavar="MODEL", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help=f"Of the weights: {', '.join(loading.DTYPES)}.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one.")]
+TextOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        help="UTF-8 text or .jsonl with a 'text' field; append :first or :second for half of it. "
+        "Default: prose that CPython carries, one half to calibrate, the other to evaluate.",
+        show_default=False,
+    ),
+]
+TokensOption = Annotated[int, typer.Option("--tokens", help="Tokens of text to use at most; 0 for all.")]
+WindowOption = Annotated[int, typer.Option("--window", help="Tokens in a window; windows do not overlap.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+
+
+def choose_device(name: str) -> str:
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    check_choice(chosen.partition(":")[0], "device", ("cpu", "cuda"))
+    if chosen.startswith("cuda"):
+        check(torch.cuda.is_available(), "device", "be cpu, for torch sees no CUDA device here", name)
+    return chosen
+
+
+def text_windows(model: str, text: str | None, part: str, tokens: int, window: int) -> tuple[Tensor, str]:
+    """Token windows of a text with the tokenizer of `model`, and the text's name."""
+    content, name = load_text(text, part)
+    return token_windows(loading.load_tokenizer(model), content, tokens, window), name
+
+
+def check_window(model: Any, window: int) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    check(limit is None or window <= limit, "window", f"be at most the model's context, {limit} tokens", window)
