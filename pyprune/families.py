@@ -1,68 +1,23 @@
-"""Which FFN a model has, and how its family spells it: one table, and detection by structure.
+"""Where a model's FFNs are: detection by structure (see `patterns`), never by the name of a model.
 
-A row names the projections; nothing names a model. What is found is then tried: the FFN module is run on a few
-random tokens, over small random weights, and must agree with one of the activations of `reference.ACTIVATIONS`; so a
-shape that only looks familiar (an extra norm, a multiplier, a hidden residual) is refused instead of silently changed.
+What matches a pattern is then tried out (see `probe`), and must compute a plain or gated FFN with one of the activations
+of `reference.ACTIVATIONS`; so a shape that only looks familiar (an extra norm, a multiplier, a hidden residual) is
+refused instead of silently changed.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from . import reference
 from .errors import UnsupportedModelError
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """How one family of models spells its FFN.
-
-    Attributes:
-        name: for messages and tables.
-        up, down, gate: attribute names of the projections; `gate` is None for a plain FFN.
-        fused: `up` holds gate and up stacked, gate first.
-        in_layer: the projections are children of the decoder layer itself; no FFN module stands between.
-    """
-
-    name: str
-    up: str
-    down: str
-    gate: str | None = None
-    fused: bool = False
-    in_layer: bool = False
-
-    @property
-    def gated(self) -> bool:
-        return self.fused or self.gate is not None
-
-    @property
-    def inputs(self) -> tuple[tuple[str, int], ...]:
-        """Projections into the FFN, each with the number of neuron blocks stacked in it, in record order."""
-        if self.fused:
-            return ((self.up, 2),)
-        return ((self.gate, 1), (self.up, 1)) if self.gate else ((self.up, 1),)
-
-
-PATTERNS: tuple[Pattern, ...] = (
-    Pattern("gate_proj/up_proj/down_proj", gate="gate_proj", up="up_proj", down="down_proj"),
-    Pattern("gate_up_proj/down_proj", up="gate_up_proj", down="down_proj", fused=True),
-    Pattern("w1/w3/w2", gate="w1", up="w3", down="w2"),
-    Pattern("up_proj/down_proj", up="up_proj", down="down_proj"),
-    Pattern("c_fc/c_proj", up="c_fc", down="c_proj"),
-    Pattern("fc_in/fc_out", up="fc_in", down="fc_out"),
-    Pattern("dense_h_to_4h/dense_4h_to_h", up="dense_h_to_4h", down="dense_4h_to_h"),
-    Pattern("fc1/fc2", up="fc1", down="fc2"),
-    Pattern("fc1/fc2 in the layer", up="fc1", down="fc2", in_layer=True),
-)
+from .patterns import FFNWeights, Pattern, match, projections
+from .probe import detect_activation
 
 WIDTH_KEYS = ("n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size")
 
@@ -71,35 +26,6 @@ BIAS_KEYS = ("mlp_bias",)
 
 # Config keys that a family derives the FFN width with, and the value that makes it take the width as it stands.
 WIDTH_AS_IT_STANDS: dict[str, dict[str, Any]] = {"lfm2": {"block_auto_adjust_ff_dim": False}}
-
-
-@dataclass(frozen=True)
-class FFNWeights:
-    """Neuron-major views of one FFN's weights.
-
-    Attributes:
-        up, down: `[F, D]`; row j belongs to neuron j.
-        gate: `[F, D]`, or None for a plain FFN.
-        up_bias, gate_bias: `[F]` or None.
-        down_bias: `[D]` or None.
-    """
-
-    up: Tensor
-    down: Tensor
-    gate: Tensor | None = None
-    up_bias: Tensor | None = None
-    gate_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """The parts of a neuron-major record, in order: (gate, up, down) or (up, down), each `[F, D]`."""
-        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
-
-    @property
-    def input_biases(self) -> tuple[Tensor | None, ...]:
-        """(gate_bias, up_bias) or (up_bias,), each `[F]` or None."""
-        return (self.up_bias,) if self.gate is None else (self.gate_bias, self.up_bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,39 +80,6 @@ class FFN:
         return projections(self.holder, self.pattern)
 
 
-def projections(holder: nn.Module, pattern: Pattern) -> FFNWeights:
-    """Neuron-major views of the projections that `pattern` names in `holder`."""
-
-    def rows(name: str) -> tuple[Tensor, Tensor | None]:
-        module: Any = holder.get_submodule(name)
-        weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-        return weight, module.bias
-
-    up, up_bias = rows(pattern.up)
-    down, down_bias = rows(pattern.down)
-    gate = gate_bias = None
-    if pattern.fused:
-        gate, up = up.chunk(2, dim=0)
-        if up_bias is not None:
-            gate_bias, up_bias = up_bias.chunk(2)
-    elif pattern.gate:
-        gate, gate_bias = rows(pattern.gate)
-    return FFNWeights(up, down.t(), gate, up_bias, gate_bias, down_bias)
-
-
-def match(holder: nn.Module, in_layer: bool = False) -> Pattern | None:
-    """The first row of `PATTERNS` whose projections are all children of `holder` and fit each other, or None."""
-    children = dict(holder.named_children())
-    for pattern in PATTERNS:
-        names = [name for name, _ in pattern.inputs] + [pattern.down]
-        if pattern.in_layer != in_layer or not all(isinstance(children.get(n), nn.Linear | Conv1D) for n in names):
-            continue
-        weights = projections(holder, pattern)
-        if all(part.shape == weights.down.shape for part in weights.parts):
-            return pattern
-    return None
-
-
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The dotted path and the list of the model's decoder layers.
 
@@ -202,85 +95,6 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = ", ".join(f"{n} ({len(m)})" for n, m in (outer or lists)[:5]) or "no nn.ModuleList"
     wanted = f"{'one' if outer else 'a'} list of {count} decoder layers (config.num_hidden_layers)"
     raise UnsupportedModelError(f"{type(model).__name__} does not have {wanted}; found {found}")
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule is in the mode it was in."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
-def _reference_output(weights: FFNWeights, x: Tensor, activation: str) -> Tensor:
-    act = reference.ACTIVATIONS[activation]
-    linear = nn.functional.linear
-    hidden = act(linear(x, weights.parts[0], weights.input_biases[0]))
-    if weights.gate is not None:
-        hidden = hidden * linear(x, weights.up, weights.up_bias)
-    return linear(hidden, weights.down.t(), weights.down_bias)
-
-
-def _small_projection(projection: Any, inputs: int, outputs: int, generator: torch.Generator) -> Any:
-    """A copy of a Linear or Conv1D, or of a subclass with its own forward, with small random float64 weights."""
-    small = copy.copy(projection)
-    small._parameters = {}
-    weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
-    small.weight = nn.Parameter(weight.t().contiguous() if isinstance(projection, Conv1D) else weight)
-    bias = torch.randn(outputs, generator=generator, dtype=torch.float64) / 4
-    small.bias = None if projection.bias is None else nn.Parameter(bias)
-    small.nx, small.nf = small.in_features, small.out_features = inputs, outputs
-    return small
-
-
-def _miniature(holder: nn.Module, pattern: Pattern) -> nn.Module:
-    """A shallow copy of an FFN module with small random projections; everything else in it is the module's own."""
-    hidden, neurons = 8, 24
-    generator = torch.Generator().manual_seed(0)
-    small = copy.copy(holder)
-    small._modules = dict(holder._modules)
-    for name, blocks in pattern.inputs:
-        small._modules[name] = _small_projection(holder.get_submodule(name), hidden, blocks * neurons, generator)
-    small._modules[pattern.down] = _small_projection(holder.get_submodule(pattern.down), neurons, hidden, generator)
-    return small
-
-
-def _same(got: Any, want: Tensor) -> bool:
-    """Whether every row agrees to 1e-6 of its norm: float64 is far closer, two different activations are not."""
-    if not isinstance(got, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
-        return False
-    error = torch.linalg.vector_norm(got - want, dim=-1)
-    return bool((error <= 1e-6 * torch.linalg.vector_norm(want, dim=-1)).all())
-
-
-def detect_activation(holder: nn.Module, pattern: Pattern) -> str | None:
-    """Name the activation by behaviour: run the module (in_layer: its activation) and compare.
-
-    The module runs in float64 over small random weights instead of its own, so neither its dtype nor its size nor
-    dead weights blur the answer. Inputs reach from small values, which tell smooth activations apart, to large ones,
-    which tell clipped ones from unclipped.
-    """
-    if pattern.in_layer:
-        act = getattr(holder, "activation_fn", None)
-        if act is None:
-            return None
-        x = torch.linspace(-1, 1, 97, dtype=torch.float64) * torch.tensor([[2.0], [20.0]], dtype=torch.float64)
-        got = act(x)
-        return next((name for name, fn in reference.ACTIVATIONS.items() if _same(got, fn(x))), None)
-    x = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    x[1] *= 16
-    try:
-        with evaluating(holder):
-            small = _miniature(holder, pattern)
-            got = small(x)
-    except (TypeError, ValueError, IndexError, RuntimeError, KeyError, AttributeError):
-        return None  # it wants more than a hidden state, so it is no FFN that a record can stand for
-    weights = projections(small, pattern)
-    return next((n for n in reference.ACTIVATIONS if _same(got, _reference_output(weights, x, n))), None)
 
 
 def _wide_norm(layer: nn.Module, width: int, hidden_size: int) -> str | None:

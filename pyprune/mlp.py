@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import dispatch, families, ops
+from . import dispatch, ops
 from .errors import UnsupportedModelError, check, check_choice
-from .families import FFN, FFNWeights, Pattern
+from .families import FFN
 from .mask import KeepIndex
+from .patterns import FFNWeights, Pattern, match
+from .probe import detect_activation
 
 MODES = ("compact", "gather")
 
@@ -104,7 +106,7 @@ class PrunedMLP(nn.Module):
         """Build one from an FFN of a Transformers model, which stays as it is.
 
         Args:
-            mlp: an FFN module (any row of `families.PATTERNS`), or what `families.find_ffns` found.
+            mlp: an FFN module (any row of `patterns.PATTERNS`), or what `families.find_ffns` found.
             keep: the neurons that stay; None for all.
             mode: `compact` copies the kept neurons; `gather` copies all and reads only the kept ones.
             backend: `auto` or a backend's name, which is then used or refused.
@@ -257,9 +259,9 @@ class DownStandIn(nn.Identity):
 
 def _describe(mlp: nn.Module) -> FFN:
     """Recognise a lone FFN module."""
-    pattern = families.match(mlp)
+    pattern = match(mlp)
     with torch.no_grad():
-        activation = families.detect_activation(mlp, pattern) if pattern else None
+        activation = detect_activation(mlp, pattern) if pattern else None
     if pattern is None or activation is None:
         children = ", ".join(n for n, _ in mlp.named_children()) or "no children"
         raise UnsupportedModelError(f"{type(mlp).__name__} is no FFN that pyprune knows (it has {children})")

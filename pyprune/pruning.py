@@ -20,6 +20,7 @@ from .families import FFN
 from .importance import ActivationStats
 from .mask import KeepIndex, Mask
 from .memory import PeakMemory, release
+from .probe import evaluating
 
 
 @dataclass
@@ -243,7 +244,7 @@ def prune(
         mask.check_fits([f.intermediate_size for f in ffns], fingerprint)
     before = _totals(model)
     started = time.perf_counter()
-    with families.evaluating(model), PeakMemory() as memory:
+    with evaluating(model), PeakMemory() as memory:
         keeps = None if mask is None else list(mask.layers)
         if keeps is None and config.scope == "global":
             keeps = allocation.global_top(pruner.all_scores(), config.keep, config.multiple, config.floor)

@@ -9,7 +9,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from pyprune import PruneConfig, UnsupportedModelError, checkpoint, families, find_ffns, prune, reference
+from pyprune import (
+    PruneConfig,
+    UnsupportedModelError,
+    checkpoint,
+    families,
+    find_ffns,
+    patterns,
+    probe,
+    prune,
+    reference,
+)
 
 BARE = PruneConfig(compensate="none")
 ACTIVATIONS = {
@@ -220,7 +230,7 @@ def test_evaluating_restores_every_mode(tiny):
     model = tiny("gpt2").train()
     model.transformer.h[1].eval()
     modes = [m.training for m in model.modules()]
-    with families.evaluating(model):
+    with probe.evaluating(model):
         assert not any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == modes
 
@@ -229,7 +239,7 @@ def test_fingerprint_names_the_dense_model(tiny, tmp_path):
     def of(model):
         return families.fingerprint(model, find_ffns(model))
 
-    model = tiny("llama").to(torch.bfloat16)
+    model = tiny("llama")
     model.save_pretrained(tmp_path)
     loads = [AutoModelForCausalLM.from_pretrained(tmp_path, dtype=d) for d in (torch.float32, torch.bfloat16)]
     assert {of(m) for m in loads} == {of(model)}
@@ -249,6 +259,6 @@ def test_every_activation_of_transformers_is_named_rightly_or_not_at_all(tiny):
             layer.act_fn = ACT2FN[name]
         except (ImportError, TypeError):
             continue  # needs arguments or a package
-        pattern = families.match(layer)
-        if (found := families.detect_activation(layer, pattern)) is not None:
+        pattern = patterns.match(layer)
+        if (found := probe.detect_activation(layer, pattern)) is not None:
             torch.testing.assert_close(layer.act_fn(x), reference.ACTIVATIONS[found](x), rtol=1e-6, atol=1e-6)

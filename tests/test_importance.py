@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from pyprune import InputError, importance
-from pyprune.families import FFNWeights
 from pyprune.importance import ActivationStats, criterion
+from pyprune.patterns import FFNWeights
 
 # Two neurons, D = 2.
 GATE = torch.tensor([[1.0, 0.0], [0.0, -2.0]])

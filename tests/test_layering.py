@@ -14,7 +14,9 @@ KERNELS = PACKAGE.parent / "triton_kernels"
 # Bottom first. A module imports from lower rows only; a package counts as one module.
 LAYERS = (
     {"errors", "reference", "heterogeneous", "memory", "machine", "summary", "fresh"},
-    {"files", "text", "families", "roofline", "screen", "figures"},
+    {"files", "text", "patterns", "roofline", "screen", "figures"},
+    {"probe"},
+    {"families"},
     {"mask", "importance"},
     {"config", "allocation", "compensation", "calibration", "backends"},
     {"dispatch"},

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, families, find_ffns
-from pyprune.families import FFNWeights
+from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, find_ffns, patterns
 from pyprune.mlp import pack
+from pyprune.patterns import FFNWeights
 
 KEEP = KeepIndex([0, 3, 4, 40, 77, 95], 96)
 MODULES = ("llama", "phi3", "gpt2", "gptj", "gpt_neox", "starcoder2", "nemotron", "lfm2", "falcon")
@@ -30,7 +30,7 @@ def cut_dense(ffn, x, keep=KEEP):
     removed = torch.ones(96, dtype=torch.bool)
     removed[keep.neurons.long()] = False
     with torch.no_grad():
-        families.projections(module, ffn.pattern).down[removed] = 0
+        patterns.projections(module, ffn.pattern).down[removed] = 0
     return module(x)
 
 
@@ -142,7 +142,7 @@ def test_gradients_are_those_of_the_dense_modules_kept_neurons(name, mode, backe
     grads = copy.deepcopy(module)
     for copied, own in zip(grads.parameters(), module.parameters(), strict=True):
         copied.data = own.grad
-    want = families.projections(grads, ffn.pattern)
+    want = patterns.projections(grads, ffn.pattern)
     x.grad = None
     pruned(x).backward(upstream)
     torch.testing.assert_close(x.grad, want_x)

@@ -7,8 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyprune import BackendError, InputError, KeepIndex, ops, reference
-from pyprune.families import FFNWeights
 from pyprune.mlp import pack
+from pyprune.patterns import FFNWeights
 
 FORMS = list(itertools.product((False, True), (False, True)))  # gated, gather
 PUBLIC = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check
-from ..families import FFNWeights
+from ..patterns import FFNWeights
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..families import FFNWeights
+from ..patterns import FFNWeights
 from .base import ActivationStats, criterion
 
 

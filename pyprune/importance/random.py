@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..families import FFNWeights
+from ..patterns import FFNWeights
 from .base import ActivationStats, criterion
 
 
