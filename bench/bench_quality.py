@@ -75,7 +75,6 @@ def main(
                     "perplexity": perplexity(pruned, held_out, bars).perplexity,
                     "removed": 1 - report.mask.keep,
                     "prune_seconds": report.seconds,
-                    "peak_over_model": 1 + report.peak_bytes / report.bytes_before,
                 }
                 rows.append(row)
     facts |= {"evaluation": evaluation_name, "evaluation_tokens": held_out.numel(), "tokens": tokens, "dense": dense}

@@ -1,6 +1,6 @@
 """Where a model's FFNs are: detection by structure (see `patterns`), never by the name of a model.
 
-What matches a pattern is then tried out (see `probe`), and must compute a plain or gated FFN with one of the activations
+What matches a pattern is then tried out (see `probe`): it must compute a plain or gated FFN with one of the activations
 of `reference.ACTIVATIONS`; so a shape that only looks familiar (an extra norm, a multiplier, a hidden residual) is
 refused instead of silently changed.
 """
