@@ -55,6 +55,22 @@ def test_compact_with_a_mask_equals_the_masked_dense_model(family, tiny, ids, ra
 
 
 @torch.no_grad()
+def test_gated_ffn_with_biases(tiny, ids, random_mask, masked, tmp_path):
+    model = tiny("llama", mlp_bias=True)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    mask = random_mask(model, (64, 24, 96))
+    want = masked(model, mask)(ids).logits
+    gather = accelerate(copy.deepcopy(model), mode="gather", mask=mask)
+    torch.testing.assert_close(gather(ids).logits, want)
+    assert all(torch.equal(state[k], v) for k, v in gather.state_dict().items())
+    gather.load_state_dict(tiny("llama", seed=1, mlp_bias=True).state_dict())
+    gather.load_state_dict(state)
+    torch.testing.assert_close(gather(ids).logits, want)
+    checkpoint.save(accelerate(model, mask=mask), tmp_path / "out")
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, want)
+
+
+@torch.no_grad()
 def test_gather_equals_the_masked_dense_model_and_saves_the_dense_one(family, tiny, ids, random_mask, masked, tmp_path):
     model = tiny(family)
     dense = model(ids).logits
