@@ -17,6 +17,7 @@ style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python bench/readme_tables.py --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -108,10 +108,34 @@ def quality_table(result: Result) -> list[str]:
     return [f"{what} {provenance(result)}", "", *markdown(header, lines)]
 
 
+def static_table(result: Result) -> list[str]:
+    """A line for each kernel, architecture and dtype of bench/static_table.py: ranges over its variants."""
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for r in result["kernels"]:
+        groups.setdefault((r["kernel"], r["architecture"], r["dtype"]), []).append(r)
+
+    def span(rows: list[Result], key: str) -> str:
+        values = sorted({r[key] for r in rows})
+        return str(values[0]) if len(values) == 1 else f"{values[0]}..{values[-1]}"
+
+    lines = []
+    for (kernel, architecture, dtype), rows in groups.items():
+        matrix = ", ".join(
+            f"{kind} {span([r for r in rows if r['mma'] == kind], 'mma_count')}"
+            for kind in sorted({r["mma"] for r in rows} - {"none", "FFMA"})
+        )
+        spills = [span(rows, key) for key in ("stack_bytes", "ldl", "stl")]
+        lines.append([kernel, architecture, dtype, span(rows, "registers"), *spills, matrix])
+    header = ["kernel", "architecture", "dtype", ">registers", ">STACK", ">LDL", ">STL", "matrix instructions"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return [f"Compiled by {versions}; {len(result['kernels'])} kernels.", "", *markdown(header, lines)]
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "ffn": ffn_table,
     "model": model_table,
     "quality": quality_table,
+    "static": static_table,
 }
 
 
