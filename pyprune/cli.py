@@ -7,16 +7,15 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import transformers
 import typer
 from rich.markup import escape
 
 from . import checkpoint, dispatch, families, importance, loading, machine, surgery
-from .backends import Problem
 from .benchmark import benchmark
 from .config import COMPENSATIONS, SCOPES, PruneConfig
 from .demo import run_demo
+from .diagnosis import diagnose
 from .errors import CheckpointError, InputError, check, check_choice
 from .evaluation import generate_text, perplexity
 from .files import check_out_folder
@@ -59,44 +58,16 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
 @verb
 def doctor(as_json: JsonOption = False) -> None:
     """Machine, versions and backends: usable, or why not, in one line each."""
-    facts = machine.facts()
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    backends: dict[str, dict[str, str]] = {}
-    choices: list[dict[str, str]] = []
-    for device in ("cpu", "cuda"):
-        for name, backend in dispatch.backends().items():
-            problem = Problem(device, torch.float32, 1, 64, 64, 64, True, False, "silu")
-            reason = backend.why_not(problem)
-            if device not in devices:
-                reason = reason or "torch sees no CUDA device"
-            backends.setdefault(name, {})[device] = "usable" if reason is None else reason
-    for device in devices:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for gather in (False, True):
-                for tokens in (1, 512):
-                    problem = Problem(device, dtype, tokens, 4096, 14336, 7168, True, gather, "silu")
-                    choices.append(
-                        {
-                            "device": device,
-                            "dtype": str(dtype).removeprefix("torch."),
-                            "form": "gather" if gather else "compact",
-                            "tokens": str(tokens),
-                            "backend": dispatch.choose(problem).NAME,
-                        }
-                    )
-    try:
-        demo = f"usable ({loading.demo_file().name})"
-    except InputError as error:
-        demo = str(error)
+    facts = diagnose()
+    states = [(name, device, state) for name, by in facts["backends"].items() for device, state in by.items()]
+    choices = facts["choices"]
     show(
-        {"machine": facts, "backends": backends, "choices": choices, "demo": demo},
+        facts,
         as_json,
-        table("machine", ("what", "value"), _flat(facts)),
-        table(
-            "backends", ("backend", "device", "state"), [(n, d, s) for n, by in backends.items() for d, s in by.items()]
-        ),
-        table("what `auto` chooses", tuple(choices[0]), [tuple(c.values()) for c in choices]),
-        f"demo model: {escape(demo)}",
+        table("machine", ("what", "value"), _flat(facts["machine"])),
+        table("backends", ("backend", "device", "state"), states),
+        table("what `auto` chooses", tuple(choices[0]), [tuple(choice.values()) for choice in choices]),
+        f"demo model: {escape(facts['demo'])}",
     )
 
 

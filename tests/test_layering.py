@@ -25,7 +25,7 @@ LAYERS = (
     {"surgery"},
     {"checkpoint", "pruning", "evaluation", "timing"},
     {"loading", "benchmark"},
-    {"options", "demo"},
+    {"options", "demo", "diagnosis"},
     {"cli"},
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

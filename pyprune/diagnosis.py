@@ -1,0 +1,56 @@
+"""What works here: machine, versions, backends, and what `auto` would choose; the facts behind `pyprune doctor`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from . import dispatch, loading, machine
+from .backends import Problem
+from .errors import BackendError, InputError
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _states() -> dict[str, dict[str, str]]:
+    """Backend -> device type -> `usable`, or why not in one line."""
+    states: dict[str, dict[str, str]] = {}
+    for device, (name, backend) in itertools.product(("cpu", "cuda"), dispatch.backends().items()):
+        reason = backend.why_not(Problem(device, torch.float32, 1, 64, 64, 64, True, False, "silu"))
+        if device == "cuda" and not torch.cuda.is_available():
+            reason = reason or "torch sees no CUDA device"
+        states.setdefault(name, {})[device] = reason or "usable"
+    return states
+
+
+def _choice(problem: Problem) -> str:
+    try:
+        return dispatch.choose(problem).NAME
+    except BackendError as error:
+        return str(error)
+
+
+def _choices() -> list[dict[str, str]]:
+    """What `auto` takes for a layer of LLaMA-3-8B's shape at half its width, by device, dtype, form and tokens."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [
+        {
+            "device": device,
+            "dtype": str(dtype).removeprefix("torch."),
+            "form": "gather" if gather else "compact",
+            "tokens": str(tokens),
+            "backend": _choice(Problem(device, dtype, tokens, 4096, 14336, 7168, True, gather, "silu")),
+        }
+        for device, dtype, gather, tokens in itertools.product(devices, _DTYPES, (False, True), (1, 512))
+    ]
+
+
+def diagnose() -> dict[str, Any]:
+    """JSON values: `machine` (see `machine.facts`), `backends`, `choices`, and `demo`, the state of the demo model."""
+    try:
+        demo = f"usable ({loading.demo_file().name})"
+    except InputError as error:
+        demo = str(error)
+    return {"machine": machine.facts(), "backends": _states(), "choices": _choices(), "demo": demo}
