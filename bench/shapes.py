@@ -1,8 +1,8 @@
 """The FFN shapes of real models: the one table that benches iterate.
 
-Where the figures come from: (d) the defaults of the family's config class in Transformers, (c) public copies of the model's
-`config.json`, (p) commonly stated sizes, not checked against a file: GPT-2 XL is 1600 wide and OPT-1.3B and Pythia-1.4B are
-2048 wide, each with an FFN of four times that.
+Where the figures come from: (d) the defaults of the family's config class in Transformers, (c) public copies of the
+model's `config.json`, (p) commonly stated sizes, not checked against a file: GPT-2 XL is 1600 wide and OPT-1.3B and
+Pythia-1.4B are 2048 wide, each with an FFN of four times that.
 """
 
 from __future__ import annotations
