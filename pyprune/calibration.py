@@ -66,6 +66,13 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
 
 
+def check_windows(model: nn.Module, windows: Tensor, argument: str) -> None:
+    """Raise `InputError` when windows (`[N, W]`) are longer than the model's context."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    fits = not isinstance(longest, int) or windows.shape[1] <= longest
+    check(fits, argument, f"have windows of at most {longest} tokens (max_position_embeddings)", windows.shape[1])
+
+
 class LayerStream:
     """The hidden states of all windows in front of one decoder layer.
 

@@ -30,7 +30,6 @@ from .options import (
     TextOption,
     TokensOption,
     WindowOption,
-    check_window,
     choose_device,
     text_windows,
 )
@@ -167,9 +166,10 @@ def prune(
         check_out_folder(out, overwrite)
     loaded_mask = Mask.load(mask) if mask else None
     place = choose_device(device)
+    tokenizer = loading.load_tokenizer(model)
     batches, text_name = None, None
     if config.compensate != "none" or (loaded_mask is None and config.needs_text):
-        batches, text_name = text_windows(model, text, "first", tokens, window)
+        batches, text_name = text_windows(tokenizer, text, "first", tokens, window)
     loaded = loading.load_model(model, dtype, place)
     facts = {
         "model": model if model == loading.DEMO else Path(model).name,
@@ -179,7 +179,7 @@ def prune(
     with Bars() as bars:
         report = prune_model(loaded, config, batches, mask=loaded_mask, progress=bars, provenance=facts)
     if not dry_run and out is not None:
-        checkpoint.save(loaded, out, loading.load_tokenizer(model), overwrite)
+        checkpoint.save(loaded, out, tokenizer, overwrite)
     if save_mask is not None and not dry_run:
         report.mask.save(save_mask)
     written = "nothing (dry run)" if dry_run else str(out)
@@ -218,9 +218,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Token perplexity (not word perplexity) over non-overlapping windows of text."""
-    windows, name = text_windows(model, text, "second", tokens, window)
+    windows, name = text_windows(loading.load_tokenizer(model), text, "second", tokens, window)
     loaded = loading.load_model(model, dtype, choose_device(device))
-    check_window(loaded, window)
     provenance = (getattr(loaded.config, "pyprune", None) or {}).get("provenance") or {}
     calibrated = provenance.get("text") == name
     if calibrated:

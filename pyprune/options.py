@@ -39,12 +39,7 @@ def choose_device(name: str) -> str:
     return chosen
 
 
-def text_windows(model: str, text: str | None, part: str, tokens: int, window: int) -> tuple[Tensor, str]:
-    """Token windows of a text with the tokenizer of `model`, and the text's name."""
+def text_windows(tokenizer: Any, text: str | None, part: str, tokens: int, window: int) -> tuple[Tensor, str]:
+    """Token windows of a text, and the text's name."""
     content, name = load_text(text, part)
-    return token_windows(loading.load_tokenizer(model), content, tokens, window), name
-
-
-def check_window(model: Any, window: int) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    check(limit is None or window <= limit, "window", f"be at most the model's context, {limit} tokens", window)
+    return token_windows(tokenizer, content, tokens, window), name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import allocation, families, importance, surgery
-from .calibration import LayerStream, Progress, quiet, stack_batches
+from .calibration import LayerStream, Progress, check_windows, quiet, stack_batches
 from .compensation import least_squares, mean_bias
 from .config import PruneConfig
 from .errors import InputError, check
@@ -160,12 +160,6 @@ def _check_finite(model: nn.Module) -> None:
         check(bool(parameter.isfinite().all()), "model", "have finite weights", f"NaN or infinity in {name}")
 
 
-def _check_windows(model: nn.Module, ids: Tensor) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    fits = not isinstance(longest, int) or ids.shape[1] <= longest
-    check(fits, "batches", f"have windows of at most {longest} tokens (max_position_embeddings)", ids.shape[1])
-
-
 def _check_json(provenance: dict[str, Any] | None) -> None:
     try:
         json.dumps(provenance)
@@ -233,7 +227,7 @@ def prune(
     ids = None
     if needed and batches is not None:
         ids = stack_batches(batches, getattr(model.config, "vocab_size", None))
-        _check_windows(model, ids)
+        check_windows(model, ids, "batches")
     _check_finite(model)
     if config.compensate == "bias":
         surgery.check_biases(model, ffns)

@@ -195,7 +195,7 @@ def test_wrong_use_is_refused(tiny_checkpoint: Path, pruned: Path, tmp_path: Pat
     assert "not empty" in refused(2, "prune", tiny_checkpoint, "--out", pruned)
     assert "text must be an existing file" in refused(2, "eval", tiny_checkpoint, "--text", tmp_path / "none.txt")
     assert "at least one window" in refused(2, "eval", tiny_checkpoint, "--tokens", 10, "--window", 64)
-    assert "window must be at most" in refused(2, "eval", tiny_checkpoint, "--tokens", 1024, "--window", 1024)
+    assert "windows of at most 512 tokens" in refused(2, "eval", tiny_checkpoint, "--tokens", 1024, "--window", 1024)
     assert "no file or folder" in refused(2, "inspect", tmp_path / "none")
     assert "mode must be" in refused(2, "bench", pruned, "--against", tiny_checkpoint, "--mode", "gather")
     assert "prompt must not be empty" in refused(2, "generate", tiny_checkpoint, "--prompt", "")

@@ -29,6 +29,11 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary(
     assert perplexity(model, ids).perplexity == pytest.approx(128, rel=1e-6)
 
 
+def test_windows_longer_than_the_context_are_refused(tiny: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match=r"windows of at most 64 tokens .*; got 65"):
+        perplexity(tiny("llama"), torch.zeros(1, 65, dtype=torch.int64))
+
+
 def test_greedy_generation_is_the_argmax(tiny: Callable[..., Any], tokenizer: Any) -> None:
     model = tiny("llama", vocab_size=1024)
     prompt = "The list"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import Progress, quiet
+from ..calibration import Progress, check_windows, quiet
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,11 @@ def perplexity(model: Any, windows: Tensor, progress: Progress = quiet) -> Perpl
         model: a causal LM of Transformers, in eval mode.
         windows: `[N, W]` token ids.
         progress: called as `(stage, done, total)`.
+
+    Raises:
+        InputError: windows longer than the model's context.
     """
+    check_windows(model, windows, "text")
     total, predicted = 0.0, 0
     device = next(model.parameters()).device
     for i, window in enumerate(windows):
