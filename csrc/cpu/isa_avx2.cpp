@@ -1,0 +1,22 @@
+// AVX2, FMA and F16C.
+#include <immintrin.h>
+#include "kernels.h"
+
+namespace pyprune {
+namespace {
+
+#include "scalar.h"
+#include "simd_avx2.h"
+#include "no_dot_bf16.h"
+#include "activation.h"
+#include "kernel.h"
+
+}  // namespace
+
+const Kernels* avx2_kernels() {
+  static const Kernels kernels{"avx2", shape, pack, slab, finish, read_all};
+  bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return supported ? &kernels : nullptr;
+}
+
+}  // namespace pyprune

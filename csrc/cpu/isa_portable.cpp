@@ -1,0 +1,22 @@
+// The baseline that runs everywhere.
+
+#include "kernels.h"
+
+namespace pyprune {
+namespace {
+
+#include "scalar.h"
+#include "simd_portable.h"
+#include "no_dot_bf16.h"
+#include "activation.h"
+#include "kernel.h"
+
+}  // namespace
+
+const Kernels* portable_kernels() {
+  static const Kernels kernels{"portable", shape, pack, slab, finish, read_all};
+  bool supported = true;
+  return supported ? &kernels : nullptr;
+}
+
+}  // namespace pyprune

@@ -1,0 +1,391 @@
+// The kernel, over the float vectors of one instruction set. Included by each instruction set's source file after its
+// `simd_*.h`, inside that file's own namespace, so that no code of one set can be linked in the place of another's.
+
+template <Type W>
+using Element = typename Weights<W>::Element;
+
+// Rows times tokens whose dot products are held in registers at once.
+constexpr int kRows = kLanes == 16 ? 4 : 2;
+constexpr int kTokens = kLanes == 4 ? 2 : 4;
+
+// Neurons of one group: their dot products, their activations, and then their down rows are computed together. One
+// token needs no more than hides the latency of additions; many tokens share each load and store of a partial sum.
+constexpr int kGroupOne = 2;
+constexpr int kGroupMany = 4;
+
+// Where element `i` of a line stands in expanded order.
+template <Type W>
+constexpr int64_t expanded(int64_t i) {
+  constexpr int64_t width = Weights<W>::kVectors * kLanes;
+  return i / width * width + i % Weights<W>::kVectors * kLanes + i % width / Weights<W>::kVectors;
+}
+
+// Rows of weights, and the rows that will be read after them; those are prefetched a line for each line that is read,
+// so that memory is busy also while registers are summed up and activations computed.
+template <Type W, int R>
+struct Rows {
+  const Element<W>* now[R];
+  const Element<W>* next[R];
+
+  inline void prefetch(int64_t d) const {
+    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + d);
+  }
+};
+
+// The last, partial line of some rows, with zeros behind.
+template <Type W, int R>
+struct Tail {
+  alignas(kLineBytes) Element<W> lines[R][line(W)];
+
+  Tail(const Rows<W, R>& rows, int64_t d, int64_t count) {
+    __builtin_memset(lines, 0, sizeof lines);
+    for (int r = 0; r < R; ++r) __builtin_memcpy(lines[r], rows.now[r] + d, count * sizeof(Element<W>));
+  }
+};
+
+template <Type W, int R, int T>
+inline void dot_line(const Element<W>* const (&rows)[R], int64_t d, const float* x, int64_t stride, Vec (&sums)[R][T]) {
+  constexpr int V = Weights<W>::kVectors;
+  for (int b = 0; b < line(W); b += V * kLanes) {
+    Vec w[R][V];
+    for (int r = 0; r < R; ++r) Weights<W>::unpack(rows[r] + d + b, w[r]);
+    for (int v = 0; v < V; ++v) {
+      for (int t = 0; t < T; ++t) {
+        Vec token = load(x + t * stride + b + v * kLanes);
+        for (int r = 0; r < R; ++r) sums[r][t] = fma(w[r][v], token, sums[r][t]);
+      }
+    }
+  }
+}
+
+template <Type W, int R, int T>
+inline void dot_line(const Element<W>* const (&rows)[R], int64_t d, const uint16_t* x, int64_t stride,
+                     Vec (&sums)[R][T]) {
+  for (int b = 0; b < line(W); b += 2 * kLanes)
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < R; ++r) sums[r][t] = dot_bf16(sums[r][t], rows[r] + d + b, x + t * stride + b);
+}
+
+// out[r * out_stride + t] = the dot product of row r with token t. Tokens are float32 in expanded order, or bfloat16.
+template <Type W, int R, int T, bool Prefetch, class Token>
+inline void dot(const Rows<W, R>& rows, int64_t size, const Token* x, int64_t stride, float* out, int64_t out_stride) {
+  Vec sums[R][T];
+  for (auto& row : sums)
+    for (auto& value : row) value = zero();
+  int64_t d = 0;
+  for (; d + line(W) <= size; d += line(W)) {
+    if (Prefetch) rows.prefetch(d);
+    dot_line<W, R, T>(rows.now, d, x + d, stride, sums);
+  }
+  if (d < size) {
+    if (Prefetch) rows.prefetch(d);
+    Tail<W, R> tail(rows, d, size - d);
+    const Element<W>* lines[R];
+    for (int r = 0; r < R; ++r) lines[r] = tail.lines[r];
+    dot_line<W, R, T>(lines, 0, x + d, stride, sums);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) out[r * out_stride + t] = sum(sums[r][t]);
+}
+
+template <Type W, int R, bool One>
+inline void down_line(const Element<W>* const (&rows)[R], int64_t d, const float* a, int64_t a_stride, int64_t tokens,
+                      float* partial, int64_t stride) {
+  constexpr int V = Weights<W>::kVectors;
+  for (int b = 0; b < line(W); b += V * kLanes) {
+    Vec w[R][V];
+    for (int r = 0; r < R; ++r) Weights<W>::unpack(rows[r] + d + b, w[r]);
+    for (int64_t t = 0; t < (One ? 1 : tokens); ++t) {
+      float* p = partial + t * stride + b;
+      Vec sums[V];
+      for (int v = 0; v < V; ++v) sums[v] = load(p + v * kLanes);
+      for (int r = 0; r < R; ++r) {
+        Vec factor = broadcast(a[r * a_stride + t]);
+        for (int v = 0; v < V; ++v) sums[v] = fma(factor, w[r][v], sums[v]);
+      }
+      for (int v = 0; v < V; ++v) store(p + v * kLanes, sums[v]);
+    }
+  }
+}
+
+// partial[t] += sum over r of a[r][t] * row r.
+template <Type W, int R, bool One>
+inline void down(const Rows<W, R>& rows, int64_t size, const float* a, int64_t a_stride, int64_t tokens, float* partial,
+                 int64_t stride) {
+  int64_t d = 0;
+  for (; d + line(W) <= size; d += line(W)) {
+    rows.prefetch(d);
+    down_line<W, R, One>(rows.now, d, a, a_stride, tokens, partial + d, stride);
+  }
+  if (d < size) {
+    rows.prefetch(d);
+    Tail<W, R> tail(rows, d, size - d);
+    const Element<W>* lines[R];
+    for (int r = 0; r < R; ++r) lines[r] = tail.lines[r];
+    down_line<W, R, One>(lines, 0, a, a_stride, tokens, partial + d, stride);
+  }
+}
+
+// From the dot products of `count` neurons (rows `stride` apart) to what their down rows are multiplied by, in place in
+// `gate`: scales, biases, activation, gate times up, and the down row's own scale.
+inline void hidden_values(const Problem& p, int64_t first, int count, int64_t stride, float* gate, float* up) {
+  for (int n = 0; n < count; ++n) {
+    int64_t row = p.row(first + n);
+    float* values[] = {gate + n * stride, up + n * stride};
+    for (int part = 0; part < p.parts() - 1; ++part) {
+      float scale = p.scales ? p.scales[row * p.parts() + part] : 1.0f;
+      float bias = p.neuron_bias ? read(p.x_type, p.neuron_bias, row * (p.parts() - 1) + part) : 0.0f;
+      if (!p.scales && !p.neuron_bias) continue;
+      for (int64_t t = 0; t < p.tokens; ++t) values[part][t] = values[part][t] * scale + bias;
+    }
+  }
+  int64_t size = count * stride;
+  activate(p.activation, gate, size);
+  if (p.gated)
+    for (int64_t i = 0; i < size; i += kLanes) store(gate + i, mul(load(gate + i), load(up + i)));
+  if (!p.scales) return;
+  for (int n = 0; n < count; ++n) {
+    float scale = p.scales[(p.row(first + n) + 1) * p.parts() - 1];
+    for (int64_t t = 0; t < p.tokens; ++t) gate[n * stride + t] *= scale;
+  }
+}
+
+// Dot products of rows with T tokens from `token` on.
+template <Type W, int R, int T, bool Prefetch>
+inline void dot_tokens(const Problem& p, const Workspace& ws, const Rows<W, R>& rows, int64_t token, float* out,
+                       int64_t stride) {
+  if constexpr (kDotBf16 && W == Type::bf16)
+    if (ws.tokens_bf16)
+      return dot<W, R, T, Prefetch>(rows, p.hidden_size, ws.tokens_bf16 + token * ws.padded, ws.padded, out, stride);
+  dot<W, R, T, Prefetch>(rows, p.hidden_size, ws.tokens + token * ws.padded, ws.padded, out, stride);
+}
+
+template <Type W, int T>
+inline void dot_some(const Problem& p, const Workspace& ws, const Rows<W, kRows>& rows, int64_t token, float* out,
+                     int64_t stride) {
+  if (token == 0)
+    dot_tokens<W, kRows, T, true>(p, ws, rows, 0, out, stride);
+  else
+    dot_tokens<W, kRows, T, false>(p, ws, rows, token, out + token, stride);
+}
+
+// Dot products of rows with all tokens, some tokens at a time.
+template <Type W>
+inline void dot_all(const Problem& p, const Workspace& ws, const Rows<W, kRows>& rows, float* out, int64_t stride) {
+  int64_t t = 0;
+  for (; t + kTokens <= p.tokens; t += kTokens) dot_some<W, kTokens>(p, ws, rows, t, out, stride);
+  switch (p.tokens - t) {
+    case 3:
+      return dot_some<W, 3>(p, ws, rows, t, out, stride);
+    case 2:
+      return dot_some<W, 2>(p, ws, rows, t, out, stride);
+    case 1:
+      return dot_some<W, 1>(p, ws, rows, t, out, stride);
+  }
+}
+
+// The first of each neuron's rows, for a group and for the one after it (or, at the end, for itself again).
+template <Type W, int G>
+struct Group {
+  const Element<W>* now[G];
+  const Element<W>* next[G];
+
+  Group(const Problem& p, int64_t first, int64_t count) {
+    for (int n = 0; n < G; ++n) {
+      int64_t neuron = first + (n < count ? n : count - 1);
+      now[n] = at(p, neuron);
+      next[n] = at(p, neuron + G < p.neurons ? neuron + G : neuron);
+    }
+  }
+
+  static const Element<W>* at(const Problem& p, int64_t neuron) {
+    return static_cast<const Element<W>*>(p.record) + p.row(neuron) * p.record_stride;
+  }
+
+  // R rows of one part, from neuron `first` of the group.
+  template <int R>
+  Rows<W, R> rows(int64_t offset, int first = 0) const {
+    Rows<W, R> found;
+    for (int r = 0; r < R; ++r) {
+      found.now[r] = now[first + r] + offset;
+      found.next[r] = next[first + r] + offset;
+    }
+    return found;
+  }
+};
+
+template <Type W, int R>
+inline void down_group(const Problem& p, const Workspace& ws, const Rows<W, R>& rows, const float* a, int64_t stride,
+                       float* partial) {
+  if (p.tokens == 1)
+    down<W, R, true>(rows, p.hidden_size, a, stride, 1, partial, ws.padded);
+  else
+    down<W, R, false>(rows, p.hidden_size, a, stride, p.tokens, partial, ws.padded);
+}
+
+template <Type W, int G>
+inline void down_all(const Problem& p, const Workspace& ws, const Group<W, G>& group, int64_t count, const float* a,
+                     int64_t stride, float* partial) {
+  int64_t offset = (p.parts() - 1) * p.hidden_size;
+  if (count == G) return down_group<W, G>(p, ws, group.template rows<G>(offset), a, stride, partial);
+  for (int n = 0; n < count; ++n)
+    down_group<W, 1>(p, ws, group.template rows<1>(offset, n), a + n * stride, stride, partial);
+}
+
+// One token: gate and up rows of a group together.
+template <Type W>
+inline void slab_one(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
+  constexpr int G = kGroupOne;
+  alignas(kLineBytes) float values[2 * kLanes] = {};
+  for (int64_t n = first; n < last; n += G) {
+    int64_t count = last - n < G ? last - n : G;
+    Group<W, G> group(p, n, count);
+    float* gate = values;
+    float* up = values + kLanes;
+    if (p.gated) {
+      Rows<W, 2 * G> rows;
+      for (int i = 0; i < G; ++i) {
+        rows.now[i] = group.now[i];
+        rows.next[i] = group.next[i];
+        rows.now[G + i] = group.now[i] + p.hidden_size;
+        rows.next[G + i] = group.next[i] + p.hidden_size;
+      }
+      float sums[2 * G];
+      dot_tokens<W, 2 * G, 1, true>(p, ws, rows, 0, sums, 1);
+      for (int i = 0; i < G; ++i) {
+        gate[i] = sums[i];
+        up[i] = sums[G + i];
+      }
+    } else {
+      dot_tokens<W, G, 1, true>(p, ws, group.template rows<G>(0), 0, gate, 1);
+    }
+    hidden_values(p, n, static_cast<int>(count), 1, gate, up);
+    down_all<W, G>(p, ws, group, count, gate, 1, partial);
+  }
+}
+
+template <Type W>
+inline void slab_many(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
+  constexpr int G = kGroupMany;
+  // Padded to whole vectors; what stands in the padding is computed on and never read.
+  alignas(kLineBytes) float gate[G * kMaxTokens + kLanes] = {};
+  alignas(kLineBytes) float up[G * kMaxTokens + kLanes] = {};
+  for (int64_t n = first; n < last; n += G) {
+    int64_t count = last - n < G ? last - n : G;
+    Group<W, G> group(p, n, count);
+    for (int part = 0; part < p.parts() - 1; ++part)
+      for (int r = 0; r < G; r += kRows)
+        dot_all<W>(p, ws, group.template rows<kRows>(part * p.hidden_size, r),
+                   (part == 0 ? gate : up) + r * p.tokens, p.tokens);
+    hidden_values(p, n, static_cast<int>(count), p.tokens, gate, up);
+    down_all<W, G>(p, ws, group, count, gate, p.tokens, partial);
+  }
+}
+
+template <Type W>
+inline void slab_of(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
+  __builtin_memset(partial, 0, ws.rows * ws.padded * sizeof(float));
+  if (p.tokens == 1)
+    slab_one<W>(p, ws, first, last, partial);
+  else
+    slab_many<W>(p, ws, first, last, partial);
+}
+
+template <Type W>
+inline void pack_of(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+  for (int64_t t = first; t < last; ++t) {
+    float* out = ws.tokens + t * ws.padded;
+    int64_t from = t * p.x_stride;
+    for (int64_t d = 0; d < ws.padded; d += line(W))
+      for (int64_t i = 0; i < line(W); ++i)
+        out[d + expanded<W>(i)] = d + i < p.hidden_size ? read(p.x_type, p.x, from + d + i) : 0.0f;
+  }
+}
+
+template <Type W>
+inline void finish_of(const Problem& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
+  int64_t stride = ws.rows * ws.padded;
+  for (int64_t t = 0; t < p.tokens; ++t) {
+    for (int64_t d = first; d < last; d += line(W)) {
+      const float* partial = ws.partials + t * ws.padded + d;
+      alignas(kLineBytes) float sums[line(W)];
+      for (int64_t i = 0; i < line(W); i += kLanes) {
+        Vec total = load(partial + i);
+        for (int64_t s = 1; s < slabs; ++s) total = add(total, load(partial + s * stride + i));
+        store(sums + i, total);
+      }
+      int64_t count = last - d < line(W) ? last - d : line(W);
+      for (int64_t i = 0; i < count; ++i) {
+        float value = sums[expanded<W>(i)];
+        if (p.down_bias) value += read(p.x_type, p.down_bias, d + i);
+        if (p.residual) value += read(p.x_type, p.residual, t * p.hidden_size + d + i);
+        write(p.x_type, p.out, t * p.hidden_size + d + i, value);
+      }
+    }
+  }
+}
+
+// Eight streams of additions, so that their latency hides behind the loads.
+inline double read_all(const float* p, int64_t count) {
+  Vec sums[8];
+  for (auto& value : sums) value = zero();
+  int64_t i = 0;
+  for (; i + 8 * kLanes <= count; i += 8 * kLanes)
+    for (int v = 0; v < 8; ++v) sums[v] = add(sums[v], load(p + i + v * kLanes));
+  double total = 0;
+  for (auto& value : sums) total += sum(value);
+  for (; i < count; ++i) total += p[i];
+  return total;
+}
+
+// Tokens in bfloat16, for instructions that multiply pairs of it.
+inline bool bf16_pairs(const Problem& p) {
+  return kDotBf16 && p.weight_type == Type::bf16 && p.x_type == Type::bf16;
+}
+
+inline Shape shape(const Problem& p, int64_t padded) {
+  return {p.tokens, bf16_pairs(p) ? p.tokens * padded : 0};
+}
+
+inline void pack_pairs(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+  for (int64_t t = first; t < last; ++t) {
+    uint16_t* out = ws.tokens_bf16 + t * ws.padded;
+    __builtin_memcpy(out, static_cast<const uint16_t*>(p.x) + t * p.x_stride, p.hidden_size * sizeof(uint16_t));
+    __builtin_memset(out + p.hidden_size, 0, (ws.padded - p.hidden_size) * sizeof(uint16_t));
+  }
+}
+
+inline void pack(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+  if (bf16_pairs(p))
+    pack_pairs(p, ws, first, last);
+  else if (p.weight_type == Type::bf16)
+    pack_of<Type::bf16>(p, ws, first, last);
+  else if (p.weight_type == Type::f32)
+    pack_of<Type::f32>(p, ws, first, last);
+  else if (p.weight_type == Type::f16)
+    pack_of<Type::f16>(p, ws, first, last);
+  else
+    pack_of<Type::i8>(p, ws, first, last);
+}
+
+inline void slab(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
+  if (p.weight_type == Type::bf16)
+    slab_of<Type::bf16>(p, ws, first, last, partial);
+  else if (p.weight_type == Type::f32)
+    slab_of<Type::f32>(p, ws, first, last, partial);
+  else if (p.weight_type == Type::f16)
+    slab_of<Type::f16>(p, ws, first, last, partial);
+  else
+    slab_of<Type::i8>(p, ws, first, last, partial);
+}
+
+inline void finish(const Problem& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
+  if (p.weight_type == Type::bf16)
+    finish_of<Type::bf16>(p, ws, slabs, first, last);
+  else if (p.weight_type == Type::f32)
+    finish_of<Type::f32>(p, ws, slabs, first, last);
+  else if (p.weight_type == Type::f16)
+    finish_of<Type::f16>(p, ws, slabs, first, last);
+  else
+    finish_of<Type::i8>(p, ws, slabs, first, last);
+}

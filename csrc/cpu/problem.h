@@ -1,0 +1,38 @@
+// What one call of an FFN computes, in plain pointers; layouts as in pyprune/reference.py. Knows nothing of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace pyprune {
+
+enum class Type { f32, bf16, f16, i8 };
+
+// In the order of pyprune.reference.ACTIVATIONS.
+enum class Activation { gelu, gelu_tanh, relu, relu2, silu, quick_gelu };
+
+struct Problem {
+  int64_t tokens;       // M
+  int64_t hidden_size;  // D
+  int64_t neurons;      // K, those that are computed
+  bool gated;
+  Activation activation;
+
+  Type x_type;        // of x, neuron_bias, down_bias, residual and out
+  const void* x;      // [M, D], rows `x_stride` elements apart
+  int64_t x_stride;
+
+  Type weight_type;
+  const void* record;       // [F, P*D], rows `record_stride` elements apart
+  int64_t record_stride;
+  const int32_t* index;     // [K] rows of the record, or null for its first K
+  const float* scales;      // [F, P] for i8, else null
+  const void* neuron_bias;  // [F, P-1] or null
+  const void* down_bias;    // [D] or null
+  const void* residual;     // [M, D] contiguous, or null
+  void* out;                // [M, D] contiguous
+
+  int parts() const { return gated ? 3 : 2; }
+  int64_t row(int64_t neuron) const { return index ? index[neuron] : neuron; }
+};
+
+}  // namespace pyprune

@@ -1,0 +1,70 @@
+// Eight floats with AVX2, FMA and F16C. Included by one source file, inside that file's own namespace.
+
+constexpr int kLanes = 8;
+using Vec = __m256;
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec broadcast(float a) { return _mm256_set1_ps(a); }
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+// b where a < 0, else c.
+inline Vec where_negative(Vec a, Vec b, Vec c) {
+  return _mm256_blendv_ps(c, b, _mm256_cmp_ps(a, zero(), _CMP_LT_OQ));
+}
+// 2^n for whole n in [-126, 127].
+inline Vec power_of_two(Vec n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline float sum(Vec a) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+// `unpack` reads one block of weights into float vectors.
+template <Type>
+struct Weights;
+
+template <>
+struct Weights<Type::f32> {
+  using Element = float;
+  static constexpr int kVectors = 1;
+  static inline void unpack(const Element* p, Vec (&out)[1]) { out[0] = load(p); }
+};
+
+template <>
+struct Weights<Type::bf16> {
+  using Element = uint16_t;
+  static constexpr int kVectors = 2;
+  static inline void unpack(const Element* p, Vec (&out)[2]) {
+    __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    out[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+};
+
+template <>
+struct Weights<Type::f16> {
+  using Element = uint16_t;
+  static constexpr int kVectors = 1;
+  static inline void unpack(const Element* p, Vec (&out)[1]) {
+    out[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+};
+
+template <>
+struct Weights<Type::i8> {
+  using Element = int8_t;
+  static constexpr int kVectors = 1;
+  static inline void unpack(const Element* p, Vec (&out)[1]) {
+    out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+};

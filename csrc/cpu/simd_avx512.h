@@ -1,0 +1,71 @@
+// Sixteen floats with AVX-512 (F, BW, VL, DQ). Included by one source file, inside that file's own namespace.
+
+constexpr int kLanes = 16;
+using Vec = __m512;
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec broadcast(float a) { return _mm512_set1_ps(a); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
+// b where a < 0, else c.
+inline Vec where_negative(Vec a, Vec b, Vec c) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, zero(), _CMP_LT_OQ), c, b);
+}
+// 2^n for whole n in [-126, 127].
+inline Vec power_of_two(Vec n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+inline float sum(Vec a) {
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+// `unpack` reads one block of weights into float vectors.
+template <Type>
+struct Weights;
+
+template <>
+struct Weights<Type::f32> {
+  using Element = float;
+  static constexpr int kVectors = 1;
+  static inline void unpack(const Element* p, Vec (&out)[1]) { out[0] = load(p); }
+};
+
+template <>
+struct Weights<Type::bf16> {
+  using Element = uint16_t;
+  static constexpr int kVectors = 2;
+  static inline void unpack(const Element* p, Vec (&out)[2]) {
+    __m512i pairs = _mm512_loadu_si512(p);
+    out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    out[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+};
+
+template <>
+struct Weights<Type::f16> {
+  using Element = uint16_t;
+  static constexpr int kVectors = 1;
+  static inline void unpack(const Element* p, Vec (&out)[1]) {
+    out[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+};
+
+template <>
+struct Weights<Type::i8> {
+  using Element = int8_t;
+  static constexpr int kVectors = 1;
+  static inline void unpack(const Element* p, Vec (&out)[1]) {
+    out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+};

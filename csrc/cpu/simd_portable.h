@@ -1,0 +1,86 @@
+// Four floats by the compiler's vector extensions: SSE2 on any x86-64, NEON on Arm, plain code elsewhere. Included by
+// one source file, inside that file's own namespace.
+
+constexpr int kLanes = 4;
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+
+inline Vec zero() { return Vec{}; }
+inline Vec broadcast(float a) { return Vec{a, a, a, a}; }
+inline Vec load(const float* p) {
+  Vec a;
+  __builtin_memcpy(&a, p, sizeof a);
+  return a;
+}
+inline void store(float* p, Vec a) { __builtin_memcpy(p, &a, sizeof a); }
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec sub(Vec a, Vec b) { return a - b; }
+inline Vec mul(Vec a, Vec b) { return a * b; }
+inline Vec div(Vec a, Vec b) { return a / b; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec select(Ints mask, Vec a, Vec b) {
+  Ints bits;
+  Ints other;
+  __builtin_memcpy(&bits, &a, sizeof a);
+  __builtin_memcpy(&other, &b, sizeof b);
+  bits = (mask & bits) | (~mask & other);
+  __builtin_memcpy(&a, &bits, sizeof a);
+  return a;
+}
+inline Vec min(Vec a, Vec b) { return select(a < b, a, b); }
+inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+inline Vec abs(Vec a) { return select(a < zero(), -a, a); }
+// b where a < 0, else c.
+inline Vec where_negative(Vec a, Vec b, Vec c) { return select(a < zero(), b, c); }
+// 2^n for whole n in [-126, 127].
+inline Vec power_of_two(Vec n) {
+  // Of n + 127 + 2^23 the low bits are the exponent; converting NaN to an integer would be undefined.
+  Vec shifted = n + broadcast(127.0f + 8388608.0f);
+  Ints bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = bits << 23;
+  __builtin_memcpy(&shifted, &bits, sizeof bits);
+  return shifted;
+}
+inline float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
+// `unpack` reads one block of weights into float vectors.
+template <Type>
+struct Weights;
+
+template <>
+struct Weights<Type::f32> {
+  using Element = float;
+  static constexpr int kVectors = 1;
+  static inline void unpack(const Element* p, Vec (&out)[1]) { out[0] = load(p); }
+};
+
+template <>
+struct Weights<Type::bf16> {
+  using Element = uint16_t;
+  static constexpr int kVectors = 2;
+  static inline void unpack(const Element* p, Vec (&out)[2]) {
+    for (int i = 0; i < kLanes; ++i) {
+      out[0][i] = from_bf16(p[2 * i]);
+      out[1][i] = from_bf16(p[2 * i + 1]);
+    }
+  }
+};
+
+template <>
+struct Weights<Type::f16> {
+  using Element = uint16_t;
+  static constexpr int kVectors = 1;
+  static inline void unpack(const Element* p, Vec (&out)[1]) {
+    for (int i = 0; i < kLanes; ++i) out[0][i] = from_f16(p[i]);
+  }
+};
+
+template <>
+struct Weights<Type::i8> {
+  using Element = int8_t;
+  static constexpr int kVectors = 1;
+  static inline void unpack(const Element* p, Vec (&out)[1]) {
+    for (int i = 0; i < kLanes; ++i) out[0][i] = static_cast<float>(p[i]);
+  }
+};
