@@ -12,6 +12,7 @@ from torch import Tensor
 from . import machine, roofline
 from .calibration import Progress, quiet
 from .errors import check
+from .mlp import PrunedMLP
 from .timing import (
     Decode,
     FFNUnit,
@@ -42,7 +43,7 @@ class BenchReport:
     inside its forward pass on a CPU, on CUDA as the time of all FFNs alone over the time of a step.
     `models`: by name, the dense model as "dense":
 
-        bytes            of its parameters, tied ones once
+        bytes            of its parameters, tied ones once, and of the scales of int8 weights
         ffn_bytes        of weights that the FFN of one layer must read for a call (mean over layers)
         keep             neurons that it computes, as a share of the dense model's
         decode[batch]    tokens_per_s = batch / median step; step_ms (quantiles p10 .. p90)
@@ -112,9 +113,10 @@ class _Bench:
 
     def model_facts(self, name: str) -> dict[str, Any]:
         """The start of a model's entry in the report: its bytes and neurons, and room for what was timed."""
-        parameters, units = list(self.models[name].parameters()), self.units[name]
+        model, units = self.models[name], self.units[name]
+        scales = [m.scales for m in model.modules() if isinstance(m, PrunedMLP) and m.scales is not None]
         return {
-            "bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "bytes": sum(t.numel() * t.element_size() for t in [*model.parameters(), *scales]),
             "ffn_bytes": sum(unit.bytes for unit in units) / len(units),
             "keep": self.kept[name],
             "decode": {},

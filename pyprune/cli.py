@@ -11,7 +11,7 @@ import transformers
 import typer
 from rich.markup import escape
 
-from . import checkpoint, dispatch, families, importance, loading, machine, surgery
+from . import checkpoint, dispatch, families, importance, loading, machine, native, surgery
 from .benchmark import benchmark
 from .config import COMPENSATIONS, SCOPES, PruneConfig
 from .demo import run_demo
@@ -29,11 +29,13 @@ from .options import (
     SeedOption,
     TextOption,
     TokensOption,
+    WeightsOption,
     WindowOption,
     choose_device,
     text_windows,
 )
 from .pruning import prune as prune_model
+from .quantisation import WEIGHTS
 from .screen import Bars, err, megabytes, show, table, verb
 from .summary import speeds
 
@@ -53,6 +55,14 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
     return rows
 
 
+def _load(model: str, dtype: str, device: str, weights: str | None) -> Any:
+    """A model as it is, or accelerated with `weights`."""
+    if weights is None:
+        return loading.load_model(model, dtype, device)
+    check_choice(weights, "weights", WEIGHTS)
+    return surgery.accelerate(loading.load_model(model, dtype, device), weights=weights)
+
+
 @app.command()
 @verb
 def doctor(as_json: JsonOption = False) -> None:
@@ -66,6 +76,7 @@ def doctor(as_json: JsonOption = False) -> None:
         table("machine", ("what", "value"), _flat(facts["machine"])),
         table("backends", ("backend", "device", "state"), states),
         table("what `auto` chooses", tuple(choices[0]), [tuple(choice.values()) for choice in choices]),
+        escape(native.describe()),
         f"demo model: {escape(facts['demo'])}",
     )
 
@@ -214,12 +225,13 @@ def evaluate(
     tokens: TokensOption = 16384,
     window: WindowOption = 1024,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Token perplexity (not word perplexity) over non-overlapping windows of text."""
     windows, name = text_windows(loading.load_tokenizer(model), text, "second", tokens, window)
-    loaded = loading.load_model(model, dtype, choose_device(device))
+    loaded = _load(model, dtype, choose_device(device), weights)
     provenance = (getattr(loaded.config, "pyprune", None) or {}).get("provenance") or {}
     calibrated = provenance.get("text") == name
     if calibrated:
@@ -244,6 +256,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -251,7 +264,7 @@ def generate(
     place = choose_device(device)
     texts = {}
     for name in [n for n in (against, model) if n is not None]:
-        loaded = loading.load_model(name, dtype, place)
+        loaded = _load(name, dtype, place, weights if name == model else None)
         texts[name] = generate_text(loaded, loading.load_tokenizer(name), prompt, new_tokens, temperature, seed, chat)
     show(
         {"prompt": prompt, "texts": texts},
@@ -280,6 +293,7 @@ def bench(
         bool, typer.Option("--compiled", help="Also run by torch.compile; the faster path counts.")
     ] = False,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -289,16 +303,17 @@ def bench(
     config = PruneConfig(keep=keep, method="random", compensate="none", multiple=1, seed=seed)
     check_choice(mode, "mode", MODES)
     check_choice(backend, "backend", dispatch.names())
+    check_choice(weights or "float32", "weights", WEIGHTS)
     place = choose_device(device)
     dense = loading.load_model(against or model, dtype, place)
     narrow = loading.load_model(model, dtype, place)
     swapped = loading.load_model(model, dtype, place)
     if against is None:
         mask = prune_model(narrow, config).mask
-        surgery.accelerate(swapped, mode, backend, mask)
+        surgery.accelerate(swapped, mode, backend, mask, weights)
     else:
-        surgery.accelerate(swapped, mode, backend)
-    candidates = {"narrow modules": narrow, f"PrunedMLP {mode}": swapped}
+        surgery.accelerate(swapped, mode, backend, weights=weights)
+    candidates = {"narrow modules": narrow, f"PrunedMLP {mode}" + (f" {weights}" if weights else ""): swapped}
     with Bars() as bars:
         report = benchmark(dense, candidates, prefill_tokens=prefill, repeats=repeats, compiled=compiled, progress=bars)
     result = report.to_json()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, loading, machine
+from . import dispatch, loading, machine, native
 from .backends import Problem
 from .errors import BackendError, InputError
 
@@ -48,9 +48,17 @@ def _choices() -> list[dict[str, str]]:
 
 
 def diagnose() -> dict[str, Any]:
-    """JSON values: `machine` (see `machine.facts`), `backends`, `choices`, and `demo`, the state of the demo model."""
+    """JSON values: `machine` (see `machine.facts`), `native` (see `native.facts`), `backends`, `choices`, and
+    `demo`, the state of the demo model.
+    """
     try:
         demo = f"usable ({loading.demo_file().name})"
     except InputError as error:
         demo = str(error)
-    return {"machine": machine.facts(), "backends": _states(), "choices": _choices(), "demo": demo}
+    return {
+        "machine": machine.facts(),
+        "native": native.facts(),
+        "backends": _states(),
+        "choices": _choices(),
+        "demo": demo,
+    }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+import torch
+
 from .backends import Backend, Problem, load_all
 from .errors import BackendError, check_choice
 
@@ -16,6 +18,19 @@ _ORDER: dict[tuple[str, bool], tuple[str, ...]] = {
 }
 _ELSEWHERE = ("torch",)
 
+# Most tokens for which `auto` prefers the native kernel on a CPU, by dtype of the record and gather: with more of them
+# arithmetic outweighs the bytes of the weights, and torch's matrix products are faster.
+_NATIVE_TOKENS: dict[tuple[torch.dtype, bool], int] = {
+    (torch.float32, False): 64,
+    (torch.float32, True): 64,
+    (torch.bfloat16, False): 64,
+    (torch.bfloat16, True): 64,
+    (torch.float16, False): 64,
+    (torch.float16, True): 64,
+    (torch.int8, False): 64,
+    (torch.int8, True): 64,
+}
+
 
 @functools.cache
 def backends() -> dict[str, Backend]:
@@ -26,6 +41,26 @@ def backends() -> dict[str, Backend]:
 def names() -> list[str]:
     """`auto` and the name of every backend."""
     return ["auto", *backends()]
+
+
+@functools.cache
+def native_tokens(dtype: torch.dtype, weights: torch.dtype, gather: bool) -> int:
+    """Most tokens for which `auto` takes the native kernel on a CPU; 0 where there is none for these dtypes.
+
+    Args:
+        dtype: of x.
+        weights: of the record.
+        gather: the form.
+    """
+    problem = Problem("cpu", dtype, 1, 1, 1, 1, True, gather, "silu", weights)
+    return _NATIVE_TOKENS[weights, gather] if backends()["cpu"].why_not(problem) is None else 0
+
+
+def _order(problem: Problem) -> tuple[str, ...]:
+    if problem.device != "cpu":
+        return _ORDER.get((problem.device, problem.gather), _ELSEWHERE)
+    most = native_tokens(problem.dtype, problem.weights or problem.dtype, problem.gather)
+    return ("cpu", "torch") if problem.tokens <= most else ("torch", "cpu")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -41,9 +76,8 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         BackendError: the forced backend cannot run the problem, or none can; with the reasons.
     """
     check_choice(backend, "backend", names())
-    order = (backend,) if backend != "auto" else _ORDER.get((problem.device, problem.gather), _ELSEWHERE)
     reasons = []
-    for name in order:
+    for name in _order(problem) if backend == "auto" else (backend,):
         reason = backends()[name].why_not(problem)
         if reason is None:
             return backends()[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .families import FFN
 from .mask import KeepIndex
 from .patterns import FFNWeights, Pattern, match
 from .probe import detect_activation
+from .quantisation import WEIGHTS, cast, dequantise
 
 MODES = ("compact", "gather")
 
@@ -51,17 +53,24 @@ def pack(weights: FFNWeights, keep: Tensor | None = None) -> tuple[Tensor, Tenso
 class PrunedMLP(nn.Module):
     """An FFN whose kept neurons are rows of one record: `y = down(act(up(x)))` or `down(act(gate(x)) * up(x))`.
 
-    It takes the place of a Transformers FFN module, and its `state_dict` has the names and shapes of the module it
-    stands for, so a model that holds it saves and loads as its family does.
+    It takes the place of a Transformers FFN module, and its `state_dict` has the names, shapes and dtype of the module
+    it stands for, so a model that holds it saves and loads as its family does.
 
     Attributes:
-        record: `[F, P*D]` parameter, rows [up | down] or [gate | up | down].
+        record: `[F, P*D]` parameter, rows [up | down] or [gate | up | down]; int8, or any dtype that mixes with `dtype`
+            (see `ops.check_operands`). `module.to(dtype)` casts it as every parameter, unless it is int8.
+        scales: `[F, P]` float32 buffer with an int8 record, which no cast of the module changes, else None.
         neuron_bias: `[F, P-1]` parameter or None.
         down_bias: `[D]` parameter or None.
         index: `[K]` int32 buffer in gather mode, else None.
+        dtype: of x, of the biases, and of the tensors in the `state_dict`.
     """
 
+    record: nn.Parameter
+    neuron_bias: Tensor | None
+    down_bias: Tensor | None
     index: Tensor | None
+    scales: Tensor | None
 
     def __init__(
         self,
@@ -71,6 +80,8 @@ class PrunedMLP(nn.Module):
         *,
         pattern: Pattern,
         activation: str,
+        scales: Tensor | None = None,
+        dtype: torch.dtype | None = None,
         transposed: bool = False,
         keep: KeepIndex | None = None,
         dropout: float = 0.0,
@@ -86,14 +97,25 @@ class PrunedMLP(nn.Module):
         self.backend = backend
         self.hidden_size = record.shape[1] // (3 if self.gated else 2)
         self.intermediate_size = record.shape[0]
-        self.record = nn.Parameter(record)
-        self.neuron_bias = None if neuron_bias is None else nn.Parameter(neuron_bias)
-        self.down_bias = None if down_bias is None else nn.Parameter(down_bias)
+        check(dtype is not None or record.is_floating_point(), "dtype", "be given with an int8 record", dtype)
+        self.dtype = dtype or record.dtype
+        x = torch.empty(0, self.hidden_size, dtype=self.dtype, device=record.device)
+        ops.check_operands(x, record, scales, neuron_bias, down_bias, None, self.gated, activation)
+        self.record = nn.Parameter(record, requires_grad=record.is_floating_point())
+        self.register_parameter("neuron_bias", None if neuron_bias is None else nn.Parameter(neuron_bias))
+        self.register_parameter("down_bias", None if down_bias is None else nn.Parameter(down_bias))
+        self.register_buffer("scales", scales, persistent=False)
         if keep is not None:
             check(
                 keep.intermediate_size == len(record), "keep", f"refer to {len(record)} neurons", keep.intermediate_size
             )
         self.register_buffer("index", None if keep is None else keep.neurons.to(record.device), persistent=False)
+        self._set_dtype(self.dtype)
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        """Remember `dtype`, and what follows from it and is too slow to find at every call."""
+        self.dtype = dtype
+        self.native_tokens = dispatch.native_tokens(dtype, self.record.dtype, self.index is not None)
 
     @classmethod
     def from_dense(
@@ -102,6 +124,7 @@ class PrunedMLP(nn.Module):
         keep: KeepIndex | None = None,
         mode: str = "compact",
         backend: str = "auto",
+        weights: str | None = None,
     ) -> PrunedMLP:
         """Build one from an FFN of a Transformers model, which stays as it is.
 
@@ -110,64 +133,119 @@ class PrunedMLP(nn.Module):
             keep: the neurons that stay; None for all.
             mode: `compact` copies the kept neurons; `gather` copies all and reads only the kept ones.
             backend: `auto` or a backend's name, which is then used or refused.
+            weights: dtype of the record, a key of `quantisation.WEIGHTS`; None for that of `mlp`, which biases keep.
 
         Raises:
-            InputError: unknown mode or backend, `gather` without `keep`, or `keep` of another width.
+            InputError: unknown mode, backend or weights, `gather` without `keep`, `keep` of another width, or a weight
+                that is not finite in the dtype asked for.
             UnsupportedModelError: `mlp` is no FFN that pyprune knows.
         """
         check_choice(mode, "mode", MODES)
         check(keep is not None or mode == "compact", "keep", "be given in gather mode", keep)
+        check_choice(weights or "float32", "weights", WEIGHTS)
         ffn = mlp if isinstance(mlp, FFN) else _describe(mlp)
-        weights = ffn.weights()
+        dense, scales = ffn.weights(), None
         if keep is not None:
-            size = weights.down.shape[0]
+            size = dense.down.shape[0]
             check(keep.intermediate_size == size, "keep", f"refer to {size} neurons", keep.intermediate_size)
         with torch.no_grad():
             rows = keep.neurons if keep is not None and mode == "compact" else None
-            record, neuron_bias = pack(weights, rows)
-            down_bias = None if weights.down_bias is None else weights.down_bias.clone()
+            record, neuron_bias = pack(dense, rows)
+            down_bias = None if dense.down_bias is None else dense.down_bias.clone()
+            if weights is not None:
+                record, scales = cast(record, len(dense.parts), WEIGHTS[weights])
         module = cls(
             record,
             neuron_bias,
             down_bias,
             pattern=ffn.pattern,
             activation=ffn.activation,
+            scales=scales,
+            dtype=dense.down.dtype,
             transposed=isinstance(ffn.down, Conv1D),
             keep=keep if mode == "gather" else None,
             dropout=ffn.dropout,
             backend=backend,
         )
         for parameter in module.parameters():
-            parameter.requires_grad_(any(p.requires_grad for p in ffn.parameters()))
+            wanted = any(p.requires_grad for p in ffn.parameters())
+            parameter.requires_grad_(wanted and parameter.is_floating_point())
         return module.train(ffn.holder.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` -> `[..., D]`.
 
         Raises:
-            InputError: x has another width, dtype or device than the record.
+            InputError: x has another width or device than the record, or a dtype that does not mix with its own.
             BackendError: the forced backend cannot run this problem.
         """
-        ops.check_operands(x, self.record, None, None, None, self.gated, self.activation)
+        # Decode calls this for every layer of every token: nn.Module.__getattr__ and ops.check_operands cost more than
+        # the operator itself.
+        parameters: dict[str, Any] = self._parameters
+        buffers = self._buffers
+        record, native_tokens = parameters["record"], self.native_tokens
+        if x.ndim == 0 or x.shape[-1] != self.hidden_size or x.dtype != self.dtype or x.device != record.device:
+            self._check(x)
+            native_tokens = 0  # those are of another dtype
+        backend = self.backend
+        if torch.is_grad_enabled() and self._needs_grad(x):
+            out = self._forward_with_grad(x)
+        else:
+            operands = (
+                x,
+                record,
+                buffers["index"],
+                buffers["scales"],
+                parameters["neuron_bias"],
+                parameters["down_bias"],
+                None,
+                self.gated,
+                self.activation,
+                backend,
+            )
+            # What another backend has to refuse would lose its words on its way through the native library.
+            native = native_tokens and backend in ("auto", "cpu")
+            out = ops.FFN(*operands, native_tokens) if native else ops.FFN_BY_DISPATCH(*operands)
+        return nn.functional.dropout(out, self.dropout, self.training) if self.dropout else out
+
+    def _check(self, x: Tensor) -> None:
+        rest = (self.scales, self.neuron_bias, self.down_bias, None)
+        ops.check_operands(x, self.record, *rest, self.gated, self.activation)
+
+    def _needs_grad(self, x: Tensor) -> bool:
+        return x.requires_grad or any(p.requires_grad for p in self._parameters.values() if p is not None)
+
+    def _forward_with_grad(self, x: Tensor) -> Tensor:
+        form = self.gated, self.index is not None
         operands = [x, self.record] if self.index is None else [x, self.record, self.index]
         rest = (self.neuron_bias, self.down_bias, None)
-        if self.backend == "auto" and torch.is_grad_enabled() and (x.requires_grad or self.record.requires_grad):
+        if self.backend == "auto":
             # Training differentiates plain torch itself, which saves what the backward pass needs.
-            out = ops.TWINS[self.gated, self.index is not None](*operands, *rest, activation=self.activation)
-        else:
-            out = ops.OPERATORS[self.gated, self.index is not None](*operands, *rest, self.activation, self.backend)
-        return nn.functional.dropout(out, self.dropout, self.training) if self.dropout else out
+            return ops.TWINS[form](*operands, *rest, scales=self.scales, activation=self.activation)
+        out: Tensor = ops.OPERATORS[form](*operands, self.scales, *rest, self.activation, self.backend)
+        return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedMLP:
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if scales is not None and self.scales is not None and self.scales.dtype != torch.float32:
+            self.scales = scales.to(self.scales.device)
+        self._set_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.record.device)).dtype)
+        return self
 
     def extra_repr(self) -> str:
         kind = "gated" if self.gated else "plain"
         kept = "" if self.index is None else f", gather {len(self.index)}"
-        return f"{kind}, D={self.hidden_size}, F={self.intermediate_size}{kept}, {self.activation}, {self.backend}"
+        own = self.record.dtype
+        weights = "" if own == self.dtype else f", {str(own).removeprefix('torch.')} weights"
+        size = f"D={self.hidden_size}, F={self.intermediate_size}{kept}"
+        return f"{kind}, {size}, {self.activation}, {self.backend}{weights}"
 
     def _projection_tensors(self) -> dict[str, Tensor]:
-        """Tensors under the family's own names; weights are views of the record where the layout allows it."""
-        d, bias = self.hidden_size, self.neuron_bias
-        parts = [self.record[:, i * d : (i + 1) * d] for i in range(3 if self.gated else 2)]
-        *inputs, down = parts
+        """Tensors under the family's own names; weights are views of the record where layout and dtype allow it."""
+        bias, scales = self.neuron_bias, self.scales
+        record = self.record.to(self.dtype) if scales is None else dequantise(self.record, scales, self.dtype)
+        *inputs, down = record.split(self.hidden_size, dim=1)
         columns = [] if bias is None else list(bias.unbind(1))
         names = [name for name, _ in self.pattern.inputs]
         if self.pattern.fused:
@@ -210,8 +288,9 @@ class PrunedMLP(nn.Module):
         error_msgs: list[str],
     ) -> None:
         root, projections = self._split(prefix)
-        tensors = self._projection_tensors()
-        for name, old in list(tensors.items()):
+        tensors: dict[str, Tensor] = {}
+        known = self._projection_tensors()
+        for name, old in known.items():
             if name.partition(".")[0] not in projections:
                 continue
             new = state_dict.get(root + name)
@@ -220,27 +299,36 @@ class PrunedMLP(nn.Module):
             elif new.shape != old.shape:
                 error_msgs.append(f"{root}{name} must have shape {tuple(old.shape)}; got {tuple(new.shape)}")
             else:
-                tensors[name] = new
+                tensors[name] = new.to(self.record.device)
         if strict:
-            unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(root) :] not in tensors)
+            unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(root) :] not in known)
         with torch.no_grad():
-            self._assign({name: tensor.to(self.record.device, copy=True) for name, tensor in tensors.items()})
+            self._assign(tensors)
 
     def _assign(self, tensors: dict[str, Tensor]) -> None:
-        names = [name for name, _ in self.pattern.inputs]
-        down = tensors[f"{self.pattern.down}.weight"]
-        weights = [tensors[f"{n}.weight"] for n in names] + [down.t()]
-        if self.transposed:
-            weights = [w.t() for w in weights]
-        if self.pattern.fused:
-            weights = [*weights[0].chunk(2), weights[1]]
-        for i, weight in enumerate(weights):
-            self.record[:, i * self.hidden_size : (i + 1) * self.hidden_size] = weight
-        if self.neuron_bias is not None:
-            biases = [tensors[f"{n}.bias"] for n in names]
-            self.neuron_bias.copy_(torch.stack(biases[0].chunk(2) if self.pattern.fused else biases, dim=1))
-        if self.down_bias is not None:
-            self.down_bias.copy_(tensors[f"{self.pattern.down}.bias"])
+        """Take over those of the family's tensors that are there."""
+        part = 0
+        for name, blocks in self.pattern.inputs:
+            weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
+            for block in range(blocks):
+                if weight is not None:
+                    rows = weight.t() if self.transposed else weight
+                    self._set_part(part, rows.chunk(blocks)[block])
+                if bias is not None and self.neuron_bias is not None:
+                    self.neuron_bias[:, part] = bias.chunk(blocks)[block]
+                part += 1
+        down, bias = tensors.get(f"{self.pattern.down}.weight"), tensors.get(f"{self.pattern.down}.bias")
+        if down is not None:
+            self._set_part(part, down if self.transposed else down.t())
+        if bias is not None and self.down_bias is not None:
+            self.down_bias.copy_(bias)
+
+    def _set_part(self, part: int, weight: Tensor) -> None:
+        columns = slice(part * self.hidden_size, (part + 1) * self.hidden_size)
+        own = self.record.dtype == self.dtype
+        self.record[:, columns], scales = (weight, None) if own else cast(weight, 1, self.record.dtype)
+        if scales is not None and self.scales is not None:
+            self.scales[:, part : part + 1] = scales
 
 
 class DownStandIn(nn.Identity):

@@ -7,6 +7,8 @@ In one line each, with U, G, V the parts of the record:
 
 The gather forms do the same over the rows `index`. Schema, fake implementation and autograd formula are registered
 here; `dispatch` chooses who computes. The functions of this module check every argument and then call the operator.
+
+`torch.ops.pyprune.ffn` is all four for inference only, at a fraction of their cost a call: unchecked, without autograd.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ def _run(
     x: Tensor,
     record: Tensor,
     index: Tensor | None,
+    scales: Tensor | None,
     neuron_bias: Tensor | None,
     down_bias: Tensor | None,
     residual: Tensor | None,
@@ -55,8 +58,9 @@ def _run(
         gated,
         index is not None,
         activation,
+        record.dtype,
     )
-    call = Call(rows, record, index, neuron_bias, down_bias, rest, gated, activation)
+    call = Call(rows, record, index, scales, neuron_bias, down_bias, rest, gated, activation)
     return dispatch.choose(problem, backend).run(call).view(x.shape)
 
 
@@ -70,7 +74,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(twin: Callable[..., Tensor]) -> Callable[..., Any]:
+def _backward(gated: bool, gather: bool) -> Callable[..., Any]:
+    twin, at = TWINS[gated, gather], 3 if gather else 2  # where scales stand
+
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients by differentiating the plain-torch twin."""
         tensors = list(ctx.saved_tensors)
@@ -79,7 +85,7 @@ def _backward(twin: Callable[..., Tensor]) -> Callable[..., Any]:
         with torch.enable_grad():
             for i in wanted if not twice else ():
                 tensors[i] = tensors[i].detach().requires_grad_()
-            out = twin(*tensors, activation=ctx.activation)
+            out = twin(*tensors[:at], *tensors[at + 1 :], scales=tensors[at], activation=ctx.activation)
             found = torch.autograd.grad(out, [tensors[i] for i in wanted], grad, create_graph=twice)
         grads: list[Tensor | None] = [None] * (len(tensors) + 2)
         for i, g in zip(wanted, found, strict=True):
@@ -93,13 +99,14 @@ def _compact_op(gated: bool) -> Callable[..., Tensor]:
     def op(
         x: Tensor,
         record: Tensor,
+        scales: Tensor | None,
         neuron_bias: Tensor | None,
         down_bias: Tensor | None,
         residual: Tensor | None,
         activation: str,
         backend: str,
     ) -> Tensor:
-        return _run(x, record, None, neuron_bias, down_bias, residual, gated, activation, backend)
+        return _run(x, record, None, scales, neuron_bias, down_bias, residual, gated, activation, backend)
 
     return op
 
@@ -109,13 +116,14 @@ def _gather_op(gated: bool) -> Callable[..., Tensor]:
         x: Tensor,
         record: Tensor,
         index: Tensor,
+        scales: Tensor | None,
         neuron_bias: Tensor | None,
         down_bias: Tensor | None,
         residual: Tensor | None,
         activation: str,
         backend: str,
     ) -> Tensor:
-        return _run(x, record, index, neuron_bias, down_bias, residual, gated, activation, backend)
+        return _run(x, record, index, scales, neuron_bias, down_bias, residual, gated, activation, backend)
 
     return op
 
@@ -124,16 +132,58 @@ def _register(gated: bool, gather: bool) -> Any:
     name = f"pyprune::{'gated' if gated else 'plain'}_ffn{'_gather' if gather else ''}"
     op = torch.library.custom_op(name, (_gather_op if gather else _compact_op)(gated), mutates_args=())
     op.register_fake(_fake)
-    op.register_autograd(_backward(TWINS[gated, gather]), setup_context=_save)
+    op.register_autograd(_backward(gated, gather), setup_context=_save)
     return op
 
 
 OPERATORS = {(gated, gather): _register(gated, gather) for gated in (False, True) for gather in (False, True)}
 
 
+_OPERANDS = (
+    "(Tensor x, Tensor record, Tensor? index, Tensor? scales, Tensor? neuron_bias, Tensor? down_bias, "
+    "Tensor? residual, bool gated, str activation, str backend"
+)
+_LIBRARY = torch.library.Library("pyprune", "FRAGMENT")
+
+
+def _ffn(*operands: Any) -> Tensor:
+    return _run(*operands[:-1])
+
+
+def _define(name: str, schema: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Define `pyprune::name` with `run` for every device; not by `custom_op`, whose calls cost 8 us more."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyprune::{name}", _fake, lib=_LIBRARY)
+    op: Callable[..., Tensor] = getattr(torch.ops.pyprune, name).default
+    return op
+
+
+# The FFN operators for inference: without autograd, and with operands that the caller has checked. `ffn` has a CPU
+# kernel in the native library, which takes the call where `backend` is "cpu", or "auto" and tokens are no more than
+# `native_tokens` (see `dispatch.native_tokens`), and hands all others to `ffn_by_dispatch`. Without that library, and
+# on other devices, `ffn` is `ffn_by_dispatch`.
+FFN_BY_DISPATCH = _define("ffn_by_dispatch", f"{_OPERANDS}) -> Tensor", _run)
+FFN = _define("ffn", f"{_OPERANDS}, int native_tokens) -> Tensor", _ffn)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_record(x: Tensor, record: Tensor, scales: Tensor | None) -> None:
+    if record.dtype == torch.int8:
+        check(scales is not None, "scales", "be given with an int8 record", scales)
+        return
+    mixed = record.dtype in _FLOATS and x.dtype in _FLOATS
+    rule = f"be int8, have the dtype of x, {x.dtype}, or be mixed with it (float32, bfloat16, float16)"
+    check(mixed or record.dtype == x.dtype, "record", rule, record.dtype)
+    given = None if scales is None else tuple(scales.shape)
+    check(scales is None, "scales", f"be None with a record of {record.dtype}", given)
+
+
 def check_operands(
     x: Tensor,
     record: Tensor,
+    scales: Tensor | None,
     neuron_bias: Tensor | None,
     down_bias: Tensor | None,
     residual: Tensor | None,
@@ -142,7 +192,8 @@ def check_operands(
 ) -> None:
     """Raise `InputError` naming the first argument whose shape, dtype or device does not fit.
 
-    Shapes as in `reference`.
+    Shapes and dtypes as in `reference`. The dtypes of x and of a floating record differ only among float32, bfloat16
+    and float16.
     """
     parts = 3 if gated else 2
     check_choice(activation, "activation", reference.ACTIVATIONS)
@@ -150,17 +201,21 @@ def check_operands(
     check(record.ndim == 2, "record", "have two dimensions", tuple(record.shape))
     d, f = x.shape[-1], record.shape[0]
     check(x.is_floating_point(), "x", "be floating point", x.dtype)
-    shapes = (
-        ("record", record, (f, parts * d)),
-        ("neuron_bias", neuron_bias, (f, parts - 1)),
-        ("down_bias", down_bias, (d,)),
-        ("residual", residual, tuple(x.shape)),
+    check(record.shape[1] == parts * d, "record", f"have shape {(f, parts * d)}", tuple(record.shape))
+    check(record.device == x.device, "record", f"be on the device of x, {x.device}", str(record.device))
+    _check_record(x, record, scales)
+    of_x = f"the dtype of x, {x.dtype}"
+    rules = (
+        ("scales", scales, (f, parts), torch.float32, "dtype torch.float32"),
+        ("neuron_bias", neuron_bias, (f, parts - 1), x.dtype, of_x),
+        ("down_bias", down_bias, (d,), x.dtype, of_x),
+        ("residual", residual, tuple(x.shape), x.dtype, of_x),
     )
-    for name, tensor, shape in shapes:
+    for name, tensor, shape, dtype, described in rules:
         if tensor is None:
             continue
         check(tuple(tensor.shape) == shape, name, f"have shape {shape}", tuple(tensor.shape))
-        check(tensor.dtype == x.dtype, name, f"have the dtype of x, {x.dtype}", tensor.dtype)
+        check(tensor.dtype == dtype, name, f"have {described}", tensor.dtype)
         check(tensor.device == x.device, name, f"be on the device of x, {x.device}", str(tensor.device))
 
 
@@ -168,6 +223,7 @@ def _call(
     x: Tensor,
     record: Tensor,
     index: KeepIndex | None,
+    scales: Tensor | None,
     neuron_bias: Tensor | None,
     down_bias: Tensor | None,
     residual: Tensor | None,
@@ -175,9 +231,9 @@ def _call(
     activation: str,
     backend: str,
 ) -> Tensor:
-    check_operands(x, record, neuron_bias, down_bias, residual, gated, activation)
+    check_operands(x, record, scales, neuron_bias, down_bias, residual, gated, activation)
     check_choice(backend, "backend", dispatch.names())
-    rest = (neuron_bias, down_bias, residual, activation, backend)
+    rest = (scales, neuron_bias, down_bias, residual, activation, backend)
     if index is None:
         return OPERATORS[gated, False](x, record, *rest)
     f = record.shape[0]
@@ -193,11 +249,12 @@ def plain_ffn(
     down_bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    scales: Tensor | None = None,
     activation: str,
     backend: str = "auto",
 ) -> Tensor:
     """`reference.plain_ffn` by the chosen backend. Raises `InputError` on operands that do not fit, `BackendError`."""
-    return _call(x, record, None, neuron_bias, down_bias, residual, False, activation, backend)
+    return _call(x, record, None, scales, neuron_bias, down_bias, residual, False, activation, backend)
 
 
 def gated_ffn(
@@ -207,11 +264,12 @@ def gated_ffn(
     down_bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    scales: Tensor | None = None,
     activation: str,
     backend: str = "auto",
 ) -> Tensor:
     """`reference.gated_ffn` by the chosen backend. Raises `InputError` on operands that do not fit, `BackendError`."""
-    return _call(x, record, None, neuron_bias, down_bias, residual, True, activation, backend)
+    return _call(x, record, None, scales, neuron_bias, down_bias, residual, True, activation, backend)
 
 
 def plain_ffn_gather(
@@ -222,11 +280,12 @@ def plain_ffn_gather(
     down_bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    scales: Tensor | None = None,
     activation: str,
     backend: str = "auto",
 ) -> Tensor:
     """`reference.plain_ffn_gather` by the chosen backend; `index` was checked when it was made."""
-    return _call(x, record, index, neuron_bias, down_bias, residual, False, activation, backend)
+    return _call(x, record, index, scales, neuron_bias, down_bias, residual, False, activation, backend)
 
 
 def gated_ffn_gather(
@@ -237,8 +296,9 @@ def gated_ffn_gather(
     down_bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    scales: Tensor | None = None,
     activation: str,
     backend: str = "auto",
 ) -> Tensor:
     """`reference.gated_ffn_gather` by the chosen backend; `index` was checked when it was made."""
-    return _call(x, record, index, neuron_bias, down_bias, residual, True, activation, backend)
+    return _call(x, record, index, scales, neuron_bias, down_bias, residual, True, activation, backend)

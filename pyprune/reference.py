@@ -3,11 +3,14 @@
 Layout, shared by every backend (see `PrunedMLP`):
 
     record       [F, P*D]   one row per neuron: [up | down] (P = 2) or [gate | up | down] (P = 3)
+    scales       [F, P]     float32, with an int8 record only: weight = record * scale
     neuron_bias  [F, P-1]   bias of (up) or (gate, up), or None
     down_bias    [D]        or None
     index        [K] int32  the kept neurons, sorted and unique, or None for all of them
 
-Every function computes in the dtype of `x` and rounds where Transformers' own FFN modules round.
+Biases and residual have the dtype of `x`, and so has the result. Every function computes in the dtype to which torch
+promotes those of `x` and `record`, and rounds where Transformers' own FFN modules round. An int8 record is computed in
+the dtype of `x`, which holds its integers exactly; beside float16 in float32, for sums of such integers pass 65504.
 """
 
 from __future__ import annotations
@@ -32,8 +35,34 @@ def _column(matrix: Tensor | None, i: int) -> Tensor | None:
     return None if matrix is None else matrix[:, i]
 
 
-def _project_down(a: Tensor, down: Tensor, down_bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    out = F.linear(a, down.t(), down_bias)
+def _rows(matrix: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if matrix is None else matrix.index_select(0, index)
+
+
+def _compute_dtype(x: Tensor, record: Tensor) -> torch.dtype:
+    if record.dtype == torch.int8:
+        return torch.float32 if x.dtype == torch.float16 else x.dtype
+    return torch.promote_types(x.dtype, record.dtype)
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def _project(x: Tensor, part: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    part = part.to(x.dtype)
+    if scale is None:
+        return F.linear(x, part, bias)
+    product = F.linear(x, part) * scale  # float32 scales: rounded once, after the bias
+    return (product if bias is None else product + bias).to(x.dtype)
+
+
+def _project_down(
+    a: Tensor, down: Tensor, scale: Tensor | None, down_bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    if scale is not None:
+        a = (a * scale).to(a.dtype)
+    out = F.linear(a, down.to(a.dtype).t(), down_bias)
     return out if residual is None else out + residual
 
 
@@ -44,6 +73,7 @@ def plain_ffn(
     down_bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    scales: Tensor | None = None,
     activation: str,
 ) -> Tensor:
     """`down(act(up(x)))`, plus `residual` if given.
@@ -54,14 +84,18 @@ def plain_ffn(
         neuron_bias: `[F, 1]` or None.
         down_bias: `[D]` or None.
         residual: same shape as `x`, or None.
+        scales: `[F, 2]` float32 with an int8 record, else None.
         activation: a key of `ACTIVATIONS`.
 
     Returns:
         `[..., D]` in the dtype of `x`.
     """
     d = x.shape[-1]
-    hidden = ACTIVATIONS[activation](F.linear(x, record[:, :d], _column(neuron_bias, 0)))
-    return _project_down(hidden, record[:, d:], down_bias, residual)
+    dtype = _compute_dtype(x, record)
+    a = x.to(dtype)
+    neuron_bias, down_bias, residual = _cast(dtype, neuron_bias, down_bias, residual)
+    hidden = ACTIVATIONS[activation](_project(a, record[:, :d], _column(scales, 0), _column(neuron_bias, 0)))
+    return _project_down(hidden, record[:, d:], _column(scales, 1), down_bias, residual).to(x.dtype)
 
 
 def gated_ffn(
@@ -71,6 +105,7 @@ def gated_ffn(
     down_bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    scales: Tensor | None = None,
     activation: str,
 ) -> Tensor:
     """`down(act(gate(x)) * up(x))`, plus `residual` if given.
@@ -81,15 +116,19 @@ def gated_ffn(
         neuron_bias: `[F, 2]`, columns (gate, up), or None.
         down_bias: `[D]` or None.
         residual: same shape as `x`, or None.
+        scales: `[F, 3]` float32 with an int8 record, else None.
         activation: a key of `ACTIVATIONS`.
 
     Returns:
         `[..., D]` in the dtype of `x`.
     """
     d = x.shape[-1]
-    gate = ACTIVATIONS[activation](F.linear(x, record[:, :d], _column(neuron_bias, 0)))
-    hidden = gate * F.linear(x, record[:, d : 2 * d], _column(neuron_bias, 1))
-    return _project_down(hidden, record[:, 2 * d :], down_bias, residual)
+    dtype = _compute_dtype(x, record)
+    a = x.to(dtype)
+    neuron_bias, down_bias, residual = _cast(dtype, neuron_bias, down_bias, residual)
+    gate = ACTIVATIONS[activation](_project(a, record[:, :d], _column(scales, 0), _column(neuron_bias, 0)))
+    hidden = gate * _project(a, record[:, d : 2 * d], _column(scales, 1), _column(neuron_bias, 1))
+    return _project_down(hidden, record[:, 2 * d :], _column(scales, 2), down_bias, residual).to(x.dtype)
 
 
 def plain_ffn_gather(
@@ -100,11 +139,12 @@ def plain_ffn_gather(
     down_bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    scales: Tensor | None = None,
     activation: str,
 ) -> Tensor:
-    """`plain_ffn` over the rows `index` (`[K]`, int32) of `record`."""
-    bias = None if neuron_bias is None else neuron_bias.index_select(0, index)
-    return plain_ffn(x, record.index_select(0, index), bias, down_bias, residual, activation=activation)
+    """`plain_ffn` over the rows `index` (`[K]`, int32) of `record`, `scales` and `neuron_bias`."""
+    kept, bias, kept_scales = record.index_select(0, index), _rows(neuron_bias, index), _rows(scales, index)
+    return plain_ffn(x, kept, bias, down_bias, residual, scales=kept_scales, activation=activation)
 
 
 def gated_ffn_gather(
@@ -115,8 +155,9 @@ def gated_ffn_gather(
     down_bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    scales: Tensor | None = None,
     activation: str,
 ) -> Tensor:
-    """`gated_ffn` over the rows `index` (`[K]`, int32) of `record`."""
-    bias = None if neuron_bias is None else neuron_bias.index_select(0, index)
-    return gated_ffn(x, record.index_select(0, index), bias, down_bias, residual, activation=activation)
+    """`gated_ffn` over the rows `index` (`[K]`, int32) of `record`, `scales` and `neuron_bias`."""
+    kept, bias, kept_scales = record.index_select(0, index), _rows(neuron_bias, index), _rows(scales, index)
+    return gated_ffn(x, kept, bias, down_bias, residual, scales=kept_scales, activation=activation)

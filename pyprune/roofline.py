@@ -121,6 +121,8 @@ def ffn_bytes(
     neuron_bias: bool = False,
     down_bias: bool = False,
     gather: bool = False,
+    scales: bool = False,
+    bias_size: int | None = None,
 ) -> int:
     """Bytes of weights that one call of an FFN must read, whatever the kernel.
 
@@ -132,10 +134,14 @@ def ffn_bytes(
         neuron_bias: a bias on up (and on gate).
         down_bias: a bias on the output.
         gather: plus an int32 index of the neurons.
+        scales: plus a float32 scale for each row of a neuron (int8 weights).
+        bias_size: bytes of one bias; None for `element_size`.
     """
     rows = 3 if gated else 2
-    row_bytes = (rows * hidden_size + (rows - 1 if neuron_bias else 0)) * element_size + (4 if gather else 0)
-    return neurons * row_bytes + (hidden_size * element_size if down_bias else 0)
+    bias_size = element_size if bias_size is None else bias_size
+    row_bytes = rows * hidden_size * element_size + (4 if gather else 0) + (4 * rows if scales else 0)
+    row_bytes += (rows - 1) * bias_size if neuron_bias else 0
+    return neurons * row_bytes + (hidden_size * bias_size if down_bias else 0)
 
 
 def amdahl(share: float, speedup: float) -> float:

@@ -14,6 +14,7 @@ from .heterogeneous import narrow
 from .mask import KeepIndex, Mask
 from .memory import release
 from .mlp import MODES, DownStandIn, PrunedMLP
+from .quantisation import WEIGHTS, check_fits
 
 
 @torch.no_grad()
@@ -110,7 +111,13 @@ def set_widths(model: nn.Module, block: dict[str, Any], widths: list[int]) -> No
     config.pyprune = provenance
 
 
-def accelerate(model: nn.Module, mode: str = "compact", backend: str = "auto", mask: Mask | None = None) -> nn.Module:
+def accelerate(
+    model: nn.Module,
+    mode: str = "compact",
+    backend: str = "auto",
+    mask: Mask | None = None,
+    weights: str | None = None,
+) -> nn.Module:
     """Swap every FFN of a loaded model, pruned or not, for a `PrunedMLP`, layer by layer, freeing the originals.
 
     Args:
@@ -118,29 +125,42 @@ def accelerate(model: nn.Module, mode: str = "compact", backend: str = "auto", m
         mode: `compact`, or `gather`, which keeps all weights and reads those of the neurons in `mask`.
         backend: `auto`, or a backend that is then used or refused.
         mask: the neurons to keep; required by `gather`; with `compact` the others are removed for good.
+        weights: dtype to keep FFN weights in, a key of `quantisation.WEIGHTS`; None for as they are. The model saves
+            weights of its own dtype all the same, rounded as they are kept.
 
     Returns:
         `model`.
 
     Raises:
-        InputError: unknown mode or backend, a mask that is missing or belongs to another model.
+        InputError: unknown mode, backend or weights, a mask that is missing or belongs to another model, or a weight
+            that is not finite in the dtype asked for; the model is unchanged then.
         UnsupportedModelError: an FFN that pyprune does not know, or a model that is accelerated already.
     """
     check_choice(mode, "mode", MODES)
     check_choice(backend, "backend", dispatch.names())
+    check_choice(weights or "float32", "weights", WEIGHTS)
     check(mask is not None or mode == "compact", "mask", "be given in gather mode", mask)
     ffns = families.find_ffns(model)
     if mask is not None:
         mask.check_fits([f.intermediate_size for f in ffns], families.fingerprint(model, ffns))
-        if mode == "compact":
-            set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
+    if weights is not None:
+        _check_finite(ffns, WEIGHTS[weights])
+    if mask is not None and mode == "compact":
+        set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
     ffns.reverse()
     while ffns:
         ffn = ffns.pop()
-        _swap(model, ffn, PrunedMLP.from_dense(ffn, mask.layers[ffn.layer] if mask else None, mode, backend))
+        keep = mask.layers[ffn.layer] if mask else None
+        _swap(model, ffn, PrunedMLP.from_dense(ffn, keep, mode, backend, weights))
         del ffn  # nothing else holds the original
         release()
     return model
+
+
+def _check_finite(ffns: list[FFN], dtype: torch.dtype) -> None:
+    for ffn in ffns:
+        for part in ffn.weights().parts:
+            check_fits(part, dtype, f"weights of layer {ffn.layer}")
 
 
 def _swap(model: nn.Module, ffn: FFN, module: PrunedMLP) -> None:

@@ -183,6 +183,8 @@ def pruned_unit(module: PrunedMLP) -> FFNUnit:
         neuron_bias=module.neuron_bias is not None,
         down_bias=module.down_bias is not None,
         gather=module.index is not None,
+        scales=module.scales is not None,
+        bias_size=module.dtype.itemsize,
     )
     return FFNUnit(module, module.hidden_size, neurons, size)
 

@@ -85,6 +85,16 @@ def test_ffn_bytes_by_hand() -> None:
     assert roofline.ffn_bytes(10, 7, gated=True, element_size=2, neuron_bias=True) == 7 * (3 * 10 + 2) * 2
     assert roofline.ffn_bytes(10, 7, gated=False, element_size=4, down_bias=True) == (7 * 2 * 10 + 10) * 4
     assert roofline.ffn_bytes(10, 7, gated=True, element_size=2, gather=True) == 7 * 3 * 10 * 2 + 7 * 4
+    biased = {"neuron_bias": True, "down_bias": True, "bias_size": 2}
+    int8 = roofline.ffn_bytes(10, 7, gated=True, element_size=1, scales=True, **biased)
+    assert int8 == 7 * (3 * 10 + 3 * 4 + 2 * 2) + 10 * 2
+    assert roofline.ffn_bytes(10, 7, gated=False, element_size=1, scales=True) == 7 * (2 * 10 + 2 * 4)
+
+
+def test_bytes_of_an_int8_unit(tiny: Callable[..., Any]) -> None:
+    model = tiny("gpt2").to(torch.bfloat16)  # plain, biased, D 32, F 96
+    unit = timing.ffn_units(accelerate(model, weights="int8"))[0]
+    assert unit.bytes == 96 * (2 * 32 + 2 * 4 + 2) + 32 * 2
 
 
 def test_quantiles_by_hand() -> None:

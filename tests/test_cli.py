@@ -73,11 +73,12 @@ def test_help_names_every_criterion() -> None:
 def test_doctor_says_usable_or_why_not() -> None:
     facts = as_json("doctor")
     assert facts["backends"]["torch"]["cpu"] == "usable"
-    assert set(facts["backends"]) == {"torch", "triton"}
+    assert set(facts["backends"]) == {"torch", "cpu", "triton"}
+    assert facts["native"]["state"] == facts["backends"]["cpu"]["cpu"], "two stories of the native CPU library"
     assert all(
         isinstance(reason, str) and "\n" not in reason for by in facts["backends"].values() for reason in by.values()
     )
-    assert all(choice["backend"] == "torch" for choice in facts["choices"] if choice["device"] == "cpu")
+    assert all(choice["backend"] in ("torch", "cpu") for choice in facts["choices"] if choice["device"] == "cpu")
 
 
 def test_inspect_lists_the_ffns(tiny_checkpoint: Path) -> None:
@@ -166,6 +167,17 @@ def test_generate_shows_both_models(tiny_checkpoint: Path, pruned: Path) -> None
     assert call("generate", pruned, "--prompt", "The list [bold]", "--new-tokens", 2).exit_code == 0
 
 
+def test_weights_of_another_dtype(tiny_checkpoint: Path) -> None:
+    found = {w: as_json("eval", tiny_checkpoint, *SMALL, "--weights", w)["perplexity"] for w in ("float32", "int8")}
+    assert found["float32"] == pytest.approx(as_json("eval", tiny_checkpoint, *SMALL)["perplexity"], rel=1e-4)
+    assert found["int8"] != found["float32"] and found["int8"] == pytest.approx(found["float32"], rel=0.05)
+    facts = as_json("generate", tiny_checkpoint, "--prompt", "The list", "--new-tokens", 2, "--weights", "bfloat16")
+    assert set(facts["texts"]) == {str(tiny_checkpoint)}
+    for verb in (("eval",), ("generate", "--prompt", "x"), ("bench",)):
+        message = refused(2, verb[0], tiny_checkpoint, *verb[1:], "--weights", "int4")
+        assert "weights must be one of float32" in message and "nearest: int8" in message
+
+
 @pytest.fixture
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """What these tests look at does not depend on a true memory bandwidth, which takes seconds to measure."""
@@ -178,6 +190,14 @@ def test_bench_of_a_dense_model(tiny_checkpoint: Path, mode: str) -> None:
     facts = as_json("bench", tiny_checkpoint, "--mode", mode, "--prefill", 32, "--repeats", 1)
     assert set(facts["models"]) == {"dense", "narrow modules", f"PrunedMLP {mode}"}
     assert facts["models"]["narrow modules"]["keep"] == 0.5
+
+
+@pytest.mark.usefixtures("small_buffer")
+def test_bench_of_int8_weights(tiny_checkpoint: Path) -> None:
+    facts = as_json("bench", tiny_checkpoint, "--weights", "int8", "--prefill", 32, "--repeats", 1)
+    narrow, swapped = (facts["models"][name] for name in ("narrow modules", "PrunedMLP compact int8"))
+    assert swapped["ffn_bytes"] == 48 * 3 * (32 + 4)
+    assert narrow["bytes"] - swapped["bytes"] == 3 * (narrow["ffn_bytes"] - swapped["ffn_bytes"])
 
 
 @pytest.mark.usefixtures("small_buffer")

@@ -6,9 +6,33 @@ import importlib
 import pytest
 import torch
 
-from pyprune import BackendError, InputError, backends, dispatch, ops
+from pyprune import BackendError, InputError, backends, dispatch, native, ops
 
 PROBLEM = backends.Problem("cpu", torch.float32, 1, 8, 12, 12, True, False, "silu")
+
+
+def forget():
+    for cached in (dispatch.choose, dispatch.native_tokens):
+        cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices():
+    """Choices are cached, and these tests change what they are made from."""
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def native_library(monkeypatch):
+    """`native_library(reason)`: the native library as loaded (None), or as missing for `reason`."""
+
+    def pretend(reason):
+        monkeypatch.setattr(native, "load", lambda: reason)
+        forget()
+
+    return pretend
 
 
 @pytest.fixture
@@ -17,27 +41,79 @@ def compiled_triton(monkeypatch):
     kernels = importlib.import_module("pyprune.triton_kernels")
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     monkeypatch.setattr(kernels, "_INTERPRETED_TOO_LATE", False)
-    dispatch.choose.cache_clear()
-    yield
-    dispatch.choose.cache_clear()
 
 
 def test_table_of_backends_is_the_list_of_names():
     assert dispatch.names() == ["auto", *(b.NAME for b in backends.load_all().values())]
-    assert {"torch", "triton"} <= set(dispatch.names())
+    assert {"torch", "cpu", "triton"} <= set(dispatch.names())
     assert len(dispatch.names()) == len(backends.TABLE) + 1
 
 
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tokens", [0, 1, 4096])
-def test_auto_takes_torch_on_the_cpu(gather, dtype, tokens):
+def test_auto_takes_torch_on_a_cpu_without_the_native_library(gather, dtype, tokens, native_library):
+    native_library("native CPU library not built")
     problem = dataclasses.replace(PROBLEM, gather=gather, dtype=dtype, tokens=tokens)
     assert dispatch.choose(problem).NAME == "torch"
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("weights", [*FLOATS, torch.int8])
+def test_auto_on_a_cpu_takes_the_native_kernel_for_few_tokens(gather, dtype, weights, native_library, monkeypatch):
+    native_library(None)
+    monkeypatch.setitem(dispatch._NATIVE_TOKENS, (weights, gather), 3)
+    problem = dataclasses.replace(PROBLEM, gather=gather, dtype=dtype, weights=weights)
+    chosen = [dispatch.choose(dataclasses.replace(problem, tokens=m)).NAME for m in (0, 1, 3, 4)]
+    assert chosen == ["cpu", "cpu", "cpu", "torch"]
+    assert dispatch.native_tokens(dtype, weights, gather) == 3
+    assert dispatch.choose(dataclasses.replace(problem, tokens=4), "cpu").NAME == "cpu"
+
+
+def test_auto_on_a_cpu_asks_the_other_one_too(native_library, monkeypatch):
+    native_library(None)
+    monkeypatch.setattr(dispatch.backends()["torch"], "why_not", lambda problem: "is asleep")
+    assert dispatch.choose(dataclasses.replace(PROBLEM, tokens=10**6)).NAME == "cpu"
+
+
+def test_native_tokens_are_none_where_the_kernel_cannot_run(native_library):
+    native_library(None)
+    assert dispatch.native_tokens(torch.float64, torch.float64, False) == 0
+    assert dispatch.native_tokens(torch.float64, torch.int8, False) == 0
+    native_library("native CPU library not built")
+    assert dispatch.native_tokens(torch.float32, torch.float32, False) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "cuda"}, "needs tensors on a CPU, not on cuda"),
+        ({"dtype": torch.float64}, r"no kernel for torch\.float64"),
+        ({"weights": torch.float64}, r"no kernel for torch\.float64 weights"),
+        ({}, "native CPU library not built"),
+    ],
+)
+def test_forced_native_kernel_says_why_not(changes, reason, native_library):
+    native_library("native CPU library not built" if not changes else None)
+    with pytest.raises(BackendError, match=f"no backend for Problem.*: cpu: {reason}$"):
+        dispatch.choose(dataclasses.replace(PROBLEM, **changes), "cpu")
+
+
+def test_triton_refuses_weights_of_another_dtype(compiled_triton):
+    with pytest.raises(BackendError, match=r"triton: no kernel for torch\.int8 weights beside x of torch\.float32"):
+        dispatch.choose(dataclasses.replace(PROBLEM, device="cuda", weights=torch.int8), "triton")
+    gather = dataclasses.replace(PROBLEM, device="cuda", gather=True, weights=torch.int8)
+    assert dispatch.choose(gather).NAME == "torch"
+
+
 def test_unknown_backend_names_the_nearest():
-    with pytest.raises(InputError, match=r"backend must be one of auto, torch, triton; got 'troch' \(nearest: torch"):
+    with pytest.raises(
+        InputError, match=r"backend must be one of auto, torch, cpu, triton; got 'troch' \(nearest: torch"
+    ):
         dispatch.choose(PROBLEM, "troch")
 
 
@@ -57,30 +133,24 @@ def test_refusal_reaches_the_caller_of_the_operator(compiled_triton):
 def test_triton_that_cannot_be_imported_is_a_reason(monkeypatch):
     triton = backends.load_all()["triton"]
     monkeypatch.setattr(triton, "_kernels", lambda: "Triton cannot be imported (No module named 'triton')")
-    dispatch.choose.cache_clear()
     with pytest.raises(BackendError, match="triton: Triton cannot be imported"):
         dispatch.choose(PROBLEM, "triton")
     with pytest.raises(BackendError, match="Triton cannot be imported"):
         triton.run(None)
-    assert dispatch.choose(PROBLEM).NAME == "torch"
-    dispatch.choose.cache_clear()
+    assert dispatch.choose(dataclasses.replace(PROBLEM, device="cuda", gather=True)).NAME == "torch"
 
 
 def test_auto_gives_every_reason_when_nobody_can(monkeypatch):
     for backend in dispatch.backends().values():
         monkeypatch.setattr(backend, "why_not", lambda problem: "is asleep")
-    dispatch.choose.cache_clear()
-    with pytest.raises(BackendError, match="torch: is asleep"):
+    with pytest.raises(BackendError, match="torch: is asleep; cpu: is asleep"):
         dispatch.choose(PROBLEM)
     with pytest.raises(BackendError, match=r"torch: is asleep; triton: is asleep"):
         dispatch.choose(dataclasses.replace(PROBLEM, device="cuda"))
-    dispatch.choose.cache_clear()
 
 
 @pytest.mark.parametrize(("gather", "first"), [(False, "torch"), (True, "triton")])
 def test_auto_on_cuda(gather, first, monkeypatch):
     for backend in dispatch.backends().values():
         monkeypatch.setattr(backend, "why_not", lambda problem: None)
-    dispatch.choose.cache_clear()
     assert first == dispatch.choose(dataclasses.replace(PROBLEM, device="cuda", gather=gather)).NAME
-    dispatch.choose.cache_clear()

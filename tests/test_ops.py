@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pyprune import BackendError, InputError, KeepIndex, ops, reference
 from pyprune.mlp import pack
 from pyprune.patterns import FFNWeights
+from pyprune.quantisation import dequantise, quantise
 
 FORMS = list(itertools.product((False, True), (False, True)))  # gated, gather
 PUBLIC = {
@@ -50,13 +51,13 @@ def low_level(gated, gather):
     return getattr(torch.ops.pyprune, f"{'gated' if gated else 'plain'}_ffn{'_gather' if gather else ''}").default
 
 
-def arguments(x, record, index, rest):
-    return (x, record, *(() if index is None else (index,)), *rest)
+def arguments(x, record, index, rest, scales=None):
+    return (x, record, *(() if index is None else (index,)), scales, *rest)
 
 
-def call(gated, gather, x, record, index, rest, activation="silu", backend="auto"):
+def call(gated, gather, x, record, index, rest, activation="silu", backend="auto", scales=None):
     keep = () if index is None else (KeepIndex(index, record.shape[0] if record.ndim else 12),)
-    return PUBLIC[gated, gather](x, record, *keep, *rest, activation=activation, backend=backend)
+    return PUBLIC[gated, gather](x, record, *keep, *rest, scales=scales, activation=activation, backend=backend)
 
 
 @pytest.mark.parametrize(("gated", "gather"), FORMS)
@@ -90,6 +91,115 @@ def test_error_is_at_most_twice_that_of_torch(gated, gather, dtype):
     torch_own = torch.nn.functional.linear(hidden, down.t(), rest[1]) + rest[2]
     error, allowed = ((t.double() - exact).norm() for t in (call(gated, gather, x, record, index, rest), torch_own))
     assert 0 < error <= 2 * allowed
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MIXED = [(x, w) for x, w in itertools.product(FLOATS, (*FLOATS, torch.int8)) if x != w]
+
+
+def mixed_operands(gated, gather, dtype, weights, **sizes):
+    """Operands with x, biases and residual of `dtype`, a record of `weights`, and its scales or None."""
+    x, record, index, rest = operands(gated, gather, dtype=torch.float64, **sizes)
+    record, scales = record / 8, None
+    if weights == torch.int8:
+        record, scales = quantise(record, 3 if gated else 2)
+    rest = tuple(None if t is None else t.to(dtype) for t in rest)
+    return x.to(dtype), record.to(weights), index, rest, scales
+
+
+def exact_weights(record, scales):
+    return record.double() if scales is None else dequantise(record, scales, torch.float64)
+
+
+@pytest.mark.parametrize(("gated", "gather"), FORMS)
+@pytest.mark.parametrize(("dtype", "weights"), [*MIXED, (torch.float64, torch.int8)])
+@pytest.mark.parametrize("extras", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_mixed_dtypes(gated, gather, dtype, weights, extras, backend):
+    sizes = {"shape": (33,), "d": 64, "f": 160, "extras": extras}
+    x, record, index, rest, scales = mixed_operands(gated, gather, dtype, weights, **sizes)
+    rest_exact = [None if t is None else t.double() for t in rest]
+    dense = exact_weights(record, scales)
+    exact = call(gated, gather, x.double(), dense, index, rest_exact)
+    got = call(gated, gather, x, record, index, rest, "silu", backend, scales)
+    assert got.dtype == dtype
+    # What torch makes of the same weights in the dtype of x: twice that error is allowed, as between equal dtypes.
+    torch_own = call(gated, gather, x, dense.to(dtype), index, rest, "silu", "torch")
+    error, allowed = ((t.double() - exact).norm() for t in (got, torch_own))
+    assert error <= 2 * allowed + 1e-12 * exact.norm()
+
+
+@pytest.mark.parametrize(("gated", "gather"), FORMS)
+def test_int8_beside_float16_does_not_overflow(gated, gather):
+    """Sums of x times integers of up to 127 pass what float16 holds, where x times the weights does not."""
+    x, record, index, rest, scales = mixed_operands(gated, gather, torch.float16, torch.int8, shape=(4,), d=64)
+    x = x * 100
+    exact = call(gated, gather, x.double(), exact_weights(record, scales), index, [t.double() for t in rest], "relu")
+    assert (x.double() @ record[:, :64].double().t()).abs().max() > 65504
+    assert exact.abs().max() < 65504
+    got = call(gated, gather, x, record, index, rest, "relu", "torch", scales)
+    torch.testing.assert_close(got.double(), exact, rtol=2e-3, atol=2e-3 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize(("gated", "gather"), FORMS)
+@pytest.mark.parametrize("weights", [torch.int8, torch.bfloat16])
+def test_gradients_beside_weights_of_another_dtype(gated, gather, weights):
+    x, record, index, rest, scales = mixed_operands(gated, gather, torch.float32, weights)
+    leaves = [t.requires_grad_() for t in (x, *rest)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    upstream = torch.randn(5, 8)
+    exact = call(gated, gather, wide[0], exact_weights(record, scales), index, wide[1:])
+    want = torch.autograd.grad(exact, wide, upstream.double())
+    out = low_level(gated, gather)(*arguments(x, record, index, rest, scales), "silu", "torch")
+    keep = (x, record) if index is None else (x, record, index)
+    twin = ops.TWINS[gated, gather](*keep, *rest, scales=scales, activation="silu")
+    for result in (out, twin):
+        for got, exact_grad in zip(torch.autograd.grad(result, leaves, upstream), want, strict=True):
+            torch.testing.assert_close(got.double(), exact_grad, rtol=1e-4, atol=1e-4)
+    if weights != torch.int8:
+        record.requires_grad_()
+        out = low_level(gated, gather)(*arguments(x, record, index, rest, scales), "silu", "torch")
+        assert torch.autograd.grad(out.sum(), record)[0].dtype == weights
+
+
+def lean(x, record, index, scales, rest, gated, activation="silu", backend="auto", native_tokens=64):
+    return torch.ops.pyprune.ffn.default(x, record, index, scales, *rest, gated, activation, backend, native_tokens)
+
+
+@pytest.mark.parametrize(("gated", "gather"), FORMS)
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.int8)]
+)
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (), (0,)])
+def test_inference_operator_equals_the_others(gated, gather, dtype, weights, shape):
+    x, record, index, rest, scales = mixed_operands(gated, gather, dtype, weights, shape=shape)
+    want = call(gated, gather, x, record, index, rest, "gelu", "torch", scales)
+    assert torch.equal(lean(x, record, index, scales, rest, gated, "gelu", "torch"), want)
+    by_dispatch = torch.ops.pyprune.ffn_by_dispatch.default
+    assert torch.equal(by_dispatch(x, record, index, scales, *rest, gated, "gelu", "torch"), want)
+    if dtype == torch.float64:
+        return  # no native kernel, and dispatch.native_tokens says so
+    got = lean(x, record, index, scales, rest, gated, "gelu", "auto")
+    torch.testing.assert_close(got, want, rtol=3e-2 if dtype == torch.bfloat16 else 1e-5, atol=3e-2)
+
+
+@pytest.mark.parametrize(("gated", "gather"), FORMS)
+@pytest.mark.parametrize("weights", [torch.float32, torch.int8])
+@pytest.mark.parametrize("extras", [True, False])
+@pytest.mark.parametrize("name", ["ffn", "ffn_by_dispatch"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_opcheck_of_the_inference_operators(gated, gather, weights, extras, name, backend):
+    x, record, index, rest, scales = mixed_operands(gated, gather, torch.float32, weights, extras=extras)
+    arguments = (x, record, index, scales, *rest, gated, "gelu", backend)
+    op = getattr(torch.ops.pyprune, name).default
+    torch.library.opcheck(op, arguments if name == "ffn_by_dispatch" else (*arguments, 64))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_inference_operator_refuses_a_forced_backend_as_dispatch_does(backend):
+    x, record, index, rest = operands(True, False, dtype=torch.float64)
+    with pytest.raises(BackendError, match=rf"{backend}: no kernel for torch\.float64"):
+        torch.ops.pyprune.ffn_by_dispatch.default(x, record, index, None, *rest, True, "silu", backend)
 
 
 @pytest.mark.parametrize(("gated", "gather"), FORMS)
@@ -143,7 +253,8 @@ def test_gradients_equal_those_of_plain_torch(gated, gather):
     x, record, index, rest = operands(gated, gather)
     leaves = [t.requires_grad_() for t in (x, record, *rest)]
     out = low_level(gated, gather)(*arguments(x, record, index, rest), "silu", "torch")
-    twin = ops.TWINS[gated, gather](*arguments(x, record, index, rest), activation="silu")
+    operator = (x, record) if index is None else (x, record, index)
+    twin = ops.TWINS[gated, gather](*operator, *rest, activation="silu")
     upstream = torch.randn_like(out)
     for got, want in zip(*(torch.autograd.grad(o, leaves, upstream) for o in (out, twin)), strict=True):
         torch.testing.assert_close(got, want)
@@ -209,10 +320,33 @@ def test_wrong_shape_is_refused(gated, gather, argument, shape, rule):
 def test_wrong_dtype_and_device_are_refused(gated, gather, argument):
     _, record, _, rest = operands(gated, gather)
     tensor = dict(zip(("record", "neuron_bias", "down_bias", "residual"), (record, *rest), strict=True))[argument]
-    with pytest.raises(InputError, match=f"{argument} must have the dtype of x, torch.float32; got torch.float64"):
+    with pytest.raises(InputError, match=f"{argument} must .*have the dtype of x, torch.float32.*; got torch.float64"):
         replaced(gated, gather, **{argument: tensor.double()})
     with pytest.raises(InputError, match=f"{argument} must be on the device of x, cpu; got 'meta'"):
         replaced(gated, gather, **{argument: tensor.to("meta")})
+
+
+@pytest.mark.parametrize(("gated", "gather"), FORMS)
+def test_wrong_scales_and_mixtures_are_refused(gated, gather):
+    x, record, index, rest, scales = mixed_operands(gated, gather, torch.float32, torch.int8)
+    parts = 3 if gated else 2
+    for wrong, rule in (
+        (None, "be given with an int8 record; got None"),
+        (scales[:11], rf"have shape \(12, {parts}\); got \(11, {parts}\)"),
+        (scales[:, :1], rf"have shape \(12, {parts}\); got \(12, 1\)"),
+        (scales.double(), r"have dtype torch\.float32; got torch\.float64"),
+        (scales.to("meta"), "be on the device of x, cpu; got 'meta'"),
+    ):
+        with pytest.raises(InputError, match=f"scales must {rule}"):
+            call(gated, gather, x, record, index, rest, scales=wrong)
+    with pytest.raises(InputError, match=r"scales must be None with a record of torch\.float32; got \(12, "):
+        call(gated, gather, x, record.float(), index, rest, scales=scales)
+    for weights in (torch.float64, torch.int16, torch.uint8, torch.bool):
+        with pytest.raises(InputError, match=rf"record must be int8, .*x, torch\.float32, .*; got {weights}"):
+            call(gated, gather, x, record.to(weights), index, rest)
+    wide = [t.double() for t in rest]
+    with pytest.raises(InputError, match=r"record must be int8, .*x, torch\.float64, .*; got torch\.float32"):
+        call(gated, gather, x.double(), record.float(), index, wide)
 
 
 @pytest.mark.parametrize(("gated", "gather"), FORMS)
@@ -243,7 +377,7 @@ def test_gather_wants_a_keep_index_of_this_record(gated):
 def test_raw_operator_never_reads_outside_the_record(gated, bad):
     x, record, _, rest = operands(gated, True)
     with pytest.raises((IndexError, RuntimeError), match=r"out of range|out of bounds"):
-        low_level(gated, True)(x, record, torch.tensor(bad, dtype=torch.int32), *rest, "silu", "torch")
+        low_level(gated, True)(x, record, torch.tensor(bad, dtype=torch.int32), None, *rest, "silu", "torch")
 
 
 @pytest.mark.parametrize("gated", [False, True])

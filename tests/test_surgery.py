@@ -97,9 +97,44 @@ def test_state_dict_loads_into_accelerated_models(name, tiny, ids):
     assert target.load_state_dict(state, strict=False).missing_keys == [down]
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("mode", ["compact", "gather"])
+@torch.no_grad()
+def test_int8_weights(name, mode, tiny, ids, random_mask, masked, tmp_path):
+    model = tiny(name)
+    mask = random_mask(model, (64, 24, 96))
+    want = masked(model, mask)(ids).logits
+    accelerate(model, mode, mask=mask, weights="int8")
+    assert all(m.record.dtype == torch.int8 for m in pruned_mlps(model))
+    got = model(ids).logits
+    assert 0 < (got - want).norm() < 0.03 * want.norm()
+    checkpoint.save(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.float32
+    if mode == "compact":
+        torch.testing.assert_close(loaded(ids).logits, got, rtol=1e-3, atol=1e-3)
+    again = accelerate(loaded, weights="int8")  # the same integers
+    for kept, saved in zip(pruned_mlps(model), pruned_mlps(again), strict=True):
+        assert torch.equal(kept.record, saved.record)
+    low = model.to(torch.bfloat16)
+    assert all(m.scales.dtype == torch.float32 for m in pruned_mlps(low))
+    assert (low(ids).logits.float() - got).norm() < 0.05 * got.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+@torch.no_grad()
+def test_state_dict_loads_into_other_weights(name, weights, tiny, ids):
+    target = accelerate(tiny(name, seed=5), weights=weights)
+    result = target.load_state_dict(tiny(name).state_dict())  # strict
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert torch.equal(accelerate(tiny(name), weights=weights)(ids).logits, target(ids).logits)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("mode", ["compact", "gather"])
-def test_originals_are_freed_layer_by_layer(name, mode, tiny, random_mask, monkeypatch):
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_originals_are_freed_layer_by_layer(name, mode, weights, tiny, random_mask, monkeypatch):
     model = tiny(name)
     mask = random_mask(model, (50, 50, 50))
     originals = [[weakref.ref(p) for p in f.parameters()] for f in find_ffns(model)]
@@ -109,7 +144,7 @@ def test_originals_are_freed_layer_by_layer(name, mode, tiny, random_mask, monke
         alive.append(sum(any(ref() is not None for ref in layer) for layer in originals))
 
     monkeypatch.setattr(surgery, "release", count)
-    accelerate(model, mode=mode, mask=mask)
+    accelerate(model, mode=mode, mask=mask, weights=weights)
     assert alive == [2, 1, 0]  # without waiting for the garbage collector
 
 
@@ -129,11 +164,15 @@ def test_accelerated_model_is_refused_by_name(tiny):
 
 def test_accelerate_refuses_before_it_changes_anything(tiny, random_mask):
     model = tiny("llama")
+    with torch.no_grad():
+        find_ffns(model)[2].weights().gate[95, 31] = 70000.0
     other = random_mask(tiny("llama", seed=3), (9, 9, 9))
     for arguments, message in (
         ({"mode": "gahter"}, r"mode must be one of compact, gather; got 'gahter' \(nearest: gather\)"),
         ({"mode": "gather"}, "mask must be given in gather mode; got None"),
         ({"backend": "cuda"}, "backend must be one of auto"),
+        ({"weights": "int4"}, r"weights must be one of float32, .*; got 'int4' \(nearest: int8"),
+        ({"weights": "float16"}, r"weights of layer 2 must be finite in torch\.float16; got .*70000"),
         ({"mask": other}, "mask must belong to this model"),
         ({"mode": "gather", "mask": other}, "mask must belong to this model"),
     ):

@@ -1,19 +1,20 @@
 // Matrix tiles (AMX) for bfloat16 tokens and bfloat16 or int8 weights. Included by isa_amx.cpp after kernel.h.
 //
-// A group of up to 64 neurons at a time. First their gate and up rows, 16 neurons times 32 elements a tile, are
+// A group of up to 32 neurons at a time. First their gate and up rows, 16 neurons times 32 elements a tile, are
 // multiplied with packed tokens; then their hidden values, rounded to bfloat16, are multiplied with their down rows,
 // which are interleaved in pairs of neurons as tiles need them: shifts and masks do that, with even columns in one tile
 // and odd ones in the other, which is the expanded order of bfloat16.
 
 // Fewer tokens are left to vectors: tiles would be mostly empty.
-constexpr int64_t kTileTokens = 5;
-constexpr int64_t kTile = 16;       // rows of a tile, and its columns in 32-bit values
-constexpr int64_t kDepth = 32;      // bfloat16 values of a row
+constexpr int64_t kTileTokens = 8;
+constexpr int64_t kTile = 16;   // rows of a tile, and its columns in 32-bit values
+constexpr int64_t kDepth = 32;  // bfloat16 values of a row
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kTileGroup = 64;  // neurons
+constexpr int64_t kTileGroup = 32;  // neurons
 
 inline bool use_tiles(const Problem& p) {
-  return p.x_type == Type::bf16 && (p.weight_type == Type::bf16 || p.weight_type == Type::i8) && p.tokens >= kTileTokens;
+  return p.x_type == Type::bf16 && (p.weight_type == Type::bf16 || p.weight_type == Type::i8) &&
+         p.tokens >= kTileTokens;
 }
 
 inline int64_t token_tiles(const Problem& p) { return (p.tokens + kTile - 1) / kTile; }
@@ -46,53 +47,78 @@ inline __m512i load_bf16(const E* p, int64_t count) {
 
 template <Type W>
 struct TileGroup {
-  const Element<W>* rows[kTileGroup];   // those behind `count` repeat the last
-  const Element<W>* ahead[kTileGroup];  // of the next group
+  const Element<W>* rows[kTileGroup];  // those behind `count` repeat the last
   int64_t count;
   bool evenly;  // rows lie `record_stride` apart
 
-  TileGroup(const Problem& p, int64_t first, int64_t neurons) : count(neurons), evenly(!p.index && neurons == kTileGroup) {
+  TileGroup(const Problem& p, int64_t first, int64_t neurons)
+      : count(neurons), evenly(!p.index && neurons == kTileGroup) {
     for (int64_t n = 0; n < kTileGroup; ++n) {
       int64_t neuron = first + (n < count ? n : count - 1);
       rows[n] = Group<W, 1>::at(p, neuron);
-      int64_t next = neuron + kTileGroup;
-      ahead[n] = next < p.neurons ? Group<W, 1>::at(p, next) : rows[n];
+    }
+  }
+};
+
+// Prefetches the records of the next group, neuron after neuron, while this group is computed. Tiles read too many rows
+// at once for the hardware's own prefetcher, which must be shown one run of memory after another; one line of eight is
+// enough to lead it, and more would only hold the buffers that tile loads need.
+template <Type W>
+struct Ahead {
+  static constexpr int64_t kStep = 8;
+  const Problem& p;
+  int64_t neuron;
+  int64_t last;
+  int64_t owed = 0;  // lines
+  int64_t done = 0;  // elements of `neuron`
+
+  // As many lines as are read now.
+  void lines(int64_t count) {
+    for (owed += count; owed > 0 && neuron < last; owed -= kStep) {
+      __builtin_prefetch(Group<W, 1>::at(p, neuron) + done, 0, 2);
+      done += kStep * line(W);
+      if (done < p.parts() * p.hidden_size) continue;
+      done = 0;
+      ++neuron;
     }
   }
 };
 
 // A tile of weights: 16 rows from `first`, 32 elements from `d` on. `buffer` is used where it cannot be read in place.
-#define PYPRUNE_LOAD_WEIGHTS(tile, group, first, offset, d, size, record_stride, buffer)                        \
-  do {                                                                                                         \
-    if (W == Type::bf16 && (group).evenly && (d) + kDepth <= (size)) {                                         \
-      _tile_loadd(tile, (group).rows[first] + (offset) + (d), (record_stride) * sizeof(Element<W>));           \
-    } else {                                                                                                   \
-      for (int64_t r = 0; r < kTile; ++r)                                                                      \
-        _mm512_store_si512((buffer) + r * kDepth, load_bf16((group).rows[(first) + r] + (offset) + (d), (size) - (d))); \
-      _tile_loadd(tile, buffer, kLineBytes);                                                                   \
-    }                                                                                                          \
+#define PYPRUNE_LOAD_WEIGHTS(tile, group, first, offset, d, size, record_stride, buffer)             \
+  do {                                                                                               \
+    if (W == Type::bf16 && (group).evenly && (d) + kDepth <= (size)) {                               \
+      _tile_loadd(tile, (group).rows[first] + (offset) + (d), (record_stride) * sizeof(Element<W>)); \
+    } else {                                                                                         \
+      for (int64_t r = 0; r < kTile; ++r)                                                            \
+        _mm512_store_si512((buffer) + r * kDepth,                                                    \
+                           load_bf16((group).rows[(first) + r] + (offset) + (d), (size) - (d)));     \
+      _tile_loadd(tile, buffer, kLineBytes);                                                         \
+    }                                                                                                \
   } while (0)
 
 // Tokens in tiles of 16: for every 32 elements, 16 rows of [token][2].
 inline void pack_tiles(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
-  int64_t steps = ws.padded / kDepth;
+  const __m512i rows = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                          _mm512_set1_epi32(kTile));
   auto* x = static_cast<const uint16_t*>(p.x);
   for (int64_t t = first; t < last; ++t) {
-    uint16_t* tile = ws.tokens_bf16 + t / kTile * steps * kTile * kDepth + t % kTile * 2;
-    for (int64_t d = 0; d < ws.padded; d += 2) {
-      uint16_t* out = tile + d / 2 * kDepth;
-      for (int64_t i = 0; i < 2; ++i) out[i] = t < p.tokens && d + i < p.hidden_size ? x[t * p.x_stride + d + i] : 0;
+    uint16_t* tile = static_cast<uint16_t*>(ws.tokens) + t / kTile * ws.padded * kTile + t % kTile * 2;
+    for (int64_t d = 0; d < ws.padded; d += kDepth) {
+      int64_t count = t < p.tokens ? p.hidden_size - d : 0;
+      __m512i pairs = count > 0 ? load_bf16(x + t * p.x_stride + d, count) : _mm512_setzero_si512();
+      _mm512_i32scatter_epi32(tile + d * kTile, rows, pairs, 4);
     }
   }
 }
 
-// gate (and up) [32 neurons from `first`][16 tokens of tile `t`] = dot products; rows of the result are `stride` apart.
+// gate (and up) [32 neurons][16 tokens of tile `t`] = dot products; rows of the result are `stride` apart.
 template <Type W, bool Gated>
-inline void dot_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>& group, int64_t first, int64_t t,
+inline void dot_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead, int64_t t,
                       float* gate, float* up, int64_t stride) {
   alignas(kLineBytes) uint16_t buffer[kTile * kDepth];
   int64_t size = p.hidden_size;
-  const uint16_t* x = ws.tokens_bf16 + t * ws.padded * kTile;
+  const uint16_t* x = ws.token<uint16_t>(t * kTile);
   _tile_zero(0);
   _tile_zero(1);
   if (Gated) {
@@ -100,21 +126,16 @@ inline void dot_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>&
     _tile_zero(3);
   }
   for (int64_t d = 0; d < size; d += kDepth) {
-    if (t == 0) {
-      for (int64_t r = 0; r < 2 * kTile; ++r) {
-        __builtin_prefetch(group.ahead[first + r] + d, 0, 2);
-        if (Gated) __builtin_prefetch(group.ahead[first + r] + size + d, 0, 2);
-      }
-    }
+    if (t == 0) ahead.lines((Gated ? 2 : 1) * kTileGroup * kDepth / line(W));
     _tile_loadd(4, x + d * kTile, kLineBytes);
-    PYPRUNE_LOAD_WEIGHTS(5, group, first, 0, d, size, p.record_stride, buffer);
+    PYPRUNE_LOAD_WEIGHTS(5, group, 0, 0, d, size, p.record_stride, buffer);
     _tile_dpbf16ps(0, 5, 4);
-    PYPRUNE_LOAD_WEIGHTS(6, group, first + kTile, 0, d, size, p.record_stride, buffer);
+    PYPRUNE_LOAD_WEIGHTS(6, group, kTile, 0, d, size, p.record_stride, buffer);
     _tile_dpbf16ps(1, 6, 4);
     if (Gated) {
-      PYPRUNE_LOAD_WEIGHTS(5, group, first, size, d, size, p.record_stride, buffer);
+      PYPRUNE_LOAD_WEIGHTS(5, group, 0, size, d, size, p.record_stride, buffer);
       _tile_dpbf16ps(2, 5, 4);
-      PYPRUNE_LOAD_WEIGHTS(6, group, first + kTile, size, d, size, p.record_stride, buffer);
+      PYPRUNE_LOAD_WEIGHTS(6, group, kTile, size, d, size, p.record_stride, buffer);
       _tile_dpbf16ps(3, 6, 4);
     }
   }
@@ -127,19 +148,27 @@ inline void dot_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>&
   }
 }
 
-// Hidden values `[64 neurons][stride]` as tiles of 16 tokens times 32 neurons in bfloat16: [token tile][half][16][32].
+// Hidden values `[32 neurons][stride]` as tiles of 16 tokens times 32 neurons in bfloat16: [token tile][16][32].
 inline void pack_hidden(const float* hidden, int64_t stride, int64_t count, int64_t tiles, uint16_t* out) {
-  for (int64_t t = 0; t < tiles * kTile; ++t)
-    for (int64_t n = 0; n < kTileGroup; ++n) {
-      int64_t tile = t / kTile * 2 + n / kDepth;
-      out[(tile * kTile + t % kTile) * kDepth + n % kDepth] = n < count ? to_bf16(hidden[n * stride + t]) : 0;
+  const __m512i rows = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                          _mm512_set1_epi32(kTile));
+  for (int64_t t = 0; t < tiles; ++t)
+    for (int64_t n = 0; n < kTileGroup; n += 2) {
+      const float* first = hidden + n * stride + t * kTile;
+      __m512 low = n < count ? load(first) : zero();
+      __m512 high = n + 1 < count ? load(first + stride) : zero();
+      // One 32-bit value a token, the first neuron in its lower half; tokens are rows of the tile.
+      __m256i a = (__m256i)_mm512_cvtneps_pbh(low);
+      __m256i b = (__m256i)_mm512_cvtneps_pbh(high);
+      __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+      _mm512_i32scatter_epi32(out + t * kTile * kDepth + n, rows, pairs, 4);
     }
 }
 
 // Rows 2j and 2j+1 of 32 columns, interleaved: even columns into `even`, odd ones into `odd`. For int8 the first 16
 // columns and the last, which is its expanded order.
 template <Type W>
-inline void interleave(__m512i first, __m512i second, uint16_t* even, uint16_t* odd) {
+inline void interleave_rows(__m512i first, __m512i second, uint16_t* even, uint16_t* odd) {
   if (W == Type::bf16) {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     _mm512_store_si512(even, _mm512_or_si512(_mm512_andnot_si512(high, first), _mm512_slli_epi32(second, 16)));
@@ -153,39 +182,41 @@ inline void interleave(__m512i first, __m512i second, uint16_t* even, uint16_t* 
   }
 }
 
+// Columns [d, d + 32) of the down rows as two tiles, and a prefetch of the next group's.
+template <Type W>
+inline void stage_down(const TileGroup<W>& group, Ahead<W>& ahead, int64_t offset, int64_t d, int64_t size,
+                       uint16_t (&tiles)[2][kTile * kDepth]) {
+  ahead.lines(kTileGroup * kDepth / line(W));
+  for (int64_t n = 0; n < kTileGroup; n += 2) {
+    // Rows behind the last neuron must be zeros: their hidden values are zero, but zero times infinity is not.
+    __m512i first = n < group.count ? load_bf16(group.rows[n] + offset + d, size - d) : _mm512_setzero_si512();
+    __m512i second = n + 1 < group.count ? load_bf16(group.rows[n + 1] + offset + d, size - d) : _mm512_setzero_si512();
+    interleave_rows<W>(first, second, tiles[0] + n / 2 * kDepth, tiles[1] + n / 2 * kDepth);
+  }
+}
+
 // partial += hidden values times down rows.
 template <Type W>
-inline void down_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>& group, const uint16_t* hidden,
-                       float* partial) {
-  alignas(kLineBytes) uint16_t tiles[2][2][kTile * kDepth];
+inline void down_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead,
+                       const uint16_t* hidden, float* partial) {
+  // Two stages in turn: a tile load must wait until the stores it reads have left the core's buffers.
+  alignas(kLineBytes) uint16_t stages[2][2][kTile * kDepth];
   int64_t size = p.hidden_size;
   int64_t offset = (p.parts() - 1) * size;
   int64_t bytes = ws.padded * sizeof(float);
-  for (int64_t d = 0; d < size; d += kDepth) {
-    for (int64_t n = 0; n < kTileGroup; n += 2) {
-      __builtin_prefetch(group.ahead[n] + offset + d, 0, 2);
-      __builtin_prefetch(group.ahead[n + 1] + offset + d, 0, 2);
-      // Rows behind the last neuron must be zeros: their hidden values are zero, but zero times infinity is not.
-      __m512i first = n < group.count ? load_bf16(group.rows[n] + offset + d, size - d) : _mm512_setzero_si512();
-      __m512i second = n + 1 < group.count ? load_bf16(group.rows[n + 1] + offset + d, size - d) : _mm512_setzero_si512();
-      int64_t row = n % kDepth / 2 * kDepth;
-      interleave<W>(first, second, tiles[n / kDepth][0] + row, tiles[n / kDepth][1] + row);
-    }
-    _tile_loadd(4, tiles[0][0], kLineBytes);
-    _tile_loadd(5, tiles[0][1], kLineBytes);
-    _tile_loadd(6, tiles[1][0], kLineBytes);
-    _tile_loadd(7, tiles[1][1], kLineBytes);
+  stage_down<W>(group, ahead, offset, 0, size, stages[0]);
+  for (int64_t d = 0, step = 0; d < size; d += kDepth, ++step) {
+    if (d + kDepth < size) stage_down<W>(group, ahead, offset, d + kDepth, size, stages[(step + 1) % 2]);
+    _tile_loadd(4, stages[step % 2][0], kLineBytes);
+    _tile_loadd(5, stages[step % 2][1], kLineBytes);
     for (int64_t t = 0; t < token_tiles(p); ++t) {
       float* even = partial + t * kTile * ws.padded + d;
       float* odd = even + kTile;
+      _tile_loadd(2, hidden + t * kTile * kDepth, kLineBytes);
       _tile_loadd(0, even, bytes);
       _tile_loadd(1, odd, bytes);
-      _tile_loadd(2, hidden + 2 * t * kTile * kDepth, kLineBytes);
-      _tile_loadd(3, hidden + (2 * t + 1) * kTile * kDepth, kLineBytes);
       _tile_dpbf16ps(0, 2, 4);
       _tile_dpbf16ps(1, 2, 5);
-      _tile_dpbf16ps(0, 3, 6);
-      _tile_dpbf16ps(1, 3, 7);
       _tile_stored(0, even, bytes);
       _tile_stored(1, odd, bytes);
     }
@@ -202,34 +233,33 @@ inline void slab_tiles(const Problem& p, const Workspace& ws, int64_t first, int
   __builtin_memset(partial, 0, ws.rows * ws.padded * sizeof(float));
   for (int64_t n = first; n < last; n += kTileGroup) {
     TileGroup<W> group(p, n, last - n < kTileGroup ? last - n : kTileGroup);
-    for (int64_t half = 0; half < kTileGroup; half += kDepth)
-      for (int64_t t = 0; t < tiles; ++t) {
-        float* g = gate + half * stride;
-        float* u = up + half * stride;
-        if (p.gated)
-          dot_tiles<W, true>(p, ws, group, half, t, g, u, stride);
-        else
-          dot_tiles<W, false>(p, ws, group, half, t, g, u, stride);
-      }
+    int64_t next = n + kTileGroup;
+    Ahead<W> ahead{p, next, next + kTileGroup < p.neurons ? next + kTileGroup : p.neurons};
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (p.gated)
+        dot_tiles<W, true>(p, ws, group, ahead, t, gate, up, stride);
+      else
+        dot_tiles<W, false>(p, ws, group, ahead, t, gate, up, stride);
+    }
     hidden_values(p, n, static_cast<int>(group.count), stride, gate, up);
     pack_hidden(gate, stride, group.count, tiles, hidden);
-    down_tiles<W>(p, ws, group, hidden, partial);
+    down_tiles<W>(p, ws, group, ahead, hidden, partial);
   }
 }
 
 inline Shape tile_shape(const Problem& p, int64_t padded) {
   if (!use_tiles(p)) return shape(p, padded);
   int64_t rows = token_tiles(p) * kTile;
-  return {rows, rows * padded};
+  return {Form::tiles, rows, rows * padded * int64_t{sizeof(uint16_t)}};
 }
 
 inline void tile_pack(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
-  if (!use_tiles(p)) return pack(p, ws, first, last);
+  if (ws.form != Form::tiles) return pack(p, ws, first, last);
   pack_tiles(p, ws, first, last == p.tokens ? ws.rows : last);
 }
 
 inline void tile_slab(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
-  if (!use_tiles(p)) return slab(p, ws, first, last, partial);
+  if (ws.form != Form::tiles) return slab(p, ws, first, last, partial);
   TileConfig config;
   _tile_loadconfig(&config);
   if (p.weight_type == Type::bf16)

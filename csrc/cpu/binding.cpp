@@ -70,8 +70,7 @@ class Operands {
     set_index(index);
     int64_t rows = record.size(0);
     if (scales) p_.scales = static_cast<const float*>(dense(*scales, "scales", ScalarType::Float, {rows, p_.parts()}));
-    if (neuron_bias)
-      p_.neuron_bias = dense(*neuron_bias, "neuron_bias", x.scalar_type(), {rows, p_.parts() - 1});
+    if (neuron_bias) p_.neuron_bias = dense(*neuron_bias, "neuron_bias", x.scalar_type(), {rows, p_.parts() - 1});
     if (down_bias) p_.down_bias = dense(*down_bias, "down_bias", x.scalar_type(), {p_.hidden_size});
     if (residual) set_residual(*residual, x);
   }
@@ -177,17 +176,16 @@ Tensor by_dispatch(const Tensor& x, const Tensor& record, const Maybe& index, co
   using torch::stable::detail::from;
   std::array<StableIValue, 10> stack{from(x),         from(record),   from(index), from(scales),     from(neuron_bias),
                                      from(down_bias), from(residual), from(gated), from(activation), from(backend)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("pyprune::ffn_by_dispatch", "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("pyprune::ffn_by_dispatch", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
+
+bool few_tokens(const Tensor& x, int64_t most) { return most > 0 && x.dim() > 0 && x.numel() <= most * x.size(-1); }
 
 Tensor ffn(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales, const Maybe& neuron_bias,
            const Maybe& down_bias, const Maybe& residual, bool gated, const std::string& activation,
            const std::string& backend, int64_t native_tokens) {
-  int64_t width = x.dim() > 0 ? x.size(-1) : 0;
-  bool few = width == 0 || x.numel() <= native_tokens * width;
-  if (!(backend == "cpu" || (backend == "auto" && few)))
+  if (!(backend == "cpu" || (backend == "auto" && few_tokens(x, native_tokens))))
     return by_dispatch(x, record, index, scales, neuron_bias, down_bias, residual, gated, activation, backend);
   Operands operands(x, record, index, scales, neuron_bias, down_bias, residual, gated, activation);
   Problem& problem = operands.problem();

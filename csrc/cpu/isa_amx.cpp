@@ -11,8 +11,10 @@ namespace {
 
 #include "scalar.h"
 #include "simd_avx512.h"
-#include "dot_bf16.h"
 #include "activation.h"
+#include "rows.h"
+#include "dot_bf16.h"
+#include "dot_bytes.h"
 #include "kernel.h"
 #include "amx.h"
 

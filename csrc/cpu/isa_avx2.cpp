@@ -1,5 +1,6 @@
 // AVX2, FMA and F16C.
 #include <immintrin.h>
+
 #include "kernels.h"
 
 namespace pyprune {
@@ -7,8 +8,9 @@ namespace {
 
 #include "scalar.h"
 #include "simd_avx2.h"
-#include "no_dot_bf16.h"
 #include "activation.h"
+#include "rows.h"
+#include "no_dot_bf16.h"
 #include "kernel.h"
 
 }  // namespace

@@ -1,5 +1,6 @@
 // AVX-512 F, BW, VL and DQ.
 #include <immintrin.h>
+
 #include "kernels.h"
 
 namespace pyprune {
@@ -7,15 +8,17 @@ namespace {
 
 #include "scalar.h"
 #include "simd_avx512.h"
-#include "no_dot_bf16.h"
 #include "activation.h"
+#include "rows.h"
+#include "no_dot_bf16.h"
 #include "kernel.h"
 
 }  // namespace
 
 const Kernels* avx512_kernels() {
   static const Kernels kernels{"avx512", shape, pack, slab, finish, read_all};
-  bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return supported ? &kernels : nullptr;
 }
 

@@ -1,5 +1,6 @@
-// AVX-512 with BF16.
+// AVX-512 with BF16 and VNNI.
 #include <immintrin.h>
+
 #include "kernels.h"
 
 namespace pyprune {
@@ -7,15 +8,19 @@ namespace {
 
 #include "scalar.h"
 #include "simd_avx512.h"
-#include "dot_bf16.h"
 #include "activation.h"
+#include "rows.h"
+#include "dot_bf16.h"
+#include "dot_bytes.h"
 #include "kernel.h"
 
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() {
   static const Kernels kernels{"avx512_bf16", shape, pack, slab, finish, read_all};
-  bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+  bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   return supported ? &kernels : nullptr;
 }
 

@@ -7,8 +7,9 @@ namespace {
 
 #include "scalar.h"
 #include "simd_portable.h"
-#include "no_dot_bf16.h"
 #include "activation.h"
+#include "rows.h"
+#include "no_dot_bf16.h"
 #include "kernel.h"
 
 }  // namespace

@@ -1,47 +1,15 @@
 // The kernel, over the float vectors of one instruction set. Included by each instruction set's source file after its
 // `simd_*.h`, inside that file's own namespace, so that no code of one set can be linked in the place of another's.
 
-template <Type W>
-using Element = typename Weights<W>::Element;
-
 // Rows times tokens whose dot products are held in registers at once.
 constexpr int kRows = kLanes == 16 ? 4 : 2;
 constexpr int kTokens = kLanes == 4 ? 2 : 4;
 
 // Neurons of one group: their dot products, their activations, and then their down rows are computed together. One
-// token needs no more than hides the latency of additions; many tokens share each load and store of a partial sum.
+// token needs no more than hides the latency of additions, and nearer prefetches; many tokens share each load and store
+// of a partial sum.
 constexpr int kGroupOne = 2;
 constexpr int kGroupMany = 4;
-
-// Where element `i` of a line stands in expanded order.
-template <Type W>
-constexpr int64_t expanded(int64_t i) {
-  constexpr int64_t width = Weights<W>::kVectors * kLanes;
-  return i / width * width + i % Weights<W>::kVectors * kLanes + i % width / Weights<W>::kVectors;
-}
-
-// Rows of weights, and the rows that will be read after them; those are prefetched a line for each line that is read,
-// so that memory is busy also while registers are summed up and activations computed.
-template <Type W, int R>
-struct Rows {
-  const Element<W>* now[R];
-  const Element<W>* next[R];
-
-  inline void prefetch(int64_t d) const {
-    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + d);
-  }
-};
-
-// The last, partial line of some rows, with zeros behind.
-template <Type W, int R>
-struct Tail {
-  alignas(kLineBytes) Element<W> lines[R][line(W)];
-
-  Tail(const Rows<W, R>& rows, int64_t d, int64_t count) {
-    __builtin_memset(lines, 0, sizeof lines);
-    for (int r = 0; r < R; ++r) __builtin_memcpy(lines[r], rows.now[r] + d, count * sizeof(Element<W>));
-  }
-};
 
 template <Type W, int R, int T>
 inline void dot_line(const Element<W>* const (&rows)[R], int64_t d, const float* x, int64_t stride, Vec (&sums)[R][T]) {
@@ -155,9 +123,11 @@ template <Type W, int R, int T, bool Prefetch>
 inline void dot_tokens(const Problem& p, const Workspace& ws, const Rows<W, R>& rows, int64_t token, float* out,
                        int64_t stride) {
   if constexpr (kDotBf16 && W == Type::bf16)
-    if (ws.tokens_bf16)
-      return dot<W, R, T, Prefetch>(rows, p.hidden_size, ws.tokens_bf16 + token * ws.padded, ws.padded, out, stride);
-  dot<W, R, T, Prefetch>(rows, p.hidden_size, ws.tokens + token * ws.padded, ws.padded, out, stride);
+    if (ws.form == Form::pairs)
+      return dot<W, R, T, Prefetch>(rows, p.hidden_size, ws.token<uint16_t>(token), ws.padded, out, stride);
+  if constexpr (kDotBf16 && W == Type::i8 && T == 1)
+    if (ws.form == Form::bytes) return dot_bytes<R>(rows, p.hidden_size, ws, out, stride);
+  dot<W, R, T, Prefetch>(rows, p.hidden_size, ws.token<float>(token), ws.padded, out, stride);
 }
 
 template <Type W, int T>
@@ -184,7 +154,7 @@ inline void dot_all(const Problem& p, const Workspace& ws, const Rows<W, kRows>&
   }
 }
 
-// The first of each neuron's rows, for a group and for the one after it (or, at the end, for itself again).
+// The first of each neuron's rows, for a group and for the next one (at the end, for itself again).
 template <Type W, int G>
 struct Group {
   const Element<W>* now[G];
@@ -232,33 +202,35 @@ inline void down_all(const Problem& p, const Workspace& ws, const Group<W, G>& g
     down_group<W, 1>(p, ws, group.template rows<1>(offset, n), a + n * stride, stride, partial);
 }
 
-// One token: gate and up rows of a group together.
+// One token: dot products of a group's gate and up rows.
+template <Type W, int G>
+inline void dots_one(const Problem& p, const Workspace& ws, const Group<W, G>& group, float* gate, float* up) {
+  if (!p.gated) return dot_tokens<W, G, 1, true>(p, ws, group.template rows<G>(0), 0, gate, 1);
+  Rows<W, 2 * G> rows;
+  for (int i = 0; i < G; ++i) {
+    rows.now[i] = group.now[i];
+    rows.next[i] = group.next[i];
+    rows.now[G + i] = group.now[i] + p.hidden_size;
+    rows.next[G + i] = group.next[i] + p.hidden_size;
+  }
+  float sums[2 * G];
+  dot_tokens<W, 2 * G, 1, true>(p, ws, rows, 0, sums, 1);
+  for (int i = 0; i < G; ++i) {
+    gate[i] = sums[i];
+    up[i] = sums[G + i];
+  }
+}
+
 template <Type W>
 inline void slab_one(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   constexpr int G = kGroupOne;
-  alignas(kLineBytes) float values[2 * kLanes] = {};
+  // Padded to whole vectors; what stands in the padding is computed on and never read.
+  alignas(kLineBytes) float gate[kLanes] = {};
+  alignas(kLineBytes) float up[kLanes] = {};
   for (int64_t n = first; n < last; n += G) {
     int64_t count = last - n < G ? last - n : G;
     Group<W, G> group(p, n, count);
-    float* gate = values;
-    float* up = values + kLanes;
-    if (p.gated) {
-      Rows<W, 2 * G> rows;
-      for (int i = 0; i < G; ++i) {
-        rows.now[i] = group.now[i];
-        rows.next[i] = group.next[i];
-        rows.now[G + i] = group.now[i] + p.hidden_size;
-        rows.next[G + i] = group.next[i] + p.hidden_size;
-      }
-      float sums[2 * G];
-      dot_tokens<W, 2 * G, 1, true>(p, ws, rows, 0, sums, 1);
-      for (int i = 0; i < G; ++i) {
-        gate[i] = sums[i];
-        up[i] = sums[G + i];
-      }
-    } else {
-      dot_tokens<W, G, 1, true>(p, ws, group.template rows<G>(0), 0, gate, 1);
-    }
+    dots_one<W, G>(p, ws, group, gate, up);
     hidden_values(p, n, static_cast<int>(count), 1, gate, up);
     down_all<W, G>(p, ws, group, count, gate, 1, partial);
   }
@@ -267,7 +239,6 @@ inline void slab_one(const Problem& p, const Workspace& ws, int64_t first, int64
 template <Type W>
 inline void slab_many(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   constexpr int G = kGroupMany;
-  // Padded to whole vectors; what stands in the padding is computed on and never read.
   alignas(kLineBytes) float gate[G * kMaxTokens + kLanes] = {};
   alignas(kLineBytes) float up[G * kMaxTokens + kLanes] = {};
   for (int64_t n = first; n < last; n += G) {
@@ -275,8 +246,8 @@ inline void slab_many(const Problem& p, const Workspace& ws, int64_t first, int6
     Group<W, G> group(p, n, count);
     for (int part = 0; part < p.parts() - 1; ++part)
       for (int r = 0; r < G; r += kRows)
-        dot_all<W>(p, ws, group.template rows<kRows>(part * p.hidden_size, r),
-                   (part == 0 ? gate : up) + r * p.tokens, p.tokens);
+        dot_all<W>(p, ws, group.template rows<kRows>(part * p.hidden_size, r), (part == 0 ? gate : up) + r * p.tokens,
+                   p.tokens);
     hidden_values(p, n, static_cast<int>(count), p.tokens, gate, up);
     down_all<W, G>(p, ws, group, count, gate, p.tokens, partial);
   }
@@ -291,37 +262,66 @@ inline void slab_of(const Problem& p, const Workspace& ws, int64_t first, int64_
     slab_many<W>(p, ws, first, last, partial);
 }
 
-template <Type W>
-inline void pack_of(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+template <Type W, Type X>
+inline void pack_as(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+  constexpr int V = Weights<W>::kVectors;
   for (int64_t t = first; t < last; ++t) {
-    float* out = ws.tokens + t * ws.padded;
-    int64_t from = t * p.x_stride;
-    for (int64_t d = 0; d < ws.padded; d += line(W))
-      for (int64_t i = 0; i < line(W); ++i)
-        out[d + expanded<W>(i)] = d + i < p.hidden_size ? read(p.x_type, p.x, from + d + i) : 0.0f;
+    auto* x = static_cast<const typename Values<X>::Element*>(p.x) + t * p.x_stride;
+    float* out = static_cast<float*>(ws.tokens) + t * ws.padded;
+    for (int64_t d = 0; d < ws.padded; d += V * kLanes) {
+      Vec values[V];
+      get_block<X, V>(x + d, p.hidden_size - d, values);
+      if constexpr (V == 2) deinterleave(values[0], values[1], values[0], values[1]);
+      for (int v = 0; v < V; ++v) store(out + d + v * kLanes, values[v]);
+    }
   }
 }
 
-template <Type W>
-inline void finish_of(const Problem& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
-  int64_t stride = ws.rows * ws.padded;
-  for (int64_t t = 0; t < p.tokens; ++t) {
-    for (int64_t d = first; d < last; d += line(W)) {
-      const float* partial = ws.partials + t * ws.padded + d;
-      alignas(kLineBytes) float sums[line(W)];
-      for (int64_t i = 0; i < line(W); i += kLanes) {
-        Vec total = load(partial + i);
-        for (int64_t s = 1; s < slabs; ++s) total = add(total, load(partial + s * stride + i));
-        store(sums + i, total);
-      }
-      int64_t count = last - d < line(W) ? last - d : line(W);
-      for (int64_t i = 0; i < count; ++i) {
-        float value = sums[expanded<W>(i)];
-        if (p.down_bias) value += read(p.x_type, p.down_bias, d + i);
-        if (p.residual) value += read(p.x_type, p.residual, t * p.hidden_size + d + i);
-        write(p.x_type, p.out, t * p.hidden_size + d + i, value);
-      }
+// The sum of all partials at one block, in natural order.
+template <Type W, int V>
+inline void sum_block(const Workspace& ws, int64_t slabs, int64_t offset, Vec (&sums)[V]) {
+  const float* partial = ws.partials + offset;
+  for (int v = 0; v < V; ++v) sums[v] = load(partial + v * kLanes);
+  for (int64_t s = 1; s < slabs; ++s) {
+    partial += ws.rows * ws.padded;
+    for (int v = 0; v < V; ++v) sums[v] = add(sums[v], load(partial + v * kLanes));
+  }
+  if constexpr (V == 2) interleave(sums[0], sums[1], sums[0], sums[1]);
+}
+
+template <Type W, Type X>
+inline void finish_columns(const Problem& p, const Workspace& ws, int64_t slabs, int64_t t, int64_t first,
+                           int64_t last) {
+  using Value = typename Values<X>::Element;
+  constexpr int V = Weights<W>::kVectors;
+  auto* bias = static_cast<const Value*>(p.down_bias);
+  auto* residual = static_cast<const Value*>(p.residual);
+  if (residual) residual += t * p.hidden_size;
+  Value* out = static_cast<Value*>(p.out) + t * p.hidden_size;
+  for (int64_t d = first; d < last; d += V * kLanes) {
+    Vec sums[V];
+    sum_block<W, V>(ws, slabs, t * ws.padded + d, sums);
+    const Value* terms[] = {bias, residual};
+    for (const Value* added : terms) {
+      if (!added) continue;
+      Vec values[V];
+      get_block<X, V>(added + d, last - d, values);
+      for (int v = 0; v < V; ++v) sums[v] = add(sums[v], values[v]);
     }
+    Value rest[V * kLanes];
+    bool whole = d + V * kLanes <= last;
+    for (int v = 0; v < V; ++v) Values<X>::put((whole ? out + d : rest) + v * kLanes, sums[v]);
+    if (!whole) __builtin_memcpy(out + d, rest, (last - d) * sizeof(Value));
+  }
+}
+
+template <Type W, Type X>
+inline void finish_as(const Problem& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
+  int64_t pieces = finish_pieces(p.hidden_size);
+  for (int64_t i = first; i < last; ++i) {
+    int64_t d = i % pieces * kFinishColumns;
+    int64_t end = p.hidden_size - d < kFinishColumns ? p.hidden_size : d + kFinishColumns;
+    finish_columns<W, X>(p, ws, slabs, i / pieces, d, end);
   }
 }
 
@@ -338,54 +338,64 @@ inline double read_all(const float* p, int64_t count) {
   return total;
 }
 
-// Tokens in bfloat16, for instructions that multiply pairs of it.
-inline bool bf16_pairs(const Problem& p) {
-  return kDotBf16 && p.weight_type == Type::bf16 && p.x_type == Type::bf16;
-}
-
 inline Shape shape(const Problem& p, int64_t padded) {
-  return {p.tokens, bf16_pairs(p) ? p.tokens * padded : 0};
+  int64_t values = p.tokens * padded;
+  if (kDotBf16 && p.weight_type == Type::bf16 && p.x_type == Type::bf16)
+    return {Form::pairs, p.tokens, values * int64_t{sizeof(uint16_t)}};
+  if (kDotBf16 && fits_bytes(p)) return {Form::bytes, 1, bytes_of_token(padded)};
+  return {Form::floats, p.tokens, values * int64_t{sizeof(float)}};
 }
 
 inline void pack_pairs(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
   for (int64_t t = first; t < last; ++t) {
-    uint16_t* out = ws.tokens_bf16 + t * ws.padded;
+    uint16_t* out = static_cast<uint16_t*>(ws.tokens) + t * ws.padded;
     __builtin_memcpy(out, static_cast<const uint16_t*>(p.x) + t * p.x_stride, p.hidden_size * sizeof(uint16_t));
     __builtin_memset(out + p.hidden_size, 0, (ws.padded - p.hidden_size) * sizeof(uint16_t));
   }
 }
 
+// Calls `body` with the types of weights and x as compile-time constants.
+template <Type T>
+struct Constant {
+  static constexpr Type value = T;
+};
+
+template <class Body>
+inline void with_weights(const Problem& p, const Body& body) {
+  switch (p.weight_type) {
+    case Type::f32:
+      return body(Constant<Type::f32>{});
+    case Type::bf16:
+      return body(Constant<Type::bf16>{});
+    case Type::f16:
+      return body(Constant<Type::f16>{});
+    case Type::i8:
+      return body(Constant<Type::i8>{});
+  }
+}
+
+template <class Body>
+inline void with_types(const Problem& p, const Body& body) {
+  with_weights(p, [&](auto w) {
+    if (p.x_type == Type::f32)
+      body(w, Constant<Type::f32>{});
+    else if (p.x_type == Type::bf16)
+      body(w, Constant<Type::bf16>{});
+    else
+      body(w, Constant<Type::f16>{});
+  });
+}
+
 inline void pack(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
-  if (bf16_pairs(p))
-    pack_pairs(p, ws, first, last);
-  else if (p.weight_type == Type::bf16)
-    pack_of<Type::bf16>(p, ws, first, last);
-  else if (p.weight_type == Type::f32)
-    pack_of<Type::f32>(p, ws, first, last);
-  else if (p.weight_type == Type::f16)
-    pack_of<Type::f16>(p, ws, first, last);
-  else
-    pack_of<Type::i8>(p, ws, first, last);
+  if (ws.form == Form::pairs) return pack_pairs(p, ws, first, last);
+  if (ws.form == Form::bytes) return pack_bytes(p, ws);
+  with_types(p, [&](auto w, auto x) { pack_as<decltype(w)::value, decltype(x)::value>(p, ws, first, last); });
 }
 
 inline void slab(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
-  if (p.weight_type == Type::bf16)
-    slab_of<Type::bf16>(p, ws, first, last, partial);
-  else if (p.weight_type == Type::f32)
-    slab_of<Type::f32>(p, ws, first, last, partial);
-  else if (p.weight_type == Type::f16)
-    slab_of<Type::f16>(p, ws, first, last, partial);
-  else
-    slab_of<Type::i8>(p, ws, first, last, partial);
+  with_weights(p, [&](auto w) { slab_of<decltype(w)::value>(p, ws, first, last, partial); });
 }
 
 inline void finish(const Problem& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
-  if (p.weight_type == Type::bf16)
-    finish_of<Type::bf16>(p, ws, slabs, first, last);
-  else if (p.weight_type == Type::f32)
-    finish_of<Type::f32>(p, ws, slabs, first, last);
-  else if (p.weight_type == Type::f16)
-    finish_of<Type::f16>(p, ws, slabs, first, last);
-  else
-    finish_of<Type::i8>(p, ws, slabs, first, last);
+  with_types(p, [&](auto w, auto x) { finish_as<decltype(w)::value, decltype(x)::value>(p, ws, slabs, first, last); });
 }

@@ -1,7 +1,7 @@
 // The functions that every instruction set provides, and the workspace they share.
 //
-// A call cuts its neurons into slabs. For every slab one thread computes a partial result `[rows, padded]` in float32, and
-// then the partials are added in the order of the slabs. Slabs depend on the problem alone, so the result does not
+// A call cuts its neurons into slabs. For every slab one thread computes a partial result `[rows, padded]` in float32,
+// and then the partials are added in the order of the slabs. Slabs depend on the problem alone, so the result does not
 // depend on the number of threads.
 //
 // Tokens and partials are held in "expanded" order: the order in which an instruction set unpacks a line of weights
@@ -22,28 +22,46 @@ constexpr int64_t element_size(Type type) { return type == Type::f32 ? 4 : type 
 // Elements of one cache line; D is padded to a multiple.
 constexpr int64_t line(Type type) { return kLineBytes / element_size(type); }
 
-struct Workspace {
-  int64_t padded;         // D rounded up to whole lines
-  int64_t rows;           // M rounded up as `Kernels::shape` wants it
-  float* tokens;          // [rows, padded] x in expanded order, zeros behind D
-  uint16_t* tokens_bf16;  // x as bfloat16 instructions read it, or null where they are not used
-  float* partials;        // [slabs, rows, padded]
+// The output is finished in pieces of so many columns of one token.
+constexpr int64_t kFinishColumns = 512;
+constexpr int64_t finish_pieces(int64_t hidden_size) { return (hidden_size + kFinishColumns - 1) / kFinishColumns; }
+
+// How x is held for the dot products.
+enum class Form {
+  floats,  // float32 in expanded order
+  pairs,   // bfloat16, for AVX-512 BF16
+  bytes,   // fixed point in three bytes, for VNNI
+  tiles,   // bfloat16 in tiles of 16 tokens, for AMX
 };
 
 // What a problem needs of the workspace.
 struct Shape {
-  int64_t rows;
-  int64_t bf16;  // 16-bit values in `tokens_bf16`, or 0
+  Form form;
+  int64_t rows;   // M rounded up to what kernels write
+  int64_t bytes;  // of packed tokens
+};
+
+struct Workspace {
+  Form form;
+  int64_t padded;   // D rounded up to whole lines
+  int64_t rows;     // as in Shape
+  void* tokens;     // x in that form, zeros behind D
+  float* partials;  // [slabs, rows, padded]
+
+  template <class T>
+  const T* token(int64_t t) const {
+    return static_cast<const T*>(tokens) + t * padded;
+  }
 };
 
 struct Kernels {
   const char* name;
   Shape (*shape)(const Problem&, int64_t padded);
-  // Fill `tokens` or `tokens_bf16` for tokens [first, last).
+  // Fill `tokens` for tokens [first, last).
   void (*pack)(const Problem&, const Workspace&, int64_t first, int64_t last);
   // Write `partial` (`[rows, padded]`) for neurons [first, last).
   void (*slab)(const Problem&, const Workspace&, int64_t first, int64_t last, float* partial);
-  // Add partials, bias and residual, and write columns [first, last) of the output; `first` starts a line.
+  // Add partials, bias and residual, and write pieces [first, last) of the output, of M * finish_pieces(D).
   void (*finish)(const Problem&, const Workspace&, int64_t slabs, int64_t first, int64_t last);
   // The sum of `count` floats, as fast as memory gives them.
   double (*read)(const float*, int64_t count);

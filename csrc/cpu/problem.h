@@ -17,12 +17,12 @@ struct Problem {
   bool gated;
   Activation activation;
 
-  Type x_type;        // of x, neuron_bias, down_bias, residual and out
-  const void* x;      // [M, D], rows `x_stride` elements apart
+  Type x_type;    // of x, neuron_bias, down_bias, residual and out
+  const void* x;  // [M, D], rows `x_stride` elements apart
   int64_t x_stride;
 
   Type weight_type;
-  const void* record;       // [F, P*D], rows `record_stride` elements apart
+  const void* record;  // [F, P*D], rows `record_stride` elements apart
   int64_t record_stride;
   const int32_t* index;     // [K] rows of the record, or null for its first K
   const float* scales;      // [F, P] for i8, else null

@@ -16,6 +16,9 @@ constexpr int64_t kSlabBytes = 192 << 10;
 // Bounds of slabs are multiples of this, so that only the last group of neurons can be a partial one.
 constexpr int64_t kSlabNeurons = 32;
 
+// Work on fewer floats than this is done before other threads would have started.
+constexpr int64_t kAloneFloats = 16 << 10;
+
 int64_t round_up(int64_t a, int64_t multiple) { return (a + multiple - 1) / multiple * multiple; }
 
 // How many slabs. Enough of them to keep threads busy, each large enough that its partial result does not count, and
@@ -82,6 +85,20 @@ struct Job {
   }
 };
 
+// body(first, last) for parts of [0, items).
+template <class Body>
+void spread_items(int64_t items, int64_t threads, ParallelFor parallel_for, const Body& body) {
+  struct Context {
+    int64_t items, threads;
+    const Body& body;
+  } context{items, std::min(items, threads), body};
+  auto run_part = [](void* pointer, int64_t thread) {
+    auto& c = *static_cast<Context*>(pointer);
+    c.body(c.items * thread / c.threads, c.items * (thread + 1) / c.threads);
+  };
+  parallel_for(context.threads, run_part, &context);
+}
+
 // At most kMaxTokens tokens: one pass over the weights.
 void run_pass(const Problem& p, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
   static thread_local Scratch scratch;
@@ -89,20 +106,24 @@ void run_pass(const Problem& p, const Kernels& kernels, int64_t threads, Paralle
   int64_t slabs = p.neurons == 0 ? 0 : count_slabs(p);
   Shape shape = kernels.shape(p, padded);
   int64_t size = shape.rows * padded;
-  int64_t partials = std::max<int64_t>(slabs, 1);
-  float* memory = static_cast<float*>(scratch.get((1 + partials) * size * sizeof(float) + shape.bf16 * 2));
-  auto* bf16 = shape.bf16 > 0 ? reinterpret_cast<uint16_t*>(memory + (1 + partials) * size) : nullptr;
+  int64_t partials = round_up(std::max<int64_t>(slabs, 1) * size * sizeof(float), kLineBytes);
+  char* memory = static_cast<char*>(scratch.get(partials + shape.bytes));
+  Workspace workspace{shape.form, padded, shape.rows, memory + partials, reinterpret_cast<float*>(memory)};
   threads = std::max<int64_t>(1, std::min(threads, slabs));
-  Job job{p, kernels, {padded, shape.rows, memory, bf16, memory + size}, slabs, threads, {}};
+  Job job{p, kernels, workspace, slabs, threads, {}};
   for (int64_t t = 0; t < threads; ++t) job.counters[t].next.store(job.range(t), std::memory_order_relaxed);
+  auto spread = [&](int64_t items, int64_t floats, auto body) {
+    spread_items(items, floats < kAloneFloats ? 1 : threads, parallel_for, body);
+  };
   if (slabs == 0) {
-    std::fill(job.workspace.partials, job.workspace.partials + size, 0.0f);
+    std::fill(workspace.partials, workspace.partials + size, 0.0f);
     slabs = 1;
   } else {
-    kernels.pack(p, job.workspace, 0, p.tokens);
+    spread(p.tokens, p.tokens * padded, [&](int64_t first, int64_t last) { kernels.pack(p, workspace, first, last); });
     parallel_for(threads, [](void* context, int64_t thread) { static_cast<Job*>(context)->work(thread); }, &job);
   }
-  kernels.finish(p, job.workspace, slabs, 0, p.hidden_size);
+  spread(p.tokens * finish_pieces(p.hidden_size), slabs * size,
+         [&](int64_t first, int64_t last) { kernels.finish(p, workspace, slabs, first, last); });
 }
 
 }  // namespace

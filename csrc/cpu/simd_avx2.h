@@ -16,9 +16,7 @@ inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 // b where a < 0, else c.
-inline Vec where_negative(Vec a, Vec b, Vec c) {
-  return _mm256_blendv_ps(c, b, _mm256_cmp_ps(a, zero(), _CMP_LT_OQ));
-}
+inline Vec where_negative(Vec a, Vec b, Vec c) { return _mm256_blendv_ps(c, b, _mm256_cmp_ps(a, zero(), _CMP_LT_OQ)); }
 // 2^n for whole n in [-126, 127].
 inline Vec power_of_two(Vec n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
@@ -27,6 +25,23 @@ inline float sum(Vec a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+// Even and odd elements of 16 floats, and back.
+inline void deinterleave(Vec low, Vec high, Vec& even, Vec& odd) {
+  __m256 outer = _mm256_permute2f128_ps(low, high, 0x20);
+  __m256 inner = _mm256_permute2f128_ps(low, high, 0x31);
+  even = _mm256_shuffle_ps(outer, inner, 0x88);
+  odd = _mm256_shuffle_ps(outer, inner, 0xdd);
+  // Now in the order 0 1 of the first and second quarter of each half.
+  even = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
+  odd = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
+}
+inline void interleave(Vec even, Vec odd, Vec& low, Vec& high) {
+  __m256 first = _mm256_unpacklo_ps(even, odd);
+  __m256 second = _mm256_unpackhi_ps(even, odd);
+  low = _mm256_permute2f128_ps(first, second, 0x20);
+  high = _mm256_permute2f128_ps(first, second, 0x31);
 }
 
 // `unpack` reads one block of weights into float vectors.
@@ -66,5 +81,45 @@ struct Weights<Type::i8> {
   static constexpr int kVectors = 1;
   static inline void unpack(const Element* p, Vec (&out)[1]) {
     out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+};
+
+// Eight values of a type of x, to and from floats; rounded to the nearest, ties to even.
+template <Type>
+struct Values;
+
+template <>
+struct Values<Type::f32> {
+  using Element = float;
+  static inline Vec get(const Element* p) { return load(p); }
+  static inline void put(Element* p, Vec a) { store(p, a); }
+};
+
+template <>
+struct Values<Type::bf16> {
+  using Element = uint16_t;
+  static inline Vec get(const Element* p) {
+    __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static inline void put(Element* p, Vec a) {
+    __m256i bits = _mm256_castps_si256(a);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc0), nan);
+    __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  }
+};
+
+template <>
+struct Values<Type::f16> {
+  using Element = uint16_t;
+  static inline Vec get(const Element* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline void put(Element* p, Vec a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
 };

@@ -30,6 +30,18 @@ inline float sum(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
+// Even and odd elements of 32 floats, and back.
+inline void deinterleave(Vec low, Vec high, Vec& even, Vec& odd) {
+  const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  even = _mm512_permutex2var_ps(low, evens, high);
+  odd = _mm512_permutex2var_ps(low, _mm512_or_si512(evens, _mm512_set1_epi32(1)), high);
+}
+inline void interleave(Vec even, Vec odd, Vec& low, Vec& high) {
+  const __m512i lows = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  low = _mm512_permutex2var_ps(even, lows, odd);
+  high = _mm512_permutex2var_ps(even, _mm512_add_epi32(lows, _mm512_set1_epi32(8)), odd);
+}
+
 // `unpack` reads one block of weights into float vectors.
 template <Type>
 struct Weights;
@@ -67,5 +79,43 @@ struct Weights<Type::i8> {
   static constexpr int kVectors = 1;
   static inline void unpack(const Element* p, Vec (&out)[1]) {
     out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+};
+
+// Sixteen values of a type of x, to and from floats; rounded to the nearest, ties to even.
+template <Type>
+struct Values;
+
+template <>
+struct Values<Type::f32> {
+  using Element = float;
+  static inline Vec get(const Element* p) { return load(p); }
+  static inline void put(Element* p, Vec a) { store(p, a); }
+};
+
+template <>
+struct Values<Type::bf16> {
+  using Element = uint16_t;
+  static inline Vec get(const Element* p) {
+    __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static inline void put(Element* p, Vec a) {
+    __m512i bits = _mm512_castps_si512(a);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
+  }
+};
+
+template <>
+struct Values<Type::f16> {
+  using Element = uint16_t;
+  static inline Vec get(const Element* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static inline void put(Element* p, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
 };

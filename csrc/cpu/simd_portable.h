@@ -44,6 +44,16 @@ inline Vec power_of_two(Vec n) {
 }
 inline float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
+// Even and odd elements of 8 floats, and back.
+inline void deinterleave(Vec low, Vec high, Vec& even, Vec& odd) {
+  even = Vec{low[0], low[2], high[0], high[2]};
+  odd = Vec{low[1], low[3], high[1], high[3]};
+}
+inline void interleave(Vec even, Vec odd, Vec& low, Vec& high) {
+  low = Vec{even[0], odd[0], even[1], odd[1]};
+  high = Vec{even[2], odd[2], even[3], odd[3]};
+}
+
 // `unpack` reads one block of weights into float vectors.
 template <Type>
 struct Weights;
@@ -83,4 +93,25 @@ struct Weights<Type::i8> {
   static inline void unpack(const Element* p, Vec (&out)[1]) {
     for (int i = 0; i < kLanes; ++i) out[0][i] = static_cast<float>(p[i]);
   }
+};
+
+// Four values of a type of x, to and from floats; rounded to the nearest, ties to even.
+template <Type X>
+struct Values {
+  using Element = uint16_t;
+  static inline Vec get(const Element* p) {
+    Vec a = zero();
+    for (int i = 0; i < kLanes; ++i) a[i] = X == Type::bf16 ? from_bf16(p[i]) : from_f16(p[i]);
+    return a;
+  }
+  static inline void put(Element* p, Vec a) {
+    for (int i = 0; i < kLanes; ++i) p[i] = X == Type::bf16 ? to_bf16(a[i]) : to_f16(a[i]);
+  }
+};
+
+template <>
+struct Values<Type::f32> {
+  using Element = float;
+  static inline Vec get(const Element* p) { return load(p); }
+  static inline void put(Element* p, Vec a) { store(p, a); }
 };

@@ -16,7 +16,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-TABLE: tuple[str, ...] = ("torch_eager", "triton")
+TABLE: tuple[str, ...] = ("torch_eager", "cpu", "triton")
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,14 @@ class Problem:
 
     Attributes:
         device: device type, `cpu` or `cuda`.
-        dtype: of x and of the weights.
+        dtype: of x, biases and residual.
         tokens: M.
         hidden_size: D.
         intermediate_size: F, rows of the record.
         kept: K, neurons used; equals F unless `gather`.
         gated, gather: the form.
         activation: a key of `reference.ACTIVATIONS`.
+        weights: dtype of the record; None for that of x.
     """
 
     device: str
@@ -43,6 +44,7 @@ class Problem:
     gated: bool
     gather: bool
     activation: str
+    weights: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Call:
         x: `[M, D]`.
         record: `[F, P*D]`.
         index: `[K]` int32 or None.
+        scales: `[F, P]` float32 with an int8 record, else None.
         neuron_bias: `[F, P-1]` or None.
         down_bias: `[D]` or None.
         residual: `[M, D]` or None.
@@ -63,6 +66,7 @@ class Call:
     x: Tensor
     record: Tensor
     index: Tensor | None
+    scales: Tensor | None
     neuron_bias: Tensor | None
     down_bias: Tensor | None
     residual: Tensor | None

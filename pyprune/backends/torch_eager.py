@@ -20,6 +20,6 @@ def run(call: Call) -> Tensor:
     rest = (call.neuron_bias, call.down_bias, call.residual)
     if call.index is None:
         compact = reference.gated_ffn if call.gated else reference.plain_ffn
-        return compact(call.x, call.record, *rest, activation=call.activation)
+        return compact(call.x, call.record, *rest, scales=call.scales, activation=call.activation)
     gather = reference.gated_ffn_gather if call.gated else reference.plain_ffn_gather
-    return gather(call.x, call.record, call.index, *rest, activation=call.activation)
+    return gather(call.x, call.record, call.index, *rest, scales=call.scales, activation=call.activation)

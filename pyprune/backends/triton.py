@@ -33,6 +33,8 @@ def why_not(problem: Problem) -> str | None:
         return kernels
     if problem.dtype not in _DTYPES:
         return f"no kernel for {problem.dtype}"
+    if problem.weights not in (None, problem.dtype):
+        return f"no kernel for {problem.weights} weights beside x of {problem.dtype}"
     reason: str | None = kernels.why_unavailable(problem.device)
     return reason
 

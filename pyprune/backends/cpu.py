@@ -1,0 +1,41 @@
+"""The native CPU library, compact and gather: `torch.ops.pyprune.ffn`, whose CPU kernel it brings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from . import Call, Problem
+
+NAME = "cpu"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the native kernel cannot run `problem`, in one line, or None."""
+    if problem.device != "cpu":
+        return f"needs tensors on a CPU, not on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"no kernel for {problem.dtype}"
+    if problem.weights not in (None, *_DTYPES, torch.int8):
+        return f"no kernel for {problem.weights} weights"
+    return native.load()
+
+
+def run(call: Call) -> Tensor:
+    """Run `call` by the native kernel. Without it, which `why_not` rules out, the operator would come back here."""
+    out: Tensor = torch.ops.pyprune.ffn.default(
+        call.x,
+        call.record,
+        call.index,
+        call.scales,
+        call.neuron_bias,
+        call.down_bias,
+        call.residual,
+        call.gated,
+        call.activation,
+        NAME,
+        0,
+    )
+    return out
