@@ -2,9 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h)
-ASAN_TESTS ?= tests/test_cpu_kernels.py
+ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_cpu_calls.py
 
-.PHONY: demo test test-all test-asan native style format bench clean
+.PHONY: demo test test-all test-asan native style format bench bench-all clean
 
 demo: native
 	$(BIN)/pyprune demo --out out/demo
@@ -39,8 +39,16 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
 
+# FFNs on the CPU and one whole model, in about 3 minutes; the plot and README's tables from the result.
 bench: native
+	$(BIN)/python bench/bench_cpu.py
+	$(BIN)/python bench/figure_cpu.py
+	$(BIN)/python bench/readme_tables.py
+
+# The suites of every backend and device as well.
+bench-all: bench
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/readme_tables.py
 
 # torch first and pinned, so that nothing else chooses a build of it; the embedded model without its plugin's needs.
 $(READY): pyproject.toml constraints.txt setup.py

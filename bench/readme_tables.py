@@ -131,7 +131,97 @@ def static_table(result: Result) -> list[str]:
     return [f"Compiled by {versions}; {len(result['kernels'])} kernels.", "", *markdown(header, lines)]
 
 
+CPU_HEADER = (
+    "FFN",
+    "weights",
+    ">M",
+    ">kept",
+    ">torch dense",
+    ">inductor dense",
+    ">torch compact",
+    ">inductor compact",
+    ">compact",
+    ">gather",
+    ">read GB/s",
+    ">GB/s",
+    ">of read",
+    ">vs torch dense",
+    ">vs torch compact",
+)
+# For more tokens arithmetic counts, and GB/s say little.
+_FEW_TOKENS = 16
+
+
+def cpu_cells(row: Result) -> list[str]:
+    """One case of bench/bench_cpu.py: medians in us, how fast memory was read beside it, and `compact` against both."""
+    found = row["variants"]
+
+    def us(name: str) -> str:
+        if name not in found:
+            return "-"
+        value = found[name]["us"]
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+    compact = found["compact"]
+    variants = ("dense", "inductor-dense", "torch-compact", "inductor-compact", "compact", "gather")
+    rate = [f"{row['read']['gb_s']:.1f}", f"{compact['gb_s']:.1f}", f"{compact['share_of_bandwidth']:.0%}"]
+    return [
+        f"{row['model']} {row['hidden_size']} x {row['intermediate_size']}",
+        row["weights"] + ("" if row["weights"] == row["dtype"] else f" ({row['dtype']} x)"),
+        str(row["tokens"]),
+        f"{row['keep']:.0%}",
+        *map(us, variants),
+        *(rate if row["tokens"] <= _FEW_TOKENS else [rate[0], "", ""]),
+        f"{compact['vs_dense']:.2f}x",
+        f"{compact['vs_torch_compact']:.2f}x",
+    ]
+
+
+CPU_MODEL_HEADER = (
+    "model",
+    "FFN weights",
+    ">kept",
+    ">FFN share",
+    ">dense, tokens/s",
+    ">tokens/s",
+    ">ratio",
+    ">ceiling",
+    ">of ceiling",
+)
+
+
+def cpu_model_cells(row: Result) -> list[str]:
+    """One form of the whole model in bench/bench_cpu.py."""
+    rates = [f"{row[key]:.1f}" for key in ("dense_tokens_per_s", "tokens_per_s")]
+    ratios = [f"{row['ratio']:.2f}x", f"{row['ceiling']:.2f}x", f"{row['share_of_ceiling']:.0%}"]
+    return [row["model"], row["weights"], f"{row['keep']:.0%}", f"{row['ffn_share']:.0%}", *rates, *ratios]
+
+
+GOAL_HEADER = ("goal", "rule", "met", ">worst", "at")
+
+
+def goal_cells(goal: Result) -> list[str]:
+    """One goal of bench/bench_cpu.py: met in how many of its cases, and the worst of them."""
+    if not goal["cases"]:
+        return [goal["name"], goal["rule"], "not measured", "", ""]
+    met = sum(case["met"] for case in goal["cases"])
+    words = {None: "reported", True: "yes", False: f"no: {met} of {len(goal['cases'])}"}[goal["met"]]
+    worst = goal["worst"]
+    return [goal["name"], goal["rule"], words, f"{worst['value']:.3f}", worst["case"]]
+
+
+def cpu_table(result: Result) -> list[str]:
+    """The tables of bench/bench_cpu.py: one FFN, the whole model, the goals."""
+    start = f"One FFN, medians in us. {provenance(result)}"
+    lines = [start, "", *markdown(CPU_HEADER, map(cpu_cells, result["rows"]))]
+    if result["models"]:
+        cells = map(cpu_model_cells, result["models"])
+        lines += ["", "The whole model, decode at batch 1, medians.", "", *markdown(CPU_MODEL_HEADER, cells)]
+    return [*lines, "", "Goals.", "", *markdown(GOAL_HEADER, map(goal_cells, result["goals"]))]
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
+    "cpu": cpu_table,
     "ffn": ffn_table,
     "model": model_table,
     "quality": quality_table,

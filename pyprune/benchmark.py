@@ -55,9 +55,10 @@ class BenchReport:
     these are), `paths` (median of each path, same unit), `ratio` (dense median / median, each by its own faster path),
     `ceiling`, `share_of_ceiling` = ratio / ceiling.
 
-    The ceiling of an FFN alone is 1/keep: the same bytes (or operations) a second on fewer neurons. That of the whole
-    model is Amdahl's with 1/keep on the FFN's share. A kernel that uses the machine better than the dense path's can
-    pass both; `share_of_bandwidth` says how much it leaves.
+    The ceiling of an FFN alone is 1/keep: the same bytes (or operations) a second on fewer neurons. Where weights are
+    kept in another dtype, it is the ratio of `ffn_bytes` for few tokens, which are bound by bytes. The ceiling of the
+    whole model is Amdahl's with that on the FFN's share. A kernel that uses the machine better than the dense path's
+    can pass both; `share_of_bandwidth` says how much it leaves.
     """
 
     machine: dict[str, Any]
@@ -94,6 +95,28 @@ class _Bench:
         neurons = {name: sum(unit.neurons for unit in units) for name, units in self.units.items()}
         self.kept = {name: count / neurons[DENSE] for name, count in neurons.items()}
         self.generator = torch.Generator().manual_seed(0)
+
+    def costs(self, tokens: int, keep: float | None) -> dict[str, float]:
+        """For each model the least that its FFNs cost on `tokens` rows, as a share of the dense model's cost.
+
+        Args:
+            tokens: few are bound by bytes of weights, many by operations; these differ where dtypes do.
+            keep: of neurons, assumed for every candidate; None for what it computes.
+        """
+        shares = self.kept if keep is None else {name: 1.0 if name == DENSE else keep for name in self.models}
+        if tokens > _FEW_TOKENS:
+            return shares
+        return {name: share * self._bytes_ratio(name) for name, share in shares.items()}
+
+    def _bytes_ratio(self, name: str) -> float:
+        """Bytes of a neuron over those of a dense one where the records have another dtype, else 1."""
+        records = [m.record for m in self.models[name].modules() if isinstance(m, PrunedMLP)]
+        if all(record.dtype == self.dtype for record in records):
+            return 1.0
+        own, dense = (
+            sum(u.bytes for u in self.units[n]) / sum(u.neurons for u in self.units[n]) for n in (name, DENSE)
+        )
+        return own / dense
 
     def prompt(self, batch: int, tokens: int) -> Tensor:
         """`[batch, tokens]` random token ids."""
@@ -175,12 +198,12 @@ def _fastest(paths: Mapping[str, Sequence[float]]) -> str:
     return min(paths, key=lambda path: median(paths[path]))
 
 
-def compare(samples: Samples, kept: Mapping[str, float], share: float, unit: str, scale: float) -> dict[str, Any]:
+def compare(samples: Samples, costs: Mapping[str, float], share: float, unit: str, scale: float) -> dict[str, Any]:
     """For every model: quantiles of its faster path, its ratio to the dense model's faster path, and the ceiling.
 
     Args:
         samples: seconds, by model and path; the dense model is among them.
-        kept: share of neurons that each model computes.
+        costs: of each model's FFNs at the least, as a share of the dense model's; 1/cost is the ceiling of FFNs alone.
         share: of the dense time that is spent in FFNs; 1 for FFNs alone.
         unit: name of the quantiles' key.
         scale: of that unit, times a second.
@@ -190,7 +213,7 @@ def compare(samples: Samples, kept: Mapping[str, float], share: float, unit: str
     for name, paths in samples.items():
         path = _fastest(paths)
         ratio = dense / median(paths[path])
-        ceiling = roofline.amdahl(share, 1 / kept[name])
+        ceiling = roofline.amdahl(share, 1 / costs[name])
         entries[name] = {
             unit: quantiles(paths[path], scale),
             "samples": len(paths[path]),
@@ -235,7 +258,7 @@ def _derived_shares(
 
 def _entries(
     bench: _Bench,
-    kept: Mapping[str, float],
+    keep: float | None,
     share: dict[str, Any],
     ffn: dict[int, Samples],
     decode: dict[int, Samples],
@@ -245,13 +268,15 @@ def _entries(
     """The `models` of a report."""
     entries = {name: bench.model_facts(name) for name in bench.models}
     for batch, samples in decode.items():
-        for name, entry in compare(samples, kept, share["decode"][str(batch)], "step_ms", 1e3).items():
+        costs = bench.costs(batch, keep)
+        for name, entry in compare(samples, costs, share["decode"][str(batch)], "step_ms", 1e3).items():
             entries[name]["decode"][str(batch)] = {"tokens_per_s": 1e3 * batch / entry["step_ms"]["p50"], **entry}
     for tokens, samples in prefill.items():
-        for name, entry in compare(samples, kept, share["prefill"][str(tokens)], "pass_ms", 1e3).items():
+        costs = bench.costs(tokens, keep)
+        for name, entry in compare(samples, costs, share["prefill"][str(tokens)], "pass_ms", 1e3).items():
             entries[name]["prefill"][str(tokens)] = {"tokens_per_s": 1e3 * tokens / entry["pass_ms"]["p50"], **entry}
     for tokens, samples in ffn.items():
-        for name, entry in compare(samples, kept, 1.0, "us_quantiles", 1e6).items():
+        for name, entry in compare(samples, bench.costs(tokens, keep), 1.0, "us_quantiles", 1e6).items():
             us = entry["us_quantiles"]["p50"]
             gb_s = entries[name]["ffn_bytes"] / us / 1e3
             rates = {"us": us, "gb_s": gb_s, "share_of_bandwidth": gb_s / bandwidth.gb_s}
@@ -324,7 +349,6 @@ def benchmark(
         share = _derived_shares(bench, ffn, decode, prefill)
     else:
         share = _probed_shares(bench, batches, prompt_tokens, new_tokens, prefill_tokens)
-    kept = bench.kept if keep is None else {name: 1.0 if name == DENSE else keep for name in models}
     settings = {
         "keep": keep,
         "batches": list(batches),
@@ -335,5 +359,5 @@ def benchmark(
         "paths": list(bench.paths),
         **bench.dense_facts(),
     }
-    entries = _entries(bench, kept, share, ffn, decode, prefill, bandwidth)
+    entries = _entries(bench, keep, share, ffn, decode, prefill, bandwidth)
     return BenchReport(facts, settings, bandwidth, share, entries)

@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from . import native
 from .backends import Backend, Problem, load_all
 from .errors import BackendError, check_choice
 
@@ -19,17 +20,20 @@ _ORDER: dict[tuple[str, bool], tuple[str, ...]] = {
 _ELSEWHERE = ("torch",)
 
 # Most tokens for which `auto` prefers the native kernel on a CPU, by dtype of the record and gather: with more of them
-# arithmetic outweighs the bytes of the weights, and torch's matrix products are faster.
+# arithmetic outweighs the bytes of the weights, and torch's matrix products are faster. Measured with AVX-512 and AMX,
+# see bench/notes/cpu.md; a gather goes further, since torch must first copy rows, and so does int8, which it must cast.
 _NATIVE_TOKENS: dict[tuple[torch.dtype, bool], int] = {
-    (torch.float32, False): 64,
+    (torch.float32, False): 24,
     (torch.float32, True): 64,
     (torch.bfloat16, False): 64,
-    (torch.bfloat16, True): 64,
-    (torch.float16, False): 64,
+    (torch.bfloat16, True): 128,
+    (torch.float16, False): 16,
     (torch.float16, True): 64,
     (torch.int8, False): 64,
     (torch.int8, True): 64,
 }
+# The same where several tokens are not multiplied by matrix tiles, which need bfloat16 tokens.
+_WITHOUT_TILES = {torch.bfloat16: 16}
 
 
 @functools.cache
@@ -53,7 +57,11 @@ def native_tokens(dtype: torch.dtype, weights: torch.dtype, gather: bool) -> int
         gather: the form.
     """
     problem = Problem("cpu", dtype, 1, 1, 1, 1, True, gather, "silu", weights)
-    return _NATIVE_TOKENS[weights, gather] if backends()["cpu"].why_not(problem) is None else 0
+    if backends()["cpu"].why_not(problem) is not None:
+        return 0
+    most = _NATIVE_TOKENS[weights, gather]
+    tiles = dtype == torch.bfloat16 and native.isa() == "amx"
+    return most if tiles else min(most, _WITHOUT_TILES.get(weights, most))
 
 
 def _order(problem: Problem) -> tuple[str, ...]:

@@ -1,13 +1,16 @@
-"""Memory of this process: its peak over a stretch of work, and giving freed memory back."""
+"""Memory of this process: huge pages, its peak over a stretch of work, and giving freed memory back."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 from collections.abc import Callable
 from types import TracebackType
 
 import psutil
+import torch
+from torch import Tensor
 
 
 def _find_trim() -> Callable[[int], int] | None:
@@ -29,6 +32,55 @@ def release() -> None:
     """
     if _trim is not None:
         _trim(0)
+
+
+_HUGE_PAGE = 2 << 20
+
+
+def huge_pages(size: int) -> Tensor | None:
+    """`[size]` bytes of zeroed CPU memory, for which the system is asked to use huge pages; freed with its last view.
+
+    Weights are read once for each token, so that with pages of 4 KB the walks of page tables show. Pages become real
+    when they are written. None where the system cannot be asked.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None or size == 0:
+        return None
+    try:
+        memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(advice)
+    except OSError:
+        return None  # no room for it, or a kernel without huge pages
+    pool = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -pool.data_ptr() % _HUGE_PAGE
+    return pool[start : start + size]
+
+
+class Room:
+    """One stretch of memory for many tensors that are kept together, on huge pages where there are any.
+
+    Args:
+        size: bytes of all tensors, each rounded up to whole cache lines.
+    """
+
+    LINE = 64
+
+    def __init__(self, size: int) -> None:
+        self._free = huge_pages(size)
+
+    @classmethod
+    def rounded(cls, size: int) -> int:
+        """`size` in bytes, rounded up to whole cache lines."""
+        return -(-size // cls.LINE) * cls.LINE
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy of `tensor` in this room; itself where it is on another device or does not fit."""
+        size = self.rounded(tensor.numel() * tensor.element_size())
+        if self._free is None or tensor.device.type != "cpu" or not 0 < size <= len(self._free):
+            return tensor
+        place, self._free = self._free[:size], self._free[size:]
+        kept = place.view(tensor.dtype)[: tensor.numel()].view(tensor.shape)
+        return kept.copy_(tensor)
 
 
 class PeakMemory:

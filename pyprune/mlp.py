@@ -13,6 +13,7 @@ from . import dispatch, ops
 from .errors import UnsupportedModelError, check, check_choice
 from .families import FFN
 from .mask import KeepIndex
+from .memory import Room
 from .patterns import FFNWeights, Pattern, match
 from .probe import detect_activation
 from .quantisation import WEIGHTS, cast, dequantise
@@ -125,6 +126,7 @@ class PrunedMLP(nn.Module):
         mode: str = "compact",
         backend: str = "auto",
         weights: str | None = None,
+        room: Room | None = None,
     ) -> PrunedMLP:
         """Build one from an FFN of a Transformers model, which stays as it is.
 
@@ -134,6 +136,7 @@ class PrunedMLP(nn.Module):
             mode: `compact` copies the kept neurons; `gather` copies all and reads only the kept ones.
             backend: `auto` or a backend's name, which is then used or refused.
             weights: dtype of the record, a key of `quantisation.WEIGHTS`; None for that of `mlp`, which biases keep.
+            room: where the record is to lie, or None for anywhere.
 
         Raises:
             InputError: unknown mode, backend or weights, `gather` without `keep`, `keep` of another width, or a weight
@@ -154,6 +157,8 @@ class PrunedMLP(nn.Module):
             down_bias = None if dense.down_bias is None else dense.down_bias.clone()
             if weights is not None:
                 record, scales = cast(record, len(dense.parts), WEIGHTS[weights])
+            if room is not None:
+                record = room.keep(record)
         module = cls(
             record,
             neuron_bias,

@@ -62,7 +62,7 @@ def _changed() -> list[str]:
     return sorted({name for name, _ in found.items() ^ built_from.items()})
 
 
-def _isa() -> str | None:
+def isa() -> str | None:
     """The instruction set in use, as the library calls it."""
     try:
         name: str = torch.ops.pyprune.cpu_isa("")
@@ -80,7 +80,7 @@ def facts() -> dict[str, Any]:
         return {"state": reason, "path": str(library())}
     record = _record()
     built = {key: record.get(key) for key in ("isas", "compiler", "torch")}
-    return {"state": "usable", "path": str(library()), "isa": _isa(), **built, "changed": _changed()}
+    return {"state": "usable", "path": str(library()), "isa": isa(), **built, "changed": _changed()}
 
 
 def describe() -> str:

@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from . import native
 from .errors import check
 
 _GIB = 1 << 30
@@ -80,10 +81,20 @@ def buffer_bytes(device: torch.device | str) -> int:
     return min(wanted, free_memory(device) // 4)
 
 
-def _loops(matrix: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Plain read loops over `matrix` (`[R, C]`): which is fastest depends on the machine and on the build of torch."""
+def read_loops(matrix: Tensor) -> dict[str, Callable[[], object]]:
+    """Plain read loops over `matrix` (`[R, C]` float32, contiguous), by name.
+
+    Which is fastest depends on the machine and on the build of torch.
+    """
     vector = torch.ones(matrix.shape[1], device=matrix.device)
-    return {"sum": matrix.sum, "amax": matrix.amax, "matrix-vector": lambda: matrix @ vector}
+    loops: dict[str, Callable[[], object]] = {
+        "sum": matrix.sum,
+        "amax": matrix.amax,
+        "matrix-vector": lambda: matrix @ vector,
+    }
+    if matrix.device.type == "cpu" and native.load() is None:
+        loops["native"] = lambda: torch.ops.pyprune.cpu_read(matrix)
+    return loops
 
 
 def read_bandwidth(device: torch.device | str = "cpu", rounds: int = 5) -> Bandwidth:
@@ -100,7 +111,7 @@ def read_bandwidth(device: torch.device | str = "cpu", rounds: int = 5) -> Bandw
     matrix = torch.ones(rows, columns, device=device)
     now = clock(device)
     best, name = float("inf"), ""
-    for loop, run in _loops(matrix).items():
+    for loop, run in read_loops(matrix).items():
         run()
         for _ in range(rounds):
             start = now()

@@ -15,7 +15,7 @@ class Speed:
         what: for people, such as `decode, batch 4`.
         text: the speed with its unit.
         ratio: to the dense model, above 1 = faster.
-        ceiling: what the ratio could reach by reading fewer neurons alone.
+        ceiling: what the ratio could reach by fewer neurons and smaller weights alone.
         path: `eager` or `compiled`, the faster one.
     """
 

@@ -12,7 +12,7 @@ from .errors import UnsupportedModelError, check, check_choice
 from .families import FFN
 from .heterogeneous import narrow
 from .mask import KeepIndex, Mask
-from .memory import release
+from .memory import Room, release
 from .mlp import MODES, DownStandIn, PrunedMLP
 from .quantisation import WEIGHTS, check_fits
 
@@ -147,14 +147,28 @@ def accelerate(
         _check_finite(ffns, WEIGHTS[weights])
     if mask is not None and mode == "compact":
         set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
+    room = Room(_record_bytes(ffns, mask if mode == "compact" else None, weights))
     ffns.reverse()
     while ffns:
         ffn = ffns.pop()
         keep = mask.layers[ffn.layer] if mask else None
-        _swap(model, ffn, PrunedMLP.from_dense(ffn, keep, mode, backend, weights))
+        _swap(model, ffn, PrunedMLP.from_dense(ffn, keep, mode, backend, weights, room))
         del ffn  # nothing else holds the original
         release()
     return model
+
+
+def _record_bytes(ffns: list[FFN], mask: Mask | None, weights: str | None) -> int:
+    """Bytes of the records of all layers on the CPU, each rounded up to whole cache lines."""
+    total = 0
+    for ffn in ffns:
+        dense = ffn.weights()
+        if dense.down.device.type != "cpu":
+            continue
+        rows = len(mask.layers[ffn.layer]) if mask else ffn.intermediate_size
+        dtype = WEIGHTS[weights] if weights else dense.down.dtype
+        total += Room.rounded(rows * len(dense.parts) * dense.down.shape[1] * dtype.itemsize)
+    return total
 
 
 def _check_finite(ffns: list[FFN], dtype: torch.dtype) -> None:

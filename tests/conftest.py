@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported, whoever imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +198,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrai
     make_model("llama", vocab_size=1024, max_position_embeddings=512).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        from pyprune import native
+
+        names = ["none"] if native.load() else torch.ops.pyprune.cpu_isas().split(",")
+        metafunc.parametrize("isa", names, indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this machine in turn, in use by the native library."""
+    yield torch.ops.pyprune.cpu_isa(request.param)
+    torch.ops.pyprune.cpu_isa("best")

@@ -16,7 +16,7 @@ import pytest
 import torch
 import typer
 
-from pyprune import InputError, PruneConfig, accelerate, find_ffns, machine, prune, roofline, timing
+from pyprune import InputError, PruneConfig, accelerate, find_ffns, machine, native, prune, roofline, timing
 from pyprune.benchmark import benchmark, compare
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -152,7 +152,7 @@ def test_bandwidth_is_positive_and_sane(small_buffer: None) -> None:
     found = roofline.read_bandwidth("cpu", rounds=2)
     assert 0 < found.gb_s < 10_000
     assert found.buffer_bytes == 1 << 22
-    assert found.loop in ("sum", "amax", "matrix-vector")
+    assert found.loop in ("sum", "amax", "matrix-vector", "native")
     json.dumps(found.to_json())
 
 
@@ -180,6 +180,16 @@ def test_facts_name_versions_but_neither_host_nor_place() -> None:
 def test_facts_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert machine.source() == {"commit": None, "dirty": None}
+
+
+def test_the_native_loop_reads_where_the_library_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.full((3, 5), 2.0)
+    loops = roofline.read_loops(matrix)
+    assert ("native" in loops) == (native.load() is None)
+    if "native" in loops:
+        assert loops["native"]() == 30.0
+    monkeypatch.setattr(native, "load", lambda: "no compiler")
+    assert set(roofline.read_loops(matrix)) == {"sum", "amax", "matrix-vector"}
 
 
 # --- what is timed
@@ -272,6 +282,27 @@ def test_a_given_keep_sets_the_ceiling(tiny: Callable[..., Any], small_buffer: N
     assert result["models"]["same"]["keep"] == 1.0
     assert result["models"]["same"]["ffn"]["1"]["ceiling"] == pytest.approx(4.0)
     assert result["models"]["dense"]["ffn"]["1"]["ceiling"] == 1.0
+
+
+def test_ceilings_of_weights_in_another_dtype_are_ratios_of_bytes(
+    tiny: Callable[..., Any], small_buffer: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gated FFN of D 32: a dense neuron takes 3 * 32 * 4 bytes, one in int8 3 * 32 and three scales of 4."""
+    monkeypatch.setattr("pyprune.benchmark._FEW_TOKENS", 8)
+    dense = tiny("llama")
+    narrow = _forms(dense)["narrow"]
+    candidates = {"int8": accelerate(copy.deepcopy(narrow), weights="int8"), "same": accelerate(narrow)}
+    result = benchmark(dense, candidates, **SETTINGS).to_json()
+    gain = 2 * (3 * 32 * 4) / (3 * 32 + 3 * 4)
+    share = result["share"]
+    for name, few in (("int8", gain), ("same", 2.0)):
+        entry = result["models"][name]
+        assert entry["ffn"]["1"]["ceiling"] == pytest.approx(few)
+        assert entry["decode"]["2"]["ceiling"] == pytest.approx(roofline.amdahl(share["decode"]["2"], few))
+        assert entry["ffn"]["16"]["ceiling"] == pytest.approx(2.0)
+        assert entry["prefill"]["16"]["ceiling"] == pytest.approx(roofline.amdahl(share["prefill"]["16"], 2.0))
+    given = benchmark(dense, {"int8": candidates["int8"]}, keep=0.25, **SETTINGS).to_json()
+    assert given["models"]["int8"]["ffn"]["1"]["ceiling"] == pytest.approx(2 * gain)
 
 
 @pytest.mark.parametrize(

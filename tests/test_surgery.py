@@ -271,3 +271,9 @@ def test_set_widths(tiny):
     assert not model.config.is_heterogeneous
     assert model.config.ffn_dim == 24
     assert model.config.pyprune == {"note": 1}
+
+
+def test_accelerated_records_lie_next_to_each_other(tiny):
+    model = accelerate(tiny("llama"), weights="int8")
+    records = [m.record for m in model.modules() if isinstance(m, PrunedMLP)]
+    assert len({r.untyped_storage().data_ptr() for r in records}) == 1

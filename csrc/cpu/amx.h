@@ -69,12 +69,13 @@ struct Ahead {
   const Problem& p;
   int64_t neuron;
   int64_t last;
-  int64_t owed = 0;  // lines
+  int64_t passes;    // over gate and up rows, one for two tiles of tokens
+  int64_t owed = 0;  // lines times passes
   int64_t done = 0;  // elements of `neuron`
 
-  // As many lines as are read now.
-  void lines(int64_t count) {
-    for (owed += count; owed > 0 && neuron < last; owed -= kStep) {
+  // As many lines as are read now, spread over the passes that read them.
+  void lines(int64_t count, bool each_pass) {
+    for (owed += each_pass ? count : count * passes; owed > 0 && neuron < last; owed -= kStep * passes) {
       __builtin_prefetch(Group<W, 1>::at(p, neuron) + done, 0, 2);
       done += kStep * line(W);
       if (done < p.parts() * p.hidden_size) continue;
@@ -126,7 +127,7 @@ inline void dot_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>&
     _tile_zero(3);
   }
   for (int64_t d = 0; d < size; d += kDepth) {
-    if (t == 0) ahead.lines((Gated ? 2 : 1) * kTileGroup * kDepth / line(W));
+    ahead.lines((Gated ? 2 : 1) * kTileGroup * kDepth / line(W), true);
     _tile_loadd(4, x + d * kTile, kLineBytes);
     PYPRUNE_LOAD_WEIGHTS(5, group, 0, 0, d, size, p.record_stride, buffer);
     _tile_dpbf16ps(0, 5, 4);
@@ -146,6 +147,37 @@ inline void dot_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>&
     _tile_stored(2, up + t * kTile, bytes);
     _tile_stored(3, up + kTile * stride + t * kTile, bytes);
   }
+}
+
+// As `dot_tiles`, for one part and two tiles of tokens, so that a tile of weights is read once for both.
+template <Type W>
+inline void dot_tile_pair(const Problem& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead,
+                          int64_t part, int64_t t, float* out, int64_t stride) {
+  alignas(kLineBytes) uint16_t buffer[kTile * kDepth];
+  int64_t size = p.hidden_size;
+  int64_t offset = part * size;
+  const uint16_t* x = ws.token<uint16_t>(t * kTile);
+  const uint16_t* y = ws.token<uint16_t>((t + 1) * kTile);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t d = 0; d < size; d += kDepth) {
+    ahead.lines(kTileGroup * kDepth / line(W), true);
+    _tile_loadd(4, x + d * kTile, kLineBytes);
+    PYPRUNE_LOAD_WEIGHTS(6, group, 0, offset, d, size, p.record_stride, buffer);
+    _tile_dpbf16ps(0, 6, 4);
+    _tile_loadd(5, y + d * kTile, kLineBytes);
+    _tile_dpbf16ps(1, 6, 5);
+    PYPRUNE_LOAD_WEIGHTS(7, group, kTile, offset, d, size, p.record_stride, buffer);
+    _tile_dpbf16ps(2, 7, 4);
+    _tile_dpbf16ps(3, 7, 5);
+  }
+  int64_t bytes = stride * sizeof(float);
+  _tile_stored(0, out + t * kTile, bytes);
+  _tile_stored(1, out + (t + 1) * kTile, bytes);
+  _tile_stored(2, out + kTile * stride + t * kTile, bytes);
+  _tile_stored(3, out + kTile * stride + (t + 1) * kTile, bytes);
 }
 
 // Hidden values `[32 neurons][stride]` as tiles of 16 tokens times 32 neurons in bfloat16: [token tile][16][32].
@@ -186,7 +218,7 @@ inline void interleave_rows(__m512i first, __m512i second, uint16_t* even, uint1
 template <Type W>
 inline void stage_down(const TileGroup<W>& group, Ahead<W>& ahead, int64_t offset, int64_t d, int64_t size,
                        uint16_t (&tiles)[2][kTile * kDepth]) {
-  ahead.lines(kTileGroup * kDepth / line(W));
+  ahead.lines(kTileGroup * kDepth / line(W), false);
   for (int64_t n = 0; n < kTileGroup; n += 2) {
     // Rows behind the last neuron must be zeros: their hidden values are zero, but zero times infinity is not.
     __m512i first = n < group.count ? load_bf16(group.rows[n] + offset + d, size - d) : _mm512_setzero_si512();
@@ -203,14 +235,14 @@ inline void down_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>
   alignas(kLineBytes) uint16_t stages[2][2][kTile * kDepth];
   int64_t size = p.hidden_size;
   int64_t offset = (p.parts() - 1) * size;
-  int64_t bytes = ws.padded * sizeof(float);
+  constexpr int64_t bytes = kDepth * sizeof(float);
   stage_down<W>(group, ahead, offset, 0, size, stages[0]);
   for (int64_t d = 0, step = 0; d < size; d += kDepth, ++step) {
     if (d + kDepth < size) stage_down<W>(group, ahead, offset, d + kDepth, size, stages[(step + 1) % 2]);
     _tile_loadd(4, stages[step % 2][0], kLineBytes);
     _tile_loadd(5, stages[step % 2][1], kLineBytes);
     for (int64_t t = 0; t < token_tiles(p); ++t) {
-      float* even = partial + t * kTile * ws.padded + d;
+      float* even = partial + ws.offset(t * kTile, d);
       float* odd = even + kTile;
       _tile_loadd(2, hidden + t * kTile * kDepth, kLineBytes);
       _tile_loadd(0, even, bytes);
@@ -224,6 +256,20 @@ inline void down_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>
 }
 
 template <Type W>
+inline void dot_all_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead,
+                          float* gate, float* up, int64_t stride) {
+  int64_t tiles = token_tiles(p);
+  for (int64_t part = 0; part < p.parts() - 1; ++part)
+    for (int64_t t = 0; t + 1 < tiles; t += 2)
+      dot_tile_pair<W>(p, ws, group, ahead, part, t, part == 0 ? gate : up, stride);
+  if (tiles % 2 == 0) return;
+  if (p.gated)
+    dot_tiles<W, true>(p, ws, group, ahead, tiles - 1, gate, up, stride);
+  else
+    dot_tiles<W, false>(p, ws, group, ahead, tiles - 1, gate, up, stride);
+}
+
+template <Type W>
 inline void slab_tiles(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   alignas(kLineBytes) float gate[kTileGroup * kMaxTokens];
   alignas(kLineBytes) float up[kTileGroup * kMaxTokens];
@@ -234,13 +280,8 @@ inline void slab_tiles(const Problem& p, const Workspace& ws, int64_t first, int
   for (int64_t n = first; n < last; n += kTileGroup) {
     TileGroup<W> group(p, n, last - n < kTileGroup ? last - n : kTileGroup);
     int64_t next = n + kTileGroup;
-    Ahead<W> ahead{p, next, next + kTileGroup < p.neurons ? next + kTileGroup : p.neurons};
-    for (int64_t t = 0; t < tiles; ++t) {
-      if (p.gated)
-        dot_tiles<W, true>(p, ws, group, ahead, t, gate, up, stride);
-      else
-        dot_tiles<W, false>(p, ws, group, ahead, t, gate, up, stride);
-    }
+    Ahead<W> ahead{p, next, next + kTileGroup < p.neurons ? next + kTileGroup : p.neurons, (tiles + 1) / 2};
+    dot_all_tiles<W>(p, ws, group, ahead, gate, up, stride);
     hidden_values(p, n, static_cast<int>(group.count), stride, gate, up);
     pack_hidden(gate, stride, group.count, tiles, hidden);
     down_tiles<W>(p, ws, group, ahead, hidden, partial);

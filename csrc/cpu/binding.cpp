@@ -189,7 +189,7 @@ Tensor ffn(const Tensor& x, const Tensor& record, const Maybe& index, const Mayb
     return by_dispatch(x, record, index, scales, neuron_bias, down_bias, residual, gated, activation, backend);
   Operands operands(x, record, index, scales, neuron_bias, down_bias, residual, gated, activation);
   Problem& problem = operands.problem();
-  check((problem.weight_type == Type::i8) == (problem.scales != nullptr), "scales", "be given for int8 records only");
+  check((problem.weight_type == Type::i8) == scales.has_value(), "scales", "be given for int8 records only");
   Tensor out = output_like(x);
   problem.out = out.mutable_data_ptr();
   if (problem.hidden_size > 0) run(problem, current_kernels(), torch::stable::get_num_threads(), parallel_for);

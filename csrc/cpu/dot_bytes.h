@@ -6,7 +6,7 @@
 // weights, which the 2^23 is multiplied by, costs a fourth instruction.
 
 constexpr int kPlanes = 3;
-constexpr float kLargest = 8388607.0f;  // 2^23 - 1
+constexpr float kLargest = 8388606.0f;  // rounding may add one, and 2^23 would be too many bits
 // Above this width a sum of products could exceed 32 bits.
 constexpr int64_t kMaxBytesWidth = 65536;
 

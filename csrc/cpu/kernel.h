@@ -7,8 +7,10 @@ constexpr int kTokens = kLanes == 4 ? 2 : 4;
 
 // Neurons of one group: their dot products, their activations, and then their down rows are computed together. One
 // token needs no more than hides the latency of additions, and nearer prefetches; many tokens share each load and store
-// of a partial sum.
+// of a partial sum. A gather skips neurons, which ends the hardware's prefetching of a run of memory; more rows in turn
+// keep memory busier then.
 constexpr int kGroupOne = 2;
+constexpr int kGroupGather = 4;
 constexpr int kGroupMany = 4;
 
 template <Type W, int R, int T>
@@ -221,9 +223,8 @@ inline void dots_one(const Problem& p, const Workspace& ws, const Group<W, G>& g
   }
 }
 
-template <Type W>
+template <Type W, int G>
 inline void slab_one(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
-  constexpr int G = kGroupOne;
   // Padded to whole vectors; what stands in the padding is computed on and never read.
   alignas(kLineBytes) float gate[kLanes] = {};
   alignas(kLineBytes) float up[kLanes] = {};
@@ -256,8 +257,10 @@ inline void slab_many(const Problem& p, const Workspace& ws, int64_t first, int6
 template <Type W>
 inline void slab_of(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   __builtin_memset(partial, 0, ws.rows * ws.padded * sizeof(float));
-  if (p.tokens == 1)
-    slab_one<W>(p, ws, first, last, partial);
+  if (p.tokens == 1 && p.index && W != Type::i8)
+    slab_one<W, kGroupGather>(p, ws, first, last, partial);
+  else if (p.tokens == 1)
+    slab_one<W, kGroupOne>(p, ws, first, last, partial);
   else
     slab_many<W>(p, ws, first, last, partial);
 }
@@ -300,7 +303,7 @@ inline void finish_columns(const Problem& p, const Workspace& ws, int64_t slabs,
   Value* out = static_cast<Value*>(p.out) + t * p.hidden_size;
   for (int64_t d = first; d < last; d += V * kLanes) {
     Vec sums[V];
-    sum_block<W, V>(ws, slabs, t * ws.padded + d, sums);
+    sum_block<W, V>(ws, slabs, ws.offset(t, d), sums);
     const Value* terms[] = {bias, residual};
     for (const Value* added : terms) {
       if (!added) continue;

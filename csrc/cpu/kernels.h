@@ -46,7 +46,13 @@ struct Workspace {
   int64_t padded;   // D rounded up to whole lines
   int64_t rows;     // as in Shape
   void* tokens;     // x in that form, zeros behind D
-  float* partials;  // [slabs, rows, padded]
+  float* partials;  // [slabs, rows, padded]; for tiles [slabs, padded / 32, rows, 32]
+
+  // Where the partial of one token and column stands in its slab. Whole rows apart, the 16 lines of a tile would fall
+  // into one set of the first cache for the usual widths.
+  int64_t offset(int64_t t, int64_t d) const {
+    return form == Form::tiles ? (d / 32 * rows + t) * 32 + d % 32 : t * padded + d;
+  }
 
   template <class T>
   const T* token(int64_t t) const {

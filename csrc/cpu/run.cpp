@@ -13,6 +13,8 @@ namespace {
 
 constexpr int64_t kMaxSlabs = 32;
 constexpr int64_t kSlabBytes = 192 << 10;
+// Of narrow layers a slab takes fewer bytes: each neuron adds a rounding to its sums.
+constexpr int64_t kSlabMaxNeurons = 1024;
 // Bounds of slabs are multiples of this, so that only the last group of neurons can be a partial one.
 constexpr int64_t kSlabNeurons = 32;
 
@@ -27,7 +29,8 @@ int64_t count_slabs(const Problem& p) {
   int64_t bytes = p.neurons * p.parts() * p.hidden_size * element_size(p.weight_type);
   // The partials of many tokens are large beside the weights.
   int64_t most = p.tokens <= 4 ? kMaxSlabs : p.tokens <= 16 ? kMaxSlabs / 2 : kMaxSlabs / 4;
-  int64_t wanted = std::min({most, bytes / kSlabBytes, round_up(p.neurons, kSlabNeurons) / kSlabNeurons});
+  int64_t wanted = std::min({most, std::max(bytes / kSlabBytes, p.neurons / kSlabMaxNeurons),
+                             round_up(p.neurons, kSlabNeurons) / kSlabNeurons});
   if (wanted >= 8) return wanted / 8 * 8;
   return wanted >= 4 ? 4 : wanted >= 2 ? 2 : 1;
 }

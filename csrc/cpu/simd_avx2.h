@@ -33,9 +33,6 @@ inline void deinterleave(Vec low, Vec high, Vec& even, Vec& odd) {
   __m256 inner = _mm256_permute2f128_ps(low, high, 0x31);
   even = _mm256_shuffle_ps(outer, inner, 0x88);
   odd = _mm256_shuffle_ps(outer, inner, 0xdd);
-  // Now in the order 0 1 of the first and second quarter of each half.
-  even = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
-  odd = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
 }
 inline void interleave(Vec even, Vec odd, Vec& low, Vec& high) {
   __m256 first = _mm256_unpacklo_ps(even, odd);
