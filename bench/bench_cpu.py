@@ -378,7 +378,7 @@ def pruned_variant(case: Case, arena: Arena, x: Tensor, gather: bool) -> Variant
         scales = list(torch.full((len(records), rows, parts), 1e-4).unbind())
     neuron_bias = _biases(len(records), (rows, parts - 1), x.dtype, shape.bias)
     down_bias = _biases(len(records), (d,), x.dtype, shape.bias)
-    most = dispatch.native_tokens(x.dtype, dtype, gather)
+    most = dispatch.native_tokens(x.dtype, dtype, d, gather)
     rest = (None, shape.gated, shape.activation, "auto", most)
     copies = [
         (x, record, index, scale, bias, last, *rest)

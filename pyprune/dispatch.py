@@ -19,21 +19,23 @@ _ORDER: dict[tuple[str, bool], tuple[str, ...]] = {
 }
 _ELSEWHERE = ("torch",)
 
-# Most tokens for which `auto` prefers the native kernel on a CPU, by dtype of the record and gather: with more of them
-# arithmetic outweighs the bytes of the weights, and torch's matrix products are faster. Measured with AVX-512 and AMX,
-# see bench/notes/cpu.md; a gather goes further, since torch must first copy rows, and so does int8, which it must cast.
-_NATIVE_TOKENS: dict[tuple[torch.dtype, bool], int] = {
-    (torch.float32, False): 24,
-    (torch.float32, True): 64,
-    (torch.bfloat16, False): 64,
-    (torch.bfloat16, True): 128,
-    (torch.float16, False): 16,
-    (torch.float16, True): 64,
-    (torch.int8, False): 64,
-    (torch.int8, True): 64,
+# Most tokens for which `auto` prefers the native kernel on a CPU, by dtype of the record and gather, for layers of at
+# most _NARROW and for wider ones: with more tokens arithmetic outweighs the bytes of the weights, and torch's matrix
+# products are faster. Measured with AVX-512 and AMX, see bench/notes/cpu.md; a gather goes further, since torch must
+# first copy rows, and so does int8, which it must cast.
+_NARROW = 1024
+_NATIVE_TOKENS: dict[tuple[torch.dtype, bool], tuple[int, int]] = {
+    (torch.float32, False): (32, 24),
+    (torch.float32, True): (64, 128),
+    (torch.bfloat16, False): (128, 64),
+    (torch.bfloat16, True): (128, 512),
+    (torch.float16, False): (32, 16),
+    (torch.float16, True): (64, 128),
+    (torch.int8, False): (256, 256),
+    (torch.int8, True): (256, 256),
 }
-# The same where several tokens are not multiplied by matrix tiles, which need bfloat16 tokens.
-_WITHOUT_TILES = {torch.bfloat16: 16}
+# At most so many where tokens are not multiplied by matrix tiles, which need bfloat16 tokens.
+_WITHOUT_TILES = {torch.bfloat16: 16, torch.int8: 64}
 
 
 @functools.cache
@@ -48,18 +50,19 @@ def names() -> list[str]:
 
 
 @functools.cache
-def native_tokens(dtype: torch.dtype, weights: torch.dtype, gather: bool) -> int:
+def native_tokens(dtype: torch.dtype, weights: torch.dtype, hidden_size: int, gather: bool) -> int:
     """Most tokens for which `auto` takes the native kernel on a CPU; 0 where there is none for these dtypes.
 
     Args:
         dtype: of x.
         weights: of the record.
+        hidden_size: D.
         gather: the form.
     """
     problem = Problem("cpu", dtype, 1, 1, 1, 1, True, gather, "silu", weights)
     if backends()["cpu"].why_not(problem) is not None:
         return 0
-    most = _NATIVE_TOKENS[weights, gather]
+    most = _NATIVE_TOKENS[weights, gather][hidden_size > _NARROW]
     tiles = dtype == torch.bfloat16 and native.isa() == "amx"
     return most if tiles else min(most, _WITHOUT_TILES.get(weights, most))
 
@@ -67,7 +70,7 @@ def native_tokens(dtype: torch.dtype, weights: torch.dtype, gather: bool) -> int
 def _order(problem: Problem) -> tuple[str, ...]:
     if problem.device != "cpu":
         return _ORDER.get((problem.device, problem.gather), _ELSEWHERE)
-    most = native_tokens(problem.dtype, problem.weights or problem.dtype, problem.gather)
+    most = native_tokens(problem.dtype, problem.weights or problem.dtype, problem.hidden_size, problem.gather)
     return ("cpu", "torch") if problem.tokens <= most else ("torch", "cpu")
 
 

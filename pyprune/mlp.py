@@ -116,7 +116,7 @@ class PrunedMLP(nn.Module):
     def _set_dtype(self, dtype: torch.dtype) -> None:
         """Remember `dtype`, and what follows from it and is too slow to find at every call."""
         self.dtype = dtype
-        self.native_tokens = dispatch.native_tokens(dtype, self.record.dtype, self.index is not None)
+        self.native_tokens = dispatch.native_tokens(dtype, self.record.dtype, self.hidden_size, self.index is not None)
 
     @classmethod
     def from_dense(

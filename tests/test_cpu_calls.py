@@ -243,7 +243,7 @@ def test_the_module_takes_the_native_path_up_to_its_number_of_tokens(
     tiny: Callable[..., Any], choices: list[Any]
 ) -> None:
     pruned = PrunedMLP.from_dense(find_ffns(tiny("llama"))[0])
-    most = dispatch.native_tokens(torch.float32, torch.float32, False)
+    most = dispatch.native_tokens(torch.float32, torch.float32, 32, False)
     assert most > 0
     for shape, asked in (((1,), 0), ((most,), 0), ((1, most), 0), ((most + 1,), 1)):
         pruned(torch.randn(*shape, 32))

@@ -66,11 +66,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("weights", [*FLOATS, torch.int8])
 def test_auto_on_a_cpu_takes_the_native_kernel_for_few_tokens(gather, dtype, weights, native_library, monkeypatch):
     native_library(None)
-    monkeypatch.setitem(dispatch._NATIVE_TOKENS, (weights, gather), 3)
+    monkeypatch.setitem(dispatch._NATIVE_TOKENS, (weights, gather), (3, 2))
     problem = dataclasses.replace(PROBLEM, gather=gather, dtype=dtype, weights=weights)
     chosen = [dispatch.choose(dataclasses.replace(problem, tokens=m)).NAME for m in (0, 1, 3, 4)]
     assert chosen == ["cpu", "cpu", "cpu", "torch"]
-    assert dispatch.native_tokens(dtype, weights, gather) == 3
+    assert dispatch.native_tokens(dtype, weights, 1024, gather) == 3
+    assert dispatch.native_tokens(dtype, weights, 1025, gather) == 2
     assert dispatch.choose(dataclasses.replace(problem, tokens=4), "cpu").NAME == "cpu"
 
 
@@ -80,12 +81,22 @@ def test_auto_on_a_cpu_asks_the_other_one_too(native_library, monkeypatch):
     assert dispatch.choose(dataclasses.replace(PROBLEM, tokens=10**6)).NAME == "cpu"
 
 
+@pytest.mark.parametrize("in_use", ["avx2", "amx"])
+def test_only_matrix_tiles_take_many_bfloat16_tokens(in_use, native_library, monkeypatch):
+    native_library(None)
+    monkeypatch.setattr(dispatch.native, "isa", lambda: in_use)
+    dispatch.native_tokens.cache_clear()
+    limits = [dispatch.native_tokens(x, torch.bfloat16, 64, False) for x in (torch.bfloat16, torch.float32)]
+    dispatch.native_tokens.cache_clear()
+    assert limits == [dispatch._NATIVE_TOKENS[torch.bfloat16, False][0] if in_use == "amx" else 16, 16]
+
+
 def test_native_tokens_are_none_where_the_kernel_cannot_run(native_library):
     native_library(None)
-    assert dispatch.native_tokens(torch.float64, torch.float64, False) == 0
-    assert dispatch.native_tokens(torch.float64, torch.int8, False) == 0
+    assert dispatch.native_tokens(torch.float64, torch.float64, 64, False) == 0
+    assert dispatch.native_tokens(torch.float64, torch.int8, 64, False) == 0
     native_library("native CPU library not built")
-    assert dispatch.native_tokens(torch.float32, torch.float32, False) == 0
+    assert dispatch.native_tokens(torch.float32, torch.float32, 64, False) == 0
 
 
 @pytest.mark.parametrize(
