@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 
 import torch
@@ -213,3 +214,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine in turn, in use by the native library."""
     yield torch.ops.pyprune.cpu_isa(request.param)
     torch.ops.pyprune.cpu_isa("best")
+
+
+@pytest.fixture(autouse=True)
+def _compile_anew(request):
+    """Tests that compile start without what others compiled: a function may be compiled a limited number of times."""
+    if "torch.compile" in inspect.getsource(request.function):
+        torch._dynamo.reset()

@@ -224,7 +224,6 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_compiles_and_exports_on_the_native_path(
     weights: str | None, mode: str, tiny: Callable[..., Any], choices: list[Any]
 ) -> None:
-    torch._dynamo.reset()  # it compiles a function a limited number of times
     keep = KeepIndex(range(0, 96, 3), 96)
     pruned = PrunedMLP.from_dense(find_ffns(tiny("llama"))[0], keep, mode, "cpu", weights)
     tokens = {0: torch.export.Dim("tokens", min=2, max=500)}

@@ -489,7 +489,6 @@ def test_another_dtype_of_x_is_computed_or_refused(tiny, llama_ffn):
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @torch.no_grad()
 def test_inference_compiles_and_exports(weights, mode, backend, llama_ffn):
-    torch._dynamo.reset()  # it compiles a function a limited number of times
     pruned = PrunedMLP.from_dense(llama_ffn, KEEP, mode, backend, weights)
     exported = torch.export.export(
         pruned, (torch.randn(4, 32),), dynamic_shapes=({0: torch.export.Dim("tokens", min=2, max=500)},)
