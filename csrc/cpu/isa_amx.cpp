@@ -15,6 +15,8 @@ namespace {
 #include "rows.h"
 #include "dot_bf16.h"
 #include "dot_bytes.h"
+#include "products.h"
+#include "ends.h"
 #include "kernel.h"
 #include "amx.h"
 

@@ -11,6 +11,8 @@ namespace {
 #include "activation.h"
 #include "rows.h"
 #include "no_dot_bf16.h"
+#include "products.h"
+#include "ends.h"
 #include "kernel.h"
 
 }  // namespace

@@ -1,10 +1,6 @@
 // The kernel, over the float vectors of one instruction set. Included by each instruction set's source file after its
 // `simd_*.h`, inside that file's own namespace, so that no code of one set can be linked in the place of another's.
 
-// Rows times tokens whose dot products are held in registers at once.
-constexpr int kRows = kLanes == 16 ? 4 : 2;
-constexpr int kTokens = kLanes == 4 ? 2 : 4;
-
 // Neurons of one group: their dot products, their activations, and then their down rows are computed together. One
 // token needs no more than hides the latency of additions, and nearer prefetches; many tokens share each load and store
 // of a partial sum. A gather skips neurons, which ends the hardware's prefetching of a run of memory; more rows in turn
@@ -12,89 +8,6 @@ constexpr int kTokens = kLanes == 4 ? 2 : 4;
 constexpr int kGroupOne = 2;
 constexpr int kGroupGather = 4;
 constexpr int kGroupMany = 4;
-
-template <Type W, int R, int T>
-inline void dot_line(const Element<W>* const (&rows)[R], int64_t d, const float* x, int64_t stride, Vec (&sums)[R][T]) {
-  constexpr int V = Weights<W>::kVectors;
-  for (int b = 0; b < line(W); b += V * kLanes) {
-    Vec w[R][V];
-    for (int r = 0; r < R; ++r) Weights<W>::unpack(rows[r] + d + b, w[r]);
-    for (int v = 0; v < V; ++v) {
-      for (int t = 0; t < T; ++t) {
-        Vec token = load(x + t * stride + b + v * kLanes);
-        for (int r = 0; r < R; ++r) sums[r][t] = fma(w[r][v], token, sums[r][t]);
-      }
-    }
-  }
-}
-
-template <Type W, int R, int T>
-inline void dot_line(const Element<W>* const (&rows)[R], int64_t d, const uint16_t* x, int64_t stride,
-                     Vec (&sums)[R][T]) {
-  for (int b = 0; b < line(W); b += 2 * kLanes)
-    for (int t = 0; t < T; ++t)
-      for (int r = 0; r < R; ++r) sums[r][t] = dot_bf16(sums[r][t], rows[r] + d + b, x + t * stride + b);
-}
-
-// out[r * out_stride + t] = the dot product of row r with token t. Tokens are float32 in expanded order, or bfloat16.
-template <Type W, int R, int T, bool Prefetch, class Token>
-inline void dot(const Rows<W, R>& rows, int64_t size, const Token* x, int64_t stride, float* out, int64_t out_stride) {
-  Vec sums[R][T];
-  for (auto& row : sums)
-    for (auto& value : row) value = zero();
-  int64_t d = 0;
-  for (; d + line(W) <= size; d += line(W)) {
-    if (Prefetch) rows.prefetch(d);
-    dot_line<W, R, T>(rows.now, d, x + d, stride, sums);
-  }
-  if (d < size) {
-    if (Prefetch) rows.prefetch(d);
-    Tail<W, R> tail(rows, d, size - d);
-    const Element<W>* lines[R];
-    for (int r = 0; r < R; ++r) lines[r] = tail.lines[r];
-    dot_line<W, R, T>(lines, 0, x + d, stride, sums);
-  }
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) out[r * out_stride + t] = sum(sums[r][t]);
-}
-
-template <Type W, int R, bool One>
-inline void down_line(const Element<W>* const (&rows)[R], int64_t d, const float* a, int64_t a_stride, int64_t tokens,
-                      float* partial, int64_t stride) {
-  constexpr int V = Weights<W>::kVectors;
-  for (int b = 0; b < line(W); b += V * kLanes) {
-    Vec w[R][V];
-    for (int r = 0; r < R; ++r) Weights<W>::unpack(rows[r] + d + b, w[r]);
-    for (int64_t t = 0; t < (One ? 1 : tokens); ++t) {
-      float* p = partial + t * stride + b;
-      Vec sums[V];
-      for (int v = 0; v < V; ++v) sums[v] = load(p + v * kLanes);
-      for (int r = 0; r < R; ++r) {
-        Vec factor = broadcast(a[r * a_stride + t]);
-        for (int v = 0; v < V; ++v) sums[v] = fma(factor, w[r][v], sums[v]);
-      }
-      for (int v = 0; v < V; ++v) store(p + v * kLanes, sums[v]);
-    }
-  }
-}
-
-// partial[t] += sum over r of a[r][t] * row r.
-template <Type W, int R, bool One>
-inline void down(const Rows<W, R>& rows, int64_t size, const float* a, int64_t a_stride, int64_t tokens, float* partial,
-                 int64_t stride) {
-  int64_t d = 0;
-  for (; d + line(W) <= size; d += line(W)) {
-    rows.prefetch(d);
-    down_line<W, R, One>(rows.now, d, a, a_stride, tokens, partial + d, stride);
-  }
-  if (d < size) {
-    rows.prefetch(d);
-    Tail<W, R> tail(rows, d, size - d);
-    const Element<W>* lines[R];
-    for (int r = 0; r < R; ++r) lines[r] = tail.lines[r];
-    down_line<W, R, One>(lines, 0, a, a_stride, tokens, partial + d, stride);
-  }
-}
 
 // From the dot products of `count` neurons (rows `stride` apart) to what their down rows are multiplied by, in place in
 // `gate`: scales, biases, activation, gate times up, and the down row's own scale.
@@ -263,69 +176,6 @@ inline void slab_of(const Problem& p, const Workspace& ws, int64_t first, int64_
     slab_one<W, kGroupOne>(p, ws, first, last, partial);
   else
     slab_many<W>(p, ws, first, last, partial);
-}
-
-template <Type W, Type X>
-inline void pack_as(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
-  constexpr int V = Weights<W>::kVectors;
-  for (int64_t t = first; t < last; ++t) {
-    auto* x = static_cast<const typename Values<X>::Element*>(p.x) + t * p.x_stride;
-    float* out = static_cast<float*>(ws.tokens) + t * ws.padded;
-    for (int64_t d = 0; d < ws.padded; d += V * kLanes) {
-      Vec values[V];
-      get_block<X, V>(x + d, p.hidden_size - d, values);
-      if constexpr (V == 2) deinterleave(values[0], values[1], values[0], values[1]);
-      for (int v = 0; v < V; ++v) store(out + d + v * kLanes, values[v]);
-    }
-  }
-}
-
-// The sum of all partials at one block, in natural order.
-template <Type W, int V>
-inline void sum_block(const Workspace& ws, int64_t slabs, int64_t offset, Vec (&sums)[V]) {
-  const float* partial = ws.partials + offset;
-  for (int v = 0; v < V; ++v) sums[v] = load(partial + v * kLanes);
-  for (int64_t s = 1; s < slabs; ++s) {
-    partial += ws.rows * ws.padded;
-    for (int v = 0; v < V; ++v) sums[v] = add(sums[v], load(partial + v * kLanes));
-  }
-  if constexpr (V == 2) interleave(sums[0], sums[1], sums[0], sums[1]);
-}
-
-template <Type W, Type X>
-inline void finish_columns(const Problem& p, const Workspace& ws, int64_t slabs, int64_t t, int64_t first,
-                           int64_t last) {
-  using Value = typename Values<X>::Element;
-  constexpr int V = Weights<W>::kVectors;
-  auto* bias = static_cast<const Value*>(p.down_bias);
-  auto* residual = static_cast<const Value*>(p.residual);
-  if (residual) residual += t * p.hidden_size;
-  Value* out = static_cast<Value*>(p.out) + t * p.hidden_size;
-  for (int64_t d = first; d < last; d += V * kLanes) {
-    Vec sums[V];
-    sum_block<W, V>(ws, slabs, ws.offset(t, d), sums);
-    const Value* terms[] = {bias, residual};
-    for (const Value* added : terms) {
-      if (!added) continue;
-      Vec values[V];
-      get_block<X, V>(added + d, last - d, values);
-      for (int v = 0; v < V; ++v) sums[v] = add(sums[v], values[v]);
-    }
-    Value rest[V * kLanes];
-    bool whole = d + V * kLanes <= last;
-    for (int v = 0; v < V; ++v) Values<X>::put((whole ? out + d : rest) + v * kLanes, sums[v]);
-    if (!whole) __builtin_memcpy(out + d, rest, (last - d) * sizeof(Value));
-  }
-}
-
-template <Type W, Type X>
-inline void finish_as(const Problem& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
-  int64_t pieces = finish_pieces(p.hidden_size);
-  for (int64_t i = first; i < last; ++i) {
-    int64_t d = i % pieces * kFinishColumns;
-    int64_t end = p.hidden_size - d < kFinishColumns ? p.hidden_size : d + kFinishColumns;
-    finish_columns<W, X>(p, ws, slabs, i / pieces, d, end);
-  }
 }
 
 // Eight streams of additions, so that their latency hides behind the loads.

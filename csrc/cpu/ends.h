@@ -1,0 +1,65 @@
+// The two ends of a call: tokens into expanded order, and partials into the output. Included by each instruction set's
+// source file, inside that file's own namespace.
+
+template <Type W, Type X>
+inline void pack_as(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+  constexpr int V = Weights<W>::kVectors;
+  for (int64_t t = first; t < last; ++t) {
+    auto* x = static_cast<const typename Values<X>::Element*>(p.x) + t * p.x_stride;
+    float* out = static_cast<float*>(ws.tokens) + t * ws.padded;
+    for (int64_t d = 0; d < ws.padded; d += V * kLanes) {
+      Vec values[V];
+      get_block<X, V>(x + d, p.hidden_size - d, values);
+      if constexpr (V == 2) deinterleave(values[0], values[1], values[0], values[1]);
+      for (int v = 0; v < V; ++v) store(out + d + v * kLanes, values[v]);
+    }
+  }
+}
+
+// The sum of all partials at one block, in natural order.
+template <Type W, int V>
+inline void sum_block(const Workspace& ws, int64_t slabs, int64_t offset, Vec (&sums)[V]) {
+  const float* partial = ws.partials + offset;
+  for (int v = 0; v < V; ++v) sums[v] = load(partial + v * kLanes);
+  for (int64_t s = 1; s < slabs; ++s) {
+    partial += ws.rows * ws.padded;
+    for (int v = 0; v < V; ++v) sums[v] = add(sums[v], load(partial + v * kLanes));
+  }
+  if constexpr (V == 2) interleave(sums[0], sums[1], sums[0], sums[1]);
+}
+
+template <Type W, Type X>
+inline void finish_columns(const Problem& p, const Workspace& ws, int64_t slabs, int64_t t, int64_t first,
+                           int64_t last) {
+  using Value = typename Values<X>::Element;
+  constexpr int V = Weights<W>::kVectors;
+  auto* bias = static_cast<const Value*>(p.down_bias);
+  auto* residual = static_cast<const Value*>(p.residual);
+  if (residual) residual += t * p.hidden_size;
+  Value* out = static_cast<Value*>(p.out) + t * p.hidden_size;
+  for (int64_t d = first; d < last; d += V * kLanes) {
+    Vec sums[V];
+    sum_block<W, V>(ws, slabs, ws.offset(t, d), sums);
+    const Value* terms[] = {bias, residual};
+    for (const Value* added : terms) {
+      if (!added) continue;
+      Vec values[V];
+      get_block<X, V>(added + d, last - d, values);
+      for (int v = 0; v < V; ++v) sums[v] = add(sums[v], values[v]);
+    }
+    Value rest[V * kLanes];
+    bool whole = d + V * kLanes <= last;
+    for (int v = 0; v < V; ++v) Values<X>::put((whole ? out + d : rest) + v * kLanes, sums[v]);
+    if (!whole) __builtin_memcpy(out + d, rest, (last - d) * sizeof(Value));
+  }
+}
+
+template <Type W, Type X>
+inline void finish_as(const Problem& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
+  int64_t pieces = finish_pieces(p.hidden_size);
+  for (int64_t i = first; i < last; ++i) {
+    int64_t d = i % pieces * kFinishColumns;
+    int64_t end = p.hidden_size - d < kFinishColumns ? p.hidden_size : d + kFinishColumns;
+    finish_columns<W, X>(p, ws, slabs, i / pieces, d, end);
+  }
+}
