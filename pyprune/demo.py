@@ -52,35 +52,37 @@ class DemoResult:
         return self.facts
 
     def tables(self) -> list[Any]:
-        """The one table, the texts, and where the figure is."""
+        """The texts, what was lost and won, the speeds, and where the figure is."""
         dense, pruned = self.facts["dense"], self.facts["pruned"]
         rows = [
-            ("FFN neurons", f"{dense['neurons']:,}", f"{pruned['neurons']:,}", _ratio(dense, pruned, "neurons"), ""),
-            ("token perplexity", f"{dense['perplexity']:.2f}", f"{pruned['perplexity']:.2f}", "", ""),
-            (
-                "file",
-                megabytes(dense["file_bytes"]),
-                megabytes(pruned["file_bytes"]),
-                _ratio(dense, pruned, "file_bytes"),
-                "",
-            ),
-            (
-                "peak memory, load and generate",
-                megabytes(dense["peak_bytes"]),
-                megabytes(pruned["peak_bytes"]),
-                _ratio(dense, pruned, "peak_bytes"),
-                "",
-            ),
+            ("FFN neurons", f"{dense['neurons']:,}", f"{pruned['neurons']:,}", _ratio(dense, pruned, "neurons")),
+            ("token perplexity", f"{dense['perplexity']:.2f}", f"{pruned['perplexity']:.2f}", ""),
         ]
-        for base, new in zip(speeds(self.facts["bench"], "dense"), speeds(self.facts["bench"], "pruned"), strict=True):
-            rows.append((base.what, base.text, new.text, f"{new.ratio:.2f}x", f"{new.ceiling:.2f}x"))
+        for what, key in (("file", "file_bytes"), ("peak memory, load and generate", "peak_bytes")):
+            rows.append((what, megabytes(dense[key]), megabytes(pruned[key]), _ratio(dense, pruned, key)))
+        measured = [list(speeds(self.facts["bench"], name)) for name in ("dense", "pruned", "PrunedMLP")]
+        speed_rows = [
+            (
+                base.what,
+                base.text,
+                f"{new.text} ({new.ratio:.2f}x)",
+                f"{fast.text} ({fast.ratio:.2f}x)",
+                f"{new.ceiling:.2f}x",
+            )
+            for base, new, fast in zip(*measured, strict=True)
+        ]
         texts = [(escape(dense["text"].strip()), escape(pruned["text"].strip()))]
         return [
             table(f"prompt: {escape(PROMPT)}", ("dense", "pruned"), texts),
             table(
                 f"{self.facts['model']}, {1 - self.facts['keep']:.1%} of FFN neurons removed",
-                ("what", ">dense", ">pruned", ">ratio", ">ceiling"),
+                ("what", ">dense", ">pruned", ">ratio"),
                 rows,
+            ),
+            table(
+                "speed: the checkpoint as it is, and after pyprune.accelerate",
+                ("what", ">dense", ">pruned", ">accelerated", ">ceiling"),
+                speed_rows,
             ),
             f"reloaded by stock Transformers in a fresh process: logits differ by {pruned['difference']:g}; "
             f"figure {self.out / 'demo.png'}; {self.facts['seconds']:.0f} s in all",

@@ -7,7 +7,7 @@ from typing import Any
 
 from .summary import Speed, speeds
 
-_DENSE, _PRUNED, _CEILING = "#8d99ae", "#2a6f97", "#d62828"
+_DENSE, _PRUNED, _FAST, _CEILING = "#8d99ae", "#2a6f97", "#2a9d6f", "#d62828"
 
 
 def demo_figure(facts: dict[str, Any], path: Path) -> None:
@@ -21,7 +21,7 @@ def demo_figure(facts: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     speed, quality, repair = figure.subplots(1, 3, width_ratios=(1.5, 1, 1.3))
-    _speed_panel(speed, list(speeds(facts["bench"], "pruned")))
+    _speed_panel(speed, *(list(speeds(facts["bench"], name)) for name in ("pruned", "PrunedMLP")))
     _quality_panel(quality, facts["dense"], facts["pruned"])
     _repair_panel(repair, facts["prune"]["layers"])
     device = (facts["bench"]["machine"]["gpu"] or {}).get("name") or facts["bench"]["machine"]["cpu"]
@@ -29,18 +29,22 @@ def demo_figure(facts: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130, format="png")
 
 
-def _speed_panel(axes: Any, pruned: list[Speed]) -> None:
+def _speed_panel(axes: Any, pruned: list[Speed], fast: list[Speed]) -> None:
     places = range(len(pruned))
-    axes.bar(places, [s.ratio for s in pruned], color=_PRUNED, label="measured")
-    for place, speed in zip(places, pruned, strict=True):
-        axes.hlines(speed.ceiling, place - 0.45, place + 0.45, color=_CEILING, label=None if place else "ceiling")
-        axes.text(place, 0.04, f"{speed.ratio:.2f}", ha="center", va="bottom", fontsize=8, color="white")
+    shown = ((-0.2, pruned, _PRUNED, "pruned"), (0.2, fast, _FAST, "and accelerated"))
+    for shift, entries, colour, label in shown:
+        axes.bar([p + shift for p in places], [s.ratio for s in entries], 0.38, color=colour, label=label)
+        for place, entry in zip(places, entries, strict=True):
+            text = f"{entry.ratio:.2f}"
+            axes.text(place + shift, 0.04, text, ha="center", va="bottom", fontsize=7, color="white", rotation=90)
+    for place, entry in zip(places, pruned, strict=True):
+        axes.hlines(entry.ceiling, place - 0.45, place + 0.45, color=_CEILING, label=None if place else "ceiling")
     axes.axhline(1.0, color=_DENSE, linewidth=1, linestyle="--", label="dense")
     axes.set_xticks(list(places), [s.what.replace(", ", "\n") for s in pruned], fontsize=7)
     axes.set_title("speed against dense, same run", fontsize=10)
     axes.set_ylabel("times as fast")
-    axes.set_ylim(0, 1.25 * max(max(s.ratio, s.ceiling) for s in pruned))
-    axes.legend(fontsize=8, loc="upper left", ncols=3)
+    axes.set_ylim(0, 1.25 * max(max(s.ratio, s.ceiling) for s in (*pruned, *fast)))
+    axes.legend(fontsize=8, loc="upper left", ncols=4)
 
 
 def _quality_panel(axes: Any, dense: dict[str, Any], pruned: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def test_demo_writes_what_it_says(chatty: str, tmp_path: Path) -> None:
     assert facts["pruned"]["file_bytes"] < facts["dense"]["file_bytes"]
     assert facts["calibration"]["text"] != facts["evaluation"]["text"]
     assert checkpoint.verify(out / "pruned")["widths"] == [64, 64, 64]
-    assert len(result.tables()) == 3
+    assert len(result.tables()) == 4
     assert "pruning layers" in stages and "measuring perplexity" in stages
 
 
