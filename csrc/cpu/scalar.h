@@ -1,4 +1,5 @@
-// Sixteen-bit floats, one at a time. Included by each instruction set's source file, inside that file's own namespace.
+// Sixteen-bit floats, one at a time, and what instruction sets define for vectors. Included by each of their source
+// files, inside that file's own namespace.
 
 inline float from_bits(uint32_t bits) {
   float value;
@@ -70,3 +71,18 @@ inline void write(Type type, void* p, int64_t i, float a) {
       static_cast<uint16_t*>(p)[i] = to_f16(a);
   }
 }
+
+// A vector of values of one type: `get` as floats, `put` rounded. Each instruction set defines it.
+template <Type>
+struct Values;
+
+// A block of weights as float vectors, in expanded order; one vector but where an instruction set says otherwise.
+template <Type W>
+struct Weights {
+  using Element = typename Values<W>::Element;
+  static constexpr int kVectors = 1;
+  template <class Vector>
+  static inline void unpack(const Element* p, Vector (&out)[1]) {
+    out[0] = Values<W>::get(p);
+  }
+};

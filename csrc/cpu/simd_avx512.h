@@ -42,17 +42,7 @@ inline void interleave(Vec even, Vec odd, Vec& low, Vec& high) {
   high = _mm512_permutex2var_ps(even, _mm512_add_epi32(lows, _mm512_set1_epi32(8)), odd);
 }
 
-// `unpack` reads one block of weights into float vectors.
-template <Type>
-struct Weights;
-
-template <>
-struct Weights<Type::f32> {
-  using Element = float;
-  static constexpr int kVectors = 1;
-  static inline void unpack(const Element* p, Vec (&out)[1]) { out[0] = load(p); }
-};
-
+// A line of bfloat16 is unpacked by shift and mask: even elements, then odd ones.
 template <>
 struct Weights<Type::bf16> {
   using Element = uint16_t;
@@ -64,28 +54,7 @@ struct Weights<Type::bf16> {
   }
 };
 
-template <>
-struct Weights<Type::f16> {
-  using Element = uint16_t;
-  static constexpr int kVectors = 1;
-  static inline void unpack(const Element* p, Vec (&out)[1]) {
-    out[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-};
-
-template <>
-struct Weights<Type::i8> {
-  using Element = int8_t;
-  static constexpr int kVectors = 1;
-  static inline void unpack(const Element* p, Vec (&out)[1]) {
-    out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  }
-};
-
-// Sixteen values of a type of x, to and from floats; rounded to the nearest, ties to even.
-template <Type>
-struct Values;
-
+// Sixteen values, to and from floats; rounded to the nearest, ties to even.
 template <>
 struct Values<Type::f32> {
   using Element = float;
@@ -117,5 +86,13 @@ struct Values<Type::f16> {
   }
   static inline void put(Element* p, Vec a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+template <>
+struct Values<Type::i8> {
+  using Element = int8_t;
+  static inline Vec get(const Element* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 };

@@ -54,17 +54,7 @@ inline void interleave(Vec even, Vec odd, Vec& low, Vec& high) {
   high = Vec{even[2], odd[2], even[3], odd[3]};
 }
 
-// `unpack` reads one block of weights into float vectors.
-template <Type>
-struct Weights;
-
-template <>
-struct Weights<Type::f32> {
-  using Element = float;
-  static constexpr int kVectors = 1;
-  static inline void unpack(const Element* p, Vec (&out)[1]) { out[0] = load(p); }
-};
-
+// In the order of the wider instruction sets: even elements, then odd ones.
 template <>
 struct Weights<Type::bf16> {
   using Element = uint16_t;
@@ -77,25 +67,7 @@ struct Weights<Type::bf16> {
   }
 };
 
-template <>
-struct Weights<Type::f16> {
-  using Element = uint16_t;
-  static constexpr int kVectors = 1;
-  static inline void unpack(const Element* p, Vec (&out)[1]) {
-    for (int i = 0; i < kLanes; ++i) out[0][i] = from_f16(p[i]);
-  }
-};
-
-template <>
-struct Weights<Type::i8> {
-  using Element = int8_t;
-  static constexpr int kVectors = 1;
-  static inline void unpack(const Element* p, Vec (&out)[1]) {
-    for (int i = 0; i < kLanes; ++i) out[0][i] = static_cast<float>(p[i]);
-  }
-};
-
-// Four values of a type of x, to and from floats; rounded to the nearest, ties to even.
+// Four values, to and from floats; rounded to the nearest, ties to even.
 template <Type X>
 struct Values {
   using Element = uint16_t;
@@ -114,4 +86,14 @@ struct Values<Type::f32> {
   using Element = float;
   static inline Vec get(const Element* p) { return load(p); }
   static inline void put(Element* p, Vec a) { store(p, a); }
+};
+
+template <>
+struct Values<Type::i8> {
+  using Element = int8_t;
+  static inline Vec get(const Element* p) {
+    Vec a = zero();
+    for (int i = 0; i < kLanes; ++i) a[i] = static_cast<float>(p[i]);
+    return a;
+  }
 };
