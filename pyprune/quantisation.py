@@ -65,7 +65,7 @@ def dequantise(record: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: of the result; the product is rounded once.
     """
     f, parts = scales.shape
-    split = record.view(f, parts, -1).to(torch.promote_types(dtype, torch.float32))
+    split = record.view(f, parts, record.shape[1] // parts).to(torch.promote_types(dtype, torch.float32))
     return split.mul_(scales[..., None]).to(dtype).view(record.shape)
 
 

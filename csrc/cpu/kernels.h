@@ -9,7 +9,7 @@
 // instruction a vector where natural order would cost a shuffle more.
 #pragma once
 
-#include "problem.h"
+#include "../common/problem.h"
 
 namespace pyprune {
 

@@ -1,0 +1,198 @@
+// A call's operands as PyTorch gives them: checked, and in the layout that kernels read. LibTorch's stable ABI only.
+//
+// For the one source of a library that binds it.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace pyprune {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+inline void check(bool condition, const char* argument, const char* rule) {
+  STD_TORCH_CHECK(condition, argument, " must ", rule);
+}
+
+inline Type type_of(const Tensor& tensor, const char* argument) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Type::f32;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    case ScalarType::Half:
+      return Type::f16;
+    case ScalarType::Char:
+      return Type::i8;
+    default:
+      check(false, argument, "be float32, bfloat16 or float16 (a record also int8)");
+      return Type::f32;
+  }
+}
+
+inline Activation activation_of(const std::string& name) {
+  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "relu", "relu2", "silu", "quick_gelu"};
+  for (size_t i = 0; i < std::size(kNames); ++i)
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  check(false, "activation", "be gelu, gelu_tanh, relu, relu2, silu or quick_gelu");
+  return Activation::gelu;
+}
+
+enum class Place { cpu, cuda };
+
+inline void check_place(Place place, const Tensor& tensor, const char* argument) {
+  bool here = place == Place::cpu ? tensor.is_cpu() : tensor.is_cuda();
+  check(here, argument, place == Place::cpu ? "be on the CPU" : "be on the CUDA device of x");
+}
+
+inline void check_tensor(Place place, const Tensor& tensor, const char* argument, ScalarType dtype,
+                         std::initializer_list<int64_t> shape) {
+  check_place(place, tensor, argument);
+  check(tensor.scalar_type() == dtype, argument, "have the dtype that goes with x and record");
+  auto sizes = tensor.sizes();
+  bool same = sizes.size() == shape.size();
+  for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape.begin()[i];
+  check(same, argument, "have the shape that goes with x and record");
+}
+
+// The operands, checked, in the layout that kernels read; holds what had to be copied for that.
+class Operands {
+ public:
+  Operands(Place place, const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales,
+           const Maybe& neuron_bias, const Maybe& down_bias, const Maybe& residual, bool gated,
+           const std::string& activation)
+      : place_(place) {
+    p_.gated = gated;
+    p_.activation = activation_of(activation);
+    set_tokens(x);
+    set_record(record);
+    set_index(index);
+    int64_t rows = record.size(0);
+    if (scales) p_.scales = static_cast<const float*>(dense(*scales, "scales", ScalarType::Float, {rows, p_.parts()}));
+    if (neuron_bias) p_.neuron_bias = dense(*neuron_bias, "neuron_bias", x.scalar_type(), {rows, p_.parts() - 1});
+    if (down_bias) p_.down_bias = dense(*down_bias, "down_bias", x.scalar_type(), {p_.hidden_size});
+    if (residual) set_residual(*residual, x);
+  }
+
+  Problem& problem() { return p_; }
+
+ private:
+  const void* keep(Tensor tensor) {
+    held_[count_] = std::move(tensor);
+    return held_[count_++]->const_data_ptr();
+  }
+
+  const void* dense(const Tensor& tensor, const char* argument, ScalarType dtype,
+                    std::initializer_list<int64_t> shape) {
+    check_tensor(place_, tensor, argument, dtype, shape);
+    return tensor.is_contiguous() ? tensor.const_data_ptr() : keep(torch::stable::contiguous(tensor));
+  }
+
+  void set_tokens(const Tensor& x) {
+    p_.x_type = type_of(x, "x");
+    check_place(place_, x, "x");
+    check(p_.x_type != Type::i8, "x", "be floating point");
+    check(x.dim() >= 1, "x", "have at least one dimension");
+    auto sizes = x.sizes();
+    p_.hidden_size = sizes[sizes.size() - 1];
+    p_.tokens = 1;
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) p_.tokens *= sizes[i];
+    p_.x_stride = p_.hidden_size;
+    if (x.is_contiguous()) {
+      p_.x = x.const_data_ptr();
+    } else if (x.dim() == 2 && x.stride(1) == 1) {
+      p_.x = x.const_data_ptr();
+      p_.x_stride = x.stride(0);
+    } else {
+      p_.x = keep(torch::stable::contiguous(x));
+    }
+  }
+
+  void set_record(const Tensor& record) {
+    p_.weight_type = type_of(record, "record");
+    check_place(place_, record, "record");
+    check(record.dim() == 2 && record.size(1) == p_.parts() * p_.hidden_size, "record",
+          "have two dimensions, the second of 2 (gated: 3) times the width of x");
+    bool in_rows = record.stride(1) == 1 || record.size(1) <= 1;
+    p_.record = in_rows ? record.const_data_ptr() : keep(torch::stable::contiguous(record));
+    p_.record_stride = in_rows ? record.stride(0) : record.size(1);
+    p_.neurons = record.size(0);
+  }
+
+  void set_index(const Maybe& index) {
+    if (!index) return;
+    check(index->dim() == 1, "index", "have one dimension");
+    int64_t rows = p_.neurons;
+    p_.neurons = index->size(0);
+    p_.index = static_cast<const int32_t*>(dense(*index, "index", ScalarType::Int, {p_.neurons}));
+    if (place_ != Place::cpu) return;  // reading it would wait for the device: its maker has checked it
+    bool inside = true;
+    for (int64_t i = 0; i < p_.neurons; ++i) inside &= p_.index[i] >= 0 && p_.index[i] < rows;
+    check(inside, "index", "hold rows of the record");
+  }
+
+  void set_residual(const Tensor& residual, const Tensor& x) {
+    check_place(place_, residual, "residual");
+    check(residual.scalar_type() == x.scalar_type(), "residual", "have the dtype of x");
+    bool same = residual.dim() == x.dim();
+    for (int64_t i = 0; same && i < x.dim(); ++i) same = residual.size(i) == x.size(i);
+    check(same, "residual", "have the shape of x");
+    p_.residual = residual.is_contiguous() ? residual.const_data_ptr() : keep(torch::stable::contiguous(residual));
+  }
+
+  Place place_;
+  Problem p_{};
+  std::array<Maybe, 7> held_;
+  int count_ = 0;
+};
+
+// An uninitialised, contiguous tensor like x, on its device.
+inline Tensor output_like(const Tensor& x) {
+  auto sizes = x.sizes();
+  std::array<int64_t, 8> strides;
+  check(sizes.size() <= strides.size(), "x", "have at most eight dimensions");
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  int32_t dtype = 0, device = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, device, index, &handle));
+  return Tensor(handle);
+}
+
+// What Python's dispatcher chooses.
+inline Tensor by_dispatch(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales,
+                          const Maybe& neuron_bias, const Maybe& down_bias, const Maybe& residual, bool gated,
+                          const std::string& activation, const std::string& backend) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 10> stack{from(x),         from(record),   from(index), from(scales),     from(neuron_bias),
+                                     from(down_bias), from(residual), from(gated), from(activation), from(backend)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("pyprune::ffn_by_dispatch", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline bool few_tokens(const Tensor& x, int64_t most) {
+  return most > 0 && x.dim() > 0 && x.numel() <= most * x.size(-1);
+}
+
+}  // namespace
+}  // namespace pyprune

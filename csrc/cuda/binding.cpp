@@ -1,0 +1,122 @@
+// What PyTorch sees: the CUDA kernel of the operator `pyprune::ffn`, and `ffn_cuda`, which takes a plan.
+
+#include "call.h"
+#include "tickets.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+
+namespace pyprune {
+namespace {
+
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// Of torch's CUDA half, or null: this library is also built against, and loaded beside, a torch that has none.
+CurrentStream current_stream() {
+  static const auto found = [] {
+    void* half = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return half ? reinterpret_cast<CurrentStream>(dlsym(half, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  return found;
+}
+
+const Device& facts(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  int processors = 0, shared = 0, major = 0;
+  bool right = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index) == cudaSuccess &&
+               cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess &&
+               cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess;
+  check(right && major >= 8, "device", "be a CUDA device of compute capability 8.0 or newer");
+  return known.emplace(index, Device{processors, static_cast<uint32_t>(shared), major >= 9}).first->second;
+}
+
+// The current device and its current stream, while a call is made.
+class Session {
+ public:
+  explicit Session(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {
+    check(current_stream() != nullptr, "torch", "be built with CUDA");
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(index_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  Memory memory() {
+    return {[](void* self, int64_t bytes) { return static_cast<Session*>(self)->allocate(bytes); },
+            [](void* self, int32_t count) { return static_cast<Session*>(self)->take_tickets(count); }, this};
+  }
+
+  const Device& device() const { return facts(index_); }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  // By torch, which hands it out again to later calls on this stream, and keeps it for a graph that is captured.
+  void* allocate(int64_t bytes) {
+    int64_t stride = 1;
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                                                           aoti_torch_device_type_cuda(), index_, &handle));
+    held_.emplace_back(handle);
+    return held_.back().mutable_data_ptr();
+  }
+
+  uint32_t* take_tickets(int32_t count) { return tickets(index_, stream_, count); }
+
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  std::vector<Tensor> held_;
+};
+
+Tensor ffn_cuda(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& count, const Maybe& scales,
+                const Maybe& neuron_bias, const Maybe& down_bias, const Maybe& residual, bool gated,
+                const std::string& activation, const std::vector<int64_t>& plan) {
+  check_place(Place::cuda, x, "x");
+  Session session(x);
+  return compute(Place::cuda, x, record, index, count, scales, neuron_bias, down_bias, residual, gated, activation,
+                 plan, session.device(), session.memory(), session.stream());
+}
+
+Tensor ffn(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales, const Maybe& neuron_bias,
+           const Maybe& down_bias, const Maybe& residual, bool gated, const std::string& activation,
+           const std::string& backend, int64_t native_tokens) {
+  if (!(backend == "auto" && few_tokens(x, native_tokens)))
+    return by_dispatch(x, record, index, scales, neuron_bias, down_bias, residual, gated, activation, backend);
+  return ffn_cuda(x, record, index, Maybe(), scales, neuron_bias, down_bias, residual, gated, activation, {});
+}
+
+// What the analysis plans on device `device` for these sizes, with what `plan` chooses, as JSON.
+std::string cuda_plan(int64_t device, int64_t tokens, int64_t hidden_size, int64_t neurons, bool gated, bool indexed,
+                      bool contextual, const std::string& weights, const std::vector<int64_t>& plan) {
+  torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  return describe_plan({tokens, hidden_size, neurons, gated, indexed, contextual, type_named(weights),
+                        hidden_size * bytes_of(type_named(weights)) % 16 == 0},
+                       plan, facts(static_cast<int>(device)));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyprune, m) {
+  m.def(
+      "cuda_plan(int device, int tokens, int hidden_size, int neurons, bool gated, bool indexed, bool contextual, "
+      "str weights, int[] plan) -> str");
+  m.def(
+      "ffn_cuda(Tensor x, Tensor record, Tensor? index, Tensor? count, Tensor? scales, Tensor? neuron_bias, "
+      "Tensor? down_bias, Tensor? residual, bool gated, str activation, int[] plan) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyprune, CompositeExplicitAutograd, m) { m.impl("cuda_plan", TORCH_BOX(&cuda_plan)); }
+
+STABLE_TORCH_LIBRARY_IMPL(pyprune, CUDA, m) {
+  m.impl("ffn", TORCH_BOX(&ffn));
+  m.impl("ffn_cuda", TORCH_BOX(&ffn_cuda));
+}
+
+}  // namespace pyprune

@@ -1,0 +1,46 @@
+// Shapes of blocks and their shared memory, for host and device; offsets in bytes.
+#pragma once
+
+#include "params.h"
+
+namespace pyprune {
+
+constexpr int32_t kStages[] = {2, 3, 4, 6};  // those that kernels are compiled for
+
+// [flag | sums of warps, twice | rows of the block's neurons | a ring of weights for each team, later its partial]
+struct SinglePassLayout {
+  uint32_t sums, rows, ring, bytes;
+  uint32_t neuron;  // bytes of one neuron in a ring
+};
+
+PYPRUNE_BOTH constexpr uint32_t up_to_multiple(uint32_t n, uint32_t of) { return (n + of - 1) / of * of; }
+
+// `threads` are those of one team.
+PYPRUNE_BOTH constexpr SinglePassLayout single_pass_layout(Type weights, int32_t tokens, int32_t parts,
+                                                           uint32_t threads, int32_t teams, int32_t step,
+                                                           int32_t stages, int32_t rows) {
+  uint32_t values = static_cast<uint32_t>((parts - 1) * most_neurons(tokens) * tokens);
+  uint32_t warps = threads / kWarp * static_cast<uint32_t>(teams);
+  SinglePassLayout l{};
+  l.sums = 16;
+  l.rows = l.sums + 2 * values * warps * 4;
+  l.ring = up_to_multiple(l.rows + static_cast<uint32_t>(rows) * 4, 128);
+  l.neuron = static_cast<uint32_t>(parts * kChannels / piece(weights)) * threads * 16;
+  uint32_t ring = l.neuron * static_cast<uint32_t>(step * stages);
+  uint32_t partial = static_cast<uint32_t>(tokens * kChannels) * threads * 4;
+  l.bytes = l.ring + (ring > partial ? ring : partial) * static_cast<uint32_t>(teams);
+  return l;
+}
+
+constexpr int kTwoPassThreads = 256;
+constexpr int kTwoPassWarps = kTwoPassThreads / static_cast<int>(kWarp);
+
+// Channels of a tile of the down pass.
+PYPRUNE_BOTH constexpr int32_t tile_channels(Type weights) { return static_cast<int32_t>(kWarp) * piece(weights); }
+
+// Bytes of shared memory of the down pass: a flag, and one row of the tile for each warp.
+PYPRUNE_BOTH constexpr uint32_t down_pass_bytes(Type weights) {
+  return 16 + kTwoPassWarps * static_cast<uint32_t>(tile_channels(weights)) * 4;
+}
+
+}  // namespace pyprune

@@ -1,0 +1,36 @@
+// One call on a device: checked, planned, its scratch laid out, its kernels started.
+#pragma once
+
+#include "start.h"
+#include "plan.h"
+
+namespace pyprune {
+
+// A call's operands on the device. With `counts` it is a contextual gather: `problem.index` is `[longest]` and `counts`
+// `[1]`, or with `list_per_token` `[tokens, longest]` and `[tokens]`; `problem.neurons` is `longest`.
+struct Call {
+  Problem problem;
+  int64_t rows;  // F
+  const int32_t* counts;
+  bool list_per_token;
+};
+
+// Memory of the device, until the call's kernels have run.
+using Allocate = void* (*)(void* context, int64_t bytes);
+
+// `count` numbers that are zero, and are left zero, and that no call beside this one is given.
+using Tickets = uint32_t* (*)(void* context, int32_t count);
+
+struct Memory {
+  Allocate allocate;
+  Tickets tickets;
+  void* context;
+};
+
+// How many clusters of a grid the current device runs at once.
+int running(const Sizes& sizes, int32_t tokens, const Grid& grid);
+
+// Starts the kernels of up to kMaxTokens tokens. Raises Refusal, or returns what CUDA said went wrong.
+Failure run(const Call& call, const Choice& chosen, const Device& device, const Memory& memory, Stream stream);
+
+}  // namespace pyprune

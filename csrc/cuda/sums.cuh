@@ -1,0 +1,104 @@
+// Sums over threads and blocks, in orders that depend neither on the number of tokens nor on who comes first.
+#pragma once
+
+#include "weights.cuh"
+
+namespace pyprune {
+
+constexpr uint32_t kAll = 0xffffffffu;
+
+// Sum each of V values over a warp; lane l gets the sum of value l * V / 32. V is a power of two.
+//
+// While there are several values, lanes that differ in one bit part them: each keeps one half and adds what the other
+// has of it. That costs V - 1 shuffles and a few, and every value is summed over the same pairs of lanes in the same
+// order, whatever V is.
+template <int V>
+__device__ inline float sum_over_warp(float (&values)[V]) {
+  static_assert(V >= 1 && V <= 32 && (V & (V - 1)) == 0, "a power of two");
+  uint32_t lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int offset = 16, count = V; offset > 0; offset /= 2, count = count > 1 ? count / 2 : 1) {
+    if (count == 1) {
+      values[0] += __shfl_xor_sync(kAll, values[0], offset);
+      continue;
+    }
+    bool upper = lane & offset;
+    int half = count / 2;
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      if (i >= half) break;
+      float sent = upper ? values[i] : values[i + half];
+      float kept = upper ? values[i + half] : values[i];
+      values[i] = kept + __shfl_xor_sync(kAll, sent, offset);
+    }
+  }
+  return values[0];
+}
+
+// Whether this block is the last of `expected` to come to `ticket`; it then sees what all others wrote before.
+// `flag` is 4 bytes of shared memory. All threads call it.
+__device__ inline bool is_last_block(uint32_t* ticket, uint32_t expected, uint32_t* flag) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bool last = atomicAdd(ticket, 1u) == expected - 1;
+    if (last) *ticket = 0;
+    *flag = last;
+  }
+  __syncthreads();
+  __threadfence();
+  return *flag;
+}
+
+// Adjacent threads that share out the partials of the same channels, a power of two; it must not depend on tokens.
+__device__ inline uint32_t threads_of_a_quad(int64_t quads, int32_t groups) {
+  uint32_t ways = 1;
+  while (ways < 8 && quads * ways * 2 <= blockDim.x && static_cast<int32_t>(ways) * 2 <= groups) ways *= 2;
+  return ways;
+}
+
+// Channels [first, last) of the output, from the partials of all groups; `first` is a multiple of 4. All threads call
+// it.
+__device__ inline void finish(const Params& p, int64_t first, int64_t last) {
+  const Problem& problem = p.problem;
+  int64_t width = padded(problem), quads = (last - first + 3) / 4, stride = problem.tokens * width / 4;
+  uint32_t ways = threads_of_a_quad(quads, p.groups), own = threadIdx.x % ways;
+  int64_t count = problem.tokens * quads * ways;
+  for (int64_t base = 0; base < count; base += blockDim.x) {
+    int64_t i = base + threadIdx.x, t = i / ways / quads, d = first + i / ways % quads * 4;
+    bool here = i < count;
+    auto* partial = reinterpret_cast<const float4*>(p.partials + t * width + d);
+    float sums[4] = {};
+#pragma unroll 8
+    for (int g = static_cast<int>(own); g < p.groups; g += ways) {
+      float4 v{0.0f, 0.0f, 0.0f, 0.0f};
+      if (here) v = load_shared_by_blocks(partial + g * stride);
+      sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      for (uint32_t offset = 1; offset < ways; offset *= 2) sums[j] += __shfl_xor_sync(kAll, sums[j], offset);
+      if (!here || own != 0 || d + j >= last) continue;
+      float sum = sums[j];
+      if (problem.down_bias) sum += load_value(problem.x_type, problem.down_bias, d + j);
+      if (problem.residual) sum += load_value(problem.x_type, problem.residual, t * problem.hidden_size + d + j);
+      store_value(problem.x_type, problem.out, t * problem.hidden_size + d + j, sum);
+    }
+  }
+}
+
+// How many neurons there are, and through which index; an empty one means the rows in order.
+struct Neurons {
+  int64_t count;
+  const int32_t* index;
+};
+
+__device__ inline Neurons neurons_of(const Params& p) {
+  if (!p.count) return {p.problem.neurons, p.problem.index};
+  int64_t count = *p.count;
+  count = count < 0 ? 0 : count > p.problem.neurons ? p.problem.neurons : count;
+  if (count > p.dense_above) return {p.rows, nullptr};
+  return {count, p.problem.index};
+}
+
+}  // namespace pyprune

@@ -1,0 +1,110 @@
+// Values of every type as floats, and rounding.
+#pragma once
+
+#include "device.h"
+
+namespace pyprune {
+
+template <Type W>
+__device__ inline void unpack(const Piece& p, float (&out)[piece(W)]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t word = p.word[i];
+    if constexpr (W == Type::f32) {
+      out[i] = __uint_as_float(word);
+    } else if constexpr (W == Type::bf16) {
+      out[2 * i] = __uint_as_float(word << 16);
+      out[2 * i + 1] = __uint_as_float(word & 0xffff0000u);
+    } else if constexpr (W == Type::f16) {
+      out[2 * i] = from_half(word & 0xffffu);
+      out[2 * i + 1] = from_half(word >> 16);
+    } else {
+      // An integer in [0, 255] is put in the last byte of 2^23, which makes it a float without a conversion.
+      word ^= 0x80808080u;
+      constexpr float zero = 8388608.0f + 128.0f;
+      out[4 * i] = __uint_as_float(byte_beside_magic<0>(word)) - zero;
+      out[4 * i + 1] = __uint_as_float(byte_beside_magic<1>(word)) - zero;
+      out[4 * i + 2] = __uint_as_float(byte_beside_magic<2>(word)) - zero;
+      out[4 * i + 3] = __uint_as_float(byte_beside_magic<3>(word)) - zero;
+    }
+  }
+}
+
+template <Type W>
+struct Element {
+  using Bits = uint16_t;
+};
+template <>
+struct Element<Type::f32> {
+  using Bits = uint32_t;
+};
+template <>
+struct Element<Type::i8> {
+  using Bits = uint8_t;
+};
+
+// The piece at `values`, of which `left` elements exist, element by element; zeros behind them.
+template <Type W>
+__device__ inline Piece load_elements(const void* values, int64_t left) {
+  constexpr int n = piece(W), in_word = n / 4, bits = 32 / in_word;
+  auto* from = static_cast<const typename Element<W>::Bits*>(values);
+  Piece p{};
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    if (i < left) p.word[i / in_word] |= static_cast<uint32_t>(from[i]) << (i % in_word * bits % 32);
+  return p;
+}
+
+// The piece that begins at element `at`, of which `left` exist.
+template <Type W>
+__device__ inline Piece load_weights_at(const void* row, int64_t at, int64_t left, bool aligned, uint64_t policy) {
+  auto* from = static_cast<const typename Element<W>::Bits*>(row) + at;
+  return aligned ? load_weights(from, policy) : load_elements<W>(from, left);
+}
+
+__device__ inline float load_value(Type type, const void* values, int64_t i) {
+  if (type == Type::f32) return static_cast<const float*>(values)[i];
+  uint32_t bits = static_cast<const uint16_t*>(values)[i];
+  return type == Type::bf16 ? __uint_as_float(bits << 16) : from_half(bits);
+}
+
+__device__ inline void store_value(Type type, void* values, int64_t i, float value) {
+  if (type == Type::f32)
+    static_cast<float*>(values)[i] = value;
+  else
+    static_cast<uint16_t*>(values)[i] = type == Type::bf16 ? to_bfloat(value) : to_half(value);
+}
+
+template <Type X, int N>
+__device__ inline void load_pieces(const void* values, int64_t at, float (&out)[N]) {
+  constexpr int n = piece(X);
+#pragma unroll
+  for (int i = 0; i < N / n; ++i) {
+    float part[n];
+    unpack<X>(load_piece(static_cast<const typename Element<X>::Bits*>(values) + at + i * n), part);
+#pragma unroll
+    for (int j = 0; j < n; ++j) out[i * n + j] = part[j];
+  }
+}
+
+// N values from element `at`, of which `left` exist; zeros behind them. `aligned`: the first is on a whole piece.
+template <int N>
+__device__ inline void load_values(Type type, const void* values, int64_t at, int64_t left, bool aligned,
+                                   float (&out)[N]) {
+  if (aligned && left >= N && type == Type::f32) return load_pieces<Type::f32>(values, at, out);
+  if constexpr (N % 8 == 0) {
+    if (aligned && left >= N && type == Type::bf16) return load_pieces<Type::bf16>(values, at, out);
+    if (aligned && left >= N) return load_pieces<Type::f16>(values, at, out);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = i < left ? load_value(type, values, at + i) : 0.0f;
+}
+
+// To the nearest value of `type`, ties to even.
+__device__ inline float round_to(Type type, float value) {
+  if (type == Type::bf16) return __uint_as_float(static_cast<uint32_t>(to_bfloat(value)) << 16);
+  if (type == Type::f16) return from_half(to_half(value));
+  return value;
+}
+
+}  // namespace pyprune

@@ -1,0 +1,162 @@
+"""The native CUDA kernels, compact, gather and contextual: `torch.ops.pyprune.ffn_cuda`.
+
+A configuration is a plan of `csrc/cuda/plan.h`. What it leaves out, the library chooses from the sizes.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..errors import check, check_choice
+from . import Call, Config, Problem
+
+NAME = "cuda"
+ALGORITHMS = ("single_pass", "two_pass")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tokens that one launch takes; more are taken in chunks, each of which reads the weights again.
+_AT_ONCE = 8
+_MOST_CHANNELS = 1 << 17
+# In the order of `Choice` in plan.h, with what leaves each to the library.
+_UNSET: dict[str, int] = {
+    "algorithm": -1,
+    "blocks": 0,
+    "cluster": 0,
+    "teams": 0,
+    "step": 0,
+    "stages": 0,
+    "splits": 0,
+    "evict_first": -1,
+    "overlap": -1,
+    "early": -1,
+    "dense_percent": -1,
+}
+# A row's sums are the same for every number of tokens: the single pass is chosen by what registers hold, this is not.
+_INVARIANT: Config = {"algorithm": "two_pass"}
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the native kernels cannot run `problem`, in one line, or None."""
+    if problem.device != "cuda":
+        return f"needs tensors on a CUDA device, not on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"no kernel for {problem.dtype}"
+    if problem.weights not in (None, *_DTYPES, torch.int8):
+        return f"no kernel for {problem.weights} weights"
+    if problem.hidden_size > _MOST_CHANNELS:
+        return f"no kernel for a hidden_size above {_MOST_CHANNELS}"
+    return native.load_cuda()
+
+
+def plan(config: Config | None) -> list[int]:
+    """The numbers that the library takes for `config`.
+
+    Raises:
+        InputError: an unknown name, an algorithm that is none, or a value that is no integer or boolean.
+    """
+    numbers = dict(_UNSET)
+    for name, value in (config or {}).items():
+        check_choice(name, "config", numbers)
+        if name == "algorithm":
+            check_choice(str(value), "config['algorithm']", ALGORITHMS)
+            numbers[name] = ALGORITHMS.index(str(value))
+        else:
+            check(isinstance(value, int), f"config[{name!r}]", "be an integer or a boolean", value)
+            numbers[name] = int(value)
+    return list(numbers.values())
+
+
+def _tokens_at_once(problem: Problem) -> int:
+    return max(1, min(problem.tokens, _AT_ONCE))
+
+
+def default_config(problem: Problem) -> Config:
+    """What the library plans for `problem` on the current device."""
+    per_token = problem.contextual and problem.tokens > 1
+    found = torch.ops.pyprune.cuda_plan(
+        torch.cuda.current_device(),
+        _tokens_at_once(problem),
+        problem.hidden_size,
+        problem.kept + 1 if per_token else problem.kept,
+        problem.gated,
+        problem.gather,
+        problem.contextual,
+        str(problem.weights or problem.dtype).removeprefix("torch."),
+        plan(_INVARIANT if problem.batch_invariant else None),
+    )
+    planned: dict[str, int] = json.loads(found)
+    flags = {name: bool(planned[name]) for name in ("evict_first", "overlap", "early")}
+    sizes = {
+        name: planned[name] for name in ("blocks", "cluster", "teams", "step", "stages", "splits") if name in planned
+    }
+    return {"algorithm": ALGORITHMS[planned["algorithm"]], **sizes, **flags}
+
+
+def candidate_configs(problem: Problem) -> list[Config]:
+    """What can be faster than the default: the other algorithm, other rings, clusters and ways to follow a kernel."""
+    default = default_config(problem)
+    if problem.batch_invariant:
+        return [default, *({**_INVARIANT, "splits": n} for n in (4, 8, 16, 32))]
+    single: list[Config] = [{"algorithm": "single_pass"}]
+    for change in (
+        {"stages": 2},
+        {"stages": 3},
+        {"step": 1, "stages": 4},
+        {"step": 1, "stages": 6},
+        {"cluster": 4},
+        {"teams": 1},
+    ):
+        single.append({"algorithm": "single_pass", **change})
+    single += [{"algorithm": "single_pass", "overlap": True}, {"algorithm": "single_pass", "evict_first": False}]
+    if not problem.contextual:
+        single.append({"algorithm": "single_pass", "overlap": True, "early": True})
+    two: list[Config] = [{"algorithm": "two_pass"}, {"algorithm": "two_pass", "overlap": True}]
+    two += [{"algorithm": "two_pass", "splits": n} for n in (8, 16, 32)]
+    return [default, *(c for c in (*single, *two) if _fits(problem, c))]
+
+
+def _fits(problem: Problem, config: Config) -> bool:
+    try:
+        torch.ops.pyprune.cuda_plan(
+            torch.cuda.current_device(),
+            _tokens_at_once(problem),
+            problem.hidden_size,
+            problem.kept,
+            problem.gated,
+            problem.gather,
+            problem.contextual,
+            str(problem.weights or problem.dtype).removeprefix("torch."),
+            plan(config),
+        )
+    except RuntimeError:
+        return False
+    return True
+
+
+def run(call: Call, config: Config | None = None) -> Tensor:
+    """Run `call` by the plan `config`, on the current stream, without waiting for the device.
+
+    Raises:
+        InputError: see `plan`.
+        RuntimeError: the plan does not fit the call or the device; names what does.
+    """
+    if config is None and call.batch_invariant:
+        config = _INVARIANT
+    out: Tensor = torch.ops.pyprune.ffn_cuda.default(
+        call.x,
+        call.record,
+        call.index,
+        call.count,
+        call.scales,
+        call.neuron_bias,
+        call.down_bias,
+        call.residual,
+        call.gated,
+        call.activation,
+        plan(config),
+    )
+    return out

@@ -1,0 +1,86 @@
+"""The CUDA kernels as machine code, for GPUs that need not be there: no spills, loads of 16 bytes, blocks that fit."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from pyprune import native
+
+BENCH = Path(__file__).parent.parent / "bench"
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(bool(native.load_cuda()), reason=native.load_cuda() or "the CUDA library is built")
+
+
+@pytest.fixture(scope="module")
+def static() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        return importlib.import_module("static_cuda")
+
+
+@pytest.fixture(scope="module")
+def rows(static: ModuleType) -> list[dict[str, Any]]:
+    return static.rows(native.library("cuda"))
+
+
+def test_every_kernel_is_compiled_for_every_architecture(static: ModuleType, rows: list[dict[str, Any]]) -> None:
+    def kernels(architecture: str) -> list[tuple[Any, ...]]:
+        return [
+            (row["kernel"], row["weights"], row["tokens"], row["gated"])
+            for row in rows
+            if row["architecture"] == architecture
+        ]
+
+    # By four types of weights and four numbers of tokens: hidden and single for plain and gated, down for both; but no
+    # single pass for eight tokens. One more unites lists.
+    for architecture in static.ARCHITECTURES:
+        found = kernels(architecture)
+        assert len(found) == len(set(found)) == 16 * 2 + 12 * 2 + 16 + 1
+        assert found == kernels("sm_80")
+
+
+def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
+    assert [row for row in rows if row["stack_bytes"] or row["ldl"] or row["stl"]] == []
+
+
+def test_a_block_of_every_kernel_fits_on_a_multiprocessor(static: ModuleType, rows: list[dict[str, Any]]) -> None:
+    # Registers are given to warps by the 256.
+    given = [-(-row["registers"] * 32 // 256) * 256 * row["threads"] // 32 for row in rows]
+    assert [row for row, n in zip(rows, given, strict=True) if n > static.REGISTERS] == []
+
+
+def test_weights_are_read_sixteen_bytes_at_a_time(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        assert row["copies_narrow"] == 0, row
+        if row["kernel"] == "single_pass":
+            # A part of the record is a copy or more of each thread, in the first steps and in the loop.
+            assert row["copies_128"] >= 2 * (3 if row["gated"] else 2), row
+        elif row["kernel"] != "unite":
+            assert row["loads_128"] >= 4, row
+
+
+LAYERS = [(4096, 14336, True), (4096, 16384, False), (768, 3072, False), (576, 1536, True), (2048, 8192, True)]
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float16", "float32", "int8"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
+def test_planned_shared_memory_fits(static: ModuleType, architecture: str, weights: str) -> None:
+    simulator = Path(__file__).parent.parent / "build" / "simulator" / "libpyprune_simulator.so"
+    if not simulator.is_file():
+        pytest.skip("the simulator of the CUDA kernels is not built")
+    torch.ops.load_library(simulator)
+    shared = static.SHARED_LIMIT[architecture]
+    device = [108 if architecture == "sm_80" else 132, shared, architecture != "sm_80", 0]
+    unset = [-1, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1]
+    for (width, neurons, gated), tokens in ((layer, tokens) for layer in LAYERS for tokens in range(1, 9)):
+        arguments = (tokens, width, neurons, gated, True, False, weights, unset, device)
+        plan = json.loads(torch.ops.pyprune.plan_simulated(*arguments))
+        assert plan.get("shared_bytes", 0) <= shared
+        assert plan["threads"] <= static.most_threads("single_pass", plan["tokens"])
