@@ -17,7 +17,7 @@ import build_native  # noqa: E402 - not a package's module: pip builds with the 
 
 
 class BuildNative(build_ext):
-    """The native CPU library, in the package's folder; where it cannot be built, the record of why."""
+    """The native libraries, in the package's folder; where one cannot be built, the record of why."""
 
     @property
     def _folder(self) -> Path:
@@ -35,7 +35,7 @@ class BuildNative(build_ext):
 
 
 class AnyPython(bdist_wheel):
-    """The library calls torch only, never Python, so one wheel a platform serves every Python."""
+    """The libraries call torch only, never Python, so one wheel a platform serves every Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -44,6 +44,6 @@ class AnyPython(bdist_wheel):
 setup(
     packages=[*find_packages(include=["pyprune", "pyprune.*"]), "pyprune.triton_kernels"],
     package_dir={"pyprune": "pyprune", "pyprune.triton_kernels": "triton_kernels"},
-    ext_modules=[Extension("pyprune.libpyprune_cpu", sources=[])],
+    ext_modules=[Extension(f"pyprune.libpyprune_{name}", sources=[]) for name in build_native.NATIVE],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
 )

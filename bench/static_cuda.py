@@ -32,12 +32,12 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024
 REGISTERS = 64 * 1024  # of a multiprocessor
 
 _WEIGHTS = ("float32", "bfloat16", "float16", "int8")  # in the order of Type in csrc/common/problem.h
-_NAME = re.compile(r"pyprune\d+(single_pass|hidden_pass|down_pass|unite)(?:ILNS_4TypeE(\d)ELi(\d)(?:ELb(\d))?)?")
+_NAME = re.compile(r"pyprune\d+(single_pass|hidden_pass|down_pass|unite|widen)(?:ILNS_4TypeE(\d)ELi(\d)(?:ELb(\d))?)?")
 _OPCODE = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
 
 
 def most_threads(kernel: str, tokens: int) -> int:
-    """Threads of a block for which the kernel is compiled, as in csrc/cuda/params.h, layout.h and lists.h."""
+    """Threads of a block for which the kernel is compiled, as in csrc/cuda/params.h, layout.h and before.h."""
     if kernel != "single_pass":
         return 1024 if kernel == "unite" else 256
     return 512 if tokens <= 2 else 256
@@ -123,7 +123,7 @@ def main() -> None:
     console.width = max(console.width, 160)  # into a pipe rich would fold the columns at 80
     console.print(table)
     known = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    built = {key: native.facts()["cuda"].get(key) for key in ("nvcc", "architectures")}
+    built = {key: native.facts("cuda").get(key) for key in ("nvcc", "architectures")}
     with new_file(RESULT) as temporary:
         temporary.write_text(json.dumps({**known, "cuda_built": built, "cuda": found}, indent=1) + "\n")
 

@@ -25,11 +25,15 @@ def _states() -> dict[str, dict[str, str]]:
     return states
 
 
-def _choice(problem: Problem) -> str:
+def _choice(problem: Problem) -> dict[str, str]:
+    """The backend, its configuration, and where the choice is from."""
     try:
-        return dispatch.choose(problem).NAME
+        chosen = dispatch.choose(problem)
     except BackendError as error:
-        return str(error)
+        return {"backend": str(error), "configuration": "", "source": ""}
+    config = chosen.backend.default_config(problem) if chosen.config is None else chosen.config
+    words = ", ".join(f"{name} {value}" for name, value in config.items())
+    return {"backend": chosen.backend.NAME, "configuration": words, "source": chosen.source}
 
 
 def _choices() -> list[dict[str, str]]:
@@ -41,15 +45,15 @@ def _choices() -> list[dict[str, str]]:
             "dtype": str(dtype).removeprefix("torch."),
             "form": "gather" if gather else "compact",
             "tokens": str(tokens),
-            "backend": _choice(Problem(device, dtype, tokens, 4096, 14336, 7168, True, gather, "silu")),
+            **_choice(Problem(device, dtype, tokens, 4096, 14336, 7168, True, gather, "silu")),
         }
         for device, dtype, gather, tokens in itertools.product(devices, _DTYPES, (False, True), (1, 512))
     ]
 
 
 def diagnose() -> dict[str, Any]:
-    """JSON values: `machine` (see `machine.facts`), `native` (see `native.facts`), `backends`, `choices`, and
-    `demo`, the state of the demo model.
+    """JSON values: `machine` (see `machine.facts`), `native` and `native_cuda` (see `native.facts`), `backends`,
+    `choices`, and `demo`, the state of the demo model.
     """
     try:
         demo = f"usable ({loading.demo_file().name})"
@@ -58,6 +62,7 @@ def diagnose() -> dict[str, Any]:
     return {
         "machine": machine.facts(),
         "native": native.facts(),
+        "native_cuda": native.facts("cuda"),
         "backends": _states(),
         "choices": _choices(),
         "demo": demo,

@@ -1,6 +1,8 @@
-"""The native CPU library: loaded once, or why there is none. `csrc/build_native.py` writes it and its record.
+"""The native libraries, for CPU and CUDA: each loaded once, or why not. `csrc/build_native.py` writes them and their
+record.
 
-PYPRUNE_CPU_LIBRARY names another library to load instead; PYPRUNE_CPU_ISA, which the library reads, forces an ISA.
+PYPRUNE_CPU_LIBRARY and PYPRUNE_CUDA_LIBRARY name another library to load instead; PYPRUNE_CPU_ISA, which the CPU
+library reads, forces an ISA.
 """
 
 from __future__ import annotations
@@ -11,59 +13,94 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 _PACKAGE = Path(__file__).parent
-_NAME = "libpyprune_cpu.dylib" if sys.platform == "darwin" else "libpyprune_cpu.so"
 
 
-def library() -> Path:
-    """The file that `load` takes; it need not exist."""
-    named = os.environ.get("PYPRUNE_CPU_LIBRARY")
-    return Path(named).absolute() if named else _PACKAGE / _NAME
+class _Native(NamedTuple):
+    title: str
+    file: str
+    variable: str
+    built: tuple[str, ...]  # what its record says of how it was built
 
 
-def _record() -> dict[str, Any]:
+_NATIVE = {
+    "cpu": _Native(
+        "CPU",
+        "libpyprune_cpu.dylib" if sys.platform == "darwin" else "libpyprune_cpu.so",
+        "PYPRUNE_CPU_LIBRARY",
+        ("isas", "compiler", "torch"),
+    ),
+    "cuda": _Native(
+        "CUDA",
+        "libpyprune_cuda.so",
+        "PYPRUNE_CUDA_LIBRARY",
+        ("architectures", "left_out", "nvcc", "compiler", "torch"),
+    ),
+}
+_SOURCES = (".cpp", ".h", ".cu", ".cuh")
+
+
+def library(which: str = "cpu") -> Path:
+    """The file of the library `which`, cpu or cuda, that is loaded; it need not exist."""
+    named = os.environ.get(_NATIVE[which].variable)
+    return Path(named).absolute() if named else _PACKAGE / _NATIVE[which].file
+
+
+def _record(which: str) -> dict[str, Any]:
     """What the build recorded beside the library; empty where it did not."""
     try:
-        record = json.loads((library().with_name("native.json")).read_text(encoding="utf-8"))["cpu"]
+        record = json.loads((library(which).with_name("native.json")).read_text(encoding="utf-8"))[which]
     except (OSError, ValueError, LookupError, TypeError):
         return {}
     return record if isinstance(record, dict) else {}
 
 
-def _why_missing() -> str:
-    reason = _record().get("reason")
-    if os.environ.get("PYPRUNE_CPU_LIBRARY") and not reason:
-        return f"PYPRUNE_CPU_LIBRARY must name an existing file; got {library()}"
-    return f"native CPU library not built: {reason or 'run `make native` in a checkout, or reinstall pyprune'}"
+def _why_missing(which: str) -> str:
+    native, reason = _NATIVE[which], _record(which).get("reason")
+    if os.environ.get(native.variable) and not reason:
+        return f"{native.variable} must name an existing file; got {library(which)}"
+    how = "run `make native` in a checkout, or reinstall pyprune"
+    return f"native {native.title} library not built: {reason or how}"
+
+
+def _load(which: str) -> str | None:
+    try:
+        if not library(which).is_file():
+            return _why_missing(which)
+        torch.ops.load_library(library(which))
+    except Exception as error:
+        return f"native {_NATIVE[which].title} library cannot be loaded: {' '.join(str(error).split())}"
+    return None
 
 
 @functools.cache
 def load() -> str | None:
-    """Load the library, at the first call only; None, or in one line why it cannot be used. Never raises."""
-    try:
-        if not library().is_file():
-            return _why_missing()
-        torch.ops.load_library(library())
-    except Exception as error:
-        return f"native CPU library cannot be loaded: {' '.join(str(error).split())}"
-    return None
+    """Load the CPU library, at the first call only; None, or in one line why it cannot be used. Never raises."""
+    return _load("cpu")
 
 
-def _changed() -> list[str]:
-    """Sources in a checkout that are not those the library was built from."""
-    folder, built_from = _PACKAGE.parent / "csrc" / "cpu", _record().get("sources")
-    if not isinstance(built_from, dict) or not folder.is_dir():
+@functools.cache
+def load_cuda() -> str | None:
+    """Load the CUDA library, as `load` does. It needs neither a device nor a torch with CUDA: `None` promises none."""
+    return _load("cuda")
+
+
+def _changed(which: str) -> list[str]:
+    """Sources in a checkout, as paths below csrc, that are not those the library was built from."""
+    csrc, built_from = _PACKAGE.parent / "csrc", _record(which).get("sources")
+    if not isinstance(built_from, dict) or not (csrc / which).is_dir():
         return []
-    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*") if p.suffix in (".cpp", ".h")}
+    files = [p for folder in (which, "common") for p in (csrc / folder).glob("*") if p.suffix in _SOURCES]
+    found = {p.relative_to(csrc).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     return sorted({name for name, _ in found.items() ^ built_from.items()})
 
 
 def isa() -> str | None:
-    """The instruction set in use, as the library calls it."""
+    """The instruction set in use, as the CPU library calls it."""
     try:
         name: str = torch.ops.pyprune.cpu_isa("")
     except (AttributeError, RuntimeError):
@@ -71,25 +108,31 @@ def isa() -> str | None:
     return name
 
 
-def facts() -> dict[str, Any]:
-    """JSON values: `state` (`usable`, or why not), `path`; of a usable library also `isa` (in use), `isas`, `compiler`
-    and `torch` (built for, by, with), and `changed` (sources edited since; the library is used all the same).
+def facts(which: str = "cpu") -> dict[str, Any]:
+    """JSON values of the library `which`, cpu or cuda: `state` (`usable`, or why not) and `path`; of a usable one also
+    what it was built by, with and for (cpu: `isas`, `compiler`, `torch`; cuda: `architectures`, those `left_out`,
+    `nvcc`, `compiler`, `torch`), `changed` (sources edited since; it is used all the same), and `isa` (cpu: in use).
     """
-    reason = load()
+    reason = load_cuda() if which == "cuda" else load()
     if reason:
-        return {"state": reason, "path": str(library())}
-    record = _record()
-    built = {key: record.get(key) for key in ("isas", "compiler", "torch")}
-    return {"state": "usable", "path": str(library()), "isa": isa(), **built, "changed": _changed()}
+        return {"state": reason, "path": str(library(which))}
+    record = _record(which)
+    used = {"isa": isa()} if which == "cpu" else {}
+    built = {key: record.get(key) for key in _NATIVE[which].built}
+    return {"state": "usable", "path": str(library(which)), **used, **built, "changed": _changed(which)}
 
 
-def describe() -> str:
+def describe(which: str = "cpu") -> str:
     """`facts` in one line."""
-    found = facts()
+    found = facts(which)
     if found["state"] != "usable":
         return str(found["state"])
-    built = ", ".join(found["isas"] or ["no ISA but the portable one"])
-    line = f"native CPU library: {found['isa'] or 'an unknown ISA'} in use (built: {built}; {found['compiler']}, "
+    if which == "cpu":
+        built = ", ".join(found["isas"] or ["no ISA but the portable one"])
+        line = f"native CPU library: {found['isa'] or 'an unknown ISA'} in use (built: {built}; {found['compiler']}, "
+    else:
+        built = ", ".join(found["architectures"] or ["unknown architectures"])
+        line = f"native CUDA library: loaded (built: {built}; nvcc {found['nvcc']}, {found['compiler']}, "
     line += f"torch {found['torch']})"
     if found["changed"]:
         line += f"; older than {', '.join(found['changed'])}: run `make native`"

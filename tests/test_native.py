@@ -1,8 +1,9 @@
-"""The native CPU library's build and loading, with tiny sources: every way to have none ends in one line."""
+"""The native CPU library's build and loading, with tiny sources: every way to have none ends in one line. Of the CUDA
+library: test_native_cuda.py.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -16,12 +17,10 @@ import torch
 
 from pyprune import native
 
-_SPEC = importlib.util.spec_from_file_location(
-    "build_native", Path(__file__).parent.parent / "csrc" / "build_native.py"
-)
-assert _SPEC and _SPEC.loader
-build_native: Any = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(build_native)
+sys.path.insert(0, str(Path(__file__).parent.parent / "csrc"))
+import build_cpu
+import build_native
+import building
 
 OPERATOR = """
 #include <torch/csrc/stable/library.h>
@@ -34,8 +33,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyprune, CompositeExplicitAutograd, m) { m.impl("cpu_i
 
 def _cannot_build() -> str:
     try:
-        build_native.find_compiler(), build_native.find_torch(), build_native.find_ninja()
-    except build_native.NotBuilt as reason:
+        building.find_compiler(), building.find_torch(), building.find_ninja()
+    except building.NotBuilt as reason:
         return str(reason)
     return ""
 
@@ -61,9 +60,9 @@ def write(root: Path, name: str, text: str) -> None:
 def build(root: Path) -> dict[str, Any]:
     """Build into ROOT/pyprune; what is returned must be what is recorded, and agree with what lies there."""
     out = root / "pyprune"
-    record: dict[str, Any] = build_native.build(out, root)
+    record: dict[str, Any] = build_native.build(out, root)["cpu"]
     assert json.loads((out / "native.json").read_text())["cpu"] == record
-    assert (out / build_native.LIBRARY).is_file() == record["built"]
+    assert (out / build_cpu.LIBRARY).is_file() == record["built"]
     assert "\n" not in record.get("reason", "")
     return record
 
@@ -79,7 +78,7 @@ def fresh(library: Path, code: str) -> str:
 @pytest.fixture
 def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The file that PYPRUNE_CPU_LIBRARY names, not there yet; `load` starts anew, before and after."""
-    path = tmp_path / build_native.LIBRARY
+    path = tmp_path / build_cpu.LIBRARY
     monkeypatch.setenv("PYPRUNE_CPU_LIBRARY", str(path))
     native.load.cache_clear()
     yield path
@@ -102,7 +101,7 @@ def test_doctor_and_load_tell_the_recorded_reason(root: Path, monkeypatch: pytes
     monkeypatch.setenv("CXX", "no-such-compiler")
     line = f"native CPU library not built: {build(root)['reason']}"
     code = "import sys; from pyprune import cli, native; print(native.load()); sys.argv[1:] = ['doctor']; cli.main()"
-    said = " ".join(fresh(root / "pyprune" / build_native.LIBRARY, code).split())
+    said = " ".join(fresh(root / "pyprune" / build_cpu.LIBRARY, code).split())
     assert said.startswith(line)
     assert said.count(line) >= 2, said
 
@@ -113,7 +112,7 @@ def test_a_built_library_loads_in_a_fresh_process(root: Path) -> None:
     record = build(root)
     assert record["compiler"] and record["torch"] == torch.__version__ and record["isas"] == []
     code = "import json; from pyprune import native; print(json.dumps([native.load(), native.load(), native.facts()]))"
-    first, second, facts = json.loads(fresh(root / "pyprune" / build_native.LIBRARY, code))
+    first, second, facts = json.loads(fresh(root / "pyprune" / build_cpu.LIBRARY, code))
     assert (first, second) == (None, None)
     assert (facts["state"], facts["isa"], facts["compiler"]) == ("usable", "tiny", record["compiler"])
 
@@ -122,7 +121,7 @@ def test_a_built_library_loads_in_a_fresh_process(root: Path) -> None:
 def test_no_path_of_this_machine_is_built_in(root: Path) -> None:
     write(root, "one.cpp", OPERATOR)
     build(root)
-    built = (root / "pyprune" / build_native.LIBRARY).read_bytes() + (root / "pyprune" / "native.json").read_bytes()
+    built = (root / "pyprune" / build_cpu.LIBRARY).read_bytes() + (root / "pyprune" / "native.json").read_bytes()
     assert str(root).encode() not in built
     assert str(Path(torch.__file__).parent).encode() not in built
 
@@ -180,7 +179,7 @@ def test_an_isa_file_gets_its_flags_and_the_others_its_define(root: Path, monkey
     write(root, "one.cpp", "#if !defined(PYPRUNE_HAS_AVX2) || defined(__AVX2__)\n#error define\n#endif\n")
     record = build(root)
     assert record.get("isas") == ["avx2"], record
-    monkeypatch.setitem(build_native.X86, "avx2", build_native.Isa(("-mno-such-isa",), "nop"))
+    monkeypatch.setitem(build_cpu.X86, "avx2", build_cpu.Isa(("-mno-such-isa",), "nop"))
     write(root, "one.cpp", "#ifdef PYPRUNE_HAS_AVX2\n#error define\n#endif\n")
     record = build(root)
     assert (record["isas"], record["left_out"]) == ([], ["avx2"])
@@ -201,7 +200,7 @@ def test_the_variable_skips_requires_or_is_refused(root: Path, monkeypatch: pyte
 @needs_build
 def test_without_torch_or_sources_the_reason_says_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(build_native, "_torch_folder", lambda: None)
+        patch.setattr(building, "_torch_folder", lambda: None)
         assert "install torch first, then reinstall pyprune" in build(root)["reason"]
     (root / "csrc" / "cpu" / "one.cpp").unlink()
     assert build(root)["reason"] == "csrc/cpu has no sources"
@@ -211,8 +210,8 @@ def test_torch_is_found_from_an_isolated_build(tmp_path: Path, monkeypatch: pyte
     """pip hides the target environment from the build by a sitecustomize on PYTHONPATH."""
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.path[:] = [p for p in sys.path if 'site-' not in p]")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(build_native.importlib.util, "find_spec", lambda name: None)
-    assert build_native.find_torch().folder == Path(torch.__file__).parent
+    monkeypatch.setattr(building.importlib.util, "find_spec", lambda name: None)
+    assert building.find_torch().folder == Path(torch.__file__).parent
 
 
 @needs_build
@@ -220,10 +219,12 @@ def test_a_library_older_than_its_sources_is_named(root: Path, monkeypatch: pyte
     monkeypatch.setattr(native, "_PACKAGE", root / "pyprune")
     monkeypatch.delenv("PYPRUNE_CPU_LIBRARY", raising=False)
     build(root)
-    assert native._changed() == []
+    assert native._changed("cpu") == []
     write(root, "one.cpp", "int one() { return 2; }\n")
     write(root, "new.h", "")
-    assert native._changed() == ["new.h", "one.cpp"]
+    (root / "csrc" / "common").mkdir()
+    (root / "csrc" / "common" / "shared.h").touch()
+    assert native._changed("cpu") == ["common/shared.h", "cpu/new.h", "cpu/one.cpp"]
 
 
 def test_what_is_no_library_is_told_in_one_line(named: Path) -> None:

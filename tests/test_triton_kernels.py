@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,11 @@ def test_launchers_allocate_through_the_poisoned_function(poison: list[tuple[int
     kernels.ffn_decode(**p)
     assert poison == [(3, 33), (3, 3, 33)]
     poison.clear()
-    kernels.ffn_prefill(**p)
+    kernels.ffn_prefill(**{**p, "residual": None})
     assert poison == [(3, 33), (3, 64)]
+    poison.clear()
+    kernels.ffn_prefill(**problem(3, 400, 33))
+    assert poison == [(3, 33), (3, 448), (8, 3, 33)]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -530,14 +534,14 @@ def test_a_device_without_triton_is_refused() -> None:
 @pytest.mark.parametrize("aligned", [False, True])
 def test_configurations_are_few_and_fit_together(dtype: torch.dtype, aligned: bool) -> None:
     widths = range(1, 30000, 97)
-    decode = {kernels.decode_config(k, 4096, dtype, aligned) for k in widths}
-    assert len(decode) <= 3
+    decode = {kernels.decode_config(m, k, 4096, dtype, True, aligned) for k in widths for m in range(1, 65)}
+    assert len(decode) <= 12
     prefill = set()
     for m, k, gated, gather in itertools.product((1, 17, 40, 300, 5000), widths, (False, True), (False, True)):
         config = kernels.prefill_config(m, k, 4096, dtype, gated, gather, aligned)
         # The first product zeroes whole blocks of neurons; the second must not read past them.
         assert config.hidden.block_n % config.down.block_k == 0
-        prefill.add(config)
+        prefill.add(replace(config, splits=1))
     assert len(prefill) <= 64
     assert "block_m=" in repr(config)
 

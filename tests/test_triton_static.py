@@ -9,11 +9,14 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+STATIC = Path(__file__).parents[1] / "bench" / "results" / "static.json"
+ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 
@@ -27,54 +30,137 @@ def _python(folder: Path, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+def _tables(folder: Path, *options: str) -> list[dict[str, Any]]:
+    """The rows of every architecture, each compiled in a process of its own, side by side."""
+
+    def table(architecture: int) -> list[dict[str, Any]]:
+        command = ("-m", "pyprune.triton_kernels.aot", "--json", "--architecture", str(architecture))
+        return json.loads(_python(folder, *command, *options))
+
+    with ThreadPoolExecutor(3) as pool:
+        return [row for rows in pool.map(table, ARCHITECTURES) for row in rows]
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("aot")
-    return json.loads(_python(folder, "-m", "pyprune.triton_kernels.aot", "--json"))
+    return _tables(tmp_path_factory.mktemp("aot"))
+
+
+def spilling(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["stack_bytes"] or row["ldl"] or row["stl"]]
+
+
+def too_large(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        row
+        for row in rows
+        if row["registers"] > 255
+        or row["registers"] * 32 * row["num_warps"] > 65536
+        or row["shared_bytes"] > SHARED_LIMIT[row["architecture"]]
+    ]
 
 
 def test_every_kernel_branch_and_dtype_is_compiled(rows: list[dict[str, Any]]) -> None:
+    both = {(a, b) for a in (False, True) for b in (False, True)}
     for architecture in SHARED_LIMIT:
         here = [row for row in rows if row["architecture"] == architecture]
-        assert {row["kernel"] for row in here} == {"slab_kernel", "reduce_kernel", "hidden_kernel", "down_kernel"}
+        found = {"slab_kernel", "reduce_kernel", "hidden_kernel", "down_kernel", "act_mul_kernel"}
+        if architecture != "sm_80":
+            found |= {"hidden_descriptor_kernel", "down_descriptor_kernel"}
+        assert {row["kernel"] for row in here} == found
         for kernel in ("slab_kernel", "hidden_kernel"):
             mine = [row for row in here if row["kernel"] == kernel]
-            assert {(row["gated"], row["gather"]) for row in mine} == {(a, b) for a in (0, 1) for b in (0, 1)}
-            assert {row["dtype"] for row in mine} == {"float32", "float16", "bfloat16"}
+            assert {(row["gated"], row["gather"]) for row in mine} == both
+            assert {(row["int8"], row["dtype"]) for row in mine} == {
+                (int8, dtype) for int8 in (False, True) for dtype in ("float32", "float16", "bfloat16")
+            }
             assert {"gelu", "silu"} <= {row["activation"] for row in mine}
-            assert {row["aligned"] for row in mine} == {True, False}
+            assert {row["aligned"] for row in mine} == {row["count"] for row in mine} == {True, False}
 
 
 def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
-    assert [row for row in rows if row["stack_bytes"] or row["ldl"] or row["stl"]] == []
+    assert spilling(rows) == []
 
 
 def test_registers_and_shared_memory_fit(rows: list[dict[str, Any]]) -> None:
-    assert [row for row in rows if row["registers"] > 255] == []
-    assert [row for row in rows if row["registers"] * 32 * row["num_warps"] > 65536] == []
-    assert [row for row in rows if row["shared_bytes"] > SHARED_LIMIT[row["architecture"]]] == []
+    assert too_large(rows) == []
 
 
 def test_half_precision_uses_the_matrix_units(rows: list[dict[str, Any]]) -> None:
     tall = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
     for row in rows:
-        if row["kernel"] == "reduce_kernel" or row["dtype"] == "float32":
+        if row["kernel"] in ("reduce_kernel", "act_mul_kernel") or row["dtype"] == "float32":
             continue
-        # The warp-group instructions of sm_90 and sm_100 work on 64 rows at least.
-        wanted = tall[row["architecture"]] if row["blocks"]["BLOCK_M"] >= 64 else "HMMA"
-        assert row["mma"] == wanted and row["mma_count"] > 0, row
+        # The warp-group instructions of sm_90 and sm_100 work on 64 rows at least, which are rows of weights.
+        weights = row["blocks"].get("SLAB") or row["blocks"]["BLOCK_N"]
+        allowed = (
+            {tall[row["architecture"]]} if weights >= 64 and row["aligned"] else {"HMMA", tall[row["architecture"]]}
+        )
+        assert row["mma"] in allowed and row["mma_count"] > 0, row
+
+
+def test_a_row_is_made_of_the_same_instructions_beside_few_tokens_and_many(rows: list[dict[str, Any]]) -> None:
+    about = ("kernel", "architecture", "dtype", "int8", "gated", "gather", "count", "aligned", "num_warps")
+    found: dict[str, set[str]] = {}
+    tokens: dict[str, set[int]] = {}
+    for row in rows:
+        tile = {name: size for name, size in row["blocks"].items() if name != "BLOCK_M"}
+        if row["kernel"] == "slab_kernel" or row["blocks"].get("BLOCK_N") == 64:
+            key = json.dumps([*(row[name] for name in about), tile])
+            found.setdefault(key, set()).add(row["mma_kinds"])
+            tokens.setdefault(key, set()).add(row["blocks"]["BLOCK_M"])
+    assert sum(len(sizes) > 1 for sizes in tokens.values()) >= 4 * len(SHARED_LIMIT)
+    assert {key: kinds for key, kinds in found.items() if len(kinds) > 1} == {}
+
+
+def test_decode_reads_weights_by_16_bytes(rows: list[dict[str, Any]]) -> None:
+    slabs = [row for row in rows if row["kernel"] == "slab_kernel" and row["aligned"] and row["dtype"] != "float32"]
+    assert {row["architecture"] for row in slabs} == SHARED_LIMIT.keys()
+    for row in slabs:
+        assert row["loads_128"] > 0, row
+        assert row["copies_narrow"] == 0, row
+    bare = [row for row in slabs if not row["extras"]]
+    assert len(bare) >= len(SHARED_LIMIT)
+    assert all(row["loads_narrow"] == 0 for row in bare)
+    described = [row for row in rows if "descriptor" in row["kernel"]]
+    assert described and all(row["copies_narrow"] == 0 for row in described)
 
 
 def test_float32_is_not_rounded_to_tf32(rows: list[dict[str, Any]]) -> None:
-    products = [row for row in rows if row["dtype"] == "float32" and row["kernel"] != "reduce_kernel"]
+    without = ("reduce_kernel", "act_mul_kernel")
+    products = [row for row in rows if row["dtype"] == "float32" and row["kernel"] not in without]
     assert products
     assert {row["mma"] for row in products} <= {"FFMA", "FFMA2"}
+
+
+def test_every_offered_configuration_is_in_the_committed_table(tmp_path: Path) -> None:
+    program = """
+import json
+from pyprune.triton_kernels.aot import ARCHITECTURES, described, distinct_rows
+from pyprune.triton_kernels.variants import offered
+print(json.dumps([described(*row, a) for a in ARCHITECTURES for row in distinct_rows(offered(a), a)]))
+"""
+    wanted = json.loads(_python(tmp_path, "-c", program))
+    table = json.loads(STATIC.read_text())["kernels"]
+    about = set(wanted[0])
+    known = {json.dumps({k: v for k, v in row.items() if k in about}, sort_keys=True) for row in table}
+    assert [row for row in wanted if json.dumps(row, sort_keys=True) not in known] == [], "run bench/static_table.py"
+    assert spilling(table) == []
+    assert too_large(table) == []
+
+
+@pytest.mark.slow
+def test_every_offered_configuration_compiles_without_spills(tmp_path: Path) -> None:
+    rows = _tables(tmp_path, "--offered")
+    assert spilling(rows) == []
+    assert too_large(rows) == []
 
 
 def test_the_spill_gate_can_close(tmp_path: Path) -> None:
     program = """
 import json
-from pyprune.triton_kernels.aot import Variant, machine_code
+from pyprune.triton_kernels.aot import machine_code
+from pyprune.triton_kernels.variants import Variant
 launch = Variant(512, 11008, 4096, "bfloat16", True, True, "gelu", "prefill").launches()[1]
 blocks = {"BLOCK_M": 128, "BLOCK_N": 256}
 launch = launch._replace(arguments={**launch.arguments, **blocks}, num_warps=4, num_stages=2)
@@ -88,8 +174,9 @@ print(json.dumps(machine_code(launch, 90)))
 
 def test_layers_of_nearby_width_share_kernels(tmp_path: Path) -> None:
     program = """
-from pyprune.triton_kernels.aot import Variant, distinct_launches
-for phase, m in (("decode", 1), ("decode", 7), ("prefill", 300)):
+from pyprune.triton_kernels.aot import distinct_launches
+from pyprune.triton_kernels.variants import Variant
+for phase, m in (("decode", 1), ("decode", 7), ("prefill", 40), ("prefill", 300)):
     widths = [Variant(m, k, 4096, "bfloat16", True, True, "silu", phase) for k in range(9000, 9600, 37)]
     print(len(distinct_launches(widths)), len(distinct_launches(widths[:1])))
 """
@@ -115,7 +202,7 @@ def test_static_table_refuses_to_compile_under_the_interpreter(tmp_path: Path) -
     program = """
 from pyprune.triton_kernels.aot import static_table
 try:
-    static_table([])
+    static_table([], 90)
 except RuntimeError as error:
     print(error)
 """

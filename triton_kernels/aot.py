@@ -2,20 +2,20 @@
 
 The launches are those that the launchers would make, planned on meta tensors, so what is compiled here is what runs.
 
-    python -m pyprune.triton_kernels.aot          a line for each kernel
-    python -m pyprune.triton_kernels.aot --json   the same as JSON
+    python -m pyprune.triton_kernels.aot --architecture 90          a line for each kernel
+    python -m pyprune.triton_kernels.aot --architecture 90 --json   the same as JSON
+    ... --offered    the configurations that are offered for tuning, not every branch
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,69 +24,39 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import INTERPRETED, decode, prefill
-from .launch import Launch, Problem
+from .checks import INTERPRETED
+from .launch import Launch
+from .variants import Variant, offered, variants
 
 ARCHITECTURES = (80, 90, 100)
 
 # Most shared memory that a block may ask for, in bytes (CUDA programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int8: "i8",
 }
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 # Opcodes that spill, and that multiply. FFMA is what a float32 product is made of.
 _OPCODE = re.compile(r"\s(HGMMA|HMMA|UTC[A-Z]*MMA|LDL|STL|FFMA2?)[.\s]")
+# Loads from global memory: into registers, into shared memory, and of whole tiles by the copy engine.
+_LOAD = re.compile(r"\s(LDG|LDGSTS|UTMALDG|UBLKCP)((?:\.\w+)*)[\s;]")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One FFN problem to compile for.
-
-    Args:
-        m, k, d: tokens, kept neurons, channels. They choose blocks, and whether addresses are aligned.
-        dtype: "float32", "float16" or "bfloat16".
-        gated, gather, activation: see `ffn`.
-        phase: "decode" or "prefill".
-    """
-
-    m: int
-    k: int
-    d: int
-    dtype: str
-    gated: bool
-    gather: bool
-    activation: str
-    phase: str
-
-    def launches(self) -> list[Launch]:
-        """What the launchers would do, with bias and residual."""
-        parts = 3 if self.gated else 2
-        dtype = _DTYPES[self.dtype]
-
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        problem = Problem(
-            x=empty(self.m, self.d),
-            record=empty(self.k, parts * self.d),
-            gated=self.gated,
-            activation=self.activation,
-            neuron_bias=empty(self.k, parts - 1),
-            down_bias=empty(self.d),
-            residual=empty(self.m, self.d),
-            index=empty(self.k, dtype=torch.int32) if self.gather else None,
-        )
-        out = empty(self.m, self.d)
-        if self.phase == "decode":
-            return decode.launches(problem, out, problem.decode_config())
-        return prefill.launches(problem, out, problem.prefill_config())
+def _loads(assembly: str) -> dict[str, int]:
+    """Counts of load instructions by bits: `loads_128` with those of tiles, `loads_narrow` and `copies_narrow`."""
+    counts: Counter[str] = Counter()
+    for opcode, suffixes in _LOAD.findall(assembly):
+        if ".128" in suffixes or opcode in ("UTMALDG", "UBLKCP"):
+            counts["loads_128"] += 1
+        else:
+            counts["copies_narrow" if opcode == "LDGSTS" else "loads_narrow"] += 1
+    return {name: counts[name] for name in ("loads_128", "loads_narrow", "copies_narrow")}
 
 
 def _source(launch: Launch) -> ASTSource:
@@ -101,8 +71,11 @@ def _source(launch: Launch) -> ASTSource:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
+        if isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
+            continue
         if isinstance(value, Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
+            signature[parameter.name] = f"*{_TYPES[value.dtype]}"
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         else:
             signature[parameter.name] = "i32"
@@ -120,15 +93,17 @@ def machine_code(launch: Launch, architecture: int) -> dict[str, Any]:
     """Compile one launch; sizes from its resource usage, counts from its disassembly.
 
     Returns:
-        registers, stack_bytes, ldl and stl (spill loads and stores), mma (kind of matrix instruction, FFMA where there
-        are none), mma_count, shared_bytes.
+        registers, stack_bytes, ldl and stl (spill loads and stores), mma (most frequent kind of matrix instruction,
+        FFMA where there are none), mma_count, mma_kinds (all of them), shared_bytes; loads_128 (loads from global
+        memory of 16 bytes, or of tiles), loads_narrow (narrower ones into registers), copies_narrow (into shared
+        memory).
     """
     compiled = triton.compile(_source(launch), target=GPUTarget("cuda", architecture, 32), options=launch.options())
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-        assembly = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin))
+        assembly = _tool(triton.knobs.nvidia.nvdisasm.path, "-ndf", "-c", str(cubin))
     opcodes = Counter(_OPCODE.findall(assembly))
     spills = {name.lower(): opcodes.pop(name, 0) for name in ("LDL", "STL")}
     matrix = {name: count for name, count in opcodes.items() if "MMA" in name}
@@ -139,25 +114,10 @@ def machine_code(launch: Launch, architecture: int) -> dict[str, Any]:
         **spills,
         "mma": kind,
         "mma_count": count,
+        "mma_kinds": "+".join(sorted(matrix)) or kind,
         "shared_bytes": compiled.metadata.shared,
+        **_loads(assembly),
     }
-
-
-def variants() -> Iterator[Variant]:
-    """Every branch, dtype and kind of tile at least once."""
-    for phase, m in (("decode", 1), ("prefill", 512)):
-        for gated, activation in ((False, "gelu"), (True, "silu")):
-            for gather in (False, True):
-                yield Variant(m, 11008, 4096, "bfloat16", gated, gather, activation, phase)
-        yield Variant(m, 1536, 576, "float16", True, True, "gelu_tanh", phase)
-        yield Variant(m, 1536, 576, "float32", True, True, "gelu", phase)
-        yield Variant(m, 11007, 4097, "bfloat16", True, True, "quick_gelu", phase)
-    yield Variant(1, 28672, 8192, "bfloat16", True, True, "silu", "decode")
-    yield Variant(33, 3072, 768, "float16", False, True, "relu2", "prefill")
-    yield Variant(17, 587, 587, "float16", False, False, "relu", "prefill")
-    # Sizes and strides of 1, which Triton makes constants.
-    yield Variant(1, 1, 1, "float16", True, True, "relu2", "decode")
-    yield Variant(1, 1, 1, "float16", True, True, "relu2", "prefill")
 
 
 def distinct_launches(variants: Iterable[Variant]) -> list[tuple[Variant, Launch]]:
@@ -171,44 +131,60 @@ def distinct_launches(variants: Iterable[Variant]) -> list[tuple[Variant, Launch
     return list(found.values())
 
 
-def static_table(variants: Iterable[Variant], architectures: Iterable[int] = ARCHITECTURES) -> list[dict[str, Any]]:
-    """Compile `variants` for `architectures`, each distinct kernel once.
+def described(variant: Variant, launch: Launch, architecture: int) -> dict[str, Any]:
+    """What a row of the table is about: kernel, architecture, dtype, int8, gated, gather, count, activation (None where
+    the kernel has no such branch), extras (biases and residual), aligned, blocks, num_warps, num_stages.
+    """
+    given = launch.arguments
+    return {
+        "kernel": launch.kernel.__name__,
+        "architecture": f"sm_{architecture}",
+        "dtype": variant.dtype,
+        "int8": variant.int8,
+        "gated": given.get("GATED"),
+        "gather": given["index"] is not None if "index" in given else None,
+        "count": given.get("count") is not None,
+        "activation": given.get("ACTIVATION"),
+        "extras": variant.extras,
+        "aligned": variant.d % 16 == 0,
+        "blocks": {name: size for name, size in given.items() if name.startswith(("BLOCK", "SLAB"))},
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+
+
+def distinct_rows(variants: Iterable[Variant], architecture: int) -> list[tuple[Variant, Launch]]:
+    """`distinct_launches` without descriptors where the hardware has none."""
+    found = distinct_launches(variants)
+    return [row for row in found if architecture >= 90 or "descriptor" not in row[1].kernel.__name__]
+
+
+def static_table(variants: Iterable[Variant], architecture: int) -> list[dict[str, Any]]:
+    """Compile `variants` for sm_`architecture`, each distinct kernel once.
 
     Returns:
-        One row a kernel and architecture: kernel, architecture, dtype, gated, gather, activation (None where the kernel
-        has no such branch), aligned, blocks, num_warps, and what `machine_code` finds.
+        One row a kernel, see `described`, with what `machine_code` finds.
 
     Raises:
         RuntimeError: the kernels were imported for the interpreter, which compiles nothing.
     """
     if INTERPRETED:
         raise RuntimeError("static_table compiles; TRITON_INTERPRET must not be set when the kernels are imported")
-    launches = distinct_launches(variants)
-    rows = []
-    for architecture in architectures:
-        for variant, launch in launches:
-            given = launch.arguments
-            rows.append(
-                {
-                    "kernel": launch.kernel.__name__,
-                    "architecture": f"sm_{architecture}",
-                    "dtype": variant.dtype,
-                    "gated": given.get("GATED"),
-                    "gather": given["index"] is not None if "index" in given else None,
-                    "activation": given.get("ACTIVATION"),
-                    "aligned": variant.d % 16 == 0,
-                    "blocks": {name: size for name, size in given.items() if name.startswith(("BLOCK_", "SLAB"))},
-                    "num_warps": launch.num_warps,
-                    **machine_code(launch, architecture),
-                }
-            )
-    return rows
+    return [
+        {**described(variant, launch, architecture), **machine_code(launch, architecture)}
+        for variant, launch in distinct_rows(variants, architecture)
+    ]
 
 
 def main() -> None:
-    """Print the table, as JSON with `--json`."""
-    rows = static_table(variants())
-    if "--json" in sys.argv[1:]:
+    """Print a table."""
+    parser = argparse.ArgumentParser(prog="aot", description="compile the Triton kernels without a GPU")
+    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, default=90)
+    parser.add_argument("--offered", action="store_true", help="what is offered for tuning, not every branch")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    rows = static_table(offered(given.architecture) if given.offered else variants(), given.architecture)
+    if given.json:
         print(json.dumps(rows, indent=1))
         return
     for row in rows:

@@ -1,6 +1,6 @@
 """Few tokens: one pass over the kept neurons, then a sum of partial results.
 
-    program 0   neurons [0, S)      up, gate rows -> hidden [tokens, S] -> times down rows -> partial 0  [tokens, D]
+    program 0   neurons [0, S)      up, gate rows -> hidden [S, tokens] -> times down rows -> partial 0  [tokens, D]
     program 1   neurons [S, 2S)                                                            -> partial 1  [tokens, D]
     ...
     reduce      out = partial 0 + partial 1 + ... + down_bias + residual
@@ -8,6 +8,8 @@
 Each record row is read once, and the hidden activations never leave the program. The slab width S depends on the
 layer alone and a token's arithmetic never meets another token's, so a row of the result is bitwise the same in
 every batch.
+
+With `count` the grid covers the whole index, and programs beyond the count leave at once: nothing waits for it.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
+from . import reduce
 from .config import DecodeConfig
 from .launch import Launch, Problem
-from .tile import hidden_tile, record_rows
+from .tile import hidden_tile, kept_neurons, record_rows, unfold
 
 
 # K and M are used in masks along rows only: specialising on their values would compile anew for every pruned width.
@@ -28,13 +31,17 @@ def slab_kernel(
     x_stride,  # elements between tokens
     record,  # [F, P*D] rows [up | down] or [gate | up | down]
     record_stride,  # elements between record rows
+    scales,  # [F, P] float32 of an int8 record, or None
+    scales_stride,  # elements between rows of scales
     neuron_bias,  # [F, P-1] or None
     bias_stride,  # elements between bias rows
-    index,  # [K] int32 kept neurons, or None
+    index,  # [K] int32 kept neurons, or [M, K], or None
+    count,  # [1] int32, how many of index are used, or [M], or None for all
     partial,  # out [slabs, M, D] float32
     M,  # number of tokens
-    K,  # number of kept neurons
+    K,  # number of kept neurons; length of an index
     D,  # hidden_size
+    PER_TOKEN: tl.constexpr,  # every token has an index and a count of its own
     GATED: tl.constexpr,  # record has a gate part
     ACTIVATION: tl.constexpr,  # name of the activation
     BF16_BITS: tl.constexpr,  # bfloat16 values stored as float32
@@ -42,16 +49,30 @@ def slab_kernel(
     SLAB: tl.constexpr,  # neurons of a program
     BLOCK_D: tl.constexpr,  # channels taken at once
 ):
-    token_blocks = tl.cdiv(M, BLOCK_M)
     # Token blocks of one slab are neighbours in launch order: the second finds the slab's rows in the L2 cache.
-    slab = tl.program_id(0) // token_blocks
-    tokens = (tl.program_id(0) % token_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if PER_TOKEN:
+        slab = tl.program_id(0) // M
+        first = tl.program_id(0) % M
+        index += first.to(tl.int64) * K
+        count += first
+        beyond = first + 1
+    else:
+        token_blocks = tl.cdiv(M, BLOCK_M)
+        slab = tl.program_id(0) // token_blocks
+        first = (tl.program_id(0) % token_blocks) * BLOCK_M
+        beyond = M
+    K = kept_neurons(count, K)
+    if count is not None:  # noqa: SIM102 - one is decided when the kernel is compiled
+        if slab * SLAB >= K:
+            return
+    tokens = first + tl.arange(0, BLOCK_M)
+    present = tokens < beyond
     neurons = slab * SLAB + tl.arange(0, SLAB)
     live = neurons < K
     rows = record_rows(index, neurons, K)
     hidden = hidden_tile(
-        x, x_stride, tokens, M, record, record_stride, rows, live, neuron_bias, bias_stride, D,
-        GATED, ACTIVATION, BF16_BITS, BLOCK_M, SLAB, BLOCK_D,
+        x, x_stride, tokens, present, record, record_stride, rows, live, scales, scales_stride, neuron_bias,
+        bias_stride, D, GATED, ACTIVATION, BF16_BITS, BLOCK_M, SLAB, BLOCK_D,
     )  # fmt: skip
     hidden = hidden.to(x.dtype.element_ty)
 
@@ -61,44 +82,12 @@ def slab_kernel(
         down_tile += 2 * D
     else:
         down_tile += D
-    out_tile = partial + (slab.to(tl.int64) * M + tokens)[:, None] * D + d[None, :]
-    present = (tokens < M)[:, None]
+    out_tile = partial + (slab.to(tl.int64) * M + tokens)[None, :] * D + d[:, None]
     for start in range(0, D, BLOCK_D):
-        inside = (start + d < D)[None, :]
-        ws = tl.load(down_tile + start, mask=live[:, None] & inside, other=0.0)
-        tl.store(out_tile + start, tl.dot(hidden, ws, input_precision="ieee"), mask=present & inside)
-
-
-@triton.jit(do_not_specialize=["M", "slabs"])
-def reduce_kernel(
-    partial,  # [slabs, M, D] float32
-    slabs,  # number of partials; 0 when no neuron is kept
-    down_bias,  # [D] or None
-    residual,  # [M, D] or None
-    residual_stride,  # elements between residual rows
-    out,  # out [M, D]
-    M,  # number of tokens
-    D,  # hidden_size
-    BLOCK_S: tl.constexpr,  # partials taken at once
-    BLOCK_D: tl.constexpr,  # channels of a program
-):
-    channel_blocks = tl.cdiv(D, BLOCK_D)
-    token = (tl.program_id(0) // channel_blocks).to(tl.int64)
-    d = (tl.program_id(0) % channel_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    s = tl.arange(0, BLOCK_S)
-    inside = d < D
-    slab_size = M.to(tl.int64) * D
-    tile = partial + s[:, None] * slab_size + token * D + d[None, :]
-    total = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
-    for start in range(0, slabs, BLOCK_S):
-        total += tl.load(tile + start * slab_size, mask=(start + s < slabs)[:, None] & inside[None, :], other=0.0)
-    # The order of this sum is fixed when the kernel is compiled.
-    row = tl.sum(total, axis=0)
-    if down_bias is not None:
-        row += tl.load(down_bias + d, mask=inside, other=0.0).to(tl.float32)
-    if residual is not None:
-        row += tl.load(residual + token * residual_stride + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * D + d, row.to(out.dtype.element_ty), mask=inside)
+        inside = start + d < D
+        ws = tl.load(down_tile + start, mask=live[:, None] & inside[None, :], other=0)
+        share = tl.dot(tl.trans(ws.to(x.dtype.element_ty)), hidden, input_precision="ieee")
+        tl.store(out_tile + start, unfold(share, scales), mask=inside[:, None] & present[None, :])
 
 
 def launches(p: Problem, out: torch.Tensor, config: DecodeConfig) -> list[Launch]:
@@ -110,10 +99,11 @@ def launches(p: Problem, out: torch.Tensor, config: DecodeConfig) -> list[Launch
         plan.append(
             Launch(
                 slab_kernel,
-                (triton.cdiv(p.m, config.block_m) * slabs,),
+                ((p.m if p.per_token else triton.cdiv(p.m, config.block_m)) * slabs,),
                 {
                     **p.weights(),
                     "partial": partial,
+                    "PER_TOKEN": p.per_token,
                     "BLOCK_M": config.block_m,
                     "SLAB": config.slab,
                     "BLOCK_D": config.block_d,
@@ -122,21 +112,5 @@ def launches(p: Problem, out: torch.Tensor, config: DecodeConfig) -> list[Launch
                 config.num_stages,
             )
         )
-    plan.append(
-        Launch(
-            reduce_kernel,
-            (p.m * triton.cdiv(p.d, config.reduce_d),),
-            {
-                "partial": partial,
-                "slabs": slabs,
-                **p.epilogue(out),
-                "M": p.m,
-                "D": p.d,
-                "BLOCK_S": config.reduce_s,
-                "BLOCK_D": config.reduce_d,
-            },
-            num_warps=4,
-            num_stages=1,
-        )
-    )
+    plan.append(reduce.launch(p, partial, out, config.slab))
     return plan

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .config import DecodeConfig, PrefillConfig, decode_config, prefill_config
+from .config import Config, decode_config, default_config, prefill_config
 
 
 class Launch(NamedTuple):
@@ -34,6 +36,12 @@ class Launch(NamedTuple):
         self.kernel[self.grid](**self.arguments, **self.options())
 
 
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the device of `tensor` current, on which Triton launches, where it is not."""
+    elsewhere = tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
+
+
 class Problem(NamedTuple):
     """One FFN call. The launchers need `x` and `residual` as `[M, D]`, and contiguous rows everywhere.
 
@@ -45,7 +53,9 @@ class Problem(NamedTuple):
         neuron_bias: `[F, P-1]` or None.
         down_bias: `[D]` or None.
         residual: `[M, D]` or None.
-        index: `[K]` int32 or None.
+        index: `[K]` int32, or `[M, K]` with one list a token, or None.
+        scales: `[F, P]` float32 with an int8 record, else None.
+        count: `[1]` int32, or `[M]` with one list a token, or None.
         bf16_bits: the tensors hold bfloat16 values in float32, see `round_like`.
     """
 
@@ -57,6 +67,8 @@ class Problem(NamedTuple):
     down_bias: Tensor | None = None
     residual: Tensor | None = None
     index: Tensor | None = None
+    scales: Tensor | None = None
+    count: Tensor | None = None
     bf16_bits: bool = False
 
     @property
@@ -71,8 +83,13 @@ class Problem(NamedTuple):
 
     @property
     def k(self) -> int:
-        """Number of kept neurons."""
-        return self.record.shape[0] if self.index is None else self.index.shape[0]
+        """Number of kept neurons; with `count` the most that may be used."""
+        return self.record.shape[0] if self.index is None else self.index.shape[-1]
+
+    @property
+    def per_token(self) -> bool:
+        """Every token has an index and a count of its own."""
+        return self.index is not None and self.index.dim() == 2
 
     @property
     def aligned(self) -> bool:
@@ -80,13 +97,15 @@ class Problem(NamedTuple):
         strides_fit = self.d % 16 == 0 and self.record.stride(0) % 16 == 0
         return strides_fit and self.record.data_ptr() % 16 == 0
 
-    def decode_config(self) -> DecodeConfig:
-        """Blocks of the decode pass."""
-        return decode_config(self.k, self.d, self.x.dtype, self.aligned)
-
-    def prefill_config(self) -> PrefillConfig:
-        """Blocks of the prefill products."""
-        return prefill_config(self.m, self.k, self.d, self.x.dtype, self.gated, self.index is not None, self.aligned)
+    def default_config(self, kind: str | None = None, batch_invariant: bool = False) -> Config:
+        """The analytic configuration, of `kind` "decode" or "prefill" if given; see `config.default_config`."""
+        sizes = (self.k, self.d, self.x.dtype, self.gated)
+        gather, int8 = self.index is not None, self.scales is not None
+        if kind == "decode":
+            return decode_config(1 if self.per_token else self.m, *sizes, self.aligned, int8)
+        if kind == "prefill":
+            return prefill_config(self.m, *sizes, gather, self.aligned, batch_invariant)
+        return default_config(self.m, *sizes, gather, self.aligned, self.per_token, batch_invariant, int8)
 
     def weights(self) -> dict[str, Any]:
         """Arguments of the kernels that compute hidden activations."""
@@ -95,9 +114,12 @@ class Problem(NamedTuple):
             "x_stride": self.x.stride(0),
             "record": self.record,
             "record_stride": self.record.stride(0),
+            "scales": self.scales,
+            "scales_stride": 0 if self.scales is None else self.scales.stride(0),
             "neuron_bias": self.neuron_bias,
             "bias_stride": 0 if self.neuron_bias is None else self.neuron_bias.stride(0),
             "index": self.index,
+            "count": self.count,
             "M": self.m,
             "K": self.k,
             "D": self.d,
@@ -118,5 +140,8 @@ class Problem(NamedTuple):
     def tokens(self, start: int, stop: int) -> Problem:
         """The same problem for tokens `start` to `stop`."""
         return self._replace(
-            x=self.x[start:stop], residual=None if self.residual is None else self.residual[start:stop]
+            x=self.x[start:stop],
+            residual=None if self.residual is None else self.residual[start:stop],
+            index=self.index[start:stop] if self.per_token else self.index,
+            count=self.count[start:stop] if self.per_token else self.count,
         )

@@ -1,4 +1,8 @@
-"""The half of the FFN that decode and prefill share: a tile of hidden activations."""
+"""The half of the FFN that decode and prefill share: a tile of hidden activations.
+
+Tiles stand with the weights on the left, `[neurons, tokens] = W [neurons, D] @ x.T [D, tokens]`: the side on which the
+matrix units work in 16 rows, or 64, has a neuron in each, and a single token fills one column of 8.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,18 @@ import triton
 import triton.language as tl
 
 from .activations import activate, round_like
+
+
+@triton.jit
+def kept_neurons(
+    count,  # [1] int32, how many entries of the index are used; None: all
+    K,  # length of the index
+):
+    """Neurons to compute, at most K whatever `count` holds."""
+    if count is None:
+        return K
+    else:
+        return tl.minimum(tl.load(count), K)
 
 
 @triton.jit
@@ -22,15 +38,74 @@ def record_rows(
 
 
 @triton.jit
+def unfold(
+    total,  # float32, sums of hidden * down
+    scales,  # as in finish
+):
+    """Takes back the power of two by which `finish` multiplied the hidden activations of an int8 record."""
+    if scales is not None:
+        total *= 0.0078125
+    return total
+
+
+@triton.jit
+def finish(
+    first,  # [BLOCK_N, BLOCK_M] float32, products with the first part of the record
+    second,  # [BLOCK_N, BLOCK_M] float32, products with the up part of a gated one
+    rows,  # [BLOCK_N] int64, record row of each neuron of the tile
+    live,  # [BLOCK_N] bool, False for slots beyond the last kept neuron
+    scales,  # [F, P] float32 of an int8 record, or None
+    scales_stride,  # elements between rows of scales
+    neuron_bias,  # [F, P-1] or None
+    bias_stride,  # elements between bias rows
+    storage: tl.constexpr,  # dtype of the hidden activations
+    GATED: tl.constexpr,  # record has a gate part
+    ACTIVATION: tl.constexpr,  # name of the activation
+    BF16_BITS: tl.constexpr,  # see round_like
+):
+    """Hidden activations of a tile, `[BLOCK_N, BLOCK_M]`, float32 values of `storage`.
+
+    Without scales they are rounded where the eager modules round. With scales they are rounded once, and are the
+    activations times the scale of the down part times 128: such a product, times int8 / 128, is the neuron's share of
+    the output, so that float16 holds the one wherever it holds the other.
+    """
+    if scales is not None:
+        scale = scales + rows * scales_stride
+        first *= tl.load(scale, mask=live, other=0.0)[:, None]
+        if GATED:
+            second *= tl.load(scale + 1, mask=live, other=0.0)[:, None]
+    if neuron_bias is not None:
+        bias = neuron_bias + rows * bias_stride
+        first += tl.load(bias, mask=live, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            second += tl.load(bias + 1, mask=live, other=0.0).to(tl.float32)[:, None]
+    if scales is None:
+        hidden = round_like(activate(round_like(first, storage, BF16_BITS), ACTIVATION), storage, BF16_BITS)
+        if GATED:
+            hidden = round_like(hidden * round_like(second, storage, BF16_BITS), storage, BF16_BITS)
+    else:
+        hidden = activate(first, ACTIVATION)
+        if GATED:
+            hidden *= second
+            scale += 1
+        down_scale = tl.load(scale + 1, mask=live, other=0.0) * 128.0
+        hidden = round_like(hidden * down_scale[:, None], storage, BF16_BITS)
+    # Dead slots hold 0 @ x, which is NaN for an infinite x, and a NaN would survive the product with a zero down row.
+    return tl.where(live[:, None], hidden, 0.0)
+
+
+@triton.jit
 def hidden_tile(
     x,  # [M, D] tokens
     x_stride,  # elements between tokens
     tokens,  # [BLOCK_M] int32, token numbers
-    M,  # number of tokens
+    present,  # [BLOCK_M] bool, False for slots beyond the last token
     record,  # [F, P*D] rows [up | down] or [gate | up | down]
     record_stride,  # elements between record rows
     rows,  # [BLOCK_N] int64, record row of each neuron of the tile
     live,  # [BLOCK_N] bool, False for slots beyond the last kept neuron
+    scales,  # [F, P] float32 of an int8 record, or None
+    scales_stride,  # elements between rows of scales
     neuron_bias,  # [F, P-1] or None
     bias_stride,  # elements between bias rows
     D,  # hidden_size
@@ -41,30 +116,22 @@ def hidden_tile(
     BLOCK_N: tl.constexpr,  # neurons of the tile
     BLOCK_D: tl.constexpr,  # channels of x taken at once
 ):
-    """`act(x @ up.T)` or `act(x @ gate.T) * (x @ up.T)`, rounded where the eager modules round. `[BLOCK_M, BLOCK_N]`"""
+    """`act(up @ x.T)` or `act(gate @ x.T) * (up @ x.T)` as `finish` gives it, `[BLOCK_N, BLOCK_M]`."""
     storage: tl.constexpr = x.dtype.element_ty
     d = tl.arange(0, BLOCK_D)
     x_tile = x + tokens.to(tl.int64)[:, None] * x_stride + d[None, :]
     first_tile = record + rows[:, None] * record_stride + d[None, :]
-    present = (tokens < M)[:, None]
-    first = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    second = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    first = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    second = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         inside = (start + d < D)[None, :]
-        xs = tl.load(x_tile + start, mask=present & inside, other=0.0)
-        ws = tl.load(first_tile + start, mask=live[:, None] & inside, other=0.0)
-        first = tl.dot(xs, tl.trans(ws), first, input_precision="ieee")
+        xs = tl.trans(tl.load(x_tile + start, mask=present[:, None] & inside, other=0.0))
+        ws = tl.load(first_tile + start, mask=live[:, None] & inside, other=0)
+        first = tl.dot(ws.to(storage), xs, first, input_precision="ieee")
         if GATED:
-            us = tl.load(first_tile + D + start, mask=live[:, None] & inside, other=0.0)
-            second = tl.dot(xs, tl.trans(us), second, input_precision="ieee")
-
-    if neuron_bias is not None:
-        bias = neuron_bias + rows * bias_stride
-        first += tl.load(bias, mask=live, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            second += tl.load(bias + 1, mask=live, other=0.0).to(tl.float32)[None, :]
-    hidden = round_like(activate(round_like(first, storage, BF16_BITS), ACTIVATION), storage, BF16_BITS)
-    if GATED:
-        hidden = round_like(hidden * round_like(second, storage, BF16_BITS), storage, BF16_BITS)
-    # Dead slots hold x @ 0, which is NaN for an infinite x, and a NaN would survive the product with a zero down row.
-    return tl.where(live[None, :], hidden, 0.0)
+            us = tl.load(first_tile + D + start, mask=live[:, None] & inside, other=0)
+            second = tl.dot(us.to(storage), xs, second, input_precision="ieee")
+    return finish(
+        first, second, rows, live, scales, scales_stride, neuron_bias, bias_stride, storage,
+        GATED, ACTIVATION, BF16_BITS,
+    )  # fmt: skip

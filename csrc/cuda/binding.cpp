@@ -1,6 +1,7 @@
 // What PyTorch sees: the CUDA kernel of the operator `pyprune::ffn`, and `ffn_cuda`, which takes a plan.
 
 #include "call.h"
+#include "kernels.h"
 #include "tickets.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -35,7 +36,9 @@ const Device& facts(int index) {
                cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess &&
                cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess;
   check(right && major >= 8, "device", "be a CUDA device of compute capability 8.0 or newer");
-  return known.emplace(index, Device{processors, static_cast<uint32_t>(shared), major >= 9}).first->second;
+  // A device without machine code of its own runs what was compiled for 8.0, whatever it could do.
+  bool clusters = major >= 9 && has_clusters(kernels(Type::bf16, 1, true).single_pass);
+  return known.emplace(index, Device{processors, static_cast<uint32_t>(shared), clusters}).first->second;
 }
 
 // The current device and its current stream, while a call is made.

@@ -1,8 +1,8 @@
 // The compiled kernels, for the host: by type of weights, tokens and form. Null where there is none.
 #pragma once
 
+#include "before.h"
 #include "start.h"
-#include "lists.h"
 
 namespace pyprune {
 
@@ -32,5 +32,6 @@ inline Kernels kernels(Type weights, int32_t tokens, bool gated) {
 }
 
 Failure start_unite(const Lists& lists, Stream stream);
+Failure start_widen(const Widening& widening, Stream stream);
 
 }  // namespace pyprune

@@ -18,7 +18,11 @@ struct Params {
   int64_t rows;     // F, rows of the record
   Type rounds_to;   // what pre-activations, activations and their products are rounded to
   bool aligned;     // every part of every record row begins on 16 bytes and holds whole pieces of 16 bytes
-  bool x_aligned;   // every row of x begins on 16 bytes
+
+  // x as kernels read it: rows of whole pieces that begin on 16 bytes; float32 beside float32 weights. See widen.cuh.
+  const void* x;
+  int64_t x_stride;
+  Type x_form;
 
   // Contextual gather, else null: the number of neurons, and which tokens each row of the record serves (bit t: token
   // t). Above `dense_above` neurons the kernels walk the whole record instead of the index.
@@ -61,9 +65,11 @@ constexpr int32_t kChannels = 16;
 // Most channels, D. Tickets are made for so many.
 constexpr int64_t kMostChannels = 1 << 17;
 
-// Tokens that a kernel is compiled for: the least of 1, 2, 4, 8 that holds them.
+// Tokens that a kernel is compiled for: the least that holds them. Two in a single pass share the weights' bytes at the
+// cost of one; in two passes, which are for wider layers and more tokens, they are not worth kernels of their own.
 constexpr int32_t kMaxTokens = 8;
-constexpr int32_t compiled_tokens(int64_t tokens) { return tokens <= 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : 8; }
+constexpr int32_t single_pass_tokens(int64_t tokens) { return tokens <= 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : 8; }
+constexpr int32_t two_pass_tokens(int64_t tokens) { return tokens <= 1 ? 1 : tokens <= 4 ? 4 : 8; }
 
 // Most neurons that a step of the single pass takes, so that they share the shuffles of a sum.
 PYPRUNE_BOTH constexpr int32_t most_neurons(int32_t tokens) { return tokens == 1 ? 4 : 2; }

@@ -136,7 +136,7 @@ Plan make_plan(const Sizes& sizes, const Choice& chosen, const Device& device, R
           "have a width of 1 to " + std::to_string(kMostChannels));
   require(sizes.neurons >= 0 && sizes.neurons < int64_t{1} << 31, "record", "have fewer than 2^31 rows");
   Plan plan{};
-  plan.tokens = compiled_tokens(sizes.tokens);
+  plan.tokens = single_pass_tokens(sizes.tokens);
   plan.evict_first = chosen.evict_first != 0;
   plan.overlap = chosen.overlap == 1;
   plan.early = may_be_early(sizes, chosen);
@@ -155,6 +155,7 @@ Plan make_plan(const Sizes& sizes, const Choice& chosen, const Device& device, R
     plan.tickets = static_cast<int32_t>(plan.single.cluster);
     return plan;
   }
+  plan.tokens = two_pass_tokens(sizes.tokens);
   // Enough warps to fill every multiprocessor twice over; a warp takes one neuron after another.
   int64_t blocks =
       std::min<int64_t>(device.processors * 2, divide_up(std::max<int64_t>(sizes.neurons, 1), kTwoPassWarps));

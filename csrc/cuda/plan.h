@@ -29,7 +29,7 @@ constexpr int32_t kChoices = 11;  // members of Choice, in their order
 struct Device {
   int32_t processors;  // streaming multiprocessors
   uint32_t shared;     // most shared memory of a block, in bytes
-  bool clusters;       // compute capability 9.0 or newer
+  bool clusters;       // kernels are compiled for compute capability 9.0 or newer
 };
 
 struct Plan {

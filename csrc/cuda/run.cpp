@@ -7,7 +7,6 @@
 #include <tuple>
 
 #include "kernels.h"
-#include "lists.h"
 
 namespace pyprune {
 namespace {
@@ -52,6 +51,12 @@ class Carver {
   int64_t size_ = 0;
 };
 
+// Whether kernels can read x where it is: see Params.
+bool needs_widening(const Problem& p) {
+  bool whole = p.hidden_size % piece(p.weight_type) == 0 && on_16_bytes(p.x, p.x_stride, p.x_type);
+  return !whole || (p.weight_type == Type::f32 && p.x_type != Type::f32);
+}
+
 Params params_of(const Call& call, const Plan& plan) {
   const Problem& p = call.problem;
   Params params{};
@@ -60,7 +65,9 @@ Params params_of(const Call& call, const Plan& plan) {
   params.rows = call.rows;
   params.rounds_to = rounds_to(p);
   params.aligned = aligned(p);
-  params.x_aligned = on_16_bytes(p.x, p.x_stride, p.x_type);
+  params.x = p.x;
+  params.x_stride = p.x_stride;
+  params.x_form = p.x_type;
   params.count = call.counts;
   params.dense_above = INT64_MAX;
   params.teams = plan.teams;
@@ -118,11 +125,20 @@ Failure run(const Call& call, const Choice& chosen, const Device& device, const 
   int64_t count = carver.take(call.list_per_token ? 4 : 0);
   int64_t united = carver.take(call.list_per_token ? p.neurons * 4 : 0);
   int64_t members = carver.take(call.list_per_token ? (call.rows + 3) / 4 * 4 : 0);
+  bool widening = needs_widening(p);
+  int64_t wide = carver.take(widening ? p.tokens * padded(p) * 4 : 0);
   auto* scratch = static_cast<unsigned char*>(memory.allocate(memory.context, carver.size()));
   params.partials = reinterpret_cast<float*>(scratch + partials);
   params.hidden = reinterpret_cast<float*>(scratch + hidden);
   params.tickets = memory.tickets(memory.context, plan.tickets);
 
+  if (widening) {
+    auto* out = reinterpret_cast<float*>(scratch + wide);
+    if (auto f = start_widen({p.x, p.x_type, p.x_stride, p.tokens, p.hidden_size, out, padded(p)}, stream)) return f;
+    params.x = out;
+    params.x_stride = padded(p);
+    params.x_form = Type::f32;
+  }
   if (call.list_per_token) {
     Lists lists{call.problem.index,
                 call.counts,

@@ -114,16 +114,14 @@ struct SinglePass {
     commit_copies();
   }
 
-  __device__ void load_x() {
-    const Problem& problem = p.problem;
+  __device__ void begin_sums() {
 #pragma unroll
     for (int t = 0; t < T; ++t)
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
-        int32_t left = t < problem.tokens ? width - channel(j) : 0;
-        load_values(problem.x_type, problem.x, t * problem.x_stride + channel(j), left, p.x_aligned, x[t][j]);
 #pragma unroll
-        for (int e = 0; e < kPiece; ++e) sums[t][j][e] = 0.0f;
+        for (int e = 0; e < kPiece; ++e) x[t][j][e] = sums[t][j][e] = 0.0f;
+        if (t < p.problem.tokens && live(j)) load_x(p, t, channel(j), x[t][j]);
       }
   }
 
@@ -240,7 +238,7 @@ struct SinglePass {
     uint32_t slot_bytes = at.neuron * static_cast<uint32_t>(p.step), ring = slot_bytes * p.stages, next = 0;
     for (int s = 0; s < p.stages - 1; ++s, next += slot_bytes) copy_step(s, next);
     if (p.early) wait_for_previous_kernel();
-    load_x();
+    begin_sums();
     uint32_t slot = 0;
     for (int32_t step = 0; step < steps; ++step) {
       copy_step(step + p.stages - 1, next);

@@ -55,10 +55,14 @@ inline Failure start(void (*kernel)(Given), const Grid& grid, const Given& param
   return failure(cudaLaunchKernelExC(&config, address(kernel), arguments));
 }
 
-// How many clusters of this grid run at the same time; 0 where it cannot run at all, or was compiled without clusters.
-inline int running_clusters(Kernel kernel, const Grid& grid) {
+// Whether what the current device runs of `kernel` was compiled with clusters and with waiting for kernels before it.
+inline bool has_clusters(Kernel kernel) {
   cudaFuncAttributes compiled;
-  if (cudaFuncGetAttributes(&compiled, address(kernel)) != cudaSuccess || compiled.ptxVersion < 90) return 0;
+  return cudaFuncGetAttributes(&compiled, address(kernel)) == cudaSuccess && compiled.ptxVersion >= 90;
+}
+
+// How many clusters of this grid run at the same time; 0 where it cannot run at all.
+inline int running_clusters(Kernel kernel, const Grid& grid) {
   auto bytes = static_cast<int>(grid.shared);
   if (cudaFuncSetAttribute(address(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return 0;

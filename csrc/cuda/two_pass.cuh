@@ -58,9 +58,8 @@ __device__ inline void dots(const Params& p, const typename Element<W>::Bits* re
       for (int part = 0; part < parts; ++part) unpack<W>(pieces[i][part], w[part]);
 #pragma unroll
       for (int t = 0; t < T; ++t) {
-        float x[n];
-        load_values(problem.x_type, problem.x, t * problem.x_stride + c, t < problem.tokens ? d - c : 0, p.x_aligned,
-                    x);
+        float x[n] = {};
+        if (t < problem.tokens) load_x(p, t, c, x);
 #pragma unroll
         for (int part = 0; part < parts; ++part)
 #pragma unroll

@@ -2,7 +2,7 @@
 // each row of the record serves.
 #pragma once
 
-#include "lists.h"
+#include "before.h"
 #include "sums.cuh"
 
 namespace pyprune {

@@ -87,17 +87,15 @@ __device__ inline void load_pieces(const void* values, int64_t at, float (&out)[
   }
 }
 
-// N values from element `at`, of which `left` exist; zeros behind them. `aligned`: the first is on a whole piece.
+// A piece of weights' worth of x, from channel `at` of a token.
 template <int N>
-__device__ inline void load_values(Type type, const void* values, int64_t at, int64_t left, bool aligned,
-                                   float (&out)[N]) {
-  if (aligned && left >= N && type == Type::f32) return load_pieces<Type::f32>(values, at, out);
-  if constexpr (N % 8 == 0) {
-    if (aligned && left >= N && type == Type::bf16) return load_pieces<Type::bf16>(values, at, out);
-    if (aligned && left >= N) return load_pieces<Type::f16>(values, at, out);
+__device__ inline void load_x(const Params& p, int64_t token, int64_t at, float (&out)[N]) {
+  at += token * p.x_stride;
+  if constexpr (N % piece(Type::bf16) == 0) {
+    if (p.x_form == Type::bf16) return load_pieces<Type::bf16>(p.x, at, out);
+    if (p.x_form == Type::f16) return load_pieces<Type::f16>(p.x, at, out);
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) out[i] = i < left ? load_value(type, values, at + i) : 0.0f;
+  load_pieces<Type::f32>(p.x, at, out);
 }
 
 // To the nearest value of `type`, ties to even.

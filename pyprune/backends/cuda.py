@@ -89,11 +89,10 @@ def default_config(problem: Problem) -> Config:
         plan(_INVARIANT if problem.batch_invariant else None),
     )
     planned: dict[str, int] = json.loads(found)
-    flags = {name: bool(planned[name]) for name in ("evict_first", "overlap", "early")}
-    sizes = {
-        name: planned[name] for name in ("blocks", "cluster", "teams", "step", "stages", "splits") if name in planned
-    }
-    return {"algorithm": ALGORITHMS[planned["algorithm"]], **sizes, **flags}
+    config: dict[str, int | str | bool] = {"algorithm": ALGORITHMS[planned["algorithm"]]}
+    sizes = ("blocks", "cluster", "teams", "step", "stages", "splits")
+    config |= {name: planned[name] for name in sizes if name in planned}
+    return config | {name: bool(planned[name]) for name in ("evict_first", "overlap", "early")}
 
 
 def candidate_configs(problem: Problem) -> list[Config]:

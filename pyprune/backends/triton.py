@@ -1,19 +1,22 @@
-"""Triton kernels, compact and gather, on CUDA devices (and in Triton's interpreter, for tests)."""
+"""Triton kernels, compact, gather and contextual, on CUDA devices (and in Triton's interpreter, for tests)."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from . import Call, Problem
+from . import Call, Config, Problem
 
 NAME = "triton"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# First compute capability with hardware for tensor descriptors.
+_RECENT = (9, 0)
 
 
 @functools.cache
@@ -26,6 +29,13 @@ def _kernels() -> ModuleType | str:
     return triton_kernels
 
 
+def _package() -> ModuleType:
+    kernels = _kernels()
+    if isinstance(kernels, str):
+        raise BackendError(kernels)
+    return kernels
+
+
 def why_not(problem: Problem) -> str | None:
     """Why the Triton kernels cannot run `problem`, in one line, or None."""
     kernels = _kernels()
@@ -33,18 +43,61 @@ def why_not(problem: Problem) -> str | None:
         return kernels
     if problem.dtype not in _DTYPES:
         return f"no kernel for {problem.dtype}"
-    if problem.weights not in (None, problem.dtype):
+    if problem.weights not in (None, problem.dtype, torch.int8):
         return f"no kernel for {problem.weights} weights beside x of {problem.dtype}"
     reason: str | None = kernels.why_unavailable(problem.device)
+    if reason is None and problem.weights == torch.int8:
+        reason = kernels.why_no_int8(problem.dtype, problem.device)
     return reason
 
 
-def run(call: Call) -> Tensor:
-    """Run `call` by the kernel for its number of tokens."""
-    kernels = _kernels()
-    if isinstance(kernels, str):
-        raise BackendError(kernels)
-    out: Tensor = kernels.ffn(
+def _sizes(problem: Problem) -> tuple[Any, ...]:
+    """Arguments of the package's choices. Records are taken to be aligned where their width allows it."""
+    return (
+        problem.tokens,
+        problem.kept,
+        problem.hidden_size,
+        problem.dtype,
+        problem.gated,
+        problem.gather,
+        problem.hidden_size % 16 == 0,
+    )
+
+
+def default_config(problem: Problem) -> Config:
+    """The analytic configuration: `kind` is "decode" (a single pass) or "prefill" (two matrix products), and sizes."""
+    kernels = _package()
+    int8 = problem.weights == torch.int8
+    chosen = kernels.default_config(*_sizes(problem), batch_invariant=problem.batch_invariant, int8=int8)
+    made: Config = kernels.to_json(chosen)
+    return made
+
+
+def candidate_configs(problem: Problem) -> list[Config]:
+    """At most 12 configurations, all compiled in tests without spills; batch-invariant problems have one."""
+    kernels = _package()
+    device = problem.device == "cuda" and torch.cuda.is_available()
+    found = kernels.candidates(
+        *_sizes(problem),
+        batch_invariant=problem.batch_invariant,
+        int8=problem.weights == torch.int8,
+        recent=device and torch.cuda.get_device_capability() >= _RECENT,
+    )
+    return [kernels.to_json(config) for config in found]
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(items: tuple[tuple[str, int | str | bool], ...]) -> Any:
+    return _package().from_json(dict(items))
+
+
+def run(call: Call, config: Config | None = None) -> Tensor:
+    """Run `call` by `config`, or by the analytic one for its number of tokens.
+
+    Raises:
+        ValueError: `config` has an unknown, missing or wrong key, or cannot run the call.
+    """
+    out: Tensor = _package().ffn(
         call.x,
         call.record,
         gated=call.gated,
@@ -53,5 +106,9 @@ def run(call: Call) -> Tensor:
         down_bias=call.down_bias,
         residual=call.residual,
         index=call.index,
+        scales=call.scales,
+        count=call.count,
+        config=None if config is None else _parsed(tuple(config.items())),
+        batch_invariant=call.batch_invariant,
     )
     return out

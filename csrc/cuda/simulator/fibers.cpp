@@ -169,6 +169,22 @@ void fiber_main() {
   to_scheduler(true);
 }
 
+void prepare_fiber(uint32_t rank, uint32_t t, uint32_t first_block, Block& block) {
+  Simulation& s = *simulation;
+  const Shape& shape = s.shape;
+  Fiber& fiber = s.fibers[rank * shape.threads + t];
+  fiber.here = {{t}, {first_block + rank}, {shape.threads}, {shape.blocks}, rank, shape.cluster, block.shared.get()};
+  fiber.block = &block;
+  fiber.warp = &block.warps[t / kLanes];
+  fiber.warp->barrier.size = kLanes;
+  fiber.stack = stack(rank * shape.threads + t);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+}
+
 void prepare(uint32_t first_block) {
   Simulation& s = *simulation;
   const Shape& shape = s.shape;
@@ -184,20 +200,7 @@ void prepare(uint32_t first_block) {
     size_t bytes = (shape.shared + 127) / 128 * 128;
     block.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, std::max<size_t>(bytes, 128))));
     std::memset(block.shared.get(), 0xff, bytes);
-    for (uint32_t t = 0; t < shape.threads; ++t) {
-      Fiber& fiber = s.fibers[rank * shape.threads + t];
-      fiber.here = {{t},  {first_block + rank}, {shape.threads},   {shape.blocks},
-                    rank, shape.cluster,        block.shared.get()};
-      fiber.block = &block;
-      fiber.warp = &block.warps[t / kLanes];
-      fiber.warp->barrier.size = kLanes;
-      fiber.stack = stack(rank * shape.threads + t);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack;
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, fiber_main, 0);
-    }
+    for (uint32_t t = 0; t < shape.threads; ++t) prepare_fiber(rank, t, first_block, block);
   }
 }
 

@@ -1,0 +1,135 @@
+"""Problems to compile without a GPU: every branch, dtype and kind of tile, and every configuration that is offered."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import decode, elementwise, prefill
+from .candidates import candidates
+from .config import Config, DecodeConfig, prefill_config
+from .launch import Launch, Problem
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One FFN problem to compile for.
+
+    Args:
+        m, k, d: tokens, kept neurons, channels. They choose blocks, and whether addresses are aligned.
+        dtype: "float32", "float16" or "bfloat16".
+        gated, gather, activation: see `ffn`.
+        phase: "decode", "prefill", or "act_mul" over `[m, k]`.
+        int8: the record is int8.
+        lists: "none", "shared" with a count, or "own" for every token.
+        extras: with biases and residual.
+        config: None for the analytic one of `phase`.
+    """
+
+    m: int
+    k: int
+    d: int
+    dtype: str
+    gated: bool
+    gather: bool
+    activation: str
+    phase: str
+    int8: bool = False
+    lists: str = "none"
+    extras: bool = True
+    config: Config | None = None
+
+    def problem(self) -> Problem:
+        """The problem, on meta tensors."""
+        parts = 3 if self.gated else 2
+        dtype = _DTYPES[self.dtype]
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        own = self.lists == "own"
+        index = None
+        if self.gather or self.lists != "none":
+            index = empty(*((self.m, self.k) if own else (self.k,)), dtype=torch.int32)
+        return Problem(
+            x=empty(self.m, self.d),
+            record=empty(self.k, parts * self.d, dtype=torch.int8 if self.int8 else dtype),
+            gated=self.gated,
+            activation=self.activation,
+            neuron_bias=empty(self.k, parts - 1) if self.extras else None,
+            down_bias=empty(self.d) if self.extras else None,
+            residual=empty(self.m, self.d) if self.extras else None,
+            index=index,
+            scales=empty(self.k, parts, dtype=torch.float32) if self.int8 else None,
+            count=None if self.lists == "none" else empty(self.m if own else 1, dtype=torch.int32),
+        )
+
+    def launches(self) -> list[Launch]:
+        """What the launchers would do."""
+        p = self.problem()
+        if self.phase == "act_mul":
+            gate = torch.empty((self.m, self.k), dtype=p.x.dtype, device="meta")
+            return [elementwise.launch(gate, gate if self.gated else None, gate, self.activation)]
+        config = self.config or p.default_config(self.phase)
+        out = torch.empty((self.m, self.d), dtype=p.x.dtype, device="meta")
+        if isinstance(config, DecodeConfig):
+            return decode.launches(p, out, config)
+        return prefill.launches(p, out, config)
+
+    def candidates(self, recent: bool) -> list[Variant]:
+        """This problem with every configuration that the kernels offer for it; `recent` as there."""
+        offered = candidates(
+            self.m, self.k, self.d, _DTYPES[self.dtype], self.gated, self.gather or self.lists != "none",
+            self.problem().aligned, self.lists == "own", int8=self.int8, recent=recent,
+        )  # fmt: skip
+        return [replace(self, config=config) for config in offered]
+
+
+def variants() -> Iterator[Variant]:
+    """Every branch, dtype and kind of tile at least once."""
+    for phase, m in (("decode", 1), ("prefill", 512)):
+        for gated, activation in ((False, "gelu"), (True, "silu")):
+            for gather in (False, True):
+                yield Variant(m, 14336, 4096, "bfloat16", gated, gather, activation, phase)
+        yield Variant(m, 1536, 576, "float16", True, True, "gelu_tanh", phase)
+        yield Variant(m, 1536, 576, "float32", True, True, "gelu", phase)
+        yield Variant(m, 14335, 4097, "bfloat16", True, True, "quick_gelu", phase)
+        yield Variant(m, 14336, 4096, "bfloat16", True, True, "silu", phase, int8=True)
+        yield Variant(m, 14336, 4096, "float16", False, False, "relu", phase, int8=True)
+        yield Variant(m, 1536, 576, "float32", True, False, "gelu", phase, int8=True)
+        yield Variant(m, 14336, 4096, "bfloat16", True, True, "silu", phase, lists="shared")
+    yield Variant(4, 7168, 4096, "bfloat16", True, True, "silu", "decode", lists="own")
+    yield Variant(1, 14336, 4096, "bfloat16", True, False, "silu", "decode", extras=False)
+    yield Variant(1, 3072, 768, "float16", False, False, "gelu_tanh", "decode", extras=False)
+    # Few tokens and more, in each slab: a row must be made of the same instructions.
+    for m, k in itertools.product((1, 16, 64), (14336, 7168, 3584)):
+        yield Variant(m, k, 4096, "bfloat16", True, True, "silu", "decode")
+    yield Variant(16, 14336, 4096, "bfloat16", True, True, "silu", "prefill")
+    yield Variant(64, 14336, 4096, "bfloat16", True, True, "silu", "prefill")
+    yield Variant(64, 14335, 4097, "float16", True, True, "silu", "decode")
+    yield Variant(33, 3072, 768, "float16", False, True, "relu2", "prefill")
+    yield Variant(17, 587, 587, "float16", False, False, "relu", "prefill")
+    for m, k, d, dtype, gated in ((512, 14336, 4096, "bfloat16", True), (33, 3072, 768, "float16", False)):
+        tiles = prefill_config(m, k, d, _DTYPES[dtype], gated, False, True)
+        described = replace(tiles, descriptors=True)
+        yield Variant(m, k, d, dtype, gated, False, "silu", "prefill", config=described)
+    # Sizes and strides of 1, which Triton makes constants.
+    yield Variant(1, 1, 1, "float16", True, True, "relu2", "decode")
+    yield Variant(1, 1, 1, "float16", True, True, "relu2", "prefill")
+    for gated, dtype, k in ((True, "bfloat16", 14336), (False, "float16", 3072), (True, "float32", 577)):
+        yield Variant(512, k, 16, dtype, gated, False, "gelu_tanh", "act_mul")
+
+
+def offered(architecture: int) -> Iterator[Variant]:
+    """Every configuration that is offered on sm_`architecture`, for a wide layer: the hardest on registers."""
+    forms = ((False, False, False), (True, False, False), (True, True, False), (True, True, True))
+    for m in (1, 16, 64, 4096):
+        for gated, gather, int8 in forms:
+            base = Variant(m, 14336, 4096, "bfloat16", gated, gather, "silu", "prefill", int8)
+            yield from base.candidates(recent=architecture >= 90)
