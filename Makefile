@@ -2,6 +2,7 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+JOBS ?= 2
 NATIVE := $(wildcard $(addprefix csrc/,*/*.cpp */*.h */*.cu */*.cuh cuda/simulator/*.cpp cuda/simulator/*.h))
 ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_cpu_calls.py tests/test_cuda_simulated.py
 
@@ -10,8 +11,9 @@ ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_cpu_calls.py tests/test_cuda_
 demo: native
 	$(BIN)/pyprune demo --out out/demo
 
+# In two processes: most of the time goes to interpreters and to processes that are started.
 test: native
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(JOBS) --dist loadgroup
 
 test-all: native
 	$(BIN)/pytest -q -m "not gpu"

@@ -38,7 +38,7 @@ from readme_tables import CPU_HEADER, CPU_MODEL_HEADER, GOAL_HEADER, cpu_cells, 
 from shapes import BY_NAME, DEFAULT, Shape
 from torch import Tensor
 
-from pyprune import KeepIndex, PruneConfig, accelerate, dispatch, machine, native, ops, prune, reference, roofline
+from pyprune import KeepIndex, PruneConfig, accelerate, dispatch, machine, native, operators, prune, reference, roofline
 from pyprune.backends import Problem
 from pyprune.benchmark import benchmark
 from pyprune.errors import check, check_choice
@@ -232,7 +232,7 @@ def pruned_variant(case: Case, arena: Arena, x: Tensor, gather: bool) -> Variant
     ]
     problem = Problem("cpu", x.dtype, case.tokens, d, rows, case.neurons, shape.gated, gather, shape.activation, dtype)
     size = _bytes(case, case.neurons, dtype, gather)
-    return Variant(ops.FFN, copies, size, dispatch.choose(problem).NAME)
+    return Variant(operators.FFN, copies, size, dispatch.choose(problem).backend.NAME)
 
 
 class Compiler:

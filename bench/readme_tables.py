@@ -108,27 +108,28 @@ def quality_table(result: Result) -> list[str]:
     return [f"{what} {provenance(result)}", "", *markdown(header, lines)]
 
 
+def _spans(rows: list[Result], key: str) -> str:
+    values = sorted({r[key] for r in rows})
+    return "-" if not values else str(values[0]) if len(values) == 1 else f"{values[0]}..{values[-1]}"
+
+
 def static_table(result: Result) -> list[str]:
-    """A line for each kernel, architecture and dtype of bench/static_table.py: ranges over its variants."""
-    groups: dict[tuple[str, str, str], list[Result]] = {}
-    for r in result["kernels"]:
-        groups.setdefault((r["kernel"], r["architecture"], r["dtype"]), []).append(r)
-
-    def span(rows: list[Result], key: str) -> str:
-        values = sorted({r[key] for r in rows})
-        return str(values[0]) if len(values) == 1 else f"{values[0]}..{values[-1]}"
-
+    """A line for each kernel of bench/static_table.py and bench/static_cuda.py: ranges over dtypes, forms and sizes."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for by, rows in (("CUDA", result.get("cuda", [])), ("Triton", result["kernels"])):
+        for r in rows:
+            groups.setdefault((r["kernel"], by), []).append(r)
     lines = []
-    for (kernel, architecture, dtype), rows in groups.items():
-        matrix = ", ".join(
-            f"{kind} {span([r for r in rows if r['mma'] == kind], 'mma_count')}"
-            for kind in sorted({r["mma"] for r in rows} - {"none", "FFMA"})
-        )
-        spills = [span(rows, key) for key in ("stack_bytes", "ldl", "stl")]
-        lines.append([kernel, architecture, dtype, span(rows, "registers"), *spills, matrix])
-    header = ["kernel", "architecture", "dtype", ">registers", ">STACK", ">LDL", ">STL", "matrix instructions"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return [f"Compiled by {versions}; {len(result['kernels'])} kernels.", "", *markdown(header, lines)]
+    for (kernel, by), rows in sorted(groups.items(), key=lambda group: group[0][::-1]):
+        of = {sm: [r for r in rows if r["architecture"].startswith(sm)] for sm in ("sm_80", "sm_90", "sm_100")}
+        kinds = {kind for r in rows for kind in r.get("mma_kinds", "").split("+")} - {"", "none", "FFMA", "FFMA2"}
+        spilling = sum(1 for r in rows if r["stack_bytes"] or r["ldl"] or r["stl"])
+        registers = [_spans(found, "registers") for found in of.values()]
+        lines.append([kernel, by, str(len(rows)), *registers, str(spilling), ", ".join(sorted(kinds))])
+    header = ["kernel", "by", ">variants", ">sm_80", ">sm_90", ">sm_100", ">spilling", "matrix instructions"]
+    built = {**result["versions"], "nvcc": result.get("cuda_built", {}).get("nvcc", "none")}
+    versions = ", ".join(f"{name} {version}" for name, version in built.items())
+    return [f"Registers of a thread, by architecture. Compiled by {versions}.", "", *markdown(header, lines)]
 
 
 CPU_HEADER = (
@@ -220,9 +221,28 @@ def cpu_table(result: Result) -> list[str]:
     return [*lines, "", "Goals.", "", *markdown(GOAL_HEADER, map(goal_cells, result["goals"]))]
 
 
+def gpu_table(result: Result) -> list[str]:
+    """The tables of bench/bench_gpu.py: one FFN, the whole model, the goals; of a run cut short, as far as it came."""
+    import goals_gpu  # siblings, which are on the path where this file is run as a script
+    import gpu_tables
+
+    if "machine" not in result:
+        return [f"Nothing was measured: {result['state']}."]
+    start = f"One FFN in a CUDA graph over weights that the L2 does not hold, medians in us. {provenance(result)}"
+    cells = [gpu_tables.cells(row, result) for row in result["rows"]]
+    lines = [start, "", *markdown(gpu_tables.HEADER, cells), "", gpu_tables.ceilings_line(result)]
+    if result["models"]:
+        rows = map(gpu_tables.model_cells, result["models"])
+        lines += ["", "A whole model's decode step at batch 1, in a CUDA graph.", ""]
+        lines += markdown(gpu_tables.MODEL_HEADER, rows)
+    goals = map(goals_gpu.cells, goals_gpu.judge(result))
+    return [*lines, "", "Goals.", "", *markdown(goals_gpu.HEADER, goals)]
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "cpu": cpu_table,
     "ffn": ffn_table,
+    "gpu": gpu_table,
     "model": model_table,
     "quality": quality_table,
     "static": static_table,

@@ -1,8 +1,8 @@
 """The FFN shapes of real models: the one table that benches iterate.
 
 Where the figures come from: (d) the defaults of the family's config class in Transformers, (c) public copies of the
-model's `config.json`, (p) commonly stated sizes, not checked against a file: GPT-2 XL is 1600 wide and OPT-1.3B and
-Pythia-1.4B are 2048 wide, each with an FFN of four times that.
+model's `config.json`, (p) commonly stated sizes, not checked against a file: GPT-2 XL is 1600 wide, OPT-1.3B and
+Pythia-1.4B are 2048 and OPT-6.7B is 4096 wide, each with an FFN of four times that.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ SHAPES: tuple[Shape, ...] = (
     Shape("gpt2", 768, 3072, "gelu_tanh", gated=False, bias=True, source="d"),
     Shape("gpt2-xl", 1600, 6400, "gelu_tanh", gated=False, bias=True, source="p"),
     Shape("opt-1.3b", 2048, 8192, "relu", gated=False, bias=True, source="p"),
+    Shape("opt-6.7b", 4096, 16384, "relu", gated=False, bias=True, source="p"),
     Shape("pythia-1.4b", 2048, 8192, "gelu", gated=False, bias=True, source="p"),
     Shape("phi-2", 2560, 10240, "gelu_tanh", gated=False, bias=True, source="c"),
     Shape("smollm2-135m", 576, 1536, "silu", gated=True, bias=False, source="c"),

@@ -8,6 +8,7 @@ from .mask import KeepIndex, Mask
 from .mlp import PrunedMLP
 from .pruning import PruneReport, prune
 from .surgery import accelerate
+from .warming import warmup
 
 __version__ = "0.1.0"
 
@@ -28,4 +29,5 @@ __all__ = [
     "find_ffns",
     "importance",
     "prune",
+    "warmup",
 ]

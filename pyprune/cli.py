@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from . import checkpoint, dispatch, families, importance, loading, machine, native, surgery
 from .benchmark import benchmark
+from .cli_tune import tune
 from .config import COMPENSATIONS, SCOPES, PruneConfig
 from .demo import run_demo
 from .diagnosis import diagnose
@@ -77,6 +78,7 @@ def doctor(as_json: JsonOption = False) -> None:
         table("backends", ("backend", "device", "state"), states),
         table("what `auto` chooses", tuple(choices[0]), [tuple(choice.values()) for choice in choices]),
         escape(native.describe()),
+        escape(native.describe("cuda")),
         f"demo model: {escape(facts['demo'])}",
     )
 
@@ -334,6 +336,9 @@ def bench(
         f"FFN share of the dense model's time: decode {share['decode'][min(share['decode'], key=int)]:.0%} at batch 1, "
         f"prefill {share['prefill'][str(prefill)]:.0%}; memory read at {result['bandwidth_gb_s']:.1f} GB/s",
     )
+
+
+app.command()(tune)
 
 
 @app.command()

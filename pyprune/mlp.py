@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import dispatch, ops
+from . import dispatch, operators, ops
 from .errors import UnsupportedModelError, check, check_choice
 from .families import FFN
 from .mask import KeepIndex
 from .memory import Room
+from .mlp_state import FamilyState
 from .patterns import FFNWeights, Pattern, match
 from .probe import detect_activation
-from .quantisation import WEIGHTS, cast, dequantise
+from .quantisation import WEIGHTS, cast
 
 MODES = ("compact", "gather")
 
@@ -51,7 +52,7 @@ def pack(weights: FFNWeights, keep: Tensor | None = None) -> tuple[Tensor, Tenso
     return record, bias if keep is None else bias[keep]
 
 
-class PrunedMLP(nn.Module):
+class PrunedMLP(FamilyState):
     """An FFN whose kept neurons are rows of one record: `y = down(act(up(x)))` or `down(act(gate(x)) * up(x))`.
 
     It takes the place of a Transformers FFN module, and its `state_dict` has the names, shapes and dtype of the module
@@ -65,13 +66,11 @@ class PrunedMLP(nn.Module):
         down_bias: `[D]` parameter or None.
         index: `[K]` int32 buffer in gather mode, else None.
         dtype: of x, of the biases, and of the tensors in the `state_dict`.
+        batch_invariant: whether a row of the result is independent, to the bit, of the rows beside it, at the price
+            of speed with many rows. Two calls give the same bits either way.
     """
 
-    record: nn.Parameter
-    neuron_bias: Tensor | None
-    down_bias: Tensor | None
     index: Tensor | None
-    scales: Tensor | None
 
     def __init__(
         self,
@@ -87,6 +86,7 @@ class PrunedMLP(nn.Module):
         keep: KeepIndex | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
         check_choice(backend, "backend", dispatch.names())
@@ -96,6 +96,7 @@ class PrunedMLP(nn.Module):
         self.transposed = transposed
         self.dropout = dropout
         self.backend = backend
+        self.batch_invariant = batch_invariant
         self.hidden_size = record.shape[1] // (3 if self.gated else 2)
         self.intermediate_size = record.shape[0]
         check(dtype is not None or record.is_floating_point(), "dtype", "be given with an int8 record", dtype)
@@ -116,7 +117,10 @@ class PrunedMLP(nn.Module):
     def _set_dtype(self, dtype: torch.dtype) -> None:
         """Remember `dtype`, and what follows from it and is too slow to find at every call."""
         self.dtype = dtype
-        self.native_tokens = dispatch.native_tokens(dtype, self.record.dtype, self.hidden_size, self.index is not None)
+        self._native = self.record.device.type  # the name of the native backend there
+        neurons = self.intermediate_size if self.index is None else len(self.index)
+        layer = (self.hidden_size, self.index is not None, self._native, neurons, self.gated, self.activation)
+        self.native_tokens = dispatch.native_tokens(dtype, self.record.dtype, *layer)
 
     @classmethod
     def from_dense(
@@ -127,6 +131,7 @@ class PrunedMLP(nn.Module):
         backend: str = "auto",
         weights: str | None = None,
         room: Room | None = None,
+        batch_invariant: bool = False,
     ) -> PrunedMLP:
         """Build one from an FFN of a Transformers model, which stays as it is.
 
@@ -137,6 +142,7 @@ class PrunedMLP(nn.Module):
             backend: `auto` or a backend's name, which is then used or refused.
             weights: dtype of the record, a key of `quantisation.WEIGHTS`; None for that of `mlp`, which biases keep.
             room: where the record is to lie, or None for anywhere.
+            batch_invariant: see the attribute.
 
         Raises:
             InputError: unknown mode, backend or weights, `gather` without `keep`, `keep` of another width, or a weight
@@ -171,6 +177,7 @@ class PrunedMLP(nn.Module):
             keep=keep if mode == "gather" else None,
             dropout=ffn.dropout,
             backend=backend,
+            batch_invariant=batch_invariant,
         )
         for parameter in module.parameters():
             wanted = any(p.requires_grad for p in ffn.parameters())
@@ -208,9 +215,13 @@ class PrunedMLP(nn.Module):
                 self.activation,
                 backend,
             )
+            if self.batch_invariant:
+                out = operators.FFN_BATCH_INVARIANT(*operands)
             # What another backend has to refuse would lose its words on its way through the native library.
-            native = native_tokens and backend in ("auto", "cpu")
-            out = ops.FFN(*operands, native_tokens) if native else ops.FFN_BY_DISPATCH(*operands)
+            elif native_tokens and (backend == "auto" or backend == self._native):
+                out = operators.FFN(*operands, native_tokens)
+            else:
+                out = operators.FFN_BY_DISPATCH(*operands)
         return nn.functional.dropout(out, self.dropout, self.training) if self.dropout else out
 
     def _check(self, x: Tensor) -> None:
@@ -221,13 +232,17 @@ class PrunedMLP(nn.Module):
         return x.requires_grad or any(p.requires_grad for p in self._parameters.values() if p is not None)
 
     def _forward_with_grad(self, x: Tensor) -> Tensor:
+        if self.batch_invariant:
+            biases = (self.neuron_bias, self.down_bias, None)
+            form_of = (self.gated, self.activation, self.backend)
+            return operators.FFN_BATCH_INVARIANT(x, self.record, self.index, self.scales, *biases, *form_of)
         form = self.gated, self.index is not None
         operands = [x, self.record] if self.index is None else [x, self.record, self.index]
         rest = (self.neuron_bias, self.down_bias, None)
         if self.backend == "auto":
             # Training differentiates plain torch itself, which saves what the backward pass needs.
-            return ops.TWINS[form](*operands, *rest, scales=self.scales, activation=self.activation)
-        out: Tensor = ops.OPERATORS[form](*operands, self.scales, *rest, self.activation, self.backend)
+            return operators.TWINS[form](*operands, *rest, scales=self.scales, activation=self.activation)
+        out: Tensor = operators.OPERATORS[form](*operands, self.scales, *rest, self.activation, self.backend)
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedMLP:
@@ -244,110 +259,8 @@ class PrunedMLP(nn.Module):
         own = self.record.dtype
         weights = "" if own == self.dtype else f", {str(own).removeprefix('torch.')} weights"
         size = f"D={self.hidden_size}, F={self.intermediate_size}{kept}"
-        return f"{kind}, {size}, {self.activation}, {self.backend}{weights}"
-
-    def _projection_tensors(self) -> dict[str, Tensor]:
-        """Tensors under the family's own names; weights are views of the record where layout and dtype allow it."""
-        bias, scales = self.neuron_bias, self.scales
-        record = self.record.to(self.dtype) if scales is None else dequantise(self.record, scales, self.dtype)
-        *inputs, down = record.split(self.hidden_size, dim=1)
-        columns = [] if bias is None else list(bias.unbind(1))
-        names = [name for name, _ in self.pattern.inputs]
-        if self.pattern.fused:
-            inputs, columns = [torch.cat(inputs)], [torch.cat(columns)] if columns else []
-        tensors = {}
-        for name, weight in zip(names, inputs, strict=True):
-            tensors[f"{name}.weight"] = weight.t() if self.transposed else weight
-        tensors.update({f"{n}.bias": b for n, b in zip(names, columns, strict=False)})
-        tensors[f"{self.pattern.down}.weight"] = down if self.transposed else down.t()
-        if self.down_bias is not None:
-            tensors[f"{self.pattern.down}.bias"] = self.down_bias
-        return tensors
-
-    def _split(self, prefix: str) -> tuple[str, tuple[str, ...]]:
-        """Where the family's names start, and the projections to save or load under `prefix`.
-
-        An in-layer FFN sits in the place of `up`; a `DownStandIn` in the place of `down` answers for that one.
-        """
-        up, down = self.pattern.up, self.pattern.down
-        for name in (up, down) if self.pattern.in_layer else ():
-            if prefix.endswith(f"{name}."):
-                return prefix[: -len(name) - 1], (name,)
-        return prefix, (*(name for name, _ in self.pattern.inputs), down)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        root, projections = self._split(prefix)
-        for name, tensor in self._projection_tensors().items():
-            if name.partition(".")[0] in projections:
-                tensor = tensor if keep_vars else tensor.detach()
-                destination[root + name] = tensor.clone(memory_format=torch.contiguous_format)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        root, projections = self._split(prefix)
-        tensors: dict[str, Tensor] = {}
-        known = self._projection_tensors()
-        for name, old in known.items():
-            if name.partition(".")[0] not in projections:
-                continue
-            new = state_dict.get(root + name)
-            if new is None:
-                missing_keys.append(root + name)
-            elif new.shape != old.shape:
-                error_msgs.append(f"{root}{name} must have shape {tuple(old.shape)}; got {tuple(new.shape)}")
-            else:
-                tensors[name] = new.to(self.record.device)
-        if strict:
-            unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(root) :] not in known)
-        with torch.no_grad():
-            self._assign(tensors)
-
-    def _assign(self, tensors: dict[str, Tensor]) -> None:
-        """Take over those of the family's tensors that are there."""
-        part = 0
-        for name, blocks in self.pattern.inputs:
-            weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
-            for block in range(blocks):
-                if weight is not None:
-                    rows = weight.t() if self.transposed else weight
-                    self._set_part(part, rows.chunk(blocks)[block])
-                if bias is not None and self.neuron_bias is not None:
-                    self.neuron_bias[:, part] = bias.chunk(blocks)[block]
-                part += 1
-        down, bias = tensors.get(f"{self.pattern.down}.weight"), tensors.get(f"{self.pattern.down}.bias")
-        if down is not None:
-            self._set_part(part, down if self.transposed else down.t())
-        if bias is not None and self.down_bias is not None:
-            self.down_bias.copy_(bias)
-
-    def _set_part(self, part: int, weight: Tensor) -> None:
-        columns = slice(part * self.hidden_size, (part + 1) * self.hidden_size)
-        own = self.record.dtype == self.dtype
-        self.record[:, columns], scales = (weight, None) if own else cast(weight, 1, self.record.dtype)
-        if scales is not None and self.scales is not None:
-            self.scales[:, part : part + 1] = scales
-
-
-class DownStandIn(nn.Identity):
-    """In the place of an in-layer FFN's down projection: hands on what its `PrunedMLP` computed, owns its names."""
-
-    def __init__(self, mlp: PrunedMLP) -> None:
-        super().__init__()
-        self.__dict__["mlp"] = mlp  # past nn.Module, whose child it is not
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        self.__dict__["mlp"]._save_to_state_dict(*args)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.__dict__["mlp"]._load_from_state_dict(*args)
+        invariant = ", batch-invariant" if self.batch_invariant else ""
+        return f"{kind}, {size}, {self.activation}, {self.backend}{weights}{invariant}"
 
 
 def _describe(mlp: nn.Module) -> FFN:

@@ -13,8 +13,8 @@ from .errors import check, check_choice
 from .quantisation import WEIGHTS
 from .text import load_text, token_windows
 
-_MODEL_HELP = "A local folder, a hub name, a GGUF file, or 'demo' (SmolLM2-135M-Instruct)."
-ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, metavar="MODEL", show_default=False)]
+MODEL_HELP = "A local folder, a hub name, a GGUF file, or 'demo' (SmolLM2-135M-Instruct)."
+ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help=f"Of the weights: {', '.join(loading.DTYPES)}.")]
 WeightsOption = Annotated[

@@ -161,3 +161,78 @@ def gated_ffn_gather(
     """`gated_ffn` over the rows `index` (`[K]`, int32) of `record`, `scales` and `neuron_bias`."""
     kept, bias, kept_scales = record.index_select(0, index), _rows(neuron_bias, index), _rows(scales, index)
     return gated_ffn(x, kept, bias, down_bias, residual, scales=kept_scales, activation=activation)
+
+
+def _used(matrix: Tensor | None, rows: Tensor, live: Tensor) -> Tensor | None:
+    """Rows of a matrix; those that are not live are zeros."""
+    if matrix is None:
+        return None
+    taken = matrix.index_select(0, rows)
+    return torch.where(live[:, None], taken, torch.zeros((), dtype=taken.dtype, device=taken.device))
+
+
+def _contextual_rows(
+    x: Tensor,
+    record: Tensor,
+    index: Tensor,
+    count: Tensor,
+    neuron_bias: Tensor | None,
+    down_bias: Tensor | None,
+    residual: Tensor | None,
+    scales: Tensor | None,
+    gated: bool,
+    activation: str,
+) -> Tensor:
+    """One list of neurons for all rows of x. A neuron of zeros adds nothing, for every activation of 0 is 0."""
+    index = index[: index.shape[0] if record.shape[0] else 0]  # of a record without rows nothing can be used
+    live = torch.arange(index.shape[0], device=index.device) < count
+    rows = torch.where(live, index, 0)
+    used = record.new_empty(0, record.shape[1]) if not index.shape[0] else _used(record, rows, live)
+    assert used is not None
+    bias, used_scales = _used(neuron_bias, rows, live), _used(scales, rows, live)
+    run = gated_ffn if gated else plain_ffn
+    return run(x, used, bias, down_bias, residual, scales=used_scales, activation=activation)
+
+
+def contextual_ffn(
+    x: Tensor,
+    record: Tensor,
+    index: Tensor,
+    count: Tensor,
+    neuron_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    scales: Tensor | None = None,
+    gated: bool,
+    activation: str,
+) -> Tensor:
+    """`gated_ffn` or `plain_ffn` over the first `count` neurons of `index`, a number that only the device knows.
+
+    Nothing waits for the device: all K rows are taken, and those from `count` on are zeros.
+
+    Args:
+        x: `[..., D]`.
+        record: `[F, P*D]`, as `gated_ffn` or `plain_ffn` take it.
+        index: int32 `[K]`, one list for all tokens, or `[M, K]`, one for each of the M tokens in x. Entries from
+            `count` on may hold anything.
+        count: int32 `[1]`, or `[M]` with one list a token; no more than K counts.
+        neuron_bias, down_bias, residual, scales, activation: as `gated_ffn` or `plain_ffn` take them.
+        gated: P = 3 if true, else 2.
+
+    Returns:
+        `[..., D]` in the dtype of `x`.
+    """
+    rest = (scales, gated, activation)
+    if index.ndim == 1:
+        return _contextual_rows(x, record, index, count, neuron_bias, down_bias, residual, *rest)
+    d = x.shape[-1]
+    tokens = x.reshape(-1, d).split(1)
+    residuals = [None] * len(tokens) if residual is None else residual.reshape(-1, d).split(1)
+    if not x.numel():
+        return x.clone()
+    outs = [
+        _contextual_rows(token, record, index[m], count[m : m + 1], neuron_bias, down_bias, residuals[m], *rest)
+        for m, token in enumerate(tokens)
+    ]
+    return torch.cat(outs).view(x.shape)

@@ -13,7 +13,8 @@ from .families import FFN
 from .heterogeneous import narrow
 from .mask import KeepIndex, Mask
 from .memory import Room, release
-from .mlp import MODES, DownStandIn, PrunedMLP
+from .mlp import MODES, PrunedMLP
+from .mlp_state import DownStandIn
 from .quantisation import WEIGHTS, check_fits
 
 
@@ -117,6 +118,7 @@ def accelerate(
     backend: str = "auto",
     mask: Mask | None = None,
     weights: str | None = None,
+    batch_invariant: bool = False,
 ) -> nn.Module:
     """Swap every FFN of a loaded model, pruned or not, for a `PrunedMLP`, layer by layer, freeing the originals.
 
@@ -127,6 +129,8 @@ def accelerate(
         mask: the neurons to keep; required by `gather`; with `compact` the others are removed for good.
         weights: dtype to keep FFN weights in, a key of `quantisation.WEIGHTS`; None for as they are. The model saves
             weights of its own dtype all the same, rounded as they are kept.
+        batch_invariant: make each FFN's result for a token independent, to the bit, of the tokens beside it; slower
+            where there are many.
 
     Returns:
         `model`.
@@ -152,7 +156,7 @@ def accelerate(
     while ffns:
         ffn = ffns.pop()
         keep = mask.layers[ffn.layer] if mask else None
-        _swap(model, ffn, PrunedMLP.from_dense(ffn, keep, mode, backend, weights, room))
+        _swap(model, ffn, PrunedMLP.from_dense(ffn, keep, mode, backend, weights, room, batch_invariant))
         del ffn  # nothing else holds the original
         release()
     return model

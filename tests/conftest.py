@@ -6,9 +6,15 @@ import copy
 import inspect
 import os
 
+# A process of its own for each core, or one for all of them; and so in the processes that tests start. Threads that wait
+# for work would take the cores from those that have some.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYPRUNE_CACHE"] = os.path.devnull  # no folder: what was tuned on this machine changes no test
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported, whoever imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -23,7 +29,27 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
+
+# Files whose tests take long, first: at the end one process would wait for another. Those of the second tuple share what
+# takes long to make, and stay in one process.
+LONG = (
+    "test_real_model",
+    "test_triton_static",
+    "test_heterogeneous",
+    "test_demo",
+    "test_bench_gpu",
+    "test_triton_kernels",
+)
+SHARING = ("test_triton_static", "test_bench_gpu", "test_cuda_static", "test_native_cuda", "test_cli")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SHARING:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 LAYERS, HIDDEN, WIDTH, VOCABULARY = 3, 32, 96, 128
 

@@ -16,7 +16,7 @@ from pyprune import checkpoint, roofline
 from pyprune.cli import app
 from pyprune.text import default_text
 
-VERBS = ("doctor", "inspect", "prune", "eval", "generate", "bench", "verify", "demo")
+VERBS = ("doctor", "inspect", "prune", "eval", "generate", "bench", "tune", "verify", "demo")
 SMALL = ("--tokens", "256", "--window", "64")
 
 
@@ -73,7 +73,7 @@ def test_help_names_every_criterion() -> None:
 def test_doctor_says_usable_or_why_not() -> None:
     facts = as_json("doctor")
     assert facts["backends"]["torch"]["cpu"] == "usable"
-    assert set(facts["backends"]) == {"torch", "cpu", "triton"}
+    assert set(facts["backends"]) == {"torch", "cpu", "triton", "cuda", "cublas"}
     assert facts["native"]["state"] == facts["backends"]["cpu"]["cpu"], "two stories of the native CPU library"
     assert all(
         isinstance(reason, str) and "\n" not in reason for by in facts["backends"].values() for reason in by.values()

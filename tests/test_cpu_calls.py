@@ -128,7 +128,7 @@ def test_a_forked_child_computes_the_same(isa: str) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "x of integers": ({"x": torch.zeros(5, 24, dtype=torch.int64)}, "x must be float32, bfloat16 or float16"),
     "x of float64": ({"x": torch.zeros(5, 24, dtype=torch.float64)}, "x must be float32, bfloat16 or float16"),
-    "x of int8": ({"x": torch.zeros(5, 24, dtype=torch.int8)}, "x must be a floating-point tensor on the CPU"),
+    "x of int8": ({"x": torch.zeros(5, 24, dtype=torch.int8)}, "x must be floating point"),
     "x a scalar": ({"x": torch.tensor(1.0)}, "x must have at least one dimension"),
     "x of nine dimensions": (
         {"x": torch.zeros(*[1] * 8, 24), "residual": None},
@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "down_bias of float64": ({"down_bias": torch.zeros(24).double()}, "down_bias must have the dtype"),
     "residual too short": ({"residual": torch.zeros(4, 24)}, "residual must have the shape of x"),
     "residual of one dimension": ({"residual": torch.zeros(24)}, "residual must have the shape of x"),
-    "residual of float16": ({"residual": torch.zeros(5, 24).half()}, "residual must have the device and dtype of x"),
+    "residual of float16": ({"residual": torch.zeros(5, 24).half()}, "residual must have the dtype of x"),
     "index of int64": ({"index": torch.arange(3)}, "index must have the dtype that goes with"),
     "index of two dimensions": ({"index": torch.zeros(3, 1, dtype=torch.int32)}, "index must have one dimension"),
     "index past the record": ({"index": torch.tensor([0, 12]).int()}, "index must hold rows of the record"),

@@ -38,14 +38,14 @@ def native_library(monkeypatch):
 @pytest.fixture
 def compiled_triton(monkeypatch):
     """Triton as on a machine without its interpreter, whatever the environment of this run says."""
-    kernels = importlib.import_module("pyprune.triton_kernels")
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    monkeypatch.setattr(kernels, "_INTERPRETED_TOO_LATE", False)
+    checks = importlib.import_module("pyprune.triton_kernels.checks")
+    monkeypatch.setattr(checks, "INTERPRETED", False)
+    monkeypatch.setattr(checks, "_INTERPRETED_TOO_LATE", False)
 
 
 def test_table_of_backends_is_the_list_of_names():
     assert dispatch.names() == ["auto", *(b.NAME for b in backends.load_all().values())]
-    assert {"torch", "cpu", "triton"} <= set(dispatch.names())
+    assert {"torch", "cpu", "triton", "cuda", "cublas"} <= set(dispatch.names())
     assert len(dispatch.names()) == len(backends.TABLE) + 1
 
 
@@ -55,7 +55,7 @@ def test_table_of_backends_is_the_list_of_names():
 def test_auto_takes_torch_on_a_cpu_without_the_native_library(gather, dtype, tokens, native_library):
     native_library("native CPU library not built")
     problem = dataclasses.replace(PROBLEM, gather=gather, dtype=dtype, tokens=tokens)
-    assert dispatch.choose(problem).NAME == "torch"
+    assert dispatch.choose(problem).backend.NAME == "torch"
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,17 +68,17 @@ def test_auto_on_a_cpu_takes_the_native_kernel_for_few_tokens(gather, dtype, wei
     native_library(None)
     monkeypatch.setitem(dispatch._NATIVE_TOKENS, (weights, gather), (3, 2))
     problem = dataclasses.replace(PROBLEM, gather=gather, dtype=dtype, weights=weights)
-    chosen = [dispatch.choose(dataclasses.replace(problem, tokens=m)).NAME for m in (0, 1, 3, 4)]
+    chosen = [dispatch.choose(dataclasses.replace(problem, tokens=m)).backend.NAME for m in (0, 1, 3, 4)]
     assert chosen == ["cpu", "cpu", "cpu", "torch"]
     assert dispatch.native_tokens(dtype, weights, 1024, gather) == 3
     assert dispatch.native_tokens(dtype, weights, 1025, gather) == 2
-    assert dispatch.choose(dataclasses.replace(problem, tokens=4), "cpu").NAME == "cpu"
+    assert dispatch.choose(dataclasses.replace(problem, tokens=4), "cpu").backend.NAME == "cpu"
 
 
 def test_auto_on_a_cpu_asks_the_other_one_too(native_library, monkeypatch):
     native_library(None)
     monkeypatch.setattr(dispatch.backends()["torch"], "why_not", lambda problem: "is asleep")
-    assert dispatch.choose(dataclasses.replace(PROBLEM, tokens=10**6)).NAME == "cpu"
+    assert dispatch.choose(dataclasses.replace(PROBLEM, tokens=10**6)).backend.NAME == "cpu"
 
 
 @pytest.mark.parametrize("in_use", ["avx2", "amx"])
@@ -115,21 +115,22 @@ def test_forced_native_kernel_says_why_not(changes, reason, native_library):
 
 
 def test_triton_refuses_weights_of_another_dtype(compiled_triton):
-    with pytest.raises(BackendError, match=r"triton: no kernel for torch\.int8 weights beside x of torch\.float32"):
-        dispatch.choose(dataclasses.replace(PROBLEM, device="cuda", weights=torch.int8), "triton")
-    gather = dataclasses.replace(PROBLEM, device="cuda", gather=True, weights=torch.int8)
-    assert dispatch.choose(gather).NAME == "torch"
+    problem = dataclasses.replace(PROBLEM, device="cuda", tokens=1024, weights=torch.float16)
+    with pytest.raises(BackendError, match=r"triton: no kernel for torch\.float16 weights beside x of torch\.float32"):
+        dispatch.choose(problem, "triton")
+    for gather in (False, True):
+        assert dispatch.choose(dataclasses.replace(problem, gather=gather)).backend.NAME == "torch"
 
 
 def test_unknown_backend_names_the_nearest():
     with pytest.raises(
-        InputError, match=r"backend must be one of auto, torch, cpu, triton; got 'troch' \(nearest: torch"
+        InputError, match=r"backend must be one of auto, torch, cpu, triton, cuda, cublas; got 'troch' \(nearest: torch"
     ):
         dispatch.choose(PROBLEM, "troch")
 
 
 def test_forced_backend_is_used_or_refused_never_replaced(compiled_triton):
-    assert dispatch.choose(PROBLEM, "torch").NAME == "torch"
+    assert dispatch.choose(PROBLEM, "torch").backend.NAME == "torch"
     with pytest.raises(BackendError, match=r"no backend for Problem\(device='cpu'.*triton: needs a CUDA device"):
         dispatch.choose(PROBLEM, "triton")
     with pytest.raises(BackendError, match=r"triton: no kernel for torch\.float64"):
@@ -148,7 +149,7 @@ def test_triton_that_cannot_be_imported_is_a_reason(monkeypatch):
         dispatch.choose(PROBLEM, "triton")
     with pytest.raises(BackendError, match="Triton cannot be imported"):
         triton.run(None)
-    assert dispatch.choose(dataclasses.replace(PROBLEM, device="cuda", gather=True)).NAME == "torch"
+    assert dispatch.choose(dataclasses.replace(PROBLEM, device="cuda", gather=True, tokens=9)).backend.NAME == "cublas"
 
 
 def test_auto_gives_every_reason_when_nobody_can(monkeypatch):
@@ -156,12 +157,35 @@ def test_auto_gives_every_reason_when_nobody_can(monkeypatch):
         monkeypatch.setattr(backend, "why_not", lambda problem: "is asleep")
     with pytest.raises(BackendError, match="torch: is asleep; cpu: is asleep"):
         dispatch.choose(PROBLEM)
-    with pytest.raises(BackendError, match=r"torch: is asleep; triton: is asleep"):
+    everyone = "cuda: is asleep; triton: is asleep; cublas: is asleep; torch: is asleep"
+    with pytest.raises(BackendError, match=everyone):
         dispatch.choose(dataclasses.replace(PROBLEM, device="cuda"))
 
 
-@pytest.mark.parametrize(("gather", "first"), [(False, "torch"), (True, "triton")])
-def test_auto_on_cuda(gather, first, monkeypatch):
-    for backend in dispatch.backends().values():
-        monkeypatch.setattr(backend, "why_not", lambda problem: None)
-    assert first == dispatch.choose(dataclasses.replace(PROBLEM, device="cuda", gather=gather)).NAME
+@pytest.mark.parametrize(
+    ("form", "tokens", "order"),
+    [
+        ({}, 1, "cuda triton cublas torch"),
+        ({}, 4, "cuda triton cublas torch"),
+        ({}, 5, "triton cuda cublas torch"),
+        ({}, 8, "triton cuda cublas torch"),
+        ({}, 9, "triton cublas torch"),
+        ({}, 64, "triton cublas torch"),
+        ({}, 65, "cublas triton torch"),
+        ({"gather": True}, 4, "cuda triton cublas torch"),
+        ({"gather": True}, 1024, "triton cublas torch"),
+        ({"gather": True}, 1025, "cublas triton torch"),
+        ({"gather": True, "contextual": True}, 4096, "cuda triton torch"),
+        ({"batch_invariant": True}, 4096, "cuda triton cublas torch"),
+    ],
+)
+def test_order_of_auto_on_cuda(form, tokens, order, monkeypatch):
+    problem = dataclasses.replace(PROBLEM, device="cuda", tokens=tokens, **form)
+    asleep = set()
+    for name, backend in dispatch.backends().items():
+        monkeypatch.setattr(backend, "why_not", lambda _, name=name: "is asleep" if name in asleep else None)
+    for name in order.split():
+        chosen = dispatch.choose(problem)
+        assert (chosen.backend.NAME, chosen.config, chosen.source) == (name, None, "predicted")
+        asleep.add(name)
+        dispatch.choose.cache_clear()

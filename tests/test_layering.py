@@ -13,19 +13,24 @@ KERNELS = PACKAGE.parent / "triton_kernels"
 
 # Bottom first. A module imports from lower rows only; a package counts as one module.
 LAYERS = (
-    {"errors", "reference", "heterogeneous", "memory", "machine", "summary", "fresh", "native"},
+    {"errors", "reference", "heterogeneous", "memory", "machine", "summary", "fresh", "native", "scratch"},
     {"files", "text", "patterns", "quantisation", "roofline", "screen", "figures"},
     {"probe"},
     {"families"},
     {"mask", "importance"},
     {"config", "allocation", "compensation", "calibration", "backends"},
+    {"choices"},
     {"dispatch"},
+    {"operators"},
     {"ops"},
+    {"mlp_state"},
     {"mlp"},
     {"surgery"},
     {"checkpoint", "pruning", "evaluation", "timing"},
-    {"loading", "benchmark"},
+    {"loading", "benchmark", "trial", "warming"},
+    {"tune"},
     {"options", "demo", "diagnosis"},
+    {"cli_tune"},
     {"cli"},
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pyprune import BackendError, InputError, KeepIndex, ops, reference
+from pyprune import BackendError, InputError, KeepIndex, operators, ops, reference
 from pyprune.mlp import pack
 from pyprune.patterns import FFNWeights
 from pyprune.quantisation import dequantise, quantise
@@ -152,7 +152,7 @@ def test_gradients_beside_weights_of_another_dtype(gated, gather, weights):
     want = torch.autograd.grad(exact, wide, upstream.double())
     out = low_level(gated, gather)(*arguments(x, record, index, rest, scales), "silu", "torch")
     keep = (x, record) if index is None else (x, record, index)
-    twin = ops.TWINS[gated, gather](*keep, *rest, scales=scales, activation="silu")
+    twin = operators.TWINS[gated, gather](*keep, *rest, scales=scales, activation="silu")
     for result in (out, twin):
         for got, exact_grad in zip(torch.autograd.grad(result, leaves, upstream), want, strict=True):
             torch.testing.assert_close(got.double(), exact_grad, rtol=1e-4, atol=1e-4)
@@ -254,7 +254,7 @@ def test_gradients_equal_those_of_plain_torch(gated, gather):
     leaves = [t.requires_grad_() for t in (x, record, *rest)]
     out = low_level(gated, gather)(*arguments(x, record, index, rest), "silu", "torch")
     operator = (x, record) if index is None else (x, record, index)
-    twin = ops.TWINS[gated, gather](*operator, *rest, activation="silu")
+    twin = operators.TWINS[gated, gather](*operator, *rest, activation="silu")
     upstream = torch.randn_like(out)
     for got, want in zip(*(torch.autograd.grad(o, leaves, upstream) for o in (out, twin)), strict=True):
         torch.testing.assert_close(got, want)

@@ -170,7 +170,7 @@ def test_accelerate_refuses_before_it_changes_anything(tiny, random_mask):
     for arguments, message in (
         ({"mode": "gahter"}, r"mode must be one of compact, gather; got 'gahter' \(nearest: gather\)"),
         ({"mode": "gather"}, "mask must be given in gather mode; got None"),
-        ({"backend": "cuda"}, "backend must be one of auto"),
+        ({"backend": "cudnn"}, "backend must be one of auto"),
         ({"weights": "int4"}, r"weights must be one of float32, .*; got 'int4' \(nearest: int8"),
         ({"weights": "float16"}, r"weights of layer 2 must be finite in torch\.float16; got .*70000"),
         ({"mask": other}, "mask must belong to this model"),

@@ -14,10 +14,11 @@ namespace pyprune {
 
 // `problem` and the buffers of the device that a call needs besides. Passed to kernels by value.
 struct Params {
-  Problem problem;  // `neurons` is K, or with `count` the longest K that can be
-  int64_t rows;     // F, rows of the record
-  Type rounds_to;   // what pre-activations, activations and their products are rounded to
-  bool aligned;     // every part of every record row begins on 16 bytes and holds whole pieces of 16 bytes
+  Problem problem;     // `neurons` is K, or with `count` the longest K that can be
+  int64_t rows;        // F, rows of the record
+  uint32_t row_bytes;  // from one row of the record to the next
+  Type rounds_to;      // what pre-activations, activations and their products are rounded to
+  bool aligned;        // every part of every record row begins on 16 bytes and holds whole pieces of 16 bytes
 
   // x as kernels read it: rows of whole pieces that begin on 16 bytes; float32 beside float32 weights. See widen.cuh.
   const void* x;

@@ -57,17 +57,20 @@ struct SinglePassPlanner {
     require(plan.teams <= most, "plan", "have at most " + std::to_string(most) + " teams for this problem");
   }
 
-  // The most neurons a step with at least three stages, then as many stages as fit; else what fits.
-  void choose_ring() {
+  // The most neurons a step with at least three stages, then as many stages as fit; else what fits. No more stages than
+  // a team has steps to fill them: shared memory that is free lets the next kernel begin.
+  void choose_ring(int64_t blocks) {
     int most = most_neurons(plan.tokens);
-    int wanted_step = chosen.step, wanted_stages = chosen.stages;
+    int64_t own = divide_up(std::max<int64_t>(sizes.neurons, 1), blocks * plan.teams);
     plan.step = 0;
     for (int least : {3, 2})
       for (int step = most; step >= 1 && !plan.step; --step) {
-        if (wanted_step && step != wanted_step) continue;
+        if (chosen.step && step != chosen.step) continue;
+        int64_t enough = std::max<int64_t>(2, divide_up(own, step) + 1);
         for (int stages : {4, 3, 2, 6}) {
-          bool fits = bytes(step, stages) <= device.shared;
-          if (!fits || (wanted_stages ? stages != wanted_stages : stages < least || stages == 6)) continue;
+          bool wanted = chosen.stages ? stages == chosen.stages
+                                      : stages <= 4 && stages <= enough && stages >= std::min<int64_t>(least, enough);
+          if (!wanted || bytes(step, stages) > device.shared) continue;
           plan.step = step;
           plan.stages = stages;
           break;
@@ -102,7 +105,7 @@ struct SinglePassPlanner {
 
   void set_grid(int64_t blocks, int cluster) {
     plan.share = sizes.indexed ? static_cast<int32_t>(divide_up(sizes.neurons, blocks)) : 0;
-    choose_ring();
+    choose_ring(blocks);
     plan.single = {static_cast<uint32_t>(blocks), threads() * static_cast<uint32_t>(plan.teams),
                    static_cast<uint32_t>(cluster), bytes(plan.step, plan.stages), plan.overlap};
   }

@@ -63,6 +63,7 @@ Params params_of(const Call& call, const Plan& plan) {
   params.problem = p;
   params.problem.neurons = most_neurons_of(call);
   params.rows = call.rows;
+  params.row_bytes = static_cast<uint32_t>(p.record_stride * bytes_of(p.weight_type));
   params.rounds_to = rounds_to(p);
   params.aligned = aligned(p);
   params.x = p.x;
@@ -114,6 +115,8 @@ int running(const Sizes& sizes, int32_t tokens, const Grid& grid) {
 }
 
 Failure run(const Call& call, const Choice& chosen, const Device& device, const Memory& memory, Stream stream) {
+  if (call.problem.record_stride * bytes_of(call.problem.weight_type) > UINT32_MAX)
+    throw Refusal{"record", "have rows less than 2^32 bytes apart"};
   Plan plan = plan_of(call, chosen, device);
   Params params = params_of(call, plan);
   const Problem& p = params.problem;

@@ -96,15 +96,15 @@ struct SinglePass {
   __device__ void copy_step(int32_t step, uint32_t slot) {
     using Bits = typename Element<W>::Bits;
     auto* record = static_cast<const char*>(p.problem.record) + member * 16;
-    int64_t stride = p.problem.record_stride * static_cast<int64_t>(sizeof(Bits));
+    auto rows = static_cast<uint32_t>(p.rows);
     uint32_t part_bytes = static_cast<uint32_t>(width) * sizeof(Bits);
 #pragma unroll
     for (int n = 0; n < kNeurons; ++n) {
       int32_t i = step * p.step + n;
       if (n >= p.step || i >= count) break;
-      int32_t r = row(i);
-      if (indexed && (r < 0 || r >= p.rows)) r = 0;  // its activation will be NaN
-      const char* from = record + r * stride;
+      auto r = static_cast<uint32_t>(row(i));
+      if (indexed && r >= rows) r = 0;  // its activation will be NaN
+      const char* from = record + static_cast<uint64_t>(r) * p.row_bytes;
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
 #pragma unroll

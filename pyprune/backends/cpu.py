@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from . import Call, Problem
+from . import Call, Config, Problem, row_by_row
 
 NAME = "cpu"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,11 +20,28 @@ def why_not(problem: Problem) -> str | None:
         return f"no kernel for {problem.dtype}"
     if problem.weights not in (None, *_DTYPES, torch.int8):
         return f"no kernel for {problem.weights} weights"
+    if problem.contextual:
+        return "no kernel for a contextual gather"
     return native.load()
 
 
-def run(call: Call) -> Tensor:
-    """Run `call` by the native kernel. Without it, which `why_not` rules out, the operator would come back here."""
+def default_config(problem: Problem) -> Config:
+    """Nothing to choose: the library sees to its tiles itself."""
+    return {}
+
+
+def candidate_configs(problem: Problem) -> list[Config]:
+    """The default alone."""
+    return [{}]
+
+
+def run(call: Call, config: Config | None = None) -> Tensor:
+    """Run `call` by the native kernel; batch-invariant row by row, for it chooses its order of sums by their number."""
+    return row_by_row(call, _run) if call.batch_invariant else _run(call)
+
+
+def _run(call: Call) -> Tensor:
+    # Without the library, which `why_not` rules out, the operator would come back here.
     out: Tensor = torch.ops.pyprune.ffn.default(
         call.x,
         call.record,

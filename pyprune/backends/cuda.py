@@ -49,7 +49,8 @@ def why_not(problem: Problem) -> str | None:
         return f"no kernel for {problem.weights} weights"
     if problem.hidden_size > _MOST_CHANNELS:
         return f"no kernel for a hidden_size above {_MOST_CHANNELS}"
-    return native.load_cuda()
+    reason = native.load_cuda()
+    return reason if reason or torch.cuda.is_available() else "needs a CUDA device; torch sees none"
 
 
 def plan(config: Config | None) -> list[int]:

@@ -1,0 +1,241 @@
+"""FFNs and a whole model on a GPU against every rival and the speed of its memory: one run, one JSON file.
+
+    python bench/bench_gpu.py                            all cases in 7 minutes; writes bench/results/gpu.json
+    python bench/bench_gpu.py --cases decode --budget 90 --out decode.json
+    python bench/bench_gpu.py --dry-run --out dry.json   the same code on a CPU, tiny; its numbers mean nothing
+
+This process only schedules: gpu_worker.py measures, case after case in the order of gpu_cases.py, and what it tells is
+in the file at once. A worker that loses the device or hangs is replaced, without the variant that brought it down. What
+the budget does not allow is left out and listed.
+
+Ways to run an FFN (`:NAME` is the backend that was forced; without it, what `auto` takes):
+
+    dense, dense fused                    torch (cuBLAS), gate and up apart or in one product
+    compact cublas, compact cublas fused  the same over contiguous weights of the kept neurons
+    compact, gather, int8                 PrunedMLP
+    contextual                            pyprune.ops.contextual_ffn with room for all neurons
+    liger, 2:4, two-kernel gather         see gpu_rivals.py
+
+Each is replayed in one CUDA graph over rotating weights that the L2 cannot hold; `eager_us` is a call launched by the
+host, `host_us` the host's own part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import goals_gpu
+import gpu_tables
+from boxed import Box, tail
+from gpu_cases import Case, all_cases, choose, dry_cases
+from gpu_lines import Lines
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "gpu.json"
+BUDGET = 420.0
+# A variant that says nothing for so long hangs; compilers are slower than kernels.
+PATIENCE, START, INDUCTOR, MODEL = 60.0, 120.0, 150.0, 120.0
+MOST_WORKERS = 8
+
+
+class Report:
+    """The result as it grows; every change is on disk at once."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path = path
+        self.result: dict[str, Any] = {
+            "suite": "gpu",
+            "state": "running",
+            **facts,
+            "rows": [],
+            "models": [],
+            "inductor": {},
+            "left_out": [],
+            "broken": {},
+        }
+        self.doing = ["start", ""]
+        self.done: set[str] = set()
+        self.lost = False
+
+    def take(self, line: dict[str, Any]) -> None:
+        """Take over one line of a worker."""
+        result = self.result
+        self.doing = line.pop("doing", self.doing)
+        self.lost = line.pop("lost", False)
+        if name := line.pop("done", None):
+            self.done.add(name)
+        if row := line.pop("row", None):
+            result["rows"].append(row)
+        if row := line.pop("model", None):
+            result["models"].append(row)
+        result["inductor"] |= line.pop("inductor", {})
+        if name := line.pop("left_out", None):
+            result["left_out"].append(name)
+        if broken := line.pop("broken", None):
+            result["broken"][broken[0]] = broken[1]
+            if not self.lost:
+                self.done.add(broken[0])
+        if "machine" in line and "machine" in result:
+            return  # of a later worker
+        result |= line
+        if read := result.get("ceilings", {}).get("read"):
+            result["bandwidth_gb_s"] = read["gb_s"]
+
+    def write(self) -> None:
+        """Write beside the file and rename."""
+        try:
+            self.result["goals"] = goals_gpu.judge(self.result)
+        except Exception as problem:  # what was measured is worth more than what is made of it
+            self.result |= {"goals": [], "goals_failed": f"{type(problem).__name__}: {problem}"}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+        beside.replace(self.path)
+
+
+def patience(doing: list[str]) -> float:
+    """Seconds that a worker may be silent."""
+    return {"start": START, "ceilings": START, "inductor": INDUCTOR}.get(
+        doing[0], MODEL if "model" in doing[0] else PATIENCE
+    )
+
+
+Command = Callable[[Path, Path], list[str]]
+
+
+def worker_command(lines: Path, plan: Path) -> list[str]:
+    """How a worker is started."""
+    return [sys.executable, str(HERE / "gpu_worker.py"), str(lines), str(plan)]
+
+
+class Schedule:
+    """Workers, one after the other, until all cases are done or time is up."""
+
+    def __init__(
+        self, report: Report, cases: list[Case], until: float, dry: bool, command: Command = worker_command
+    ) -> None:
+        self.report, self.until, self.dry, self.command = report, until, dry, command
+        self.names = [case.name for case in cases]
+        self.skip: dict[str, list[str]] = {}
+        self.log = report.path.with_suffix(".log")
+
+    def left(self) -> list[str]:
+        """Cases that nobody has answered for."""
+        answered = self.report.done | set(self.report.result["left_out"])
+        return [name for name in self.names if name not in answered]
+
+    def run(self, folder: Path) -> str:
+        """The state that the result ends in."""
+        for number in range(MOST_WORKERS):
+            if not self.left():
+                break
+            if time.time() > self.until:
+                self.report.result["left_out"] += self.left()
+                break
+            problem = self._worker(folder, number)
+            if problem is None:
+                continue
+            self._blame(problem)
+            if self.report.doing == ["start", ""]:
+                return f"no worker comes to work: {problem}; {tail(self.log, 3)}"
+        return "complete" if not self.left() else f"stopped after {MOST_WORKERS} workers"
+
+    def _worker(self, folder: Path, number: int) -> str | None:
+        """Run one worker; what went wrong, or None."""
+        lines, plan = folder / f"lines-{number}.jsonl", folder / f"plan-{number}.json"
+        wanted = {
+            "cases": self.left(),
+            "skip": self.skip,
+            "until": self.until,
+            "dry": self.dry,
+            "ceilings": "ceilings" not in self.report.result,
+        }
+        plan.write_text(json.dumps(wanted), encoding="utf-8")
+        self.report.doing = ["start", ""]
+        box = Box.start(self.command(lines, plan), self.log, max(30.0, self.until + 60 - time.time()))
+        reader, heard = Lines(lines), time.monotonic()
+        while True:
+            code = box.poll()
+            new = reader.new()
+            for line in new:
+                self.report.take(line)
+            if new:
+                heard = time.monotonic()
+                self.report.write()
+            if code is not None:
+                return None if code == 0 else f"ended with {code}"
+            if time.monotonic() - heard > patience(self.report.doing):
+                box.end()
+                return f"silent for {patience(self.report.doing):.0f} s"
+            time.sleep(0.1)
+
+    def _blame(self, problem: str) -> None:
+        """Remember what the worker was doing, so that the next one does not do it."""
+        case, variant = self.report.doing
+        said = self.report.result["broken"].get(case, "")
+        self.report.result["broken"][f"{case}: {variant}"] = f"{problem} {said}".strip()
+        self.skip.setdefault(case, []).append(variant)
+        whole = variant in ("", "timing") or case in ("inductor", "model", "start", "ceilings")
+        if case == "ceilings":
+            self.report.result.setdefault("ceilings", {})
+        elif whole:
+            self.report.done.add(case)
+
+
+def show(result: dict[str, Any]) -> str:
+    """What the terminal shows at the end."""
+    rows = [gpu_tables.cells(row, result) for row in result["rows"]]
+    parts = [gpu_tables.text_table(gpu_tables.HEADER, rows)]
+    if result["models"]:
+        parts.append(gpu_tables.text_table(gpu_tables.MODEL_HEADER, map(gpu_tables.model_cells, result["models"])))
+    failed = [f"{row['case']}: {name}: {why}" for row in result["rows"] for name, why in row["failed"].items()]
+    failed += [f"{name}: {why}" for name, why in result["broken"].items()]
+    unusable = {name.partition(":")[2]: why for row in result["rows"] for name, why in row["unusable"].items()}
+    failed += [f"backend {name}, at least in one case: {why}" for name, why in unusable.items()]
+    if failed:
+        parts.append("Not measured, for a reason:\n" + "\n".join(f"  {line[:200]}" for line in failed))
+    if result["left_out"]:
+        parts.append("Left out for lack of time: " + ", ".join(result["left_out"]) + ".")
+    parts.append(gpu_tables.text_table(goals_gpu.HEADER, map(goals_gpu.cells, result["goals"])))
+    parts.append(f"{gpu_tables.ceilings_line(result)} {result['seconds']:.0f} s in all; {result['state']}.")
+    return "\n\n".join(parts)
+
+
+def main(given: list[str] | None = None, command: Command = worker_command) -> int:
+    """Measure, print, write; 1 where it could not be brought to an end."""
+    parser = argparse.ArgumentParser(description="Bench the GPU kernels.")
+    parser.add_argument("--out", type=Path, default=None, help="the JSON file; default: that of the results")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds; what they do not allow is left out")
+    parser.add_argument("--cases", default="", help="words, by commas: only cases whose kind or name has one")
+    parser.add_argument("--stages", type=Path, default=None, help="a JSON file to take over under `stages`")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU, to try the bench itself")
+    arguments = parser.parse_args(given)
+    if arguments.dry_run and arguments.out is None:
+        parser.error("--dry-run must come with --out: its numbers mean nothing")
+    start = time.time()
+    cases = choose(arguments.cases, dry_cases() if arguments.dry_run else all_cases())
+    facts: dict[str, Any] = {"dry_run": True} if arguments.dry_run else {}
+    facts["settings"] = {"budget_seconds": arguments.budget, "weights": "rotated over sets that the L2 cannot hold"}
+    if arguments.stages:
+        facts["stages"] = json.loads(arguments.stages.read_text(encoding="utf-8"))
+    report = Report(arguments.out or RESULT, facts)
+    report.write()
+    with tempfile.TemporaryDirectory() as folder:
+        schedule = Schedule(report, cases, start + arguments.budget, arguments.dry_run, command)
+        report.result["state"] = schedule.run(Path(folder))
+    report.result["seconds"] = time.time() - start
+    report.write()
+    print(show(report.result))
+    return 0 if report.result["state"] == "complete" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Tables of a GPU result: cells for README and terminal, and plain text, for which the standard library is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+HEADER = (
+    "FFN",
+    "weights",
+    ">M",
+    ">kept",
+    ">dense",
+    ">inductor",
+    ">compact cuBLAS",
+    ">compact",
+    "by",
+    ">gather",
+    "by ",
+    ">GB/s",
+    ">of read",
+)
+MODEL_HEADER = ("model", ">kept", ">FFN share", ">dense, ms", ">narrow, ms", ">ms", ">ratio", ">ceiling", ">of ceiling")
+_FEW_TOKENS = 16
+
+
+def text_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Columns of plain text; those whose name starts with `>` are aligned to the right."""
+    names = list(header)
+    lines = [[name.removeprefix(">") for name in names], *(list(map(str, row)) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    lines.insert(1, ["-" * width for width in widths])
+    aligned = (
+        "  ".join(c.rjust(w) if n.startswith(">") else c.ljust(w) for c, w, n in zip(line, widths, names, strict=True))
+        for line in lines
+    )
+    return "\n".join(line.rstrip() for line in aligned)
+
+
+def _us(found: dict[str, Any] | None) -> str:
+    if not found or "us" not in found:
+        return "-"
+    return f"{found['us']:,.0f}" if found["us"] >= 100 else f"{found['us']:.2f}"
+
+
+def cells(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """One case: medians in us; rate and share of read bandwidth are those of `compact`, of int8 in its cases."""
+    variants = row["variants"]
+    form = "int8" if row["weights"] == "int8" else "compact"
+    own, gather = variants.get(form), variants.get("contextual" if row["kind"] == "contextual" else "gather")
+    read = result.get("ceilings", {}).get("read", {}).get("gb_s")
+    rate = ["", ""]
+    if own and row["tokens"] <= _FEW_TOKENS:
+        rate = [f"{own['gb_s']:,.0f}", f"{own['gb_s'] / read:.0%}" if read else ""]
+    dense = [variants[name] for name in ("dense", "dense fused") if name in variants]
+    narrow = [variants[name] for name in ("compact cublas", "compact cublas fused") if name in variants]
+    words = f"{row['model']} {row['hidden_size']} x {row['intermediate_size']}"
+    return [
+        words + (" contextual" if row["kind"] == "contextual" else ""),
+        row["weights"],
+        str(row["tokens"]),
+        f"{row['keep']:.0%}",
+        _us(min(dense, key=lambda d: d["us"], default=None)),
+        _us(result.get("inductor", {}).get(f"{row['model']} M {row['tokens']}")),
+        _us(min(narrow, key=lambda d: d["us"], default=None)),
+        _us(own),
+        own["backend"] if own else "",
+        _us(gather),
+        gather["backend"] if gather else "",
+        *rate,
+    ]
+
+
+def model_cells(row: dict[str, Any]) -> list[str]:
+    """The whole model."""
+    steps = [f"{row['models'][name]['step_ms']:.3f}" for name in ("dense", "narrow", "accelerated")]
+    ratios = [f"{row['ratio']:.2f}x", f"{row['ceiling']:.2f}x", f"{row['share_of_ceiling']:.0%}"]
+    return [f"LLaMA, {row['layers']} layers", f"{row['keep']:.0%}", f"{row['ffn_share']:.0%}", *steps, *ratios]
+
+
+def ceilings_line(result: dict[str, Any]) -> str:
+    """The ceilings in words."""
+    found = result.get("ceilings")
+    if not found:
+        return "No ceiling was measured."
+    read, gemm = found["read"], found["gemm"]
+    return (
+        f"Memory read at {read['gb_s']:,.0f} GB/s ({read['loop']}); {gemm['dtype']} product of "
+        f"{gemm['n']} x {gemm['n']} at {gemm['tflop_s']:,.0f} TFLOP/s."
+    )

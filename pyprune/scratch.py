@@ -1,0 +1,97 @@
+"""Records compacted for a gather of many tokens, kept for as long as their weights and their index stay as they are."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Of a GPU's memory, and on a CPU, where only tests come here.
+_SHARE = 1 / 8
+_CPU_BYTES = 1 << 30
+
+_Key = tuple[object, ...]
+
+
+@dataclass
+class _Kept:
+    rows: Tensor
+    versions: tuple[int, int]
+    stream: int
+
+
+_KEPT: dict[_Key, _Kept] = {}
+
+
+def _room(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CPU_BYTES
+    return int(_SHARE * torch.cuda.get_device_properties(device).total_memory)
+
+
+def kept_bytes(device: torch.device) -> int:
+    """Bytes that are kept on a device now."""
+    return sum(kept.rows.nbytes for kept in _KEPT.values() if kept.rows.device == device)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def _key(record: Tensor, index: Tensor) -> _Key:
+    where = (record.device, record.dtype, record.data_ptr(), tuple(record.shape), record.stride())
+    return (*where, index.data_ptr(), index.shape[0])
+
+
+def _keep(key: _Key, record: Tensor, index: Tensor, rows: Tensor, versions: tuple[int, int]) -> None:
+    if rows.is_cuda:
+        # Once for a mask: whatever stream takes the rows next finds them written.
+        torch.cuda.current_stream(rows.device).synchronize()
+    _KEPT[key] = _Kept(rows, versions, _stream(rows.device))
+    for tensor in (record, index):
+        weakref.finalize(tensor, _KEPT.pop, key, None).atexit = False
+
+
+def compacted(record: Tensor, index: Tensor) -> Tensor:
+    """The rows `index` of `record`, `[K, P*D]` contiguous; not to be written.
+
+    They are kept until `record` or `index` is freed, and taken anew, into the same memory, after either was written
+    to. An eighth of the GPU's memory is the most that is kept; what does not fit is taken at every call, as are rows
+    of inference tensors, which do not tell whether they were written to.
+
+    In the capture of a CUDA graph nothing is kept: rows that were kept before are read, and nothing is allocated;
+    others are taken by the graph itself, at every replay, with a warning. So call once before, by `pyprune.warmup`. A
+    graph that reads kept rows does not see later changes of the weights, until another call has taken the rows anew.
+
+    Args:
+        record: `[F, P*D]`.
+        index: `[K]` int32.
+    """
+    if record.is_inference() or index.is_inference():
+        return record.index_select(0, index)
+    key, versions, capturing = _key(record, index), (record._version, index._version), _capturing(record.device)
+    kept = _KEPT.get(key)
+    if kept is None:
+        rows = record.detach().index_select(0, index)
+        if capturing:
+            warnings.warn(
+                "a gather's rows are copied at every replay of this CUDA graph; call pyprune.warmup before the capture",
+                stacklevel=2,
+            )
+        elif kept_bytes(record.device) + rows.nbytes <= _room(record.device):
+            _keep(key, record, index, rows, versions)
+        return rows
+    if kept.versions != versions:
+        torch.index_select(record.detach(), 0, index, out=kept.rows)
+        if not capturing:
+            kept.versions = versions
+    if not capturing and kept.stream != _stream(record.device):
+        kept.rows.record_stream(torch.cuda.current_stream(record.device))
+    return kept.rows

@@ -1,0 +1,166 @@
+"""The cuBLAS backend, run on CPU tensors: its algebra, its scratch record, and what it refuses."""
+
+import dataclasses
+import gc
+import itertools
+
+import pytest
+import torch
+
+from pyprune import BackendError, backends, dispatch, reference, scratch
+from pyprune.backends import Call, Problem, cublas, torch_eager
+
+PROBLEM = Problem("cuda", torch.float32, 512, 8, 12, 12, True, False, "silu")
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers():
+    gc.collect()
+    before = dict(scratch._KEPT)
+    yield
+    gc.collect()
+    assert before == scratch._KEPT, "rows are kept whose record is gone"
+
+
+def a_call(gated, gather, activation, extras, dtype=torch.float64, m=5, d=8, f=12):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    parts = 3 if gated else 2
+    index = torch.randperm(f, generator=generator)[: f // 2].sort().values.int() if gather else None
+    bias, down_bias = (randn(f, parts - 1), randn(d)) if "bias" in extras else (None, None)
+    residual = randn(m, d) if "residual" in extras else None
+    return Call(randn(m, d), randn(f, parts * d), index, None, bias, down_bias, residual, gated, activation)
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize(("gated", "gather"), list(itertools.product((False, True), (False, True))))
+@pytest.mark.parametrize("extras", ["", "bias", "residual", "bias residual"])
+def test_equals_the_reference_in_every_configuration(activation, gated, gather, extras):
+    call = a_call(gated, gather, activation, extras)
+    want = torch_eager.run(call)
+    problem = dataclasses.replace(PROBLEM, gated=gated, gather=gather, activation=activation)
+    configs = cublas.candidate_configs(problem)
+    assert configs[0] == cublas.default_config(problem)
+    for config in (None, *configs):
+        torch.testing.assert_close(cublas.run(call, config), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("m", "d", "f"), [(0, 8, 12), (1, 1, 1), (3, 7, 2), (129, 31, 65)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_odd_sizes(m, d, f, gated):
+    call = a_call(gated, True, "relu", "bias residual", m=m, d=d, f=f)
+    for config in cublas.candidate_configs(dataclasses.replace(PROBLEM, gated=gated, activation="relu")):
+        torch.testing.assert_close(cublas.run(call, config), torch_eager.run(call))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_no_operand_is_written(gated):
+    call = a_call(gated, True, "silu", "bias residual")
+    before = {
+        f.name: t.clone() for f in dataclasses.fields(call) if isinstance(t := getattr(call, f.name), torch.Tensor)
+    }
+    cublas.run(call)
+    assert all(torch.equal(getattr(call, name), value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_that_of_torch(gated, dtype):
+    call = a_call(gated, False, "silu", "bias residual", m=64, d=64, f=256)
+    exact = torch_eager.run(call)
+    tensors = {f.name: getattr(call, f.name) for f in dataclasses.fields(call)}
+    half = Call(**{n: t.to(dtype) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()})
+    allowed = (torch_eager.run(half).double() - exact).norm()
+    for config in cublas.candidate_configs(dataclasses.replace(PROBLEM, gated=gated)):
+        assert (cublas.run(half, config).double() - exact).norm() <= 2 * allowed
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "cpu"}, "needs tensors on a CUDA device, not on cpu"),
+        ({"dtype": torch.float64}, r"no products for torch\.float64"),
+        ({"weights": torch.int8}, r"no products of torch\.int8 weights with x of torch\.float32"),
+        ({"contextual": True}, "a contextual gather has no fixed rows to copy"),
+        ({"batch_invariant": True}, "cuBLAS chooses its order of sums by the number of tokens"),
+    ],
+)
+def test_refusals(changes, reason):
+    with pytest.raises(BackendError, match=f"cublas: {reason}$"):
+        dispatch.choose(dataclasses.replace(PROBLEM, **changes), "cublas")
+    assert dispatch.choose(PROBLEM, "cublas").backend is backends.load_all()["cublas"]
+
+
+def record_and_index():
+    return torch.randn(12, 24), torch.tensor([1, 3, 8], dtype=torch.int32)
+
+
+def test_scratch_is_kept_once_for_each_mask():
+    record, index = record_and_index()
+    rows = scratch.compacted(record, index)
+    assert torch.equal(rows, record[index.long()]) and rows.is_contiguous()
+    assert scratch.compacted(record, index) is rows
+    other = torch.tensor([0, 3, 8], dtype=torch.int32)
+    assert torch.equal(scratch.compacted(record, other), record[other.long()])
+    assert scratch.kept_bytes(record.device) == 2 * rows.nbytes
+    del other
+    assert scratch.kept_bytes(record.device) == rows.nbytes
+    del record
+    assert scratch.kept_bytes(index.device) == 0
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_scratch_follows_a_write_in_the_same_memory(which):
+    tensors = record_and_index()
+    rows = scratch.compacted(*tensors)
+    tensors[which][0] = 2
+    again = scratch.compacted(*tensors)
+    assert again is rows
+    assert torch.equal(rows, tensors[0][tensors[1].long()])
+
+
+def test_scratch_of_a_parameter_that_wants_gradients():
+    record, index = torch.nn.Parameter(torch.randn(12, 24)), torch.tensor([1, 3], dtype=torch.int32)
+    assert not scratch.compacted(record, index).requires_grad
+    with torch.no_grad():
+        record += 1
+    assert torch.equal(scratch.compacted(record, index), record[index.long()])
+
+
+def test_scratch_is_bounded(monkeypatch):
+    record, index = record_and_index()
+    monkeypatch.setattr(scratch, "_CPU_BYTES", 3 * 24 * 4)
+    rows = scratch.compacted(record, index)
+    other = torch.tensor([0], dtype=torch.int32)
+    assert torch.equal(scratch.compacted(record, other), record[:1])
+    assert scratch.kept_bytes(record.device) == rows.nbytes
+    assert scratch.compacted(record, index) is rows
+
+
+def test_inference_tensors_are_copied_at_every_call():
+    with torch.inference_mode():
+        record, index = record_and_index()
+        scratch.compacted(record, index)
+        record[1] = 7
+        assert torch.equal(scratch.compacted(record, index), record[index.long()])
+    assert scratch.kept_bytes(record.device) == 0
+
+
+def test_a_capture_keeps_nothing_new(monkeypatch):
+    record, index = record_and_index()
+    monkeypatch.setattr(scratch, "_capturing", lambda device: True)
+    with pytest.warns(UserWarning, match=r"call pyprune\.warmup before the capture"):
+        scratch.compacted(record, index)
+    assert scratch.kept_bytes(record.device) == 0
+    monkeypatch.undo()
+    rows = scratch.compacted(record, index)
+    monkeypatch.setattr(scratch, "_capturing", lambda device: True)
+    assert scratch.compacted(record, index) is rows
+    record[1] = 5  # the graph takes the rows anew at each replay, and an eager call does not rely on its having done so
+    scratch.compacted(record, index)
+    monkeypatch.undo()
+    rows.zero_()
+    assert torch.equal(scratch.compacted(record, index), record[index.long()])

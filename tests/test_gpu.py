@@ -1,0 +1,402 @@
+"""Every backend on a GPU against float64, and what only a GPU can show: graphs, streams, no waiting for the host.
+
+What has a meaning on a CPU also runs there, by the backends that need no GPU, so that the tests themselves are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyprune import KeepIndex, PrunedMLP, accelerate, dispatch, ops, reference
+from pyprune.backends import Problem
+from pyprune.patterns import PATTERNS
+
+F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
+ON_CPU, ON_GPU = ("torch", "cpu"), ("torch", "triton", "cuda", "cublas")
+DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, INT8)]
+FORMS = ("compact", "gather", "prefix")
+TOKENS = (*range(1, 9), 16, 64, 300)
+ODD = [(1, 1, 1), (1, 7, 3), (3, 1, 7), (2, 13, 31), (5, 129, 65), (17, 33, 257), (1, 300, 1028), (70, 65, 130)]
+# Of one version to the next of torch, sums differ in their order.
+FLOOR = {F32: 2e-6, F16: 1e-3, BF16: 8e-3}
+
+needs_gpu = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+def places(*more: str) -> pytest.MarkDecorator:
+    """`device` and `backend`: those of a CPU, which need no GPU, and all that a GPU has."""
+    found = [pytest.param("cpu", name, id=f"cpu-{name}") for name in (*more, *ON_CPU)]
+    found += [pytest.param("cuda", name, marks=needs_gpu, id=f"cuda-{name}") for name in (*more, *ON_GPU)]
+    return pytest.mark.parametrize(("device", "backend"), found)
+
+
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Operands of one call."""
+
+    x: Tensor
+    record: Tensor
+    scales: Tensor | None
+    neuron_bias: Tensor | None
+    down_bias: Tensor | None
+    residual: Tensor | None
+    gated: bool
+    activation: str
+    keep: KeepIndex | None = None
+
+    def problem(self) -> Problem:
+        f, kept = len(self.record), len(self.keep) if self.keep else len(self.record)
+        form = (self.gated, self.keep is not None, self.activation, self.record.dtype)
+        return Problem(self.x.device.type, self.x.dtype, len(self.x), self.x.shape[1], f, kept, *form)
+
+    def run(self, backend: str) -> Tensor:
+        name = ("gated" if self.gated else "plain") + ("_ffn" if self.keep is None else "_ffn_gather")
+        where = () if self.keep is None else (self.keep,)
+        biases = (self.neuron_bias, self.down_bias, self.residual)
+        ffn = getattr(ops, name)
+        return ffn(
+            self.x, self.record, *where, *biases, scales=self.scales, activation=self.activation, backend=backend
+        )
+
+    def exact(self, rows: Tensor | None = None) -> Tensor:
+        """In float64, over the rows `rows` of the record, or those of `keep`."""
+        if rows is None and self.keep is not None:
+            rows = self.keep.neurons.to(self.x.device)
+        record, scales, bias = (
+            t if t is None or rows is None else t[rows.long()] for t in (self.record, self.scales, self.neuron_bias)
+        )
+        ffn = reference.gated_ffn if self.gated else reference.plain_ffn
+        wide = [None if t is None else t.double() for t in (bias, self.down_bias, self.residual)]
+        record = record if record.dtype == INT8 else record.double()
+        return ffn(self.x.double(), record, *wide, scales=scales, activation=self.activation)
+
+    def module(self, backend: str = "auto", batch_invariant: bool = False) -> PrunedMLP:
+        pattern = next(p for p in PATTERNS if p.gated == self.gated and not (p.in_layer or p.fused))
+        return PrunedMLP(
+            self.record,
+            self.neuron_bias,
+            self.down_bias,
+            pattern=pattern,
+            activation=self.activation,
+            scales=self.scales,
+            dtype=self.x.dtype,
+            keep=self.keep,
+            backend=backend,
+            batch_invariant=batch_invariant,
+        ).requires_grad_(False)
+
+
+def layer(
+    device: str,
+    m: int,
+    f: int = 352,
+    d: int = 256,
+    *,
+    dtype: torch.dtype = F32,
+    weights: torch.dtype | None = None,
+    gated: bool = True,
+    form: str = "compact",
+    activation: str = "",
+    bias: bool = True,
+) -> Layer:
+    """Operands of which activations are near 1."""
+    generator, parts = torch.Generator().manual_seed(7), 3 if gated else 2
+    weights = weights or dtype
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+    if weights == INT8:
+        record = torch.randint(-127, 128, (f, parts * d), generator=generator).to(device, INT8)
+        scales = (torch.rand(f, parts, generator=generator) + 0.5).to(device) * d**-0.5 / 100
+    else:
+        record, scales = normal(f, parts * d, scale=d**-0.5), None
+    keep = None
+    if form == "gather":
+        keep = KeepIndex.from_scores(torch.rand(f, generator=generator), (f + 1) // 2)
+    rows = max(1, f // 2) if form == "prefix" else f  # the first rows of a longer record
+    record, scales = record[:rows], None if scales is None else scales[:rows]
+    biases = (normal(f, parts - 1)[:rows], normal(d), normal(m, d)) if bias else (None, None, None)
+    chosen = activation or ("silu" if gated else "gelu_tanh")
+    return Layer(normal(m, d), record, scales, *biases, gated, chosen, keep)
+
+
+def usable(given: Layer, backend: str) -> None:
+    """Skip, with the reason, what a backend does not do here."""
+    reason = dispatch.backends()[backend].why_not(given.problem())
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    value = float((found.double() - exact).norm() / exact.norm())
+    return value if value == value else float("inf")
+
+
+def same(found: Tensor, wanted: Tensor, backend: str) -> bool:
+    """To the bit, but for cuBLAS, which may choose otherwise under capture or on another stream."""
+    if backend in ("auto", "cublas"):
+        return error(found, wanted.double()) < 1e-2
+    return torch.equal(found, wanted)
+
+
+def meets(given: Layer, found: Tensor, exact: Tensor | None = None) -> None:
+    """Twice the error of torch in the same dtype is allowed, and no more."""
+    exact = given.exact() if exact is None else exact
+    assert found.shape == given.x.shape and found.dtype == given.x.dtype and found.device == given.x.device
+    allowed = 2 * max(error(given.run("torch"), exact), FLOOR[given.x.dtype] / 2)
+    assert error(found, exact) <= allowed
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda p: f"{p[0]}-{p[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("gated", [False, True])
+@places()
+def test_float64_is_met(
+    device: str, backend: str, gated: bool, form: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    dtype, weights = dtypes
+    tried = 0
+    for m in TOKENS if device == "cuda" else (1, 3, 16):
+        given = layer(device, m, dtype=dtype, weights=weights, gated=gated, form=form)
+        if m == TOKENS[0]:
+            usable(given, backend)
+        elif dispatch.backends()[backend].why_not(given.problem()) is not None:
+            continue
+        meets(given, given.run(backend))
+        tried += 1
+    assert tried
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@places()
+def test_every_activation(device: str, backend: str, activation: str) -> None:
+    for m in (1, 20):
+        for gated in (False, True):
+            given = layer(device, m, 96, 64, dtype=F32, gated=gated, activation=activation, bias=False)
+            usable(given, backend)
+            meets(given, given.run(backend))
+
+
+@pytest.mark.parametrize("shape", ODD, ids=str)
+@places()
+def test_odd_shapes(device: str, backend: str, shape: tuple[int, int, int]) -> None:
+    for gated in (False, True):
+        for form in ("compact", "gather"):
+            given = layer(device, *shape, dtype=BF16 if device == "cuda" else F32, gated=gated, form=form)
+            usable(given, backend)
+            meets(given, given.run(backend))
+
+
+def _unaligned(tensor: Tensor | None) -> Tensor | None:
+    """The same numbers one element behind an aligned address."""
+    if tensor is None:
+        return None
+    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return room[1:].copy_(tensor.flatten()).view(tensor.shape)
+
+
+@pytest.mark.parametrize("weights", [None, INT8])
+@pytest.mark.parametrize("m", [1, 5, 40])
+@places()
+def test_unaligned_addresses(device: str, backend: str, m: int, weights: torch.dtype | None) -> None:
+    given = layer(device, m, 96, 64, dtype=BF16, weights=weights, form="gather")
+    usable(given, backend)
+    names = ("x", "record", "scales", "neuron_bias", "down_bias", "residual")
+    shifted = replace(given, **{name: _unaligned(getattr(given, name)) for name in names})
+    meets(given, shifted.run(backend))
+
+
+@pytest.mark.parametrize("m", [1, 4, 16, 64])
+@places("auto")
+def test_runs_repeat_to_the_bit(device: str, backend: str, m: int) -> None:
+    given = layer(device, m, 700, dtype=BF16, form="gather")
+    if backend != "auto":
+        usable(given, backend)
+    first = given.run(backend)
+    assert all(torch.equal(given.run(backend), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@places("auto")
+def test_batch_invariance(device: str, backend: str, gather: bool) -> None:
+    given = layer(device, 70, dtype=BF16, form="gather" if gather else "compact")
+    if backend != "auto":
+        usable(given, backend)
+        reason = dispatch.backends()[backend].why_not(replace(given.problem(), batch_invariant=True))
+        if reason is not None:
+            pytest.skip(reason)
+    module = given.module(backend, batch_invariant=True)
+    alone = torch.cat([module(given.x[i : i + 1]) for i in range(70)])
+    for m in (2, 5, 8, 16, 33, 70):
+        assert torch.equal(module(given.x[:m]), alone[:m])
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Whatever torch allocates, in Python or C++, holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+@pytest.mark.parametrize("form", ["compact", "gather"])
+@places()
+def test_nothing_unwritten_is_read(device: str, backend: str, form: str, poisoned: None) -> None:
+    assert bool(torch.empty(8, device=device).isnan().all())
+    for m, f, d in ((1, 352, 256), (4, 33, 40), (8, 129, 72), (17, 65, 96), (80, 100, 64)):
+        given = layer(device, m, f, d, dtype=BF16, form=form)
+        usable(given, backend)
+        meets(given, given.run(backend))
+
+
+def _contextual(given: Layer, index: Tensor, count: Tensor, backend: str) -> Tensor:
+    biases = (given.neuron_bias, given.down_bias, given.residual)
+    options: dict[str, Any] = {"scales": given.scales, "gated": given.gated, "activation": given.activation}
+    return ops.contextual_ffn(given.x, given.record, index, count, *biases, **options, backend=backend)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@places("auto")
+def test_contextual_gather(device: str, backend: str, by_token: bool) -> None:
+    given = layer(device, 3, 200, 64, dtype=BF16)
+    if backend != "auto":
+        usable(given, backend)
+        wanted = replace(given.problem(), gather=True, contextual=True)
+        reason = dispatch.backends()[backend].why_not(wanted)
+        if reason is not None:
+            pytest.skip(reason)
+    for used in (0, 1, 77, 200):
+        rows = torch.randperm(200, generator=torch.Generator().manual_seed(used))[:used].sort().values
+        index = torch.full((200,), 10**6, dtype=torch.int32)  # nothing behind the count may be read as a row
+        index[:used] = rows
+        count = torch.tensor([used], dtype=torch.int32)
+        if by_token:
+            index, count = index.repeat(3, 1), count.repeat(3)
+        found = _contextual(given, index.to(device), count.to(device), backend)
+        meets(given, found, given.exact(rows.to(device)))
+
+
+# --- what only a GPU has
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[Callable[[], None]]:
+    """Call it: from then on a call that waits for the device is an error."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("m", [1, 4])
+def test_contextual_gather_waits_for_nothing(m: int, no_waiting: Callable[[], None]) -> None:
+    given = layer("cuda", m, 200, 64, dtype=BF16)
+    index = torch.arange(200, dtype=torch.int32, device="cuda")
+    count = torch.full((1,), 100, dtype=torch.int32, device="cuda")
+    _contextual(given, index, count, "auto")
+    torch.cuda.synchronize()
+    no_waiting()
+    found = _contextual(given, index, count, "auto")
+    torch.cuda.set_sync_debug_mode("default")
+    meets(given, found, given.exact(index[:100]))
+
+
+@needs_gpu
+@pytest.mark.parametrize("form", ["compact", "gather"])
+@pytest.mark.parametrize("m", [1, 4, 16, 64, 300])
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda", "cublas"])
+def test_a_graph_replays_on_new_input(backend: str, m: int, form: str) -> None:
+    given = layer("cuda", m, dtype=BF16, form=form)
+    if backend != "auto":
+        usable(given, backend)
+    module = given.module(backend)
+    module(given.x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = module(given.x)
+    for _ in range(3):
+        given.x.normal_()
+        graph.replay()
+        assert same(out, module(given.x), backend)
+
+
+@needs_gpu
+@pytest.mark.parametrize("m", [1, 16, 64])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "cublas"])
+def test_the_current_stream_is_used(backend: str, m: int) -> None:
+    given = layer("cuda", m, dtype=BF16)
+    usable(given, backend)
+    module = given.module(backend)
+    wanted = module(given.x)
+    x = given.x.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        given.x.zero_()
+        torch.cuda._sleep(20_000_000)  # what ran on another stream would see the zeros
+        given.x.copy_(x)
+        found = module(given.x)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert same(found, wanted, backend)
+
+
+@devices
+@pytest.mark.parametrize("m", [1, 20])
+def test_compiled_without_a_break(device: str, m: int) -> None:
+    given = layer(device, m, 96, 64, form="gather")
+    module = given.module()
+    run = torch.compile(module, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(run(given.x), module(given.x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled"),
+    [("cpu", False), *(pytest.param("cuda", c, marks=needs_gpu) for c in (False, True))],
+)
+def test_generate_with_a_static_cache(device: str, compiled: bool, tiny: Callable[..., Any], ids: Tensor) -> None:
+    model = tiny("llama").to(device)
+    settings = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+    prompt = ids[:1].to(device)
+    dense = model.generate(prompt, **settings, disable_compile=True)
+    fast = accelerate(model).generate(prompt, **settings, disable_compile=not compiled)
+    assert torch.equal(dense, fast)
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda", "cublas"])
+def test_the_device_of_the_tensors_is_used(backend: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    given = layer("cuda:1", 2, dtype=BF16)
+    usable(given, backend)
+    meets(given, given.run(backend))
+
+
+@pytest.mark.parametrize("weights", [None, INT8])
+@places()
+def test_sanitized_calls(device: str, backend: str, weights: torch.dtype | None) -> None:
+    """Few and small: `make gpu` runs these under a memory checker."""
+    for m, f, d in ((1, 33, 72), (4, 40, 136), (20, 17, 64)):
+        for gated in (False, True):
+            for form in FORMS:
+                given = layer(device, m, f, d, dtype=BF16, weights=weights, gated=gated, form=form)
+                usable(given, backend)
+                assert bool(given.run(backend).isfinite().all())
