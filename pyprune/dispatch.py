@@ -17,8 +17,8 @@ from .errors import BackendError, check_choice
 
 # Where nothing was measured, `auto` follows predictions: on CUDA from the bytes and operations of each form, since no
 # kernel of ours has been timed there yet. Few tokens are bound by the weights' bytes, which a kernel of one pass reads
-# once; from five on its arithmetic takes longer, and matrix units are better. Many are bound by arithmetic, where cuBLAS
-# is near the ceiling; for a gather it must first copy the kept rows.
+# once; from five on its arithmetic takes longer, and matrix units are better. Many are bound by arithmetic, where
+# cuBLAS is near the ceiling; for a gather it must first copy the kept rows.
 _DECODE_TOKENS = 4
 _CUDA_TOKENS = 8
 _MATRIX_TOKENS = 64

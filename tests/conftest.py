@@ -6,10 +6,9 @@ import copy
 import inspect
 import os
 
-# A process of its own for each core, or one for all of them; and so in the processes that tests start. Threads that wait
-# for work would take the cores from those that have some.
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# One process for each core, or one for all of them; and so in the processes that tests start: threads that wait for
+# work would take the cores from those that have some.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
 import torch
 
@@ -29,18 +28,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(THREADS)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-# Files whose tests take long, first: at the end one process would wait for another. Those of the second tuple share what
-# takes long to make, and stay in one process.
-LONG = (
-    "test_real_model",
-    "test_triton_static",
-    "test_heterogeneous",
-    "test_demo",
-    "test_bench_gpu",
-    "test_triton_kernels",
-)
+# Files whose tests take long, first: at the end one process would wait for another.
+LONG = ("test_real_model", "test_triton_static", "test_heterogeneous", "test_demo", "test_bench_gpu")
+# Files whose tests share what takes long to make; each stays in one process.
 SHARING = ("test_triton_static", "test_bench_gpu", "test_cuda_static", "test_native_cuda", "test_cli")
 
 
