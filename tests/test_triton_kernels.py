@@ -148,9 +148,9 @@ def pairwise(**factors: tuple[Any, ...]) -> list[dict[str, Any]]:
 
 
 CASES = pairwise(
-    m=(0, 1, 2, 7, 16, 33, 130),
-    f=(1, 7, 63, 65, 127, 588),
-    d=(1, 7, 63, 65, 127, 588),
+    m=(0, 1, 2, 7, 16, 33, 70),
+    f=(1, 7, 63, 65, 127, 260),
+    d=(1, 7, 63, 65, 127, 260),
     path=tuple(PATHS),
     dtype=DTYPES,
     activation=kernels.ACTIVATIONS,
