@@ -13,7 +13,7 @@ demo: native
 
 # In two processes: most of the time goes to interpreters and to processes that are started.
 test: native
-	$(BIN)/pytest -q -n $(JOBS) --dist loadgroup
+	$(BIN)/pytest -q -n $(JOBS) --dist loadfile
 
 test-all: native
 	$(BIN)/pytest -q -m "not gpu"

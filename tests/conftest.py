@@ -32,27 +32,18 @@ transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Files whose tests take long, first: at the end one process would wait for another.
-LONG = ("test_real_model", "test_triton_static", "test_heterogeneous", "test_demo", "test_bench_gpu")
-# Files whose tests share what takes long to make; each stays in one process.
-SHARING = (
-    "test_triton_static",
-    "test_bench_gpu",
-    "test_cuda_static",
-    "test_native_cuda",
-    "test_cli",
-    "test_real_model",
-)
+LONG = ("test_triton_static", "test_real_model", "test_heterogeneous", "test_demo", "test_triton_kernels")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.stem in SHARING:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     # What is here now stays: no collection of garbage needs to look at it again, and these are millions of objects.
     gc.collect()
     gc.freeze()
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 LAYERS, HIDDEN, WIDTH, VOCABULARY = 3, 32, 96, 128
