@@ -71,25 +71,27 @@ def plan(config: Config | None) -> list[int]:
     return list(numbers.values())
 
 
-def _tokens_at_once(problem: Problem) -> int:
-    return max(1, min(problem.tokens, _AT_ONCE))
-
-
-def default_config(problem: Problem) -> Config:
-    """What the library plans for `problem` on the current device."""
+def _planned(problem: Problem, config: Config | None) -> dict[str, int]:
+    """What the library plans on the current device. Raises RuntimeError where `config` does not fit."""
     per_token = problem.contextual and problem.tokens > 1
-    found = torch.ops.pyprune.cuda_plan(
+    found: str = torch.ops.pyprune.cuda_plan(
         torch.cuda.current_device(),
-        _tokens_at_once(problem),
+        max(1, min(problem.tokens, _AT_ONCE)),
         problem.hidden_size,
         problem.kept + 1 if per_token else problem.kept,
         problem.gated,
         problem.gather,
         problem.contextual,
         str(problem.weights or problem.dtype).removeprefix("torch."),
-        plan(_INVARIANT if problem.batch_invariant else None),
+        plan(config),
     )
     planned: dict[str, int] = json.loads(found)
+    return planned
+
+
+def default_config(problem: Problem) -> Config:
+    """What the library plans for `problem` on the current device."""
+    planned = _planned(problem, _INVARIANT if problem.batch_invariant else None)
     config: dict[str, int | str | bool] = {"algorithm": ALGORITHMS[planned["algorithm"]]}
     sizes = ("blocks", "cluster", "teams", "step", "stages", "splits")
     config |= {name: planned[name] for name in sizes if name in planned}
@@ -121,17 +123,7 @@ def candidate_configs(problem: Problem) -> list[Config]:
 
 def _fits(problem: Problem, config: Config) -> bool:
     try:
-        torch.ops.pyprune.cuda_plan(
-            torch.cuda.current_device(),
-            _tokens_at_once(problem),
-            problem.hidden_size,
-            problem.kept,
-            problem.gated,
-            problem.gather,
-            problem.contextual,
-            str(problem.weights or problem.dtype).removeprefix("torch."),
-            plan(config),
-        )
+        _planned(problem, config)
     except RuntimeError:
         return False
     return True
