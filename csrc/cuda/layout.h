@@ -5,8 +5,6 @@
 
 namespace pyprune {
 
-constexpr int32_t kStages[] = {2, 3, 4, 6};  // those that kernels are compiled for
-
 // [flag | sums of warps, twice | rows of the block's neurons | a ring of weights for each team, later its partial]
 struct SinglePassLayout {
   uint32_t sums, rows, ring, bytes;

@@ -76,8 +76,6 @@ inline T __shfl_up_sync(uint32_t, T value, uint32_t offset) {
   return exchange(value, lane < offset ? lane : lane - offset);
 }
 
-inline uint32_t __popc(uint32_t bits) { return static_cast<uint32_t>(__builtin_popcount(bits)); }
-
 inline unsigned char* shared_memory() { return simulator::here().shared; }
 
 inline uint64_t weight_policy(bool) { return 0; }
