@@ -96,6 +96,18 @@ class Backend(Protocol):
         """`[M, D]`, by `config` (one of this backend's), or by the default."""
 
 
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def no_native_kernel(problem: Problem) -> str | None:
+    """Why neither native library has a kernel for the dtypes of `problem`, in one line, or None."""
+    if problem.dtype not in NATIVE_DTYPES:
+        return f"no kernel for {problem.dtype}"
+    if problem.weights not in (None, *NATIVE_DTYPES, torch.int8):
+        return f"no kernel for {problem.weights} weights"
+    return None
+
+
 def row_by_row(call: Call, run: Callable[[Call], Tensor]) -> Tensor:
     """`run` for each row of x alone, so that no row sees another: the same memory layout, and the same kernels.
 

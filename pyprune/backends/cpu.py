@@ -6,20 +6,17 @@ import torch
 from torch import Tensor
 
 from .. import native
-from . import Call, Config, Problem, row_by_row
+from . import Call, Config, Problem, no_native_kernel, row_by_row
 
 NAME = "cpu"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(problem: Problem) -> str | None:
     """Why the native kernel cannot run `problem`, in one line, or None."""
     if problem.device != "cpu":
         return f"needs tensors on a CPU, not on {problem.device}"
-    if problem.dtype not in _DTYPES:
-        return f"no kernel for {problem.dtype}"
-    if problem.weights not in (None, *_DTYPES, torch.int8):
-        return f"no kernel for {problem.weights} weights"
+    if reason := no_native_kernel(problem):
+        return reason
     if problem.contextual:
         return "no kernel for a contextual gather"
     return native.load()

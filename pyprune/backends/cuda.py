@@ -12,12 +12,11 @@ from torch import Tensor
 
 from .. import native
 from ..errors import check, check_choice
-from . import Call, Config, Problem
+from . import Call, Config, Problem, no_native_kernel
 
 NAME = "cuda"
 ALGORITHMS = ("single_pass", "two_pass")
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens that one launch takes; more are taken in chunks, each of which reads the weights again.
 _AT_ONCE = 8
 _MOST_CHANNELS = 1 << 17
@@ -43,10 +42,8 @@ def why_not(problem: Problem) -> str | None:
     """Why the native kernels cannot run `problem`, in one line, or None."""
     if problem.device != "cuda":
         return f"needs tensors on a CUDA device, not on {problem.device}"
-    if problem.dtype not in _DTYPES:
-        return f"no kernel for {problem.dtype}"
-    if problem.weights not in (None, *_DTYPES, torch.int8):
-        return f"no kernel for {problem.weights} weights"
+    if reason := no_native_kernel(problem):
+        return reason
     if problem.hidden_size > _MOST_CHANNELS:
         return f"no kernel for a hidden_size above {_MOST_CHANNELS}"
     reason = native.load_cuda()
