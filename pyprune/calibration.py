@@ -6,7 +6,10 @@ stays near the size of the model whatever its depth. Knows no pruning method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,6 +76,27 @@ def check_windows(model: nn.Module, windows: Tensor, argument: str) -> None:
     check(fits, argument, f"have windows of at most {longest} tokens (max_position_embeddings)", windows.shape[1])
 
 
+@contextmanager
+def constant_output(ffn: FFN, value: Tensor | None = None) -> Iterator[None]:
+    """Inside the block, `ffn` gives `value` (`[D]`) for every token; None for zeros."""
+
+    def substitute(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return torch.zeros_like(output) if value is None else value.to(output).expand_as(output)
+
+    handle = ffn.down.register_forward_hook(substitute)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """`[W]` float64 cosines between the rows of two `[W, D]`; 1 where both rows are zero, 0 where one is."""
+    a, b = a.double(), b.double()
+    norms = (a.square().sum(1) * b.square().sum(1)).sqrt()
+    return torch.where(norms == 0, (a == b).all(1).double(), (a * b).sum(1) / norms)
+
+
 class LayerStream:
     """The hidden states of all windows in front of one decoder layer.
 
@@ -80,12 +104,13 @@ class LayerStream:
         model: a causal LM of Transformers, in eval mode.
         ffns: its FFNs, as `families.find_ffns` gives them; their order is the order of the layers.
         ids: `[N, W]` token ids.
+        twin: also carry the hidden states that the dense model would have (see `advance_twin`).
 
     Raises:
         UnsupportedModelError: the layers do not simply hand one hidden state to the next.
     """
 
-    def __init__(self, model: nn.Module, ffns: list[FFN], ids: Tensor) -> None:
+    def __init__(self, model: nn.Module, ffns: list[FFN], ids: Tensor, twin: bool = False) -> None:
         self._model = model
         self._layers: list[nn.Module] = list(decoder_layers(model)[1])
         self._device = next(model.parameters()).device
@@ -96,6 +121,7 @@ class LayerStream:
             if len(other):
                 self._check_independent(self._record_calls(ids[int(other[0])][None]))
             self._hidden = self._embed(ids)
+        self._twin = self._hidden.clone() if twin else None
 
     def _run(self, ids: Tensor) -> None:
         try:
@@ -165,52 +191,80 @@ class LayerStream:
         finally:
             handle.remove()
 
-    def _forward(self, window: int) -> Tensor:
+    def _layer_on(self, hidden: Tensor) -> Tensor:
         args, kwargs = self._calls[self._position]
-        return _first(self._layers[self._position](self._hidden[window : window + 1], *args, **kwargs))
+        return _first(self._layers[self._position](hidden, *args, **kwargs))
+
+    def _forward(self, window: int) -> Tensor:
+        return self._layer_on(self._hidden[window : window + 1])
+
+    def _run_to(self, module: nn.Module, see: Callable[[Tensor], None], window: int, stop: bool = True) -> Tensor | None:
+        """Run the layer on one window and show `see` what enters `module`; the layer's output unless it stops there."""
+
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(args[0].reshape(-1, args[0].shape[-1]))
+            if stop:
+                raise _Stop
+
+        handle = module.register_forward_pre_hook(before)
+        try:
+            return self._forward(window)
+        except _Stop:
+            return None
+        finally:
+            handle.remove()
 
     @torch.no_grad()
-    def statistics(self, ffn: FFN, gram: bool) -> ActivationStats:
+    def statistics(self, ffn: FFN, gram: bool, held_out: bool = False) -> ActivationStats:
         """Moments of what enters `ffn`'s down projection, over all windows; the stream stays where it is.
 
         Args:
             ffn: the FFN of the layer the stream stands in front of.
             gram: also collect the `[F, F]` second moment; float32 products within a window, float64 sums over windows.
+                With a twin, which must be one layer ahead, also the `[F, D]` cross moment with what it has more.
+            held_out: also give the second moments of the last quarter of the windows alone.
 
         Raises:
             InputError: activations that are not finite.
         """
         assert ffn.layer == self._position
-        size = ffn.intermediate_size
-        zeros = torch.zeros(3, size, dtype=torch.float64, device=self._device)
-        total, absolute, square = zeros
-        second = torch.zeros(size, size, dtype=torch.float64, device=self._device) if gram else None
-        tokens = 0
-
-        def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            nonlocal tokens
-            a = args[0].reshape(-1, size).float()
-            tokens += len(a)
-            total.add_(a.sum(0, dtype=torch.float64))
-            absolute.add_(a.abs().sum(0, dtype=torch.float64))
-            square.add_(a.double().square().sum(0))
-            if second is not None:
-                second.add_(a.t() @ a)
-            raise _Stop
-
-        handle = ffn.down.register_forward_pre_hook(collect)
-        try:
-            for window in range(len(self._hidden)):
-                try:
-                    self._forward(window)
-                except _Stop:
-                    continue
-        finally:
-            handle.remove()
-        bad = (~square.isfinite()).nonzero()
-        message = f"be finite; {len(bad)} of {size} neurons are not, the first is"
+        moments = _Moments(ffn.intermediate_size, ffn.hidden_size, self._device, gram, self._twin is not None)
+        count = len(self._hidden)
+        first = count - max(1, count // 4) if held_out else count
+        part: ActivationStats | None = None
+        for window in range(count):
+            if window == first:
+                part, moments.second = moments.to_stats(), moments.empty_second()
+            seen: list[Tensor] = []
+            out = self._run_to(ffn.down, seen.append, window, stop=self._twin is None)
+            more = None if self._twin is None or out is None else self._twin[window] - out[0]
+            moments.add(seen.pop().float(), more)
+        whole = moments.to_stats()
+        bad = (~whole.square_sum.isfinite()).nonzero()
+        message = f"be finite; {len(bad)} of {ffn.intermediate_size} neurons are not, the first is"
         check(len(bad) == 0, f"activations of layer {ffn.layer}", message, bad[:1].flatten().tolist())
-        return ActivationStats(tokens, total / tokens, absolute / tokens, square, second)
+        if part is None:
+            return whole
+        assert whole.gram is not None and part.gram is not None
+        cross = None if whole.cross is None or part.cross is None else whole.cross + part.cross
+        return replace(whole, gram=whole.gram + part.gram, cross=cross, held_out=replace(whole, tokens=whole.tokens - part.tokens))
+
+    @torch.no_grad()
+    def inputs(self, ffn: FFN) -> tuple[Tensor, Tensor | None]:
+        """What enters `ffn` and, with a twin, what the twin's hidden state has more than the layer's output.
+
+        Returns:
+            `[T, D]` and `[T, D]` or None, float32; T tokens of all windows.
+        """
+        assert ffn.layer == self._position
+        entrance = ffn.holder.get_submodule(ffn.pattern.inputs[0][0])
+        entering: list[Tensor] = []
+        more: list[Tensor] = []
+        for window in range(len(self._hidden)):
+            out = self._run_to(entrance, lambda x: entering.append(x.float()), window, stop=self._twin is None)
+            if self._twin is not None and out is not None:
+                more.append((self._twin[window] - out[0]).float())
+        return torch.cat(entering), torch.cat(more) if more else None
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -219,3 +273,87 @@ class LayerStream:
             self._hidden[window] = self._forward(window)[0]
         self._position += 1
         self._calls[self._position - 1] = ((), {})
+
+    def skip(self) -> None:
+        """Leave the layer out: every window stays as it is."""
+        self._position += 1
+
+    @torch.no_grad()
+    def compare(self, ffn: FFN | None = None) -> float:
+        """Mean over tokens of the cosine between the layer's output and its input; moves every window through the layer.
+
+        Args:
+            ffn: instead of the layer's input, take what the layer would give if this FFN of it gave nothing.
+
+        Raises:
+            InputError: activations that are not finite.
+        """
+        total = 0.0
+        for window in range(len(self._hidden)):
+            before = self._hidden[window].clone()
+            if ffn is not None:
+                with constant_output(ffn):
+                    before = self._forward(window)[0]
+            self._hidden[window] = self._forward(window)[0]
+            total += float(_cosines(before, self._hidden[window]).sum())
+        check(math.isfinite(total), f"activations of layer {self._position}", "be finite", total)
+        self.skip()
+        return total / (self._hidden.shape[0] * self._hidden.shape[1])
+
+    @torch.no_grad()
+    def advance_twin(self) -> None:
+        """Move the twin's windows through the layer, with the weights it has now: to be called before it is cut."""
+        assert self._twin is not None
+        for window in range(len(self._twin)):
+            self._twin[window] = self._layer_on(self._twin[window : window + 1])[0]
+
+    @torch.no_grad()
+    def check_additive(self, ffn: FFN) -> None:
+        """Raise `UnsupportedModelError` unless what `ffn` puts out is added to the layer's output as it is."""
+        plain = self._forward(0)
+        change = torch.randn_like(plain)
+        handle = ffn.down.register_forward_hook(lambda module, args, out: out + change.view_as(out))
+        try:
+            changed = self._forward(0)
+        finally:
+            handle.remove()
+        if not torch.allclose(changed - plain, change, atol=1e-2 * float(plain.abs().max().clamp_min(1))):
+            raise UnsupportedModelError(
+                f"target above 0 needs FFNs whose output is added to the hidden state as it is; in "
+                f"{type(self._model).__name__} something stands between (a norm or a multiplier); use target 0"
+            )
+
+
+class _Moments:
+    """Running sums over tokens of what enters a down projection."""
+
+    def __init__(self, size: int, hidden: int, device: torch.device, gram: bool, cross: bool) -> None:
+        self.tokens = 0
+        self.shape, self.device, self.gram, self.with_cross = (size, hidden), device, gram, cross and gram
+        self.total, self.absolute, self.square = torch.zeros(3, size, dtype=torch.float64, device=device)
+        self.second = self.empty_second()
+
+    def empty_second(self) -> tuple[Tensor | None, Tensor | None]:
+        """Zeros for the second moment `[F, F]` and the cross moment `[F, D]`, where they are asked for."""
+        size, hidden = self.shape
+        gram = torch.zeros(size, size, dtype=torch.float64, device=self.device) if self.gram else None
+        cross = torch.zeros(size, hidden, dtype=torch.float64, device=self.device) if self.with_cross else None
+        return gram, cross
+
+    def add(self, a: Tensor, more: Tensor | None) -> None:
+        """Add the tokens of `a` (`[T, F]`), and of `more` (`[T, D]`) what the twin has more."""
+        self.tokens += len(a)
+        self.total.add_(a.sum(0, dtype=torch.float64))
+        self.absolute.add_(a.abs().sum(0, dtype=torch.float64))
+        self.square.add_(a.double().square().sum(0))
+        gram, cross = self.second
+        if gram is not None:
+            gram.add_(a.t() @ a)
+        if cross is not None and more is not None:
+            cross.add_(a.t() @ more.float())
+
+    def to_stats(self) -> ActivationStats:
+        """The sums so far, as means where `ActivationStats` has means."""
+        gram, cross = self.second
+        t = max(1, self.tokens)
+        return ActivationStats(self.tokens, self.total / t, self.absolute / t, self.square.clone(), gram, cross=cross)

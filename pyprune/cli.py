@@ -11,16 +11,15 @@ import transformers
 import typer
 from rich.markup import escape
 
-from . import checkpoint, dispatch, families, importance, loading, machine, native, surgery
+from . import checkpoint, dispatch, families, loading, native, surgery
 from .benchmark import benchmark
+from .cli_prune import prune
 from .cli_tune import tune
-from .config import COMPENSATIONS, SCOPES, PruneConfig
+from .config import PruneConfig
 from .demo import run_demo
 from .diagnosis import diagnose
-from .errors import CheckpointError, InputError, check, check_choice
+from .errors import CheckpointError, check, check_choice
 from .evaluation import generate_text, perplexity
-from .files import check_out_folder
-from .mask import Mask
 from .mlp import MODES
 from .options import (
     DeviceOption,
@@ -141,82 +140,7 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     )
 
 
-@app.command()
-@verb
-def prune(
-    model: ModelArgument,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)
-    ] = None,
-    keep: Annotated[float, typer.Option(help="Share of neurons that stays, in (0, 1].")] = 0.7,
-    method: Annotated[str, typer.Option(help=f"Importance criterion: {', '.join(importance.names())}.")] = "wanda",
-    scope: Annotated[
-        str, typer.Option(help=f"{' or '.join(SCOPES)}: compare neurons within a layer, or of all.")
-    ] = "layer",
-    multiple: Annotated[int, typer.Option(help="Round widths to multiples of this many neurons.")] = 64,
-    floor: Annotated[float, typer.Option(help="With scope global, the least share any layer keeps.")] = 0.0,
-    compensate: Annotated[str, typer.Option(help=f"{', '.join(COMPENSATIONS)}.")] = "least-squares",
-    damping: Annotated[float, typer.Option(help="Ridge of least squares, as a share of the mean diagonal.")] = 1e-2,
-    text: TextOption = None,
-    tokens: TokensOption = 16384,
-    window: WindowOption = 1024,
-    seed: SeedOption = 0,
-    mask: Annotated[Path | None, typer.Option(help="Keep the neurons of this mask file instead of scoring.")] = None,
-    save_mask: Annotated[Path | None, typer.Option(help="Also write the mask to this file.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace the folder if it exists; it stays whole until then.")
-    ] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Remove FFN neurons and write a checkpoint that Transformers loads."""
-    config = PruneConfig(keep, method, scope, multiple, floor, compensate, damping, seed)
-    if out is None and not dry_run:
-        raise InputError("out must be given, unless with --dry-run; got None")
-    if out is not None:
-        check_out_folder(out, overwrite)
-    loaded_mask = Mask.load(mask) if mask else None
-    place = choose_device(device)
-    tokenizer = loading.load_tokenizer(model)
-    batches, text_name = None, None
-    if config.compensate != "none" or (loaded_mask is None and config.needs_text):
-        batches, text_name = text_windows(tokenizer, text, "first", tokens, window)
-    loaded = loading.load_model(model, dtype, place)
-    facts = {
-        "model": model if model == loading.DEMO else Path(model).name,
-        "text": text_name,
-        "versions": machine.versions(),
-    }
-    with Bars() as bars:
-        report = prune_model(loaded, config, batches, mask=loaded_mask, progress=bars, provenance=facts)
-    if not dry_run and out is not None:
-        checkpoint.save(loaded, out, tokenizer, overwrite)
-    if save_mask is not None and not dry_run:
-        report.mask.save(save_mask)
-    written = "nothing (dry run)" if dry_run else str(out)
-    widths = sorted(set(report.mask.widths))
-    show(
-        {"model": model, **report.to_json(), "text": text_name, "out": None if dry_run else str(out)},
-        as_json,
-        table(
-            f"pruned {model}",
-            ("what", ">dense", ">pruned"),
-            [
-                ("neurons", sum(k.intermediate_size for k in report.mask.layers), sum(report.mask.widths)),
-                (
-                    "FFN width",
-                    max(k.intermediate_size for k in report.mask.layers),
-                    " .. ".join(map(str, {widths[0], widths[-1]})),
-                ),
-                ("parameters", f"{report.parameters_before:,}", f"{report.parameters_after:,}"),
-                ("size", megabytes(report.bytes_before), megabytes(report.bytes_after)),
-            ],
-        ),
-        f"text {text_name or 'not needed'}, {report.tokens} tokens; {report.seconds:.1f} s; "
-        f"peak memory +{megabytes(report.peak_bytes)}; wrote {escape(written)}",
-    )
+app.command()(prune)
 
 
 @app.command(name="eval")

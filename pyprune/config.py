@@ -8,12 +8,19 @@ from typing import Any
 from . import importance
 from .errors import check, check_choice
 
-SCOPES = ("layer", "global")
-COMPENSATIONS = ("none", "bias", "least-squares")
+ALLOCATIONS = ("uniform", "global", "sensitivity", "latency")
+COMPENSATIONS = ("none", "bias", "least-squares", "refit")
+STRUCTURES = ("neurons", "ffn", "layer")
+# Compensations that fit the kept neurons to an output, and so need the second moment of the activations.
+FITS = ("least-squares", "refit")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True)
@@ -21,15 +28,26 @@ class PruneConfig:
     """How to prune.
 
     Attributes:
-        keep: share of neurons that stays, in (0, 1].
-        method: a criterion's name (`pyprune.importance.names()`).
-        scope: `layer` keeps the same share in every layer, `global` compares neurons of all layers by their
-            standardised scores, so widths differ by layer.
+        keep: share of neurons (of FFNs, of layers: see `structure`) that stays, in (0, 1]. With allocation `latency`
+            the target decides, and `keep` is not used.
+        method: a criterion's name (`pyprune.importance.names()`); not used with another `structure` than `neurons`.
+        structure: `neurons`; `ffn` removes whole FFN blocks and `layer` whole decoder layers, by block influence.
+        allocation: how many neurons each layer keeps. `uniform`: the same share. `global`: neurons of all layers compete
+            by their standardised scores. `sensitivity`: the widths that cost least by measured curves of each layer.
+            `latency`: the widths that cost least among those that meet `target_speedup` on this machine.
+        protect: how many (first, last) layers keep all their neurons; the others share what is left.
         multiple: widths are rounded to multiples of this, to the nearest; never below one multiple or above F.
-        floor: with scope `global`, the least share of neurons that any layer keeps, in [0, 1].
+        floor: with every allocation but `uniform`, the least share of neurons that any layer keeps, in [0, 1].
+        target_speedup: of the whole model over the dense one, both accelerated, with allocation `latency`; above 1.
         compensate: `none`; `bias` adds the mean contribution of the removed neurons to the down bias;
-            `least-squares` refits the down projection of the kept neurons to the dense output.
-        damping: ridge of the least-squares fit, as a share of the mean diagonal of the activations' second moment.
+            `least-squares` refits the down rows of the kept neurons to the dense output; `refit` then fits their gate,
+            up and down rows to it by gradient.
+        damping: ridge of the least-squares fit, as a share of the mean diagonal of the activations' second moment;
+            None chooses it for each layer on a quarter of the windows that the fit has not seen.
+        sequential: later layers are scored and repaired on what the already pruned earlier ones produce; False: on
+            what the dense model produces.
+        target: share of the dense model's residual stream in the target of the fit, in [0, 1]: at 0 a layer is fitted
+            to its own dense output on the input it gets, at 1 it also makes up for what earlier layers lost.
         seed: of everything random.
 
     Raises:
@@ -38,31 +56,66 @@ class PruneConfig:
 
     keep: float = 0.7
     method: str = "wanda"
-    scope: str = "layer"
+    structure: str = "neurons"
+    allocation: str = "uniform"
+    protect: tuple[int, int] = (0, 0)
     multiple: int = 64
     floor: float = 0.0
+    target_speedup: float | None = None
     compensate: str = "least-squares"
-    damping: float = 1e-2
+    damping: float | None = 1e-2
+    sequential: bool = True
+    target: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         check(_is_number(self.keep) and 0 < self.keep <= 1, "keep", "lie in (0, 1]", self.keep)
         importance.get(self.method)
-        check_choice(self.scope, "scope", SCOPES)
+        check_choice(self.structure, "structure", STRUCTURES)
+        check_choice(self.allocation, "allocation", ALLOCATIONS)
         check_choice(self.compensate, "compensate", COMPENSATIONS)
-        check(isinstance(self.multiple, int) and self.multiple >= 1, "multiple", "be a positive integer", self.multiple)
+        check(_is_count(self.multiple) and self.multiple >= 1, "multiple", "be a positive integer", self.multiple)
+        check(_is_count(self.seed), "seed", "be a non-negative integer", self.seed)
+        self._check_allocation()
+        self._check_fit()
+
+    def _check_allocation(self) -> None:
+        pair = isinstance(self.protect, tuple | list) and len(self.protect) == 2 and all(map(_is_count, self.protect))
+        check(pair, "protect", "be two counts of layers, first and last", self.protect)
+        object.__setattr__(self, "protect", tuple(self.protect))
         check(_is_number(self.floor) and 0 <= self.floor <= 1, "floor", "lie in [0, 1]", self.floor)
-        fits = self.scope != "global" or self.floor <= self.keep
+        fits = self.allocation in ("uniform", "latency") or self.floor <= self.keep
         check(fits, "floor", f"be at most keep ({self.keep})", self.floor)
-        positive = _is_number(self.damping) and 0 < self.damping < float("inf")
-        check(positive, "damping", "be positive and finite", self.damping)
-        check(isinstance(self.seed, int) and self.seed >= 0, "seed", "be a non-negative integer", self.seed)
+        target = self.target_speedup
+        if self.allocation == "latency":
+            above = _is_number(target) and 1 < target < float("inf")  # type: ignore[operator]
+            check(above, "target_speedup", "be a number above 1 with allocation 'latency'", target)
+        else:
+            check(target is None, "target_speedup", "be given only with allocation 'latency'", target)
+
+    def _check_fit(self) -> None:
+        positive = self.damping is None or (_is_number(self.damping) and 0 < self.damping < float("inf"))
+        check(positive, "damping", "be positive and finite, or None", self.damping)
+        check(isinstance(self.sequential, bool), "sequential", "be True or False", self.sequential)
+        check(_is_number(self.target) and 0 <= self.target <= 1, "target", "lie in [0, 1]", self.target)
+        fitting = self.compensate in FITS
+        check(fitting or self.target == 0, "target", f"be 0 with compensate {self.compensate!r}", self.target)
+        check(self.sequential or self.target == 0, "target", "be 0 where nothing is sequential", self.target)
+        check(
+            self.sequential or self.compensate != "refit", "sequential", "be True with compensate 'refit'", False
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether kept neurons are fitted to an output."""
+        return self.compensate in FITS
 
     @property
     def needs_text(self) -> bool:
         """Whether pruning with this configuration reads calibration text."""
-        return self.compensate != "none" or importance.get(self.method).needs_activations
+        measured = self.structure != "neurons" or self.allocation in ("sensitivity", "latency")
+        return measured or self.compensate != "none" or bool(importance.get(self.method).needs)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "protect": list(self.protect)}

@@ -5,40 +5,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import allocation, families, importance, surgery
-from .calibration import LayerStream, Progress, check_windows, quiet, stack_batches
-from .compensation import least_squares, mean_bias
+from . import allocation, families, sensitivity, surgery
+from .blocks import BlockReport, prune_blocks
+from .calibration import Progress, check_windows, quiet, stack_batches
 from .config import PruneConfig
 from .errors import InputError, check
-from .families import FFN
-from .importance import ActivationStats
 from .mask import KeepIndex, Mask
-from .memory import PeakMemory, release
+from .memory import PeakMemory
 from .probe import evaluating
-
-
-@dataclass
-class LayerReport:
-    """What pruning did to one FFN.
-
-    Attributes:
-        layer: its number.
-        before, after: neurons.
-        error_cut, error_repaired: squared error of the FFN's output over the calibration tokens relative to the
-            squared dense output, for the bare cut and after least squares; None where not measured.
-    """
-
-    layer: int
-    before: int
-    after: int
-    error_cut: float | None = None
-    error_repaired: float | None = None
+from .pruner import LayerReport, Pruner
 
 
 @dataclass
@@ -47,8 +28,10 @@ class PruneReport:
 
     Attributes:
         config: as given.
-        mask: the keep indices, with the fingerprint of the dense model.
-        layers: one entry an FFN.
+        mask: the keep indices, with the fingerprint of the dense model; None where whole layers were removed.
+        layers: one entry an FFN; empty where whole blocks were removed.
+        blocks: what happened to whole blocks, or None.
+        promise: with allocation `latency`, the speed-up that the chosen widths should have (see `latency`); else None.
         parameters_before, parameters_after: of the whole model, tied weights once.
         bytes_before, bytes_after: of those parameters.
         tokens, window: calibration tokens used, and tokens in a window; 0 where no text was needed.
@@ -57,8 +40,10 @@ class PruneReport:
     """
 
     config: PruneConfig
-    mask: Mask
+    mask: Mask | None
     layers: list[LayerReport] = field(default_factory=list)
+    blocks: BlockReport | None = None
+    promise: float | None = None
     parameters_before: int = 0
     parameters_after: int = 0
     bytes_before: int = 0
@@ -70,89 +55,17 @@ class PruneReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the mask as widths and fingerprint."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("config", "mask", "layers")}
+        plain = {k: v for k, v in vars(self).items() if k not in ("config", "mask", "layers", "blocks")}
+        mask = self.mask
         return {
             "config": self.config.to_json(),
-            "keep": self.mask.keep,
-            "widths": list(self.mask.widths),
-            "fingerprint": self.mask.fingerprint,
+            "keep": None if mask is None else mask.keep,
+            "widths": None if mask is None else list(mask.widths),
+            "fingerprint": None if mask is None else mask.fingerprint,
             "layers": [vars(layer) for layer in self.layers],
+            "blocks": None if self.blocks is None else self.blocks.to_json(),
             **plain,
         }
-
-
-class _Pruner:
-    """One run of `prune`: the model, what it must do, and the report it fills."""
-
-    def __init__(
-        self, model: nn.Module, ffns: list[FFN], config: PruneConfig, ids: Tensor | None, progress: Progress
-    ) -> None:
-        self.model, self.ffns, self.config, self.ids, self.progress = model, ffns, config, ids, progress
-        self.criterion = importance.get(config.method)
-        self.reports: list[LayerReport] = []
-
-    def scores(self, ffn: FFN, stats: ActivationStats | None) -> Tensor:
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + ffn.layer)
-        return self.criterion(ffn.weights(), stats, generator)
-
-    def stream(self) -> LayerStream:
-        assert self.ids is not None
-        self.progress("embedding the calibration text", 0, 1)
-        return LayerStream(self.model, self.ffns, self.ids)
-
-    def all_scores(self) -> list[Tensor]:
-        """Scores of every layer of the dense model."""
-        stream = self.stream() if self.criterion.needs_activations else None
-        scores = []
-        for ffn in self.ffns:
-            self.progress("scoring neurons", ffn.layer, len(self.ffns))
-            scores.append(self.scores(ffn, stream.statistics(ffn, gram=False) if stream else None))
-            if stream:
-                stream.advance()
-        return scores
-
-    def prune_layer(self, ffn: FFN, keep: KeepIndex, stats: ActivationStats | None) -> None:
-        report = LayerReport(ffn.layer, keep.intermediate_size, len(keep))
-        weights = ffn.weights()
-        kept = keep.neurons.long().to(weights.down.device)
-        down = shift = None
-        if self.config.compensate == "least-squares" and stats is not None:
-            repair = least_squares(weights.down, stats, kept, self.config.damping)
-            down, report.error_cut, report.error_repaired = repair.down, repair.error_before, repair.error_after
-        elif self.config.compensate == "bias" and stats is not None:
-            removed = torch.ones(keep.intermediate_size, dtype=torch.bool, device=kept.device)
-            removed[kept] = False
-            shift = mean_bias(weights.down, stats, removed)
-        surgery.cut(ffn, keep, down, shift)
-        self.reports.append(report)
-
-    def step(self, ffn: FFN, keep: KeepIndex | None, stream: LayerStream | None) -> KeepIndex:
-        """Score one layer if `keep` is None, and prune it."""
-        config = self.config
-        stats = stream.statistics(ffn, gram=config.compensate == "least-squares") if stream else None
-        if keep is None:
-            (keep,) = allocation.uniform([self.scores(ffn, stats)], config.keep, config.multiple)
-        self.prune_layer(ffn, keep, stats)
-        if stream:
-            stream.advance()
-        release()
-        return keep
-
-    def run(self, keeps: list[KeepIndex] | None) -> list[KeepIndex]:
-        """Prune every layer; `keeps` None means: score each layer when it is reached, pruned layers upstream."""
-        compensating = self.config.compensate != "none"
-        scoring = keeps is None and self.criterion.needs_activations
-        stream = self.stream() if compensating or scoring else None
-        chosen = []
-        for ffn in self.ffns:
-            self.progress("pruning layers", ffn.layer, len(self.ffns))
-            try:
-                chosen.append(self.step(ffn, None if keeps is None else keeps[ffn.layer], stream))
-            except InputError as error:
-                done = "; earlier layers are pruned already, so load the model again" if self.reports else ""
-                raise InputError(f"layer {ffn.layer}: {error}{done}") from error
-        self.progress("pruning layers", len(self.ffns), len(self.ffns))
-        return chosen
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -170,16 +83,101 @@ def _check_json(provenance: dict[str, Any] | None) -> None:
 def _used(config: PruneConfig, mask: Mask | None) -> dict[str, Any]:
     """The part of the configuration that had a say; with a mask, its own provenance tells how neurons were chosen."""
     used = config.to_json()
-    if config.compensate != "least-squares":
-        del used["damping"]
-    if config.scope != "global":
-        del used["floor"]
-    return used if mask is None else {k: v for k, v in used.items() if k in ("compensate", "damping")}
+    idle = []
+    if not config.fits:
+        idle += ["damping", "target"]
+    if config.structure != "neurons":
+        idle += ["method", "allocation", "protect", "multiple", "sequential"]
+    if config.protect == (0, 0):
+        idle += ["protect"]
+    if not config.needs_text:
+        idle += ["sequential"]
+    if config.allocation == "uniform" or config.structure != "neurons":
+        idle += ["floor"]
+    if config.allocation != "latency":
+        idle += ["target_speedup"]
+    if mask is not None:
+        return {k: used[k] for k in ("compensate", "damping", "sequential", "target") if k not in idle}
+    return {k: v for k, v in used.items() if k not in idle}
 
 
 def _totals(model: nn.Module) -> tuple[int, int]:
     parameters = list(model.parameters())  # yields tied weights once
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _plan(pruner: Pruner) -> list[KeepIndex] | list[int]:
+    """The neurons that each layer keeps, or how many where that is all that can be said before a layer is reached."""
+    config, sizes = pruner.config, pruner.sizes
+    if config.allocation == "uniform":
+        return allocation.uniform_widths(sizes, config.keep, config.multiple, config.protect)
+    if config.allocation == "global":
+        scores = pruner.all_scores()
+        return allocation.global_top(scores, config.keep, config.multiple, config.floor, config.protect)
+    curves = pruner.curves()
+    if config.allocation == "sensitivity":
+        return sensitivity.choose_widths(curves, config.keep, config.multiple, config.floor, config.protect)
+    raise NotImplementedError
+
+
+class _Run:
+    """What both structures share: checks before anything changes, totals, provenance."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruneConfig,
+        batches: Iterable[Tensor] | Tensor | None,
+        mask: Mask | None,
+        provenance: dict[str, Any] | None,
+    ) -> None:
+        check(mask is None or config.structure == "neurons", "mask", "be None with whole blocks", config.structure)
+        needed = config.needs_text if mask is None else config.compensate != "none"
+        asked = f"method {config.method!r}, allocation {config.allocation!r} and compensate {config.compensate!r}"
+        what = asked if config.structure == "neurons" else f"structure {config.structure!r}"
+        check(batches is not None or not needed, "batches", f"be given for {what}", batches)
+        _check_json(provenance)
+        self.model, self.config, self.mask, self.given = model, config, mask, provenance or {}
+        self.ffns = families.find_ffns(model)
+        self.ids = None
+        if needed and batches is not None:
+            self.ids = stack_batches(batches, getattr(model.config, "vocab_size", None))
+            check_windows(model, self.ids, "batches")
+        _check_finite(model)
+        if config.compensate == "bias":
+            surgery.check_biases(model, self.ffns)
+        self.fingerprint = families.fingerprint(model, self.ffns)
+        if mask is not None:
+            mask.check_fits([f.intermediate_size for f in self.ffns], self.fingerprint)
+        self.before = _totals(model)
+        self.started = time.perf_counter()
+
+    def facts(self) -> dict[str, Any]:
+        """What the mask and the checkpoint say of the run."""
+        tokens, window = (self.ids.numel(), self.ids.shape[1]) if self.ids is not None else (0, 0)
+        facts = {"config": _used(self.config, self.mask), "tokens": tokens, "window": window, **self.given}
+        return facts if self.mask is None else {**facts, "mask": self.mask.provenance}
+
+    def report(
+        self, layers: list[LayerReport], mask: Mask | None, blocks: BlockReport | None, peak: int
+    ) -> PruneReport:
+        """Write provenance into the model's config, and sum up."""
+        facts = self.facts()
+        config: Any = self.model.config
+        own = getattr(config, "pyprune", None) or {}
+        config.pyprune = {**own, "base_fingerprint": self.fingerprint, "provenance": facts}
+        after = _totals(self.model)
+        return PruneReport(
+            self.config,
+            None if mask is None else replace(mask, provenance=facts),
+            layers,
+            blocks,
+            *(self.before[0], after[0], self.before[1], after[1]),
+            facts["tokens"],
+            facts["window"],
+            time.perf_counter() - self.started,
+            peak,
+        )
 
 
 @torch.no_grad()
@@ -192,77 +190,57 @@ def prune(
     progress: Progress = quiet,
     provenance: dict[str, Any] | None = None,
 ) -> PruneReport:
-    """Remove FFN neurons from a causal LM of Transformers, in place.
+    """Remove FFN neurons, whole FFNs or whole layers from a causal LM of Transformers, in place.
 
-    The model keeps its own modules, only narrower, and its config says so; `checkpoint.save` writes it.
-    With scope `layer`, each layer is scored and repaired on what the already pruned layers before it produce; with
-    scope `global`, scores come from the dense model.
+    The model keeps its own modules, only narrower, and its config says so; `checkpoint.save` writes it. Where neurons
+    compete within a layer only, each layer is scored when it is reached, on what the already pruned layers before it
+    produce (`config.sequential`); gradients and everything that compares layers come from the dense model.
 
     Args:
         model: a causal LM of Transformers, dense or pruned before.
         config: what to do; None for the defaults.
         batches: calibration tokens, `[N, W]` or an iterable of `[W]` / `[B, W]` integer tensors, all of one W. Needed
-            by methods that look at activations and by compensation.
-        mask: neurons to keep, instead of scoring; `config.keep`, `method` and `scope` are then not used.
+            by whatever looks at activations or gradients, and by compensation.
+        mask: neurons to keep, instead of scoring; what of `config` chooses neurons is then not used.
         progress: called as `(stage, done, total)`.
         provenance: facts about the run (text, versions) that go into the mask and the checkpoint.
 
     Raises:
-        InputError: a value breaks its rule, calibration text is missing, weights are not finite, or the mask belongs to
-            another model; the model is unchanged then. Also where scores or activations are not finite: if that shows
-            only after some layers were pruned, the message says so, and the model must be loaded again.
+        InputError: a value breaks its rule, calibration text is missing or too short, weights are not finite, or the
+            mask belongs to another model; the model is unchanged then. Also where scores or activations are not
+            finite: if that shows only after some layers were pruned, the message says so, and the model must be loaded
+            again.
         UnsupportedModelError: an FFN that pyprune does not know, or a compensation that its format cannot hold; the
             model is unchanged then.
     """
     config = config or PruneConfig()
-    needed = config.compensate != "none" or (mask is None and config.needs_text)
-    check(
-        batches is not None or not needed,
-        "batches",
-        f"be given for method {config.method!r} with compensate {config.compensate!r}",
-        batches,
-    )
-    _check_json(provenance)
-    ffns = families.find_ffns(model)
-    ids = None
-    if needed and batches is not None:
-        ids = stack_batches(batches, getattr(model.config, "vocab_size", None))
-        check_windows(model, ids, "batches")
-    _check_finite(model)
-    if config.compensate == "bias":
-        surgery.check_biases(model, ffns)
-    pruner = _Pruner(model, ffns, config, ids, progress)
-    block = families.ffn_block(model, ffns)
-    fingerprint = families.fingerprint(model, ffns)
-    if mask is not None:
-        mask.check_fits([f.intermediate_size for f in ffns], fingerprint)
-    before = _totals(model)
-    started = time.perf_counter()
+    run = _Run(model, config, batches, mask, provenance)
     with evaluating(model), PeakMemory() as memory:
-        keeps = None if mask is None else list(mask.layers)
-        if keeps is None and config.scope == "global":
-            keeps = allocation.global_top(pruner.all_scores(), config.keep, config.multiple, config.floor)
+        if config.structure != "neurons":
+            assert run.ids is not None
+            blocks = prune_blocks(model, config, run.ids, progress)
+            return run.report([], blocks.mask, blocks, memory.growth)
+        pruner = Pruner(model, run.ffns, config, run.ids, progress)
+        plan = _plan(pruner) if mask is None else list(mask.layers)
+        block = families.ffn_block(model, run.ffns)
         if config.compensate == "bias":
-            surgery.give_biases(model, ffns)
-        keeps = pruner.run(keeps)
-    tokens, window = (ids.numel(), ids.shape[1]) if ids is not None else (0, 0)
-    facts = {"config": _used(config, mask), "tokens": tokens, "window": window, **(provenance or {})}
-    if mask is not None:
-        facts = {**facts, "mask": mask.provenance}
-    surgery.set_widths(model, block, [len(k) for k in keeps])
-    model_config: Any = model.config
-    model_config.pyprune = {**model_config.pyprune, "base_fingerprint": fingerprint, "provenance": facts}
-    after = _totals(model)
-    return PruneReport(
-        config,
-        Mask(tuple(keeps), fingerprint, facts),
-        pruner.reports,
-        before[0],
-        after[0],
-        before[1],
-        after[1],
-        tokens,
-        window,
-        time.perf_counter() - started,
-        memory.growth,
-    )
+            surgery.give_biases(model, run.ffns)
+        keeps = pruner.run(plan)
+        surgery.set_widths(model, block, [len(k) for k in keeps])
+        return run.report(pruner.reports, Mask(tuple(keeps), run.fingerprint), None, memory.growth)
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    config: PruneConfig,
+    batches: Iterable[Tensor] | Tensor | None = None,
+    progress: Progress = quiet,
+) -> list[Tensor]:
+    """The scores of all neurons of a dense model by `config.method`, one `[F]` a layer, higher = keep; changes nothing.
+
+    Args and errors as `prune`.
+    """
+    run = _Run(model, replace(config, compensate="none", target=0.0), batches, None, None)
+    with evaluating(model):
+        return Pruner(model, run.ffns, run.config, run.ids, progress).all_scores()

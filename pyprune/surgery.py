@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, families
+from . import depth, dispatch, families
 from .errors import UnsupportedModelError, check, check_choice
 from .families import FFN
-from .heterogeneous import narrow
+from .heterogeneous import layer_widths, narrow
 from .mask import KeepIndex, Mask
 from .memory import Room, release
 from .mlp import MODES, PrunedMLP
@@ -53,6 +55,78 @@ def cut(ffn: FFN, keep: KeepIndex, down: Tensor | None = None, bias_shift: Tenso
     holder: Any = ffn.holder
     if hasattr(holder, "intermediate_size"):
         holder.intermediate_size = len(keep)
+
+
+@torch.no_grad()
+def set_inputs(ffn: FFN, rows: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    """Write new weights into the projections that lead into an FFN.
+
+    Args:
+        ffn: the FFN.
+        rows: `[F, D]` each, (gate, up) or (up,).
+        biases: `[F]` each, in the same order; None leaves what is there.
+
+    Raises:
+        InputError: a value is not finite in the dtype of the weights; the FFN is unchanged then.
+    """
+    weights = ffn.weights()
+    for new in [*rows, *[b for b in biases if b is not None]]:
+        dtype = weights.down.dtype
+        bad = int((~new.to(dtype).isfinite()).sum())
+        check(bad == 0, f"input rows of layer {ffn.layer}", f"be finite in {dtype}", f"{bad} values that are not")
+    for old, new in zip([*weights.parts[:-1], *weights.input_biases], [*rows, *biases], strict=True):
+        if old is not None and new is not None:
+            old.copy_(new)
+
+
+@torch.no_grad()
+def permute(ffn: FFN, order: Tensor) -> None:
+    """Put the neurons of an FFN into another order, in place; it computes the same, up to the order of its sums.
+
+    Args:
+        ffn: the FFN.
+        order: `[F]` integers, each neuron once: neuron `order[i]` becomes neuron i.
+
+    Raises:
+        InputError: `order` is no permutation of the FFN's neurons; the FFN is unchanged then.
+    """
+    size = ffn.intermediate_size
+    argument = f"order of layer {ffn.layer}"
+    whole = not order.is_floating_point() and not order.is_complex() and order.dtype != torch.bool
+    check(whole and tuple(order.shape) == (size,), argument, f"hold {size} integers", (order.dtype, *order.shape))
+    each = torch.equal(order.sort().values.cpu().long(), torch.arange(size))
+    check(each, argument, f"hold every number in [0, {size}) once", order[:8].tolist())
+    weights = ffn.weights()
+    order = order.to(weights.down.device)
+    for tensor in (*weights.parts, *weights.input_biases):
+        if tensor is not None:
+            tensor.copy_(tensor[order])
+
+
+def forget_nested(model: nn.Module) -> None:
+    """Drop what the model's config says of nested widths: its layers are not those any more."""
+    config: Any = model.config
+    if "nested" in (getattr(config, "pyprune", None) or {}):
+        config.pyprune = {k: v for k, v in config.pyprune.items() if k != "nested"}
+    model.__dict__.pop("pyprune_nested", None)
+
+
+@contextmanager
+def borrowed_down(ffn: FFN, down: Tensor) -> Iterator[None]:
+    """Inside the block, the first K neurons of an FFN have the down rows `down` (`[K, D]`), and the others none.
+
+    So it computes what it would after a cut to these K; afterwards it has its own rows again, to the bit.
+    """
+    rows = ffn.weights().down
+    own = rows.detach().clone()
+    with torch.no_grad():
+        rows[: len(down)] = down.to(rows)
+        rows[len(down) :] = 0
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            rows.copy_(own)
 
 
 def check_biases(model: nn.Module, ffns: list[FFN]) -> str | None:
@@ -105,11 +179,38 @@ def set_widths(model: nn.Module, block: dict[str, Any], widths: list[int]) -> No
     for name, value in families.WIDTH_AS_IT_STANDS.get(config.model_type, {}).items():
         setattr(config, name, value)
     setattr(config, key, max(widths))
+    forget_nested(model)
     provenance = {k: v for k, v in (getattr(config, "pyprune", None) or {}).items() if k != "ffn"}
     if len(set(widths)) > 1:
         config.per_layer_config = {i: {key: width} for i, width in enumerate(widths)}
         provenance["ffn"] = block
     config.pyprune = provenance
+
+
+def drop_layers(model: nn.Module, keep: Sequence[int]) -> None:
+    """Remove whole decoder layers, in place; those that stay are numbered anew, in the model and in its config.
+
+    Args:
+        model: a causal LM of Transformers.
+        keep: numbers of the layers that stay, strictly increasing.
+
+    Raises:
+        InputError: `keep` is empty, unsorted, out of range or has duplicates; the model is unchanged then.
+        UnsupportedModelError: the family's config cannot say which layers stayed; the model is unchanged then.
+    """
+    layers = families.decoder_layers(model)[1]
+    kept: list[int] = KeepIndex(keep, len(layers), "keep").neurons.tolist()
+    config: Any = model.config
+    widths = layer_widths(config)
+    for path, attribute, value in depth.renumbering(model, kept):
+        setattr(model.get_submodule(path), attribute, value)
+    for i in reversed(range(len(layers))):
+        if i not in kept:
+            del layers[i]
+    depth.keep_layers(config, kept)
+    if widths is not None:
+        set_widths(model, config.pyprune["ffn"], [widths[i] for i in kept])
+    release()
 
 
 def accelerate(

@@ -161,6 +161,12 @@ def ids() -> torch.Tensor:
 
 
 @pytest.fixture
+def more_ids() -> torch.Tensor:
+    """`[8, 16]` random token ids: enough to fit every neuron of a tiny model."""
+    return torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
 def random_mask() -> Callable[..., Any]:
     """`random_mask(model, widths, seed=0)` -> a mask that keeps `widths[i]` random neurons of layer i."""
     from pyprune import KeepIndex, Mask, families

@@ -120,7 +120,7 @@ def test_prune_dry_run_writes_nothing(tiny_checkpoint: Path, tmp_path: Path) -> 
 def test_prune_by_mask_gives_the_same_neurons(tiny_checkpoint: Path, tmp_path: Path) -> None:
     mask, first, second = tmp_path / "mask.safetensors", tmp_path / "a", tmp_path / "b"
     common = ("--compensate", "none", "--keep", 0.4, "--multiple", 1)
-    as_json("prune", tiny_checkpoint, "--out", first, "--scope", "global", "--save-mask", mask, *common, *SMALL)
+    as_json("prune", tiny_checkpoint, "--out", first, "--allocation", "global", "--save-mask", mask, *common, *SMALL)
     as_json("prune", tiny_checkpoint, "--out", second, "--mask", mask, "--compensate", "none")
     assert checkpoint.read_manifest(first)["widths"] == checkpoint.read_manifest(second)["widths"]
     weights = [checkpoint.read_manifest(f)["files"]["model.safetensors"]["sha256"] for f in (first, second)]

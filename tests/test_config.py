@@ -16,9 +16,9 @@ NAN, INF = float("nan"), float("inf")
         *[("keep", v, r"keep must lie in \(0, 1\]; got") for v in (0, -0.1, 1.01, NAN, INF, True, "0.5", None)],
         *[("floor", v, r"floor must lie in \[0, 1\]; got") for v in (-0.1, 1.1, NAN, "0", None)],
         *[("multiple", v, "multiple must be a positive integer; got") for v in (0, -64, 1.5, "64")],
-        *[("damping", v, "damping must be positive and finite; got") for v in (0, -1.0, NAN, INF, "x")],
+        *[("damping", v, "damping must be positive and finite, or None; got") for v in (0, -1.0, NAN, INF, "x")],
         *[("seed", v, "seed must be a non-negative integer; got") for v in (-1, 0.5, None)],
-        ("scope", "layers", r"scope must be one of layer, global; got 'layers' \(nearest: layer\)"),
+        ("allocation", "globally", r"allocation must be one of uniform, global, sensitivity, latency; got 'globally' \(nearest: global, latency\)"),
         ("compensate", "least_squares", r"compensate must be one of none, bias.*\(nearest: least-squares\)"),
         ("method", "wands", r"method must be one of .*got 'wands' \(nearest: wanda"),
         ("method", "magnitude", r"got 'magnitude' \(nearest: magnitude-l"),
@@ -29,10 +29,10 @@ def test_bad_value_is_refused(argument, value, message):
         PruneConfig(**{argument: value})
 
 
-def test_floor_must_leave_room_for_keep_in_global_scope():
+def test_floor_must_leave_room_for_keep_with_global_allocation():
     with pytest.raises(InputError, match=r"floor must be at most keep \(0\.2\); got 0\.5"):
-        PruneConfig(keep=0.2, floor=0.5, scope="global")
-    PruneConfig(keep=0.2, floor=0.5)  # not used with scope layer
+        PruneConfig(keep=0.2, floor=0.5, allocation="global")
+    PruneConfig(keep=0.2, floor=0.5)  # not used with allocation uniform
 
 
 def test_config_is_frozen_and_plain_json():

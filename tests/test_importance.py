@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from pyprune import InputError, importance
-from pyprune.importance import ActivationStats, criterion
+from pyprune.importance import ActivationStats, GradientStats, criterion
 from pyprune.patterns import FFNWeights
 
 # Two neurons, D = 2.
@@ -17,16 +17,38 @@ DOWN = torch.tensor([[1.0, -2.0], [0.0, 2.0]])
 PLAIN, GATED = FFNWeights(UP, DOWN), FFNWeights(UP, DOWN, GATE)
 # Three tokens: a = [[1, 0], [-2, 3], [4, 3]].
 TOKENS = torch.tensor([[1.0, 0.0], [-2.0, 3.0], [4.0, 3.0]], dtype=torch.float64)
+# Gradients of gate, up and down, and mean squares of them over samples.
+GRADIENTS = GradientStats(
+    samples=2,
+    tokens=6,
+    neuron_taylor=torch.tensor([0.5, 2.0]),
+    mask_square=torch.tensor([3.0, 1.0]),
+    sample_taylor=torch.tensor([7.0, 9.0]),
+    parts=tuple(torch.tensor([[[1.0, 2.0], [0.5, -1.0]], [[-1.0, 2.0], [3.0, 1.0]], [[2.0, 1.0], [4.0, -1.0]]])),
+    parts_square=tuple(torch.tensor([[[2.0, 4.0], [1.0, 1.0]], [[1.0, 4.0], [10.0, 1.0]], [[4.0, 2.0], [16.0, 3.0]]])),
+)
 
 
 def stats_of(a):
-    return ActivationStats(len(a), a.mean(0), a.abs().mean(0), a.square().sum(0), a.t() @ a)
+    return ActivationStats(len(a), a.mean(0), a.abs().mean(0), a.square().sum(0), a.t() @ a, GRADIENTS)
 
 
 EXPECTED = {
     "wanda": [3 * 21**0.5, 2 * 18**0.5],  # sum abs V (3, 2) times norms over tokens (sqrt 21, sqrt 18)
     "flap": [(21 / 3 - 1) * 5, (18 / 3 - 4) * 4],  # Var (6, 2) times squared norm of V (5, 4)
     "activation": [7 / 3, 2.0],
+    "wanda-unique": [3 * 21**0.5, 2 * 18**0.5 * 19 / 21],  # squared cosine 6^2 / (21 * 18) = 2/21, on the lower one
+    # H = [[7, 2], [2, 6]] + 0.065 I, det 38.849225: neuron 1 goes first, then all of V^T H V is lost
+    "obs": [7.065 * 5 + 6.065 * 4 - 16, 4 * 38.849225 / 7.065],
+    # w * g of gate, up, down: (1, 0), (-3, 8), (2, -2) and (0, 2), (3, 0), (0, -2)
+    "taylor-vector": [1 + 5 + 0, 2 + 3 + 2],
+    "taylor-element": [1 + 11 + 4, 2 + 3 + 2],
+    # w^2 * f / 2 of gate, up, down: (1, 0), (4.5, 32), (2, 4) and (0, 2), (5, 0), (0, 6)
+    "taylor-element2": [0 + 7.5 + 24 + 0 + 6, 0 + 2 + 8],
+    "obd": [1 + 36.5 + 6, 2 + 5 + 6],
+    "taylor-neuron": [0.5, 2.0],
+    "fisher": [3.0, 1.0],
+    "sensitivity": [7.0, 9.0],
     "magnitude-l2-fan-in": [26**0.5, 5**0.5],  # (1, 0, 3, 4) and (0, -2, 1, 0)
     "magnitude-l2-fan-out": [5**0.5, 2.0],
     "magnitude-l2-both": [31**0.5, 3.0],

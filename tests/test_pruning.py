@@ -39,16 +39,16 @@ def entering_down(model, layer, ids):
 
 
 @pytest.mark.parametrize("method", importance.names())
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_every_method_prunes_and_is_deterministic(method, scope, tiny, ids):
-    config = PruneConfig(method=method, scope=scope, seed=4, **SMALL)
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_every_method_prunes_and_is_deterministic(method, allocation, tiny, ids):
+    config = PruneConfig(method=method, allocation=allocation, seed=4, **SMALL)
     models = [tiny("llama") for _ in range(2)]
     first, second = (prune(m, config, ids) for m in models)
     assert first.mask == second.mask
     assert torch.equal(models[0](ids).logits, models[1](ids).logits)
     assert sum(first.mask.widths) == pytest.approx(144, abs=8)
     assert all(w % 8 == 0 for w in first.mask.widths)
-    if scope == "layer":
+    if allocation == "uniform":
         assert first.mask.widths == (48, 48, 48)
 
 
@@ -174,7 +174,8 @@ def test_provenance_says_only_what_had_a_say(tiny, ids, random_mask):
     assert facts["config"] == {
         "keep": 0.5,
         "method": "random",
-        "scope": "layer",
+        "structure": "neurons",
+        "allocation": "uniform",
         "multiple": 8,
         "compensate": "none",
         "seed": 0,
@@ -182,14 +183,19 @@ def test_provenance_says_only_what_had_a_say(tiny, ids, random_mask):
     model = tiny("llama")
     mask = random_mask(model, (8, 16, 24))
     facts = prune(model, PruneConfig(), ids, mask=mask).mask.provenance
-    assert facts["config"] == {"compensate": "least-squares", "damping": 0.01}
+    assert facts["config"] == {
+        "compensate": "least-squares",
+        "damping": 0.01,
+        "sequential": True,
+        "target": 0.0,
+    }
     assert facts["mask"] == mask.provenance
 
 
 def test_text_is_read_only_where_needed(tiny, ids):
-    with pytest.raises(InputError, match="batches must be given for method 'wanda' with compensate 'none'; got None"):
+    with pytest.raises(InputError, match="batches must be given for method 'wanda', allocation 'uniform' and compensate 'none'; got None"):
         prune(tiny("llama"), PruneConfig(compensate="none"))
-    with pytest.raises(InputError, match="batches must be given for method 'random' with compensate 'bias'"):
+    with pytest.raises(InputError, match="batches must be given for method 'random', allocation 'uniform' and compensate 'bias'"):
         prune(tiny("gpt2"), PruneConfig(method="random", compensate="bias"))
     assert prune(tiny("llama"), PruneConfig(method="random", compensate="none"), ids).tokens == 0
 
@@ -243,26 +249,26 @@ def test_weights_that_are_not_finite_are_refused_before_anything(bad, config, ti
     assert [f.intermediate_size for f in find_ffns(model)] == [96] * 3
 
 
-@pytest.mark.parametrize(("scope", "widths"), [("layer", [48, 48, 96]), ("global", [96, 96, 96])])
-def test_activations_that_overflow_say_how_far_pruning_went(scope, widths, tiny, ids):
+@pytest.mark.parametrize(("allocation", "widths"), [("uniform", [48, 48, 96]), ("global", [96, 96, 96])])
+def test_activations_that_overflow_say_how_far_pruning_went(allocation, widths, tiny, ids):
     model = tiny("gpt2").half()
     with torch.no_grad():
         model.transformer.h[2].mlp.c_fc.weight[0, 11] = 60_000  # times a normalised value above 1.1: infinite
     match = r"activations of layer 2 must be finite; 1 of 96.*\[11\]"
     with pytest.raises(InputError, match=match) as caught:
-        prune(model, PruneConfig(scope=scope, **SMALL), ids)
+        prune(model, PruneConfig(allocation=allocation, **SMALL), ids)
     assert [f.intermediate_size for f in find_ffns(model)] == widths
-    assert ("load the model again" in str(caught.value)) is (scope == "layer")
+    assert ("load the model again" in str(caught.value)) is (allocation == "uniform")
 
 
 def test_scores_that_are_not_finite_are_refused(tiny, ids, monkeypatch):
-    bad = importance.Criterion("bad", "", "", False, lambda w, s, g: torch.full((len(w.down),), NAN))
+    bad = importance.Criterion("bad", "", "", frozenset(), lambda w, s, g: torch.full((len(w.down),), NAN))
     monkeypatch.setitem(importance.CRITERIA, "bad", bad)
-    for scope in ("layer", "global"):
+    for allocation in ("uniform", "global"):
         model = tiny("llama")
         before = state_of(model)
         with pytest.raises(InputError, match="scores of layer 0 must be finite; 96 of 96"):
-            prune(model, PruneConfig(method="bad", scope=scope), ids)
+            prune(model, PruneConfig(method="bad", allocation=allocation), ids)
         assert_untouched(model, before)
 
 
@@ -273,10 +279,10 @@ def test_model_without_decoder_layers_is_refused(ids):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("compensate", ["least-squares", "bias"])
-def test_half_precision_models(dtype, compensate, tiny, ids, tmp_path):
+def test_half_precision_models(dtype, compensate, tiny, ids, more_ids, tmp_path):
     tiny("llama", mlp_bias=True).save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
-    prune(model, PruneConfig(keep=0.75, multiple=8, compensate=compensate), ids)
+    prune(model, PruneConfig(keep=0.75, multiple=8, compensate=compensate), more_ids)
     assert {p.dtype for p in model.parameters()} == {dtype}
     checkpoint.save(model, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -313,14 +319,14 @@ def test_modes_are_restored_and_gradients_still_flow(tiny, ids):
     assert model.transformer.h[0].mlp.c_proj.weight.grad.shape == (48, 32)
 
 
-@pytest.mark.parametrize("first", ["layer", "global"])
-def test_pruned_checkpoint_can_be_pruned_again(first, tiny, ids, tmp_path):
+@pytest.mark.parametrize("first", ["uniform", "global"])
+def test_pruned_checkpoint_can_be_pruned_again(first, tiny, ids, more_ids, tmp_path):
     model = tiny("llama", seed=3)
-    mask = prune(model, PruneConfig(keep=0.75, multiple=8, scope=first), ids, provenance={"round": 1}).mask
+    mask = prune(model, PruneConfig(keep=0.75, multiple=8, allocation=first), more_ids, provenance={"round": 1}).mask
     checkpoint.save(model, tmp_path / "one")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     again = prune(
-        model, PruneConfig(keep=0.5, multiple=4, scope="global", method="random"), ids, provenance={"round": 2}
+        model, PruneConfig(keep=0.5, multiple=4, allocation="global", method="random"), more_ids, provenance={"round": 2}
     )
     assert [k.intermediate_size for k in again.mask.layers] == list(mask.widths)
     assert model.config.pyprune["provenance"]["round"] == 2
@@ -332,7 +338,7 @@ def test_pruned_checkpoint_can_be_pruned_again(first, tiny, ids, tmp_path):
 
 def test_mask_of_a_run_repeats_it(tiny, ids, tmp_path):
     model, twin = tiny("llama"), tiny("llama")
-    report = prune(model, PruneConfig(scope="global", **SMALL), ids)
+    report = prune(model, PruneConfig(allocation="global", **SMALL), ids)
     report.mask.save(tmp_path / "mask")
     prune(twin, PruneConfig(), ids, mask=type(report.mask).load(tmp_path / "mask"))
     assert torch.equal(model(ids).logits, twin(ids).logits)

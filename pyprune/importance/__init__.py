@@ -6,12 +6,12 @@ import importlib
 import pkgutil
 
 from ..errors import check_choice
-from .base import CRITERIA, ActivationStats, Criterion, criterion
+from .base import CRITERIA, ActivationStats, Criterion, GradientStats, criterion
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["CRITERIA", "ActivationStats", "Criterion", "criterion", "get", "names"]
+__all__ = ["CRITERIA", "ActivationStats", "Criterion", "GradientStats", "criterion", "get", "names"]
 
 
 def names() -> list[str]:

@@ -11,7 +11,7 @@ from .base import ActivationStats, criterion
     "activation",
     summary="mean over tokens of abs(a)",
     source="Hu et al. 2016, arXiv 1607.03250, section 2 (mean activation form)",
-    needs_activations=True,
+    needs=("activations",),
 )
 def activation(weights: FFNWeights, stats: ActivationStats, generator: torch.Generator) -> Tensor:
     return stats.abs_mean

@@ -11,7 +11,7 @@ from .base import ActivationStats, criterion
     "flap",
     summary="Var over tokens of a_j * squared L2 norm of the down row V_j",
     source="An et al. 2023, arXiv 2312.11983, section 3 (WIFV metric)",
-    needs_activations=True,
+    needs=("activations",),
 )
 def flap(weights: FFNWeights, stats: ActivationStats, generator: torch.Generator) -> Tensor:
     return stats.variance.cpu() * weights.down.double().square().sum(1).cpu()

@@ -11,7 +11,7 @@ from .base import ActivationStats, criterion
     "wanda",
     summary="sum_i abs(V_ji) * L2 norm over tokens of a_j",
     source="Sun et al. 2023, arXiv 2306.11695, eq. 1; neuron form as in FLAP's baselines (An et al. 2023)",
-    needs_activations=True,
+    needs=("activations",),
 )
 def wanda(weights: FFNWeights, stats: ActivationStats, generator: torch.Generator) -> Tensor:
     return weights.down.double().abs().sum(1).cpu() * stats.norm.cpu()

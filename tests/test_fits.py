@@ -1,0 +1,207 @@
+"""What `prune` fits: damping by held-out windows, the dense residual stream as target, rows by gradient, bad text."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pyprune import InputError, PruneConfig, UnsupportedModelError, find_ffns, prune
+from pyprune.calibration import LayerStream
+from pyprune.compensation import DAMPINGS, least_squares
+from pyprune.importance import ActivationStats
+from pyprune.reconstruction import refit
+
+SMALL = {"multiple": 8, "keep": 0.5}
+
+
+@pytest.fixture
+def text():
+    return torch.randint(3, 128, (16, 32), generator=torch.Generator().manual_seed(5))
+
+
+def hidden_states(model, ids):
+    with torch.no_grad():
+        return model(ids, output_hidden_states=True, use_cache=False).hidden_states
+
+
+def stats_of(a, e=None):
+    gram = a.t() @ a
+    return ActivationStats(
+        len(a), a.mean(0), a.abs().mean(0), a.square().sum(0), gram, cross=None if e is None else a.t() @ e
+    )
+
+
+def test_least_squares_towards_more_than_the_own_output_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    a, v, e = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((50, 6), (6, 3), (50, 3)))
+    keep = torch.tensor([0, 2, 3])
+    got = least_squares(v, stats_of(a, e), keep, 1e-9, target=0.25).down
+    expected = torch.linalg.lstsq(a[:, keep], a @ v + 0.25 * e).solution
+    assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_damping_is_chosen_by_the_windows_that_the_fit_has_not_seen():
+    generator = torch.Generator().manual_seed(1)
+    v = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    keep = torch.arange(30)
+
+    def chosen(tokens):
+        seen, held = (torch.randn(n, 40, generator=generator, dtype=torch.float64) for n in (tokens, 400))
+        whole = stats_of(torch.cat([seen, held]))
+        return seen, held, least_squares(v, ActivationStats(**{**vars(whole), "held_out": stats_of(held)}), keep, None)
+
+    seen, held, repair = chosen(32)  # hardly more tokens than neurons: the least ridge overfits
+    errors = {}
+    for damping in DAMPINGS:
+        new = least_squares(v, stats_of(seen), keep, damping).down
+        errors[damping] = float((held @ v - held[:, keep] @ new).square().sum())
+    assert repair.damping == min(errors, key=errors.get) > DAMPINGS[0]
+    assert errors[DAMPINGS[0]] > 1.2 * min(errors.values())
+
+
+def test_chosen_damping_is_reported(tiny, text):
+    report = prune(tiny("llama"), PruneConfig(damping=None, **SMALL), text)
+    assert {r.damping for r in report.layers} <= set(DAMPINGS)
+    assert {r.damping for r in prune(tiny("llama"), PruneConfig(damping=0.05, **SMALL), text).layers} == {0.05}
+    assert report.to_json()["layers"][0]["damping"] in DAMPINGS
+
+
+@pytest.mark.parametrize("family_name", ["gpt2", "llama", "opt", "gpt_neox"])
+def test_target_draws_the_stream_back_to_the_dense_one(family_name, tiny, text):
+    dense = hidden_states(tiny(family_name).double(), text)
+    left = {}
+    for target in (0.0, 1.0):
+        model = tiny(family_name).double()
+        prune(model, PruneConfig(target=target, damping=1e-6, method="random", **SMALL), text)
+        # The last entry has gone through the final norm; the one before it is what the last layer but one gives.
+        left[target] = float((hidden_states(model, text)[-2] - dense[-2]).square().sum())
+    assert left[1.0] < left[0.0]
+
+
+def test_target_is_the_difference_of_the_streams_at_the_second_layer(tiny, text):
+    dense, model = tiny("llama").double(), tiny("llama").double()
+    keep = torch.arange(48)
+    ffns = find_ffns(model)
+    stream = LayerStream(model, ffns, text, twin=True)
+    with torch.no_grad():
+        stream.advance_twin()
+        ffns[0].weights().down[48:] = 0.0
+        stream.advance()
+        stream.advance_twin()
+        x, more = stream.inputs(ffns[1])
+        stats = stream.statistics(ffns[1], gram=True)
+    got = hidden_states(model, text)[2].reshape(-1, 32)
+    wanted = hidden_states(dense, text)[2].reshape(-1, 32)
+    assert_close(more.double(), wanted - got, rtol=1e-5, atol=1e-5)
+    assert x.shape == more.shape == (512, 32)
+    a = torch.nn.functional.silu(x.double() @ ffns[1].weights().gate.t()) * (x.double() @ ffns[1].weights().up.t())
+    assert_close(stats.cross, a.detach().t() @ (wanted - got), rtol=1e-4, atol=1e-4)
+    assert len(keep) == 48
+
+
+def test_target_is_refused_where_something_stands_behind_the_ffn(tiny, text):
+    model = tiny("gemma2")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match="target above 0 needs FFNs whose output is added"):
+        prune(model, PruneConfig(target=0.5, **SMALL), text)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family_name", ["gpt2", "llama", "phi3"])
+def test_refit_lowers_the_error_that_least_squares_left(family_name, tiny, text):
+    model = tiny(family_name)
+    ffn = find_ffns(model)[1]
+    keep = torch.arange(40)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(8192, 32, generator=generator)
+    fitted = refit(ffn, keep, ffn.weights().down[keep].detach(), x, None)
+    start = refit(ffn, keep, ffn.weights().down[keep].detach(), x[:4], None)  # no whole step fits: nothing moves
+    assert fitted.error < 0.8 * start.error
+    assert [part.shape for part in fitted.inputs] == [(40, 32)] * (len(ffn.weights().parts) - 1)
+    # The dense rows are its own fixed point.
+    whole = refit(ffn, torch.arange(96), ffn.weights().down.detach(), x, None)
+    assert whole.error < 1e-9
+
+
+@pytest.mark.parametrize("family_name", ["gpt2", "llama", "phi3", "opt"])
+def test_refit_prunes_and_is_no_worse_than_least_squares(family_name, tiny, text):
+    errors = {}
+    for compensate in ("least-squares", "refit"):
+        model = tiny(family_name)
+        dense = hidden_states(model, text)
+        report = prune(model, PruneConfig(compensate=compensate, method="obs", **SMALL), text)
+        errors[compensate] = float((hidden_states(model, text)[1] - dense[1]).square().sum())
+    assert all(r.error_refit is not None for r in report.layers)
+    assert errors["refit"] <= errors["least-squares"] * 1.2
+    again = tiny(family_name)
+    prune(again, PruneConfig(compensate="refit", method="obs", **SMALL), text)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_text_too_short_says_how_much_is_needed(tiny):
+    ids = torch.randint(3, 128, (2, 16))
+    for damping, needed in ((1e-2, 48), (None, 64)):
+        model = tiny("llama")
+        before = copy.deepcopy(model.state_dict())
+        match = f"batches must hold at least {needed} tokens to fit 48 neurons a layer .*; got '32 tokens'"
+        with pytest.raises(InputError, match=match):
+            prune(model, PruneConfig(damping=damping, **SMALL), ids)
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    prune(tiny("llama"), PruneConfig(compensate="none", **SMALL), ids)
+
+
+def test_dead_neurons_are_counted_and_survived(tiny, text):
+    model = tiny("llama")
+    with torch.no_grad():
+        for layer, count in ((0, 5), (2, 60)):
+            find_ffns(model)[layer].weights().up[:count] = 0.0
+    for method in ("wanda", "obs", "wanda-unique", "taylor-element"):
+        pruned = copy.deepcopy(model)
+        with pytest.warns(UserWarning, match="65 of 288 neurons, in 2 layers, were never active"):
+            report = prune(pruned, PruneConfig(method=method, **SMALL), text)
+        assert [r.dead for r in report.layers] == [5, 0, 60]
+        assert math.isfinite(float(pruned(text).logits.abs().sum()))
+
+
+def test_no_warning_without_dead_neurons(tiny, text):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        prune(tiny("llama"), PruneConfig(**SMALL), text)
+
+
+def test_dense_statistics_where_nothing_is_sequential(tiny, text):
+    """Published FLAP: the last layer's bias is the mean over the dense stream, whatever earlier layers lost."""
+    model = tiny("llama", mlp_bias=True)
+    dense = copy.deepcopy(model)
+    report = prune(model, PruneConfig(method="flap", compensate="bias", sequential=False, **SMALL), text)
+    rows = []
+    down = find_ffns(dense)[2].down
+    handle = down.register_forward_pre_hook(lambda m, args: rows.append(args[0].reshape(-1, 96).detach()))
+    hidden_states(dense, text)
+    handle.remove()
+    gone = [j for j in range(96) if j not in report.mask.layers[2].neurons.tolist()]
+    shift = rows[0].mean(0)[gone] @ down.weight.detach().t()[gone]
+    assert_close(find_ffns(model)[2].weights().down_bias - down.bias, shift, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global", "sensitivity"])
+@pytest.mark.parametrize("method", ["obs", "taylor-element2", "fisher", "wanda-unique"])
+def test_every_kind_of_criterion_goes_with_every_allocation(method, allocation, tiny, text):
+    report = prune(tiny("llama"), PruneConfig(method=method, allocation=allocation, **SMALL), text)
+    assert sum(report.mask.widths) == pytest.approx(144, abs=8)
+
+
+def test_gradients_are_of_the_dense_model(tiny, text):
+    """Layer 2 is scored after two layers were cut; its scores must not know."""
+    model = tiny("llama")
+    sequential = prune(copy.deepcopy(model), PruneConfig(method="taylor-element", compensate="none", **SMALL), text)
+    config = PruneConfig(method="taylor-element", compensate="none", sequential=False, **SMALL)
+    assert sequential.mask == prune(copy.deepcopy(model), config, text).mask
+
+
+def test_protected_layers_stay_whole(tiny, text):
+    report = prune(tiny("llama"), PruneConfig(protect=(1, 0), keep=0.75, multiple=1), text)
+    assert report.mask.widths == (96, 60, 60)
