@@ -98,6 +98,9 @@ def prune(
             show_default=False,
         ),
     ] = None,
+    workload: Annotated[
+        str, typer.Option(help="What that speed-up is of: decode:1, prefill:512, decode:4:int8, ...")
+    ] = "decode:1",
     protect: Annotated[str, typer.Option(help="How many first,last layers keep all their neurons.")] = "0,0",
     multiple: Annotated[int, typer.Option(help="Round widths to multiples of this many neurons.")] = 64,
     floor: Annotated[float, typer.Option(help="Not uniform: the least share of neurons any layer keeps.")] = 0.0,
@@ -144,6 +147,7 @@ def prune(
         multiple=multiple,
         floor=floor,
         target_speedup=target_speedup,
+        workload=workload,
         compensate=compensate,
         damping=_damping(damping),
         sequential=sequential,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ COMPENSATIONS = ("none", "bias", "least-squares", "refit")
 STRUCTURES = ("neurons", "ffn", "layer")
 # Compensations that fit the kept neurons to an output, and so need the second moment of the activations.
 FITS = ("least-squares", "refit")
+_WORKLOAD = re.compile(r"(decode|prefill):[1-9]\d{0,6}(:\w+)?")
 
 
 def _is_number(value: Any) -> bool:
@@ -32,13 +34,15 @@ class PruneConfig:
             the target decides, and `keep` is not used.
         method: a criterion's name (`pyprune.importance.names()`); not used with another `structure` than `neurons`.
         structure: `neurons`; `ffn` removes whole FFN blocks and `layer` whole decoder layers, by block influence.
-        allocation: how many neurons each layer keeps. `uniform`: the same share. `global`: neurons of all layers compete
-            by their standardised scores. `sensitivity`: the widths that cost least by measured curves of each layer.
-            `latency`: the widths that cost least among those that meet `target_speedup` on this machine.
+        allocation: how many neurons each layer keeps. `uniform`: the same share. `global`: neurons of all layers
+            compete by their standardised scores. `sensitivity`: the widths that cost least by curves of each layer.
+            `latency`: those that cost least among all that meet `target_speedup` on this machine.
         protect: how many (first, last) layers keep all their neurons; the others share what is left.
         multiple: widths are rounded to multiples of this, to the nearest; never below one multiple or above F.
         floor: with every allocation but `uniform`, the least share of neurons that any layer keeps, in [0, 1].
         target_speedup: of the whole model over the dense one, both accelerated, with allocation `latency`; above 1.
+        workload: what that speed-up is of: `decode:1` for steps of one token with one sequence, `prefill:512` for a
+            prompt of 512 tokens; a third part, as in `decode:1:int8`, for weights that are kept in another dtype.
         compensate: `none`; `bias` adds the mean contribution of the removed neurons to the down bias;
             `least-squares` refits the down rows of the kept neurons to the dense output; `refit` then fits their gate,
             up and down rows to it by gradient.
@@ -62,6 +66,7 @@ class PruneConfig:
     multiple: int = 64
     floor: float = 0.0
     target_speedup: float | None = None
+    workload: str = "decode:1"
     compensate: str = "least-squares"
     damping: float | None = 1e-2
     sequential: bool = True
@@ -90,6 +95,12 @@ class PruneConfig:
         if self.allocation == "latency":
             above = _is_number(target) and 1 < target < float("inf")  # type: ignore[operator]
             check(above, "target_speedup", "be a number above 1 with allocation 'latency'", target)
+            check(
+                bool(_WORKLOAD.fullmatch(self.workload)),
+                "workload",
+                "be like decode:1, prefill:512 or decode:1:int8",
+                self.workload,
+            )
         else:
             check(target is None, "target_speedup", "be given only with allocation 'latency'", target)
 
@@ -101,9 +112,7 @@ class PruneConfig:
         fitting = self.compensate in FITS
         check(fitting or self.target == 0, "target", f"be 0 with compensate {self.compensate!r}", self.target)
         check(self.sequential or self.target == 0, "target", "be 0 where nothing is sequential", self.target)
-        check(
-            self.sequential or self.compensate != "refit", "sequential", "be True with compensate 'refit'", False
-        )
+        check(self.sequential or self.compensate != "refit", "sequential", "be True with compensate 'refit'", False)
 
     @property
     def fits(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from . import gradients, importance, sensitivity, surgery
+from . import allocation, gradients, importance, latency, sensitivity, surgery
 from .calibration import LayerStream, Progress
 from .compensation import least_squares, mean_bias
 from .config import PruneConfig
@@ -17,6 +17,7 @@ from .errors import InputError, check
 from .families import FFN
 from .importance import ActivationStats, GradientStats
 from .importance.obs import DAMPING
+from .latency import LatencyTable
 from .mask import KeepIndex
 from .memory import release
 from .reconstruction import Fitted, refit
@@ -120,6 +121,13 @@ class Pruner:
             seed=self.config.seed,
             progress=self.progress,
         )
+
+    def latencies(self) -> LatencyTable:
+        """What FFNs of the widths that may be chosen cost on this machine, in this model."""
+        config = self.config
+        rows = allocation.candidate_widths(self.sizes, config.multiple, config.floor, config.protect)
+        workload = latency.Workload.parse(config.workload)
+        return latency.measure(self.model, sorted({w for row in rows for w in row}), workload, progress=self.progress)
 
     def run(self, plan: Sequence[KeepIndex] | Sequence[int]) -> list[KeepIndex]:
         """Prune every layer.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import allocation, families, sensitivity, surgery
+from . import allocation, families, latency, sensitivity, surgery
 from .blocks import BlockReport, prune_blocks
 from .calibration import Progress, check_windows, quiet, stack_batches
 from .config import PruneConfig
@@ -95,7 +95,9 @@ def _used(config: PruneConfig, mask: Mask | None) -> dict[str, Any]:
     if config.allocation == "uniform" or config.structure != "neurons":
         idle += ["floor"]
     if config.allocation != "latency":
-        idle += ["target_speedup"]
+        idle += ["target_speedup", "workload"]
+    else:
+        idle += ["keep"]
     if mask is not None:
         return {k: used[k] for k in ("compensate", "damping", "sequential", "target") if k not in idle}
     return {k: v for k, v in used.items() if k not in idle}
@@ -106,18 +108,25 @@ def _totals(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _plan(pruner: Pruner) -> list[KeepIndex] | list[int]:
-    """The neurons that each layer keeps, or how many where that is all that can be said before a layer is reached."""
+def _plan(pruner: Pruner) -> tuple[list[KeepIndex] | list[int], float | None]:
+    """The neurons that each layer keeps, or how many where that is all that can be said before a layer is reached.
+
+    With allocation `latency`, also the speed-up that was promised.
+    """
     config, sizes = pruner.config, pruner.sizes
+    rules = config.multiple, config.floor, config.protect
     if config.allocation == "uniform":
-        return allocation.uniform_widths(sizes, config.keep, config.multiple, config.protect)
+        return allocation.uniform_widths(sizes, config.keep, config.multiple, config.protect), None
     if config.allocation == "global":
-        scores = pruner.all_scores()
-        return allocation.global_top(scores, config.keep, config.multiple, config.floor, config.protect)
-    curves = pruner.curves()
+        return allocation.global_top(pruner.all_scores(), config.keep, *rules), None
     if config.allocation == "sensitivity":
-        return sensitivity.choose_widths(curves, config.keep, config.multiple, config.floor, config.protect)
-    raise NotImplementedError
+        return sensitivity.choose_widths(pruner.curves(), config.keep, *rules), None
+    assert config.target_speedup is not None
+    table = pruner.latencies()
+    target = config.target_speedup
+    latency.check_target(table, target, *rules[1:])  # before the curves, which take longer
+    widths = latency.choose_widths(pruner.curves(), table, target, *rules[1:])
+    return widths, table.speedup(widths)
 
 
 class _Run:
@@ -172,6 +181,7 @@ class _Run:
             None if mask is None else replace(mask, provenance=facts),
             layers,
             blocks,
+            None,
             *(self.before[0], after[0], self.before[1], after[1]),
             facts["tokens"],
             facts["window"],
@@ -221,13 +231,15 @@ def prune(
             blocks = prune_blocks(model, config, run.ids, progress)
             return run.report([], blocks.mask, blocks, memory.growth)
         pruner = Pruner(model, run.ffns, config, run.ids, progress)
-        plan = _plan(pruner) if mask is None else list(mask.layers)
+        plan, promise = _plan(pruner) if mask is None else (list(mask.layers), None)
         block = families.ffn_block(model, run.ffns)
         if config.compensate == "bias":
             surgery.give_biases(model, run.ffns)
         keeps = pruner.run(plan)
         surgery.set_widths(model, block, [len(k) for k in keeps])
-        return run.report(pruner.reports, Mask(tuple(keeps), run.fingerprint), None, memory.growth)
+        report = run.report(pruner.reports, Mask(tuple(keeps), run.fingerprint), None, memory.growth)
+        report.promise = promise
+        return report
 
 
 @torch.no_grad()

@@ -205,3 +205,26 @@ def test_gradients_are_of_the_dense_model(tiny, text):
 def test_protected_layers_stay_whole(tiny, text):
     report = prune(tiny("llama"), PruneConfig(protect=(1, 0), keep=0.75, multiple=1), text)
     assert report.mask.widths == (96, 60, 60)
+
+
+def test_latency_keeps_its_promise_on_the_table(tiny, text, monkeypatch):
+    from pyprune import latency
+
+    widths = tuple(range(8, 97, 8))
+    alone = tuple(width / 8 for width in widths)
+    table = latency.LatencyTable({}, latency.Workload(), 32, (96,) * 3, widths, alone, {}, {}, 60.0, 70.0)
+    monkeypatch.setattr(latency, "measure", lambda model, widths, workload, progress: table)
+    config = PruneConfig(allocation="latency", target_speedup=1.25, multiple=8, compensate="least-squares")
+    report = prune(tiny("llama"), config, text)
+    assert report.promise == pytest.approx(table.speedup(report.mask.widths))
+    assert 1.25 <= report.promise < 1.3
+    assert report.to_json()["promise"] == report.promise
+    facts = report.mask.provenance["config"]
+    assert facts["target_speedup"] == 1.25
+    assert facts["workload"] == "decode:1"
+    assert "keep" not in facts
+    model = tiny("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=r"target_speedup must be at most 2\.22.*; got 3"):
+        prune(model, PruneConfig(allocation="latency", target_speedup=3, multiple=8), text)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
