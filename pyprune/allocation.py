@@ -229,7 +229,7 @@ def _grid(extra: Sequence[np.ndarray], room: float, resolution: int) -> tuple[in
         whole = [row.astype(np.int64) for row in extra]
         unit = max(1, int(np.gcd.reduce(np.concatenate(whole))))
         return int(room // unit), [row // unit for row in whole]
-    unit = room / resolution
-    if unit <= 0:
+    step = room / resolution
+    if step <= 0:
         return 0, [(row > 0).astype(np.int64) for row in extra]
-    return resolution, [np.minimum(np.ceil(row / unit), resolution + 1).astype(np.int64) for row in extra]
+    return resolution, [np.minimum(np.ceil(row / step), resolution + 1).astype(np.int64) for row in extra]

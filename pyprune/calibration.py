@@ -198,7 +198,9 @@ class LayerStream:
     def _forward(self, window: int) -> Tensor:
         return self._layer_on(self._hidden[window : window + 1])
 
-    def _run_to(self, module: nn.Module, see: Callable[[Tensor], None], window: int, stop: bool = True) -> Tensor | None:
+    def _run_to(
+        self, module: nn.Module, see: Callable[[Tensor], None], window: int, stop: bool = True
+    ) -> Tensor | None:
         """Run the layer on one window and show `see` what enters `module`; the layer's output unless it stops there."""
 
         def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -247,7 +249,8 @@ class LayerStream:
             return whole
         assert whole.gram is not None and part.gram is not None
         cross = None if whole.cross is None or part.cross is None else whole.cross + part.cross
-        return replace(whole, gram=whole.gram + part.gram, cross=cross, held_out=replace(whole, tokens=whole.tokens - part.tokens))
+        held = replace(whole, tokens=whole.tokens - part.tokens)
+        return replace(whole, gram=whole.gram + part.gram, cross=cross, held_out=held)
 
     @torch.no_grad()
     def inputs(self, ffn: FFN) -> tuple[Tensor, Tensor | None]:
@@ -280,7 +283,7 @@ class LayerStream:
 
     @torch.no_grad()
     def compare(self, ffn: FFN | None = None) -> float:
-        """Mean over tokens of the cosine between the layer's output and its input; moves every window through the layer.
+        """Mean over tokens of the cosine between the layer's output and its input; moves every window through it.
 
         Args:
             ffn: instead of the layer's input, take what the layer would give if this FFN of it gave nothing.

@@ -77,7 +77,8 @@ def least_squares(
     new = _Fit(stats, keep, target).rows(v, chosen)
     cut = v.clone()
     cut[keep] = 0.0
-    return Repair(new, _relative_error(stats.gram, cut, v), _relative_error(stats.gram, _change(v, keep, new), v), chosen)
+    left = _change(v, keep, new)
+    return Repair(new, _relative_error(stats.gram, cut, v), _relative_error(stats.gram, left, v), chosen)
 
 
 class _Fit:
@@ -116,6 +117,7 @@ def _choose_damping(down: Tensor, stats: ActivationStats, keep: Tensor, target: 
     """That of `DAMPINGS` whose fit to all but the held-out windows leaves the least error on those."""
     held = stats.held_out
     assert held is not None and held.gram is not None and stats.gram is not None
+    gram = held.gram
     more = None
     if target and stats.cross is not None and held.cross is not None:
         more = stats.cross - held.cross
@@ -126,7 +128,7 @@ def _choose_damping(down: Tensor, stats: ActivationStats, keep: Tensor, target: 
 
     def error(damping: float) -> float:
         change = _change(down, keep, fit.rows(down, damping))
-        total = (change * (held.gram @ change)).sum()
+        total = (change * (gram @ change)).sum()
         if target and held.cross is not None:
             total += 2 * target * (change * held.cross).sum()
         return float(total)

@@ -164,15 +164,17 @@ def run_demo(
         progress=progress,
         provenance={"model": name, "text": first_name, "versions": machine.versions()},
     )
-    total = sum(k.intermediate_size for k in report.mask.layers)
+    mask = report.mask
+    assert mask is not None
+    total = sum(k.intermediate_size for k in mask.layers)
     facts: dict[str, Any] = {
         "model": name,
-        "keep": report.mask.keep,
+        "keep": mask.keep,
         "calibration": {"text": first_name, "tokens": report.tokens, "window": _WINDOW},
         "evaluation": {"text": second_name, "tokens": held_out.numel(), "window": _WINDOW},
         "prune": report.to_json(),
         "dense": _keep_facts(dense, tokenizer, out / "dense", held_out, total, progress),
-        "pruned": _keep_facts(pruned, tokenizer, out / "pruned", held_out, sum(report.mask.widths), progress),
+        "pruned": _keep_facts(pruned, tokenizer, out / "pruned", held_out, sum(mask.widths), progress),
     }
     swapped = surgery.accelerate(loading.load_model(str(out / "pruned")))
     facts["bench"] = benchmark(dense, {"pruned": pruned, "PrunedMLP": swapped}, progress=progress).to_json()

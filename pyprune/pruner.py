@@ -129,7 +129,7 @@ class Pruner:
         workload = latency.Workload.parse(config.workload)
         return latency.measure(self.model, sorted({w for row in rows for w in row}), workload, progress=self.progress)
 
-    def run(self, plan: Sequence[KeepIndex] | Sequence[int]) -> list[KeepIndex]:
+    def run(self, plan: Sequence[KeepIndex | int]) -> list[KeepIndex]:
         """Prune every layer.
 
         Args:

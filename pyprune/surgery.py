@@ -74,9 +74,10 @@ def set_inputs(ffn: FFN, rows: Sequence[Tensor], biases: Sequence[Tensor | None]
         dtype = weights.down.dtype
         bad = int((~new.to(dtype).isfinite()).sum())
         check(bad == 0, f"input rows of layer {ffn.layer}", f"be finite in {dtype}", f"{bad} values that are not")
-    for old, new in zip([*weights.parts[:-1], *weights.input_biases], [*rows, *biases], strict=True):
-        if old is not None and new is not None:
-            old.copy_(new)
+    pairs = zip([*weights.parts[:-1], *weights.input_biases], [*rows, *biases], strict=True)
+    for old, values in pairs:
+        if old is not None and values is not None:
+            old.copy_(values)
 
 
 @torch.no_grad()
@@ -199,6 +200,7 @@ def drop_layers(model: nn.Module, keep: Sequence[int]) -> None:
         UnsupportedModelError: the family's config cannot say which layers stayed; the model is unchanged then.
     """
     layers = families.decoder_layers(model)[1]
+    check(len(keep) > 0, "keep", "keep at least one layer", list(keep))
     kept: list[int] = KeepIndex(keep, len(layers), "keep").neurons.tolist()
     config: Any = model.config
     widths = layer_widths(config)

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from pyprune import InputError, families, gradients, importance
 from pyprune.importance import ActivationStats
 
-# Conv1D, gated, gated with biases, fused, in the decoder layer, plain with biases, w1/w3/w2, capped logits.
-SPELLINGS = ("gpt2", "llama", "llama mlp_bias", "phi3", "opt", "gpt_neox", "lfm2", "gemma2")
+# Conv1D, gated, gated with biases, fused, in the decoder layer, plain with biases, w1/w3/w2.
+SPELLINGS = ("gpt2", "llama", "llama mlp_bias", "phi3", "opt", "gpt_neox", "lfm2")
 
 
 def wide_model(spelling):
@@ -78,7 +78,7 @@ def test_against_plain_autograd(spelling, ids):
 
 
 # None of these has a norm that goes through float32, which would blur the differences.
-@pytest.mark.parametrize("spelling", ["gpt2", "stablelm", "opt"])
+@pytest.mark.parametrize("spelling", ["stablelm", "opt"])
 def test_mask_against_finite_differences(spelling, ids):
     model, window = wide_model(spelling), ids[0]
     found = collect(model, window[None])
@@ -95,7 +95,7 @@ def test_mask_against_finite_differences(spelling, ids):
             assert stats.mask_square[neuron].item() == pytest.approx(slope**2, rel=1e-4, abs=1e-14)
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("spelling", ["gpt2", "llama", "llama mlp_bias", "phi3"])
 def test_down_row_carries_what_its_activation_does(spelling, ids):
     """sum_i V_ji dL/dV_ji = sum_t a_tj dL/da_tj, and the same of a linear up row without a bias."""
     model = wide_model(spelling)
@@ -211,7 +211,6 @@ def test_nan_activations_name_the_layer(ids):
 
 def test_nan_loss_names_the_window(ids):
     model = make_model("llama", tie_word_embeddings=False)
-    ids[2, 3] = 90  # its logit is not needed before it is a target: every window's is
     poison(model.lm_head.weight)
     with pytest.raises(InputError, match=r"^loss of window 0 must be finite; got nan$"):
         collect(model, ids)

@@ -47,8 +47,8 @@ class ActivationStats:
         square_sum: `[F]`, sum over t of a squared.
         gram: `[F, F]`, sum over t of a a^T, or None when nobody asked for it. Float64 like the rest.
         gradients: of the dense model, or None when nobody asked for them.
-        cross: `[F, D]`, sum over t of a e^T, where e is what the dense model's hidden state after the layer has more than
-            this one's with all its neurons; None when nobody asked for it.
+        cross: `[F, D]`, sum over t of a e^T, where e is what the dense model's hidden state after the layer has more
+            than this one's with all its neurons; None when nobody asked for it.
         held_out: the last quarter of the windows alone: only `gram` and `cross` are of them; None as above.
     """
 

@@ -1,13 +1,13 @@
 """Optimal Brain Surgeon on the down projection: remove the neuron whose loss the others can make up for best, repeat.
 
-A neuron's removal costs min ||A (V - V')||^2 over all V' without it: norm(V_j)^2 / [H^-1]_jj, with A the activations and
-H = A^T A / T + damping. The rows that stay take over what they can (V <- V - H^-1[:, j] V_j / [H^-1]_jj), H loses row and
-column j, and the next neuron is the cheapest of what is left. Source: Hassibi and Stork 1992 (OBS); for layers, with
-blocks removed at once, Frantar and Alistarh 2022 (OBC, arXiv 2208.11580, section 4) and Kurtic et al. 2023 (ZipLM, arXiv
-2302.04089, section 3.1), whose structures are neurons here.
+A neuron's removal costs min ||A (V - V')||^2 over all V' without it: norm(V_j)^2 / [H^-1]_jj, with A the activations
+and H = A^T A / T + damping. The rows that stay take over what they can (V <- V - H^-1[:, j] V_j / [H^-1]_jj), H loses
+row and column j, and the next neuron is the cheapest of what is left. Source: Hassibi and Stork 1992 (OBS); for layers,
+with blocks removed at once, Frantar and Alistarh 2022 (OBC, arXiv 2208.11580, section 4) and Kurtic et al. 2023 (ZipLM,
+arXiv 2302.04089, section 3.1), whose structures are neurons here.
 
-The score of a neuron is the whole squared output error, a token, at the step that removes it: the higher, the later. The
-least-squares compensation with the same damping gives the kept neurons the very rows that the steps would have left.
+The score of a neuron is the whole squared output error, a token, at the step that removes it: the higher, the later.
+The least-squares compensation with the same damping gives the kept neurons the rows that the steps would have left.
 """
 
 import torch
