@@ -1,8 +1,8 @@
 """Coarser structure: whole FFN blocks, or whole decoder layers, removed by block influence.
 
-Block influence is 1 minus the mean over tokens of the cosine between a hidden state before and after a block: a block that
-hardly turns the residual stream is thought to do little (ShortGPT, Men et al. 2024, arXiv 2403.03853, section 3.2; there
-for layers, one shot, from the dense model).
+Block influence is 1 minus the mean over tokens of the cosine between a hidden state before and after a block: a block
+that hardly turns the residual stream is thought to do little (ShortGPT, Men et al. 2024, arXiv 2403.03853; there for
+layers, one shot, from the dense model).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from .memory import release
 from .probe import evaluating
 
 STRUCTURES = ("ffn", "layer")
-COMPENSATIONS = {"ffn": ("none", "bias"), "layer": ("none",)}
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,9 @@ def layer_influence(model: nn.Module, ffns: list[FFN], ids: Tensor, progress: Pr
 def ffn_influence(model: nn.Module, ffns: list[FFN], ids: Tensor, progress: Progress = quiet) -> list[float]:
     """1 - mean over tokens of cos(x_without, x_out) for each FFN.
 
-    x_out is what its decoder layer gives, x_without what it would give if the FFN gave nothing. Where the FFN is a layer's
-    last step and has its own residual, x_without is what enters that step, as in the paper; this form holds for FFNs
-    beside the attention and in front of a norm, too. Arguments and errors as `layer_influence`.
+    x_out is what its decoder layer gives, x_without what it would give if the FFN gave nothing. Where the FFN is a
+    layer's last step and has its own residual, x_without is what enters that step, as in the paper; this form holds for
+    FFNs beside the attention and in front of a norm, too. Arguments and errors as `layer_influence`.
     """
     return list(_influence(model, ffns, ids, "ffn", (), progress).values())
 
@@ -125,7 +124,10 @@ def _choose(
 def _mean_outputs(
     model: nn.Module, ffns: list[FFN], ids: Tensor, removed: list[int], sequential: bool, progress: Progress
 ) -> dict[int, Tensor]:
-    """`[D]` mean over tokens of what each removed FFN gives, its bias aside; earlier ones gone already if `sequential`."""
+    """`[D]`, for each removed FFN: mean over tokens of what it gives, its bias aside.
+
+    With `sequential` the removed FFNs before it give their mean already.
+    """
     stream = LayerStream(model, ffns, ids)
     means = {}
     for ffn in ffns[: max(removed, default=-1) + 1]:
@@ -204,9 +206,6 @@ def prune_blocks(
             format cannot hold the result; the model is unchanged then.
     """
     check_choice(config.structure, "structure", STRUCTURES)
-    allowed = COMPENSATIONS[config.structure]
-    rule = f"be {' or '.join(map(repr, allowed))} with structure {config.structure!r}"
-    check(config.compensate in allowed, "compensate", rule, config.compensate)
     ffns = families.find_ffns(model)
     if config.structure == "ffn":
         families.ffn_block(model, ffns)

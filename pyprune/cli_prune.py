@@ -88,6 +88,9 @@ def prune(
     structure: Annotated[
         str, typer.Option(help=f"What is removed: {', '.join(STRUCTURES)}; whole blocks by block influence.")
     ] = "neurons",
+    iterative: Annotated[
+        bool, typer.Option("--iterative", help="Whole blocks: measure influences again after each removal.")
+    ] = False,
     allocation: Annotated[
         str, typer.Option(help=f"How many neurons each layer keeps: {', '.join(ALLOCATIONS)}.")
     ] = "uniform",
@@ -142,6 +145,7 @@ def prune(
         keep=keep,
         method=method,
         structure=structure,
+        iterative=iterative,
         allocation=allocation,
         protect=_counts(protect, "protect"),
         multiple=multiple,

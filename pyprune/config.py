@@ -11,7 +11,8 @@ from .errors import check, check_choice
 
 ALLOCATIONS = ("uniform", "global", "sensitivity", "latency")
 COMPENSATIONS = ("none", "bias", "least-squares", "refit")
-STRUCTURES = ("neurons", "ffn", "layer")
+# What can be removed, and the compensations that go with it.
+STRUCTURES = {"neurons": COMPENSATIONS, "ffn": ("none", "bias"), "layer": ("none",)}
 # Compensations that fit the kept neurons to an output, and so need the second moment of the activations.
 FITS = ("least-squares", "refit")
 _WORKLOAD = re.compile(r"(decode|prefill):[1-9]\d{0,6}(:\w+)?")
@@ -34,6 +35,7 @@ class PruneConfig:
             the target decides, and `keep` is not used.
         method: a criterion's name (`pyprune.importance.names()`); not used with another `structure` than `neurons`.
         structure: `neurons`; `ffn` removes whole FFN blocks and `layer` whole decoder layers, by block influence.
+        iterative: with whole blocks, measure all influences again after each removal; False: once, as published.
         allocation: how many neurons each layer keeps. `uniform`: the same share. `global`: neurons of all layers
             compete by their standardised scores. `sensitivity`: the widths that cost least by curves of each layer.
             `latency`: those that cost least among all that meet `target_speedup` on this machine.
@@ -61,6 +63,7 @@ class PruneConfig:
     keep: float = 0.7
     method: str = "wanda"
     structure: str = "neurons"
+    iterative: bool = False
     allocation: str = "uniform"
     protect: tuple[int, int] = (0, 0)
     multiple: int = 64
@@ -78,7 +81,11 @@ class PruneConfig:
         importance.get(self.method)
         check_choice(self.structure, "structure", STRUCTURES)
         check_choice(self.allocation, "allocation", ALLOCATIONS)
+        allowed = STRUCTURES[self.structure]
         check_choice(self.compensate, "compensate", COMPENSATIONS)
+        rule = f"be {' or '.join(map(repr, allowed))} with structure {self.structure!r}"
+        check(self.compensate in allowed, "compensate", rule, self.compensate)
+        check(isinstance(self.iterative, bool), "iterative", "be True or False", self.iterative)
         check(_is_count(self.multiple) and self.multiple >= 1, "multiple", "be a positive integer", self.multiple)
         check(_is_count(self.seed), "seed", "be a non-negative integer", self.seed)
         self._check_allocation()

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from .errors import UnsupportedModelError
 from .families import decoder_layers
+from .heterogeneous import layer_widths
 
 # Config keys that list layers by number.
 NUMBER_LISTS = ("full_attn_idxs",)
@@ -74,12 +75,21 @@ def _layout(module: nn.Module) -> dict[str, Any]:
 
 
 def _build(model: nn.Module, keep: Sequence[int]) -> nn.Module:
-    """The model that the config of `model` builds with only the layers `keep`, without memory for it."""
+    """The model that the config of `model` builds with only the layers `keep`, without memory for it.
+
+    FFN widths that differ by layer are left out: they go with their layers, whatever number these get.
+    """
     own: Any = model.config
     config = type(own).from_dict(own.to_dict())
+    if layer_widths(config) is not None:
+        key = config.pyprune["ffn"]["width_key"]
+        overrides = config.to_dict()["per_layer_config"].items()
+        config.per_layer_config = {i: {k: v for k, v in entry.items() if k != key} for i, entry in overrides} or None
     keep_layers(config, keep)
+    config = type(own).from_dict(config.to_dict())
+    DynamicCache(config=config).get_seq_length()  # raises where no layer with attention is left to count the tokens
     with torch.device("meta"):
-        built: nn.Module = AutoModelForCausalLM.from_config(type(own).from_dict(config.to_dict()))
+        built: nn.Module = AutoModelForCausalLM.from_config(config)
     return built
 
 

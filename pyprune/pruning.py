@@ -86,7 +86,9 @@ def _used(config: PruneConfig, mask: Mask | None) -> dict[str, Any]:
     idle = []
     if not config.fits:
         idle += ["damping", "target"]
-    if config.structure != "neurons":
+    if config.structure == "neurons":
+        idle += ["iterative"]
+    else:
         idle += ["method", "allocation", "protect", "multiple", "sequential"]
     if config.protect == (0, 0):
         idle += ["protect"]
@@ -172,6 +174,8 @@ class _Run:
     ) -> PruneReport:
         """Write provenance into the model's config, and sum up."""
         facts = self.facts()
+        if blocks is not None:
+            facts["blocks"] = blocks.to_json()
         config: Any = self.model.config
         own = getattr(config, "pyprune", None) or {}
         config.pyprune = {**own, "base_fingerprint": self.fingerprint, "provenance": facts}
@@ -228,7 +232,7 @@ def prune(
     with evaluating(model), PeakMemory() as memory:
         if config.structure != "neurons":
             assert run.ids is not None
-            blocks = prune_blocks(model, config, run.ids, progress)
+            blocks = prune_blocks(model, config, run.ids, progress, config.iterative)
             return run.report([], blocks.mask, blocks, memory.growth)
         pruner = Pruner(model, run.ffns, config, run.ids, progress)
         plan, promise = _plan(pruner) if mask is None else (list(mask.layers), None)

@@ -228,3 +228,23 @@ def test_latency_keeps_its_promise_on_the_table(tiny, text, monkeypatch):
     with pytest.raises(InputError, match=r"target_speedup must be at most 2\.22.*; got 3"):
         prune(model, PruneConfig(allocation="latency", target_speedup=3, multiple=8), text)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("structure", "kept"), [("ffn", [0, 1, 2]), ("layer", [0, 1])])
+def test_whole_blocks_by_the_same_verb(structure, kept, tiny, text, tmp_path):
+    model = tiny("llama")
+    report = prune(model, PruneConfig(structure=structure, keep=0.67, compensate="none"), text)
+    assert len(report.blocks.kept) == 2
+    assert report.parameters_after < report.parameters_before
+    facts = model.config.pyprune["provenance"]
+    assert facts["blocks"]["removed"] == report.blocks.removed
+    assert facts["config"] == {
+        "keep": 0.67,
+        "structure": structure,
+        "iterative": False,
+        "compensate": "none",
+        "seed": 0,
+    }
+    assert len(model.model.layers) == len(kept)
+    with pytest.raises(InputError, match="compensate must be .* with structure"):
+        PruneConfig(structure=structure)
