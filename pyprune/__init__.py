@@ -6,6 +6,7 @@ from .errors import BackendError, CheckpointError, InputError, PypruneError, Uns
 from .families import find_ffns
 from .mask import KeepIndex, Mask
 from .mlp import PrunedMLP
+from .nested import set_width
 from .pruning import PruneReport, prune
 from .surgery import accelerate
 from .warming import warmup
@@ -29,5 +30,6 @@ __all__ = [
     "find_ffns",
     "importance",
     "prune",
+    "set_width",
     "warmup",
 ]

@@ -61,6 +61,22 @@ def _write_manifest(folder: Path, model: nn.Module, facts: dict[str, Any]) -> No
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
+def _nested(model: nn.Module) -> Any:
+    """What `nested` keeps beside the weights of a model whose config says that it does, else None.
+
+    Raises:
+        CheckpointError: the model does not have it with it.
+    """
+    entry = (getattr(model.config, "pyprune", None) or {}).get("nested") or {}
+    kept = getattr(model, "pyprune_nested", None)
+    if entry.get("file") and kept is None:
+        raise CheckpointError(
+            f"the model's config names {entry['file']}, which was not loaded with the model; call "
+            "pyprune.nested.attach(model, its folder) first; nothing was written"
+        )
+    return kept if entry.get("file") else None
+
+
 def save(
     model: nn.Module,
     path: str | Path,
@@ -79,7 +95,8 @@ def save(
 
     Raises:
         InputError: the folder exists, or the model's class is not one of Transformers'.
-        CheckpointError: the model's config would not build a model of the shapes to be saved.
+        CheckpointError: the model's config would not build a model of the shapes to be saved, or names compensated
+            rows of nested widths that the model does not have.
         OSError: the disk is full, or not writable; nothing has changed then.
     """
     check_out_folder(path, overwrite)
@@ -91,6 +108,7 @@ def save(
     else:
         config.auto_map = {"AutoModelForCausalLM": f"{Path(REMOTE_CODE).stem}.{class_name}"}
     _check_rebuilds(model)
+    nested = _nested(model)
     pretrained: Any = model
     with new_folder(path, overwrite) as folder:
         pretrained.save_pretrained(folder)
@@ -98,6 +116,8 @@ def save(
             tokenizer.save_pretrained(folder)
         if widths is not None:
             (folder / REMOTE_CODE).write_text(_remote_code(class_name), encoding="utf-8")
+        if nested is not None:
+            nested.save(folder)
         _write_manifest(folder, model, facts or {})
     return Path(path)
 

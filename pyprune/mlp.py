@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import dispatch, operators, ops
-from .errors import UnsupportedModelError, check, check_choice
+from .errors import InputError, UnsupportedModelError, check, check_choice
 from .families import FFN
 from .mask import KeepIndex
 from .memory import Room
 from .mlp_state import FamilyState
 from .patterns import FFNWeights, Pattern, match
 from .probe import detect_activation
-from .quantisation import WEIGHTS, cast
+from .quantisation import WEIGHTS, cast, check_fits
 
 MODES = ("compact", "gather")
+
+# What the neurons that run have of the record, the scales and the neuron bias.
+_Rows = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def pack(weights: FFNWeights, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -68,9 +71,15 @@ class PrunedMLP(FamilyState):
         dtype: of x, of the biases, and of the tensors in the `state_dict`.
         batch_invariant: whether a row of the result is independent, to the bit, of the rows beside it, at the price
             of speed with many rows. Two calls give the same bits either way.
+
+    `set_width` makes it run the first neurons of the record only; all of them stay in memory and in the `state_dict`.
     """
 
     index: Tensor | None
+    # Of `set_width`: neurons that run, or None for all; and what inference keeps: tensors, the address of the first,
+    # and the views of them that it uses.
+    _width: int | None = None
+    _views: tuple[_Rows, int, _Rows] | None = None
 
     def __init__(
         self,
@@ -112,14 +121,24 @@ class PrunedMLP(FamilyState):
                 keep.intermediate_size == len(record), "keep", f"refer to {len(record)} neurons", keep.intermediate_size
             )
         self.register_buffer("index", None if keep is None else keep.neurons.to(record.device), persistent=False)
+        self.register_buffer("plain_down", None, persistent=False)
+        self.register_buffer("plain_scales", None, persistent=False)
+        self._width = None
         self._set_dtype(self.dtype)
+
+    @property
+    def neurons(self) -> int:
+        """How many neurons a call computes."""
+        if self.index is not None:
+            return len(self.index)
+        return self.intermediate_size if self._width is None else self._width
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
         """Remember `dtype`, and what follows from it and is too slow to find at every call."""
         self.dtype = dtype
         self._native = self.record.device.type  # the name of the native backend there
-        neurons = self.intermediate_size if self.index is None else len(self.index)
-        layer = (self.hidden_size, self.index is not None, self._native, neurons, self.gated, self.activation)
+        self._views = None
+        layer = (self.hidden_size, self.index is not None, self._native, self.neurons, self.gated, self.activation)
         self.native_tokens = dispatch.native_tokens(dtype, self.record.dtype, *layer)
 
     @classmethod
@@ -203,12 +222,15 @@ class PrunedMLP(FamilyState):
         if torch.is_grad_enabled() and self._needs_grad(x):
             out = self._forward_with_grad(x)
         else:
+            scales, neuron_bias = buffers["scales"], parameters["neuron_bias"]
+            if self._width is not None:
+                record, scales, neuron_bias = self._first(record, scales, neuron_bias)
             operands = (
                 x,
                 record,
                 buffers["index"],
-                buffers["scales"],
-                parameters["neuron_bias"],
+                scales,
+                neuron_bias,
                 parameters["down_bias"],
                 None,
                 self.gated,
@@ -232,30 +254,103 @@ class PrunedMLP(FamilyState):
         return x.requires_grad or any(p.requires_grad for p in self._parameters.values() if p is not None)
 
     def _forward_with_grad(self, x: Tensor) -> Tensor:
+        record: Tensor = self.record
+        scales, neuron_bias = self.scales, self.neuron_bias
+        if self._width is not None:
+            record, scales, neuron_bias = self._rows(record, scales, neuron_bias)
+        if self.plain_down is not None and self.training and self.record.requires_grad:
+            raise InputError(
+                "a layer that runs compensated down rows cannot be trained, for what it learns would be lost at the "
+                "next width; call set_width with compensated=False first"
+            )
         if self.batch_invariant:
-            biases = (self.neuron_bias, self.down_bias, None)
+            biases = (neuron_bias, self.down_bias, None)
             form_of = (self.gated, self.activation, self.backend)
-            return operators.FFN_BATCH_INVARIANT(x, self.record, self.index, self.scales, *biases, *form_of)
+            return operators.FFN_BATCH_INVARIANT(x, record, self.index, scales, *biases, *form_of)
         form = self.gated, self.index is not None
-        operands = [x, self.record] if self.index is None else [x, self.record, self.index]
-        rest = (self.neuron_bias, self.down_bias, None)
+        operands = [x, record] if self.index is None else [x, record, self.index]
+        rest = (neuron_bias, self.down_bias, None)
         if self.backend == "auto":
             # Training differentiates plain torch itself, which saves what the backward pass needs.
-            return operators.TWINS[form](*operands, *rest, scales=self.scales, activation=self.activation)
-        out: Tensor = operators.OPERATORS[form](*operands, self.scales, *rest, self.activation, self.backend)
+            return operators.TWINS[form](*operands, *rest, scales=scales, activation=self.activation)
+        out: Tensor = operators.OPERATORS[form](*operands, scales, *rest, self.activation, self.backend)
         return out
 
+    def _rows(self, record: Tensor, scales: Tensor | None, neuron_bias: Tensor | None) -> _Rows:
+        """Views of what the neurons that run have of each."""
+        width = self._width
+        return (
+            record[:width],
+            None if scales is None else scales[:width],
+            None if neuron_bias is None else neuron_bias[:width],
+        )
+
+    def _first(self, record: Tensor, scales: Tensor | None, neuron_bias: Tensor | None) -> _Rows:
+        """`_rows` for inference, kept from call to call while they are views of these tensors."""
+        if torch.compiler.is_compiling():
+            return self._rows(record, scales, neuron_bias)
+        if self._views is not None:
+            owners, address, views = self._views
+            same = owners[0] is record and owners[1] is scales and owners[2] is neuron_bias
+            if same and record.data_ptr() == address:  # a parameter stays the same when its `data` is replaced
+                return views
+        with torch.no_grad():
+            views = self._rows(record, scales, neuron_bias)
+        self._views = (record, scales, neuron_bias), record.data_ptr(), views
+        return views
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def set_width(self, neurons: int, down: Tensor | None = None) -> None:
+        """Run only the first `neurons` rows of the record from now on; the rest stays where it is.
+
+        What was compiled before is compiled again; a CUDA graph that was captured before keeps its number of rows, and
+        must not be replayed where `down` is or was given.
+
+        Args:
+            neurons: in [1, F]; F is all again.
+            down: `[neurons, D]` down rows to run with them (from a compensation). They are copied into the record, and
+                its own come back, to the bit, at the next call.
+
+        Raises:
+            InputError: gather mode, `neurons` out of range, or `down` of another shape or not finite in the record's
+                dtype; nothing has changed then.
+        """
+        check(self.index is None, "mode", "be compact, for in gather mode the index says what runs", "gather")
+        size = self.intermediate_size
+        check(1 <= neurons <= size, "neurons", f"lie in [1, {size}]", neurons)
+        if down is not None:
+            shape = (neurons, self.hidden_size)
+            check(tuple(down.shape) == shape, "down", f"have shape {shape}", tuple(down.shape))
+            down = down.to(self.record.device, self.dtype, copy=True)
+            check_fits(down, self.record.dtype, "down")
+        if self.plain_down is not None:
+            self._exchange_down()
+            self.plain_down = self.plain_scales = None
+        self._width = None if neurons == size else neurons
+        if down is not None:
+            self.plain_down, self.plain_scales = cast(down, 1, self.record.dtype)
+            self._exchange_down()
+        self._set_dtype(self.dtype)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedMLP:
-        scales = self.scales
+        exact = {name: getattr(self, name) for name in ("scales", "plain_scales")}
         super()._apply(fn, recurse)
-        if scales is not None and self.scales is not None and self.scales.dtype != torch.float32:
-            self.scales = scales.to(self.scales.device)
+        for name, scales in exact.items():
+            moved = getattr(self, name)
+            if scales is not None and moved.dtype != torch.float32:
+                setattr(self, name, scales.to(moved.device))
         self._set_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.record.device)).dtype)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": None}  # a copy's record is another one
 
     def extra_repr(self) -> str:
         kind = "gated" if self.gated else "plain"
         kept = "" if self.index is None else f", gather {len(self.index)}"
+        if self._width is not None:
+            kept = f", first {self._width}{' compensated' if self.plain_down is not None else ''}"
         own = self.record.dtype
         weights = "" if own == self.dtype else f", {str(own).removeprefix('torch.')} weights"
         size = f"D={self.hidden_size}, F={self.intermediate_size}{kept}"

@@ -18,6 +18,8 @@ class FamilyState(nn.Module):
     neuron_bias: Tensor | None
     down_bias: Tensor | None
     scales: Tensor | None
+    plain_down: Tensor | None  # the record's own down rows while others are in their place (`PrunedMLP.set_width`)
+    plain_scales: Tensor | None
     pattern: Pattern
     transposed: bool
     hidden_size: int
@@ -28,6 +30,11 @@ class FamilyState(nn.Module):
         bias, scales = self.neuron_bias, self.scales
         record = self.record.to(self.dtype) if scales is None else dequantise(self.record, scales, self.dtype)
         *inputs, down = record.split(self.hidden_size, dim=1)
+        if self.plain_down is not None:
+            plain = self.plain_down
+            own = self.plain_scales
+            plain = plain.to(self.dtype) if own is None else dequantise(plain, own, self.dtype)
+            down = torch.cat([plain, down[len(plain) :]])
         columns = [] if bias is None else list(bias.unbind(1))
         names = [name for name, _ in self.pattern.inputs]
         if self.pattern.fused:
@@ -85,7 +92,24 @@ class FamilyState(nn.Module):
         if strict:
             unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(root) :] not in known)
         with torch.no_grad():
+            borrowed = self.plain_down is not None
+            if borrowed:
+                self._exchange_down()
             self._assign(tensors)
+            if borrowed:
+                self._exchange_down()
+
+    def _exchange_down(self) -> None:
+        """Swap the first down rows of the record with `plain_down`."""
+        pairs = [(self.record.detach()[:, -self.hidden_size :], self.plain_down)]
+        if self.scales is not None:
+            pairs.append((self.scales[:, -1:], self.plain_scales))
+        for column, other in pairs:
+            assert other is not None
+            rows = column[: len(other)]
+            own = rows.clone()
+            rows.copy_(other)
+            other.copy_(own)
 
     def _assign(self, tensors: dict[str, Tensor]) -> None:
         """Take over those of the family's tensors that are there."""

@@ -37,6 +37,14 @@ TextOption = Annotated[
 ]
 TokensOption = Annotated[int, typer.Option("--tokens", help="Tokens of text to use at most; 0 for all.")]
 WindowOption = Annotated[int, typer.Option("--window", help="Tokens in a window; windows do not overlap.")]
+WidthOption = Annotated[
+    float | None,
+    typer.Option(
+        "--width",
+        help="Run this share of the neurons of a nested checkpoint (`prune --nested`), in (0, 1], by PrunedMLP.",
+        show_default=False,
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 
 

@@ -210,6 +210,7 @@ def drop_layers(model: nn.Module, keep: Sequence[int]) -> None:
         if i not in kept:
             del layers[i]
     depth.keep_layers(config, kept)
+    forget_nested(model)
     if widths is not None:
         set_widths(model, config.pyprune["ffn"], [widths[i] for i in kept])
     release()

@@ -174,7 +174,7 @@ class FFNUnit:
 
 
 def pruned_unit(module: PrunedMLP) -> FFNUnit:
-    neurons = module.intermediate_size if module.index is None else len(module.index)
+    neurons = module.neurons
     size = ffn_bytes(
         module.hidden_size,
         neurons,

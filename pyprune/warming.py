@@ -35,8 +35,8 @@ class Warmed:
 
 def _problem(module: PrunedMLP, tokens: int) -> Problem:
     record, index = module.record, module.index
-    size, gather = module.intermediate_size, index is not None
-    kept = size if index is None else len(index)
+    gather, kept = index is not None, module.neurons
+    size = module.intermediate_size if gather else kept
     form = (module.gated, gather, module.activation, record.dtype, False, module.batch_invariant)
     return Problem(record.device.type, module.dtype, tokens, module.hidden_size, size, kept, *form)
 
