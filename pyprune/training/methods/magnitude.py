@@ -1,0 +1,29 @@
+"""Gradual magnitude pruning: the L2 norm of a neuron's weights, taken anew at every step."""
+
+from __future__ import annotations
+
+import torch
+
+from ...families import FFN
+from .base import Gathered, Method, Moment, State, method
+
+
+@method(
+    "magnitude",
+    summary="L2 norm of a neuron's weights, all parts concatenated",
+    source="Zhu and Gupta 2017, arXiv 1710.01878; of neurons: Santacroce et al. 2023, arXiv 2302.03773",
+    scope="layer",
+)
+class Magnitude(Method):
+    """Removed neurons keep their weights, and return when others shrink below them.
+
+    The public code of Santacroce et al. ranks the rows of the up projection and the columns of the down projection
+    apart; here they are one neuron, biases not counted, as in the one-shot criterion `magnitude-l2-both`.
+    """
+
+    def start(self, ffn: FFN, generator: torch.Generator) -> State:
+        squares = [part.detach().float().square().sum(1) for part in ffn.weights().parts]
+        return {"scores": torch.stack(squares).sum(0).sqrt()}
+
+    def update(self, state: State, gathered: Gathered, moment: Moment) -> None:
+        state.update(self.start(gathered.ffn, torch.Generator()))

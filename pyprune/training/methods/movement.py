@@ -1,0 +1,56 @@
+"""Movement pruning: a neuron that the loss moves away from zero rises, one that it moves towards zero falls.
+
+Scores are learned beside the weights, s <- s - rate * dL/ds, with the straight-through gradient of the mask in place of
+dL/ds. Paper and public code give every weight or block of weights a score and mask the weights; here a neuron has one
+score and its activation is masked, so that dL/ds_j = sum_t a_tj dL/da'_tj = sum_i V_ji dL/dV_ji: movement of the down
+row. (The public code masks the rows of the up projection too, and so adds their movement.) The paper descends by plain
+gradient steps; the public codes of Lagunas et al. and Santacroce et al. by AdamW without decay: `optimizer` has both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Gathered, Method, Moment, State, method
+
+
+def penalty_gradient(scores: Tensor, weight: float, layers: int) -> Tensor:
+    """`[F]`, d/ds of weight * mean over layers of mean over neurons of sigmoid(s): an L1 norm of the soft mask."""
+    soft = scores.sigmoid()
+    return (weight / (scores.numel() * layers)) * soft * (1 - soft)
+
+
+@method(
+    "movement",
+    summary="s <- s - rate * sum_t a_j dL/da'_j; top v of the scores",
+    source="Sanh et al. 2020, arXiv 2005.07683, section 4 (hard); of neurons: Lagunas et al. 2021, arXiv 2109.04838",
+    needs=("gradient",),
+    scope="layer",
+    optimizer="sgd",
+    penalty=0.0,
+)
+class Movement(Method):
+    """Scores learned by descent; `gradient` is what the variants change."""
+
+    learned = True
+
+    def gradient(self, state: State, gathered: Gathered, moment: Moment) -> Tensor:
+        """`[F]`, dL/ds with the penalty's part."""
+        assert gathered.gradient is not None
+        weight = self.config.penalty * moment.progress
+        return gathered.gradient.float() + penalty_gradient(state["scores"], weight, gathered.layers)
+
+    def update(self, state: State, gathered: Gathered, moment: Moment) -> None:
+        gradient = self.gradient(state, gathered, moment)
+        if self.config.optimizer == "adam":
+            gradient = _adam(state, gradient, moment.step + 1)
+        state["scores"] = state["scores"] - self.config.score_rate * gradient
+
+
+def _adam(state: State, gradient: Tensor, count: int, b1: float = 0.9, b2: float = 0.999) -> Tensor:
+    """The direction of Adam's update number `count` (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1)."""
+    zeros = torch.zeros_like(gradient)
+    first = state["first"] = b1 * state.get("first", zeros) + (1 - b1) * gradient
+    second = state["second"] = b2 * state.get("second", zeros) + (1 - b2) * gradient.square()
+    return (first / (1 - b1**count)) / ((second / (1 - b2**count)).sqrt() + 1e-8)

@@ -1,0 +1,24 @@
+"""Gradual random pruning: one random order, drawn at the start and kept."""
+
+from __future__ import annotations
+
+import torch
+
+from ...families import FFN
+from .base import Gathered, Method, Moment, State, method
+
+
+@method(
+    "random",
+    summary="one random order, seeded, frozen at the start",
+    source="Santacroce et al. 2023, arXiv 2302.03773",
+    scope="layer",
+)
+class Random(Method):
+    """The baseline that every method has to beat."""
+
+    def start(self, ffn: FFN, generator: torch.Generator) -> State:
+        return {"scores": torch.rand(ffn.intermediate_size, generator=generator).to(ffn.weights().down.device)}
+
+    def update(self, state: State, gathered: Gathered, moment: Moment) -> None:
+        pass

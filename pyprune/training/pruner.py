@@ -1,0 +1,298 @@
+"""Pruning neurons while a model trains: masks by a schedule, scores that learn, and the cut at the end.
+
+pruner = TrainingPruner(model, TrainingConfig(method="gum", keep=0.3, steps=1000, warmup=100, cooldown=300))
+for t in range(1000):
+    pruner.before_step(t)      # masks by the schedule
+    loss(model).backward()     # once, or several times to accumulate
+    pruner.step()              # scores; then the optimizer's own step
+    optimizer.step()
+    optimizer.zero_grad()
+mask = pruner.finish()         # the model is narrower now; `checkpoint.save` writes it
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import families, surgery
+from ..errors import CheckpointError, InputError, check
+from ..mask import KeepIndex, Mask
+from . import methods, persist, selection
+from .config import TrainingConfig
+from .masks import NeuronMask
+from .methods import Gathered, Moment, State
+
+FILE = "pruning.safetensors"
+_FORMAT = "pyprune-training-1"
+
+
+class TrainingPruner:
+    """Prunes the FFN neurons of a model during training. The weights stay dense until `finish`.
+
+    One process and one copy of the model: gradients of scores are not exchanged between processes.
+
+    Args:
+        model: a causal LM of Transformers; its down projections get forward pre-hooks until `finish` or `remove`.
+        config: what to do.
+
+    Attributes:
+        done: optimizer steps taken.
+
+    Raises:
+        InputError: the model is masked already.
+        UnsupportedModelError: an FFN that pyprune does not know; the model is unchanged then.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+        for name, module in model.named_modules():
+            hooks = module._forward_pre_hooks.values()
+            masked = any(isinstance(getattr(hook, "__self__", None), NeuronMask) for hook in hooks)
+            check(not masked, "model", "not be masked by another pruner (see its `remove`)", name)
+        self.model, self.config, self.done = model, config, 0
+        self._method = methods.get(config.method)(config)
+        self._ffns = families.find_ffns(model)
+        self._block = families.ffn_block(model, self._ffns)
+        self._fingerprint = families.fingerprint(model, self._ffns)
+        self._states: list[State] = []
+        for ffn in self._ffns:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + ffn.layer)
+            self._states.append(self._method.start(ffn, generator))
+        self._moved = [False] * len(self._ffns)
+        needs = self._method.needs
+        self._masks = [NeuronMask(ffn, "gradient" in needs, "products" in needs) for ffn in self._ffns]
+        self._share: float | None = None  # v(t) of the masks in force
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """One `[F]` bool tensor a layer, true for the neurons that work now."""
+        return [mask.keep.clone() for mask in self._masks]
+
+    @property
+    def scores(self) -> list[Tensor]:
+        """One `[F]` tensor a layer; the highest are kept."""
+        return [state["scores"].clone() for state in self._states]
+
+    @property
+    def widths(self) -> list[int]:
+        """Neurons that work now, in each layer."""
+        return [int(mask.keep.sum()) for mask in self._masks]
+
+    @property
+    def keep(self) -> float:
+        """Share of all neurons that works now."""
+        return sum(self.widths) / sum(mask.keep.numel() for mask in self._masks)
+
+    def _moment(self, step: int) -> Moment:
+        schedule = self.config.schedule
+        return Moment(step, schedule(step), schedule.progress(step))
+
+    def _alive(self) -> None:
+        check(bool(self._masks), "pruner", "not have been finished or removed", "one that was")
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """Put the masks of optimizer step t = `step` in force, and start gathering.
+
+        Raises:
+            InputError: `step` is not the number of steps taken so far.
+        """
+        self._alive()
+        check(step == self.done, "step", f"be {self.done}, the number of steps taken so far", step)
+        self._set_masks(final=step >= self.config.schedule.end)
+
+    def _set_masks(self, final: bool) -> None:
+        """Masks by the share of this step, `final` ones rounded to multiples."""
+        for ffn, state in zip(self._ffns, self._states, strict=True):  # the model may have moved
+            device = ffn.weights().down.device
+            for name, tensor in state.items():
+                state[name] = tensor.to(device)
+        moment = self._moment(self.done)
+        scores = [state["scores"] for state in self._states]
+        multiple = self.config.multiple if final else 1
+        threshold = self._method.threshold(moment)
+        if threshold is not None:
+            widths = selection.threshold_widths(scores, threshold, self.config.floor, multiple)
+        elif self.config.scope == "global":
+            widths = selection.global_widths(scores, moment.keep, self.config.floor, multiple)
+        else:
+            widths = selection.layer_widths(scores, moment.keep, self.config.floor, multiple)
+        for mask, score, width in zip(self._masks, scores, widths, strict=True):
+            mask.set(selection.top(score, width))
+        self._share = moment.keep
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the scores by the gradients of this step; call it after the last backward pass and any clipping,
+        before the optimizer's step.
+
+        Raises:
+            InputError: gradients or scores that are not finite (the message names layer and step), no backward pass
+                through the masks since `before_step`, or no `before_step` at all.
+        """
+        self._alive()
+        check(self._share is not None, "step", "follow before_step", "no before_step since the last step")
+        gradients = [mask.gradient for mask in self._masks]
+        if "gradient" in self._method.needs:
+            some = any(g is not None for g in gradients)
+            check(some, "step", "follow a backward pass of the model in training mode", "no gradient of any mask")
+            gradients = [
+                torch.zeros_like(mask.keep, dtype=torch.float32) if g is None else g
+                for g, mask in zip(gradients, self._masks, strict=True)
+            ]
+            self._check_finite([g for g in gradients if g is not None], "score gradients")
+        moment = self._moment(self.done)
+        for ffn, state, mask, gradient in zip(self._ffns, self._states, self._masks, gradients, strict=True):
+            before = state["scores"]
+            self._method.update(state, Gathered(ffn, len(self._ffns), gradient, mask.products), moment)
+            if not self._moved[ffn.layer]:
+                self._moved[ffn.layer] = not torch.equal(before, state["scores"])
+        self._check_finite([state["scores"] for state in self._states], "scores")
+        self.done += 1
+        self._share = None
+
+    def _check_finite(self, values: list[Tensor], what: str) -> None:
+        finite = torch.stack([v.isfinite().all().cpu() for v in values]).tolist()
+        if not all(finite):
+            layer = finite.index(False)
+            bad = int((~values[layer].isfinite()).sum())
+            raise InputError(
+                f"{what} of layer {layer} must be finite at step {self.done}; got {bad} of {values[layer].numel()} "
+                "that are not"
+            )
+
+    def remove(self) -> None:
+        """Take the masks off; the model is dense again, and this pruner is done for."""
+        for mask in self._masks:
+            mask.remove()
+        self._masks = []
+
+    def finish(self, provenance: dict[str, Any] | None = None) -> Mask:
+        """Cut the neurons that are masked out of the model, in place, and write the widths into its config.
+
+        The masks are those the last step trained with, if that was in the cool-down; without one they are set once
+        more, to the share that has been reached.
+
+        Args:
+            provenance: facts about the run (text, versions) that go into the mask and the checkpoint.
+
+        Returns:
+            The mask, with the fingerprint of the model as it was before training.
+
+        Raises:
+            InputError: `provenance` holds something else than JSON values.
+
+        Warns:
+            UserWarning: the schedule has not ended, or the scores of a layer never moved.
+        """
+        self._alive()
+        try:
+            json.dumps(provenance)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"provenance must hold JSON values only; {error}") from error
+        schedule = self.config.schedule
+        if self.done <= schedule.end:  # the last step did not train with final masks
+            self._set_masks(final=True)
+        if self.done < schedule.end:
+            warnings.warn(
+                f"training ended after {self.done} steps, the schedule ends at {schedule.end}: {self.keep:.3f} of the "
+                f"neurons are kept, not {self.config.keep}",
+                stacklevel=2,
+            )
+        still = [i for i, moved in enumerate(self._moved) if not moved]
+        if self._method.learned and still:
+            warnings.warn(
+                f"the scores of layers {still} never moved, so their neurons were kept by their number alone",
+                stacklevel=2,
+            )
+        kept = self.keep
+        keeps = tuple(KeepIndex(mask.keep.nonzero().flatten(), mask.keep.numel()) for mask in self._masks)
+        self.remove()
+        for ffn, keep in zip(self._ffns, keeps, strict=True):
+            surgery.cut(ffn, keep)
+        surgery.set_widths(self.model, self._block, [len(k) for k in keeps])
+        facts = {"training": self.config.to_json(), "steps": self.done, "kept": kept, **(provenance or {})}
+        config: Any = self.model.config
+        config.pyprune = {**config.pyprune, "base_fingerprint": self._fingerprint, "provenance": facts}
+        return Mask(keeps, self._fingerprint, facts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to go on from: `tensors`, flat by name, and `facts`, JSON values. To be taken between steps."""
+        self._alive()
+        tensors = {f"layers.{i}.keep": mask.keep for i, mask in enumerate(self._masks)}
+        for i, state in enumerate(self._states):
+            tensors.update({f"layers.{i}.state.{name}": tensor for name, tensor in state.items()})
+        model_config: Any = self.model.config
+        return {
+            "tensors": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+            "facts": {
+                "config": self.config.to_json(),
+                "done": self.done,
+                "moved": list(self._moved),
+                "model_type": model_config.model_type,
+                "intermediate_sizes": [mask.keep.numel() for mask in self._masks],
+                "weights": families.fingerprint(self.model, self._ffns),
+                "base_fingerprint": self._fingerprint,
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave. The model must hold the weights of that moment already.
+
+        Raises:
+            InputError: a state of another configuration or another model; the message has the key and both values.
+            CheckpointError: a damaged state.
+        """
+        self._alive()
+        try:
+            tensors, facts = state["tensors"], state["facts"]
+            self._check_same(facts)
+            states: list[State] = [{} for _ in self._ffns]
+            for name, tensor in tensors.items():
+                _, layer, kind, *rest = name.split(".")
+                if kind == "state":
+                    states[int(layer)][".".join(rest)] = tensor.clone()
+            keeps = [tensors[f"layers.{i}.keep"] for i in range(len(self._ffns))]
+            done, moved, base = int(facts["done"]), [bool(m) for m in facts["moved"]], str(facts["base_fingerprint"])
+            sizes = [mask.keep.shape for mask in self._masks]
+            if not all(k.shape == n == s["scores"].shape for k, s, n in zip(keeps, states, sizes, strict=True)):
+                raise CheckpointError("the state is damaged: its tensors do not fit its widths")
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise CheckpointError(f"the state is damaged: {type(error).__name__}: {error}") from error
+        self._states, self.done, self._moved, self._fingerprint = states, done, moved, base
+        for mask, keep in zip(self._masks, keeps, strict=True):
+            mask.set(keep.to(torch.bool))
+        self._share = None
+
+    def _check_same(self, saved: dict[str, Any]) -> None:
+        own = self.state_dict()["facts"]
+        pairs = [(f"config {key}", value, saved["config"].get(key)) for key, value in own["config"].items()]
+        pairs += [(key, own[key], saved[key]) for key in ("model_type", "intermediate_sizes")]
+        for key, mine, theirs in pairs:
+            check(mine == theirs, f"{key} of the state to resume", f"be {mine!r}", theirs)
+        rule = f"be those in the model ({own['weights'][:16]}); load the weights of that checkpoint first"
+        check(own["weights"] == saved["weights"], "weights of the state to resume", rule, saved["weights"][:16])
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the state into `folder` as one file, `pruning.safetensors`; returns its path."""
+        state = self.state_dict()
+        path = Path(folder) / FILE
+        persist.write(path, _FORMAT, state["tensors"], state["facts"])
+        return path
+
+    def load(self, folder: str | Path) -> None:
+        """Go on from what `save` wrote into `folder`.
+
+        Raises:
+            InputError: no such file, or as `load_state_dict`.
+            CheckpointError: a damaged file.
+        """
+        tensors, facts = persist.read(Path(folder) / FILE, _FORMAT)
+        self.load_state_dict({"tensors": tensors, "facts": facts})

@@ -1,0 +1,318 @@
+"""Masks on every family, what they gather, and the pruner from the first step to the cut."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pyprune import CheckpointError, InputError, checkpoint, find_ffns
+from pyprune.training import TrainingConfig, TrainingPruner, methods
+from pyprune.training.masks import NeuronMask
+
+
+def pruner_of(model, **values):
+    return TrainingPruner(model, TrainingConfig(**{"steps": 2, "keep": 0.5, "cooldown": 1, **values}))
+
+
+def one_step(model, pruner, ids, step=None):
+    model.train()
+    pruner.before_step(pruner.done if step is None else step)
+    model(ids, labels=ids).loss.backward()
+    pruner.step()
+    model.zero_grad()
+    model.eval()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "stablelm", "opt"])
+def test_score_gradient_is_the_derivative_by_the_mask(name, tiny, ids):
+    """Against central differences in float64, for kept and for removed neurons: dL/dm_j = sum_t a_tj dL/da'_tj.
+
+    These families normalise in float64, and the loss is not the model's own, for that is float32.
+    """
+    still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"), 0.0)
+    model = tiny(name, **still).double().train()
+    masks = [NeuronMask(ffn, gradient=True, moments=False) for ffn in find_ffns(model)]
+    for mask in masks:
+        mask.set(torch.arange(96) % 3 > 0)
+
+    def loss():
+        return model(ids).logits.double().square().mean()
+
+    loss().backward()
+    gradient = masks[1].gradient
+    assert gradient.dtype == torch.float64
+    eps = 1e-4
+    for j in (0, 1, 5, 90):
+        losses = []
+        with torch.no_grad():
+            for sign in (1, -2, 1):
+                masks[1]._mask[j] += sign * eps
+                losses.append(float(loss()))
+        assert float(gradient[j]) == pytest.approx((losses[0] - losses[1]) / (2 * eps), rel=1e-5)
+
+
+def test_removed_neurons_get_a_score_gradient_but_none_on_their_weights(tiny, ids):
+    model = tiny("llama")
+    ffn = find_ffns(model)[0]
+    mask = NeuronMask(ffn, gradient=True, moments=False)
+    keep = torch.arange(96) < 40
+    mask.set(keep)
+    seen = []
+    ffn.down.register_forward_pre_hook(lambda module, args: seen.append(args[0]) or args[0].retain_grad())
+    raw = []
+    ffn.holder.up_proj.register_forward_hook(lambda module, args, out: raw.append(out.detach()))
+    gates = []
+    ffn.holder.act_fn.register_forward_hook(lambda module, args, out: gates.append(out.detach()))
+    model.train()(ids, labels=ids).loss.backward()
+    want = (raw[0] * gates[0] * seen[0].grad).flatten(0, 1).sum(0)
+    torch.testing.assert_close(mask.gradient, want)
+    assert mask.gradient[~keep].abs().min() > 0
+    assert ffn.holder.up_proj.weight.grad[~keep].abs().max() == 0
+    assert ffn.down.weight.grad[:, ~keep].abs().max() == 0
+    assert ffn.down.weight.grad[:, keep].abs().max() > 0
+
+
+def test_gradients_and_products_add_up_over_batches(tiny, ids):
+    def gather(batches):
+        model = tiny("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
+        mask = NeuronMask(find_ffns(model)[0], gradient=True, moments=True)
+        mask.set(torch.arange(96) % 2 > 0)
+        for batch in batches:
+            (model(batch, labels=batch).loss / len(batches)).backward()
+        return mask
+
+    whole, halves = gather([ids]), gather([ids[:2], ids[2:]])
+    torch.testing.assert_close(whole.gradient, halves.gradient, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(whole.products, halves.products)
+    assert whole.products[::2].abs().max() == 0  # the activations as masked
+    whole.set(torch.ones(96, dtype=torch.bool))
+    assert whole.gradient is None
+    assert whole.products is None
+
+
+def test_evaluation_is_masked_and_gathers_nothing(tiny, ids, masked):
+    model = tiny("phi3")
+    pruner = pruner_of(model, method="gum")
+    one_step(model, pruner, ids)
+    pruner.before_step(1)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            logits = model(ids).logits
+    mask = pruner._masks[0]
+    assert mask.products is None
+    logits = model(ids, labels=ids).loss
+    logits.backward()
+    assert mask.gradient is None
+    with pytest.raises(InputError, match="step must follow a backward pass of the model in training mode"):
+        pruner.step()
+
+
+def test_bfloat16_autocast(tiny, ids):
+    """Sums run in float32: the score gradient is that of float32 up to what bfloat16 activations lose."""
+    gathered = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny("llama").train()
+        mask = NeuronMask(find_ffns(model)[2], gradient=True, moments=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert mask.gradient.dtype == mask.products.dtype == torch.float32
+        gathered.append((mask.gradient, mask.products))
+    for exact, half in zip(*gathered, strict=True):
+        assert (half - exact).norm() < 0.05 * exact.norm()
+
+
+def test_whole_model_in_bfloat16(tiny, ids):
+    model = tiny("gpt2").bfloat16()
+    pruner = pruner_of(model, method="gum")
+    one_step(model, pruner, ids)
+    assert pruner.scores[0].dtype == torch.float32
+    one_step(model, pruner, ids)
+    assert sum(pruner.finish().widths) == 144
+
+
+def test_the_cut_model_is_the_masked_model(family, tiny, ids, masked, tmp_path):
+    """On every family: masks while training, compacted at the end to widths that differ by layer, saved, loaded."""
+    model = tiny(family)
+    pruner = pruner_of(model, method="gum")
+    one_step(model, pruner, ids)
+    one_step(model, pruner, ids)
+    assert pruner.keep == 0.5
+    dense = copy.deepcopy(model)
+    for module in dense.modules():
+        module._forward_pre_hooks.clear()
+    with torch.no_grad():
+        before = model(ids).logits
+        mask = pruner.finish()
+        after = model(ids).logits
+        want = masked(dense, mask)(ids).logits
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after, want, rtol=1e-5, atol=1e-5)
+    assert [f.intermediate_size for f in find_ffns(model)] == list(mask.widths)
+    assert sum(mask.widths) == 144
+    if family in ("llama", "gpt2", "opt"):
+        assert mask.widths != (48, 48, 48)
+        checkpoint.save(model, tmp_path / "out")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, after)
+        assert loaded.config.pyprune["provenance"]["training"]["method"] == "gum"
+        assert loaded.config.pyprune["base_fingerprint"] == mask.fingerprint
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_follows_the_schedule(method, tiny, ids):
+    model = tiny("llama")
+    pruner = pruner_of(model, method=method, steps=4, cooldown=2, multiple=32, floor=0.3, keep=0.4, penalty=50.0)
+    for _ in range(4):
+        one_step(model, pruner, ids)
+    mask = pruner.finish({"text": "none"})
+    assert all(w % 32 == 0 and w >= 32 for w in mask.widths)
+    assert mask.provenance["steps"] == 4
+    assert mask.provenance["kept"] == pytest.approx(sum(mask.widths) / 288)
+    assert mask.provenance["text"] == "none"
+    assert json.loads(json.dumps(mask.provenance)) == mask.provenance
+    if method != "movement-soft":
+        assert abs(sum(mask.widths) - 0.4 * 288) <= 16 or pruner.config.scope == "layer"
+
+
+def test_soft_movement_keeps_what_the_penalty_leaves(tiny, ids):
+    strong, weak = (tiny("llama") for _ in range(2))
+    kept = []
+    for model, penalty in ((strong, 1e4), (weak, 0.0)):
+        pruner = pruner_of(
+            model, method="movement-soft", steps=6, cooldown=2, penalty=penalty, score_rate=1.0, threshold=0.3
+        )
+        for _ in range(6):
+            one_step(model, pruner, ids)
+        kept.append(pruner.keep)
+    assert kept[0] < 0.1 < kept[1]
+    assert kept[0] >= 3 / 288  # a neuron a layer
+
+
+def test_a_schedule_without_cooldown_is_cut_at_the_end(tiny, ids):
+    model = tiny("llama")
+    pruner = pruner_of(model, steps=2, cooldown=0)
+    for _ in range(2):
+        one_step(model, pruner, ids)
+    assert pruner.keep > 0.5
+    assert pruner.finish().widths == (48, 48, 48)
+
+
+def test_finish_warns_of_an_early_end_and_of_scores_that_never_moved(tiny, ids):
+    model = tiny("llama")
+    pruner = pruner_of(model, steps=8)
+    with torch.no_grad():
+        find_ffns(model)[1].down.weight.zero_()  # a dead layer: its zero gradients are no error
+    one_step(model, pruner, ids)
+    one_step(model, pruner, ids)
+    assert pruner._moved == [True, False, True]
+    with pytest.warns(UserWarning) as caught:
+        pruner.finish()
+    messages = [str(w.message) for w in caught]
+    assert any("training ended after 2 steps, the schedule ends at 7" in m for m in messages)
+    assert any("the scores of layers [1] never moved" in m for m in messages)
+
+
+def test_not_a_number_is_refused_with_layer_and_step(tiny, ids):
+    model = tiny("llama")
+    pruner = pruner_of(model)
+    one_step(model, pruner, ids)
+    pruner.before_step(1)
+    model.train()(ids, labels=ids).loss.backward()
+    pruner._masks[2].gradient[5] = float("nan")
+    with pytest.raises(InputError, match="score gradients of layer 2 must be finite at step 1; got 1 of 96"):
+        pruner.step()
+    other = pruner_of(tiny("gpt2"), method="platon")
+    other.before_step(0)
+    other.model.train()(ids, labels=ids).loss.backward()
+    find_ffns(other.model)[1].down.weight.grad[3] = float("inf")
+    with pytest.raises(InputError, match="scores of layer 1 must be finite at step 0; got 1 of 96"):
+        other.step()
+
+
+def test_bad_order_of_calls(tiny, ids):
+    model = tiny("llama")
+    pruner = pruner_of(model)
+    with pytest.raises(InputError, match="step must follow before_step"):
+        pruner.step()
+    with pytest.raises(InputError, match="step must be 0, the number of steps taken so far; got 3"):
+        pruner.before_step(3)
+    with pytest.raises(InputError, match="model must not be masked by another pruner"):
+        pruner_of(model)
+    with pytest.raises(InputError, match="provenance must hold JSON"):
+        pruner.finish({"model": model})
+    assert len(find_ffns(model)) == 3  # a masked model is still looked through
+    pruner.remove()
+    with pytest.raises(InputError, match="pruner must not have been finished"):
+        pruner.before_step(0)
+    pruner_of(model).remove()
+
+
+def test_state_goes_through_a_file(tiny, ids, tmp_path):
+    model = tiny("llama")
+    pruner = pruner_of(model, method="gum", steps=4)
+    for _ in range(2):
+        one_step(model, pruner, ids)
+    path = pruner.save(tmp_path)
+    assert path.name == "pruning.safetensors"
+    fresh = tiny("llama")
+    other = pruner_of(fresh, method="gum", steps=4)
+    other.load(tmp_path)
+    assert other.done == 2
+    for mine, theirs in zip([*pruner.scores, *pruner.masks], [*other.scores, *other.masks], strict=True):
+        assert torch.equal(mine, theirs)
+    one_step(model, pruner, ids)
+    one_step(fresh, other, ids)
+    for mine, theirs in zip(pruner.scores, other.scores, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep": 0.25}, r"config keep of the state to resume must be 0.25; got 0.5"),
+        ({"method": "gum"}, "config method of the state to resume must be 'gum'; got 'movement'"),
+        ({"steps": 9}, "config steps of the state to resume must be 9; got 4"),
+        ({"seed": 1}, "config seed of the state to resume must be 1; got 0"),
+    ],
+)
+def test_another_configuration_is_not_resumed(change, message, tiny, tmp_path):
+    pruner_of(tiny("llama"), steps=4).save(tmp_path)
+    other = pruner_of(tiny("llama"), **{"steps": 4, **change})
+    with pytest.raises(InputError, match=message):
+        other.load(tmp_path)
+
+
+def test_another_model_is_not_resumed(tiny, tmp_path):
+    pruner_of(tiny("llama")).save(tmp_path)
+    with pytest.raises(InputError, match="model_type of the state to resume must be 'gpt2'; got 'llama'"):
+        pruner_of(tiny("gpt2")).load(tmp_path)
+    with pytest.raises(InputError, match=r"intermediate_sizes .* must be \[64, 64, 64\]; got \[96, 96, 96\]"):
+        pruner_of(tiny("llama", intermediate_size=64)).load(tmp_path)
+    with pytest.raises(
+        InputError, match=r"weights of the state to resume must be those in the model .*load the weights"
+    ):
+        pruner_of(tiny("llama", seed=1)).load(tmp_path)
+
+
+def test_damaged_states_are_refused(tiny, tmp_path):
+    pruner = pruner_of(tiny("llama"))
+    with pytest.raises(InputError, match="checkpoint must be an existing file"):
+        pruner.load(tmp_path)
+    path = pruner.save(tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        pruner.load(tmp_path)
+    state = pruner.state_dict()
+    del state["tensors"]["layers.1.keep"]
+    with pytest.raises(CheckpointError, match=r"the state is damaged: KeyError: 'layers.1.keep'"):
+        pruner.load_state_dict(state)
+    state = pruner.state_dict()
+    state["tensors"]["layers.1.state.scores"] = torch.zeros(5)
+    with pytest.raises(CheckpointError, match="its tensors do not fit its widths"):
+        pruner.load_state_dict(state)
+    assert pruner.done == 0
