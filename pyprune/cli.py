@@ -11,9 +11,11 @@ import transformers
 import typer
 from rich.markup import escape
 
-from . import checkpoint, dispatch, families, loading, native, surgery
+from . import checkpoint, dispatch, families, loading, native, nested, surgery
 from .benchmark import benchmark
+from .cli_compare import compare
 from .cli_prune import prune
+from .cli_recover import recover
 from .cli_tune import tune
 from .config import PruneConfig
 from .demo import run_demo
@@ -30,6 +32,7 @@ from .options import (
     TextOption,
     TokensOption,
     WeightsOption,
+    WidthOption,
     WindowOption,
     choose_device,
     text_windows,
@@ -55,12 +58,13 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
     return rows
 
 
-def _load(model: str, dtype: str, device: str, weights: str | None) -> Any:
-    """A model as it is, or accelerated with `weights`."""
-    if weights is None:
-        return loading.load_model(model, dtype, device)
-    check_choice(weights, "weights", WEIGHTS)
-    return surgery.accelerate(loading.load_model(model, dtype, device), weights=weights)
+def _load(model: str, dtype: str, device: str, weights: str | None, width: float | None = None) -> Any:
+    """A model as it is, or accelerated with `weights`, or at one of its nested widths."""
+    check_choice(weights or "float32", "weights", WEIGHTS)
+    loaded = loading.load_model(model, dtype, device)
+    if weights is not None:
+        surgery.accelerate(loaded, weights=weights)
+    return nested.narrowed(loaded, model, width)
 
 
 @app.command()
@@ -152,12 +156,13 @@ def evaluate(
     window: WindowOption = 1024,
     dtype: DtypeOption = "auto",
     weights: WeightsOption = None,
+    width: WidthOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Token perplexity (not word perplexity) over non-overlapping windows of text."""
     windows, name = text_windows(loading.load_tokenizer(model), text, "second", tokens, window)
-    loaded = _load(model, dtype, choose_device(device), weights)
+    loaded = _load(model, dtype, choose_device(device), weights, width)
     provenance = (getattr(loaded.config, "pyprune", None) or {}).get("provenance") or {}
     calibrated = provenance.get("text") == name
     if calibrated:
@@ -183,6 +188,7 @@ def generate(
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     weights: WeightsOption = None,
+    width: WidthOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -190,7 +196,7 @@ def generate(
     place = choose_device(device)
     texts = {}
     for name in [n for n in (against, model) if n is not None]:
-        loaded = _load(name, dtype, place, weights if name == model else None)
+        loaded = _load(name, dtype, place, *((weights, width) if name == model else (None, None)))
         texts[name] = generate_text(loaded, loading.load_tokenizer(name), prompt, new_tokens, temperature, seed, chat)
     show(
         {"prompt": prompt, "texts": texts},
@@ -220,6 +226,7 @@ def bench(
     ] = False,
     dtype: DtypeOption = "auto",
     weights: WeightsOption = None,
+    width: WidthOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -231,15 +238,17 @@ def bench(
     check_choice(backend, "backend", dispatch.names())
     check_choice(weights or "float32", "weights", WEIGHTS)
     place = choose_device(device)
+    check(width is None or mode == "compact", "mode", "be compact with --width", mode)
     dense = loading.load_model(against or model, dtype, place)
-    narrow = loading.load_model(model, dtype, place)
     swapped = loading.load_model(model, dtype, place)
-    if against is None:
-        mask = prune_model(narrow, config).mask
-        surgery.accelerate(swapped, mode, backend, mask, weights)
-    else:
-        surgery.accelerate(swapped, mode, backend, weights=weights)
-    candidates = {"narrow modules": narrow, f"PrunedMLP {mode}" + (f" {weights}" if weights else ""): swapped}
+    candidates: dict[str, Any] = {}
+    mask = None
+    if width is None:
+        candidates["narrow modules"] = narrow = loading.load_model(model, dtype, place)
+        mask = prune_model(narrow, config).mask if against is None else None
+    name = f"PrunedMLP {mode}" + (f" {weights}" if weights else "") + (f" width {width:g}" if width else "")
+    surgery.accelerate(swapped, mode, backend, mask, weights)
+    candidates[name] = nested.narrowed(swapped, model, width)
     with Bars() as bars:
         report = benchmark(dense, candidates, prefill_tokens=prefill, repeats=repeats, compiled=compiled, progress=bars)
     result = report.to_json()
@@ -262,6 +271,8 @@ def bench(
     )
 
 
+app.command()(compare)
+app.command()(recover)
 app.command()(tune)
 
 

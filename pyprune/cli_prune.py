@@ -13,6 +13,7 @@ from .config import ALLOCATIONS, COMPENSATIONS, STRUCTURES, PruneConfig
 from .errors import InputError, check
 from .files import check_out_folder
 from .mask import Mask
+from .nested import NestedReport, prune_nested
 from .options import (
     DeviceOption,
     DtypeOption,
@@ -44,6 +45,32 @@ def _damping(text: str) -> float | None:
         return float(text)
     except ValueError as error:
         raise InputError(f"damping must be a number or auto; got {text!r}") from error
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"shares must be numbers separated by commas; got {text!r}") from error
+
+
+def _show_nested(model: str, made: NestedReport, text: str | None, out: Path | None, as_json: bool) -> None:
+    rows = []
+    for i, (share, widths) in enumerate(zip(made.shares, made.widths, strict=True)):
+        errors = made.errors[i] if made.errors else []
+        means = [f"{sum(e) / len(errors):.1%}" for e in zip(*errors, strict=True)] if errors else ["-", "-"]
+        rows.append((f"{share:g}", f"{min(widths)} .. {max(widths)}", *means))
+    show(
+        {"model": model, **made.to_json(), "text": text, "out": None if out is None else str(out)},
+        as_json,
+        table(
+            f"{model}: neurons sorted; mean output error of a layer at the fitted widths",
+            ("share", ">widths", ">bare prefix", ">fitted"),
+            rows,
+        ),
+        f"text {text or 'not needed'}, {made.tokens} tokens; {made.seconds:.1f} s; "
+        f"wrote {escape(str(out or 'nothing'))}",
+    )
 
 
 def _rows(report: PruneReport) -> list[tuple[object, ...]]:
@@ -122,6 +149,13 @@ def prune(
     target: Annotated[
         float, typer.Option(help="Share of what earlier layers lost that a layer's fit makes up for, in [0, 1].")
     ] = 0.0,
+    nested_widths: Annotated[
+        bool,
+        typer.Option(
+            "--nested", help="Remove nothing: sort the neurons, so that --width runs any share of this checkpoint."
+        ),
+    ] = False,
+    shares: Annotated[str, typer.Option(help="With --nested: widths whose down rows are fitted.")] = "0.8,0.7,0.5",
     text: TextOption = None,
     tokens: TokensOption = 16384,
     window: WindowOption = 1024,
@@ -175,6 +209,14 @@ def prune(
         "text": text_name,
         "versions": machine.versions(),
     }
+    if nested_widths:
+        check(mask is None and save_mask is None, "mask", "be left out with --nested", str(mask or save_mask))
+        with Bars() as bars:
+            made = prune_nested(loaded, config, batches, _shares(shares), bars, facts)
+        if not dry_run and out is not None:
+            checkpoint.save(loaded, out, tokenizer, overwrite)
+        _show_nested(model, made, text_name, None if dry_run else out, as_json)
+        return
     with Bars() as bars:
         report = prune_model(loaded, config, batches, mask=loaded_mask, progress=bars, provenance=facts)
     if not dry_run and out is not None:

@@ -23,6 +23,9 @@ from .memory import release
 from .reconstruction import Fitted, refit
 from .sensitivity import SensitivityCurves
 
+# Calibration tokens that the curves of layers are taken from, at most.
+CURVE_TOKENS = 16_384
+
 
 @dataclass
 class LayerReport:
@@ -108,10 +111,13 @@ class Pruner:
         """How much the loss grows when one layer alone is narrowed, repaired as the configuration repairs."""
         assert self.ids is not None
         self.gradients()
+        # Curves need less text than fits: of a long one, windows spread evenly.
+        windows = min(len(self.ids), max(1, CURVE_TOKENS // self.ids.shape[1]))
+        chosen = torch.linspace(0, len(self.ids) - 1, windows).round().long()
         return sensitivity.curves(
             self.model,
             self.ffns,
-            self.ids,
+            self.ids[chosen],
             self.scores,
             kind="fisher",
             multiple=self.config.multiple,

@@ -20,6 +20,7 @@ from .mask import KeepIndex, Mask
 from .memory import PeakMemory
 from .probe import evaluating
 from .pruner import LayerReport, Pruner
+from .sensitivity import SensitivityCurves
 
 
 @dataclass
@@ -260,3 +261,20 @@ def score(
     run = _Run(model, replace(config, compensate="none", target=0.0), batches, None, None)
     with evaluating(model):
         return Pruner(model, run.ffns, run.config, run.ids, progress).all_scores()
+
+
+@torch.no_grad()
+def curves(
+    model: nn.Module,
+    config: PruneConfig,
+    batches: Iterable[Tensor] | Tensor | None,
+    progress: Progress = quiet,
+) -> SensitivityCurves:
+    """How much the loss of a dense model grows when one layer alone is narrowed as `config` would; changes nothing.
+
+    Args and errors as `prune`.
+    """
+    check(batches is not None, "batches", "be given for the curves of layers", batches)
+    run = _Run(model, replace(config, allocation="sensitivity", target_speedup=None), batches, None, None)
+    with evaluating(model):
+        return Pruner(model, run.ffns, run.config, run.ids, progress).curves()
