@@ -1,9 +1,10 @@
-"""Measured speeds as rows: what the tables of the command line and the figures share."""
+"""Measured results as rows: what the tables of the command line and the figures share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 
@@ -39,3 +40,53 @@ def speeds(bench: dict[str, Any], name: str) -> Iterator[Speed]:
 
 def _speed(what: str, text: str, value: dict[str, Any]) -> Speed:
     return Speed(what, text, value["ratio"], value["ceiling"], value["path"])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of `pyprune compare` at one share kept; means over its seeds.
+
+    Attributes:
+        keep: the share of neurons that was asked for.
+        kept: the share that stayed.
+        perplexity: mean over the seeds.
+        lowest, highest: over the seeds.
+        seeds: how many.
+        seconds: to prune.
+    """
+
+    keep: float
+    kept: float
+    perplexity: float
+    lowest: float
+    highest: float
+    seeds: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting of `pyprune compare` over the shares kept, the largest first."""
+
+    label: str
+    group: str
+    points: tuple[Point, ...]
+
+
+def comparison_lines(result: Mapping[str, Any], text: str) -> list[Line]:
+    """The settings of a `Comparison.to_json()` on one evaluation text; rows that failed are left out."""
+    groups: dict[tuple[str, str], dict[float, list[Mapping[str, Any]]]] = {}
+    for row in result["rows"]:
+        if "error" not in row:
+            by_keep = groups.setdefault((row["label"], row["group"]), {})
+            by_keep.setdefault(row["keep"], []).append(row)
+    return [
+        Line(label, group, tuple(_point(keep, by_keep[keep], text) for keep in sorted(by_keep, reverse=True)))
+        for (label, group), by_keep in groups.items()
+    ]
+
+
+def _point(keep: float, rows: Sequence[Mapping[str, Any]], text: str) -> Point:
+    values = [row["perplexity"][text] for row in rows]
+    kept, seconds = fmean(row["kept"] for row in rows), fmean(row["prune_seconds"] for row in rows)
+    return Point(keep, kept, fmean(values), min(values), max(values), len(values), seconds)
