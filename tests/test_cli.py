@@ -16,7 +16,9 @@ from pyprune import checkpoint, roofline
 from pyprune.cli import app
 from pyprune.text import default_text
 
-VERBS = ("doctor", "inspect", "prune", "eval", "generate", "bench", "tune", "verify", "demo")
+VERBS = (
+    *("doctor", "inspect", "prune", "compare", "recover", "eval", "generate", "bench", "tune", "verify", "demo"),
+)
 SMALL = ("--tokens", "256", "--window", "64")
 
 
@@ -244,3 +246,26 @@ def test_the_installed_command(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"]["kind"] == "CheckpointError"
     unknown = subprocess.run([*command, "prunes"], capture_output=True, text=True, check=False)
     assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
+
+
+def test_nested_checkpoint_runs_at_any_width(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "nested"
+    made = as_json("prune", tiny_checkpoint, "--out", out, "--nested", "--shares", "0.75,0.5", *SMALL)
+    assert made["shares"] == [0.75, 0.5]
+    assert made["widths"] == [[72] * 3, [48] * 3]
+    whole = as_json("eval", out, *SMALL)["perplexity"]
+    assert whole == pytest.approx(as_json("eval", tiny_checkpoint, *SMALL)["perplexity"], rel=1e-3)
+    half = as_json("eval", out, "--width", 0.5, *SMALL)["perplexity"]
+    assert half != pytest.approx(whole, rel=1e-4)
+    as_json("verify", out)
+    refused = call("eval", tiny_checkpoint, "--width", 0.5, *SMALL)
+    assert refused.exit_code != 0
+    assert "nested" in refused.output
+
+
+def test_whole_layers_go_by_the_same_verb(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "short"
+    made = as_json("prune", tiny_checkpoint, "--out", out, "--structure", "layer", "--keep", 0.67, *SMALL)
+    assert len(made["blocks"]["kept"]) == 2
+    assert as_json("eval", out, *SMALL)["perplexity"] > 1
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 2

@@ -34,6 +34,14 @@ def test_windows_longer_than_the_context_are_refused(tiny: Callable[..., Any]) -
         perplexity(tiny("llama"), torch.zeros(1, 65, dtype=torch.int64))
 
 
+def test_perplexity_of_logits_that_are_no_numbers_is_refused(tiny: Callable[..., Any], ids: torch.Tensor) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match="model must give numbers for logits on this text; got 'NaN'"):
+        perplexity(model, ids)
+
+
 def test_greedy_generation_is_the_argmax(tiny: Callable[..., Any], tokenizer: Any) -> None:
     model = tiny("llama", vocab_size=1024)
     prompt = "The list"

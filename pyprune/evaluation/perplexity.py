@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import Progress, check_windows, quiet
+from ..errors import check
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def perplexity(model: Any, windows: Tensor, progress: Progress = quiet) -> Perpl
         progress: called as `(stage, done, total)`.
 
     Raises:
-        InputError: windows longer than the model's context.
+        InputError: windows longer than the model's context, or logits that are NaN.
     """
     check_windows(model, windows, "text")
     total, predicted = 0.0, 0
@@ -53,4 +54,5 @@ def perplexity(model: Any, windows: Tensor, progress: Progress = quiet) -> Perpl
         predicted += len(ids) - 1
     progress("measuring perplexity", len(windows), len(windows))
     mean = total / predicted
+    check(not math.isnan(mean), "model", "give numbers for logits on this text", "NaN")
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.numel(), predicted, windows.shape[1])
