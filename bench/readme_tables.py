@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pyprune import importance
 from pyprune.files import new_file
 from pyprune.summary import Line, Point, comparison_lines
 
@@ -328,6 +329,26 @@ def recover_table(result: Result) -> list[str]:
     ]
 
 
+def methods_table(_: Result) -> list[str]:
+    """A line for each criterion of `pyprune.importance`; the forms of magnitude share one."""
+    lines = {}
+    for name in importance.names():
+        entry = importance.get(name)
+        of = (
+            "weights"
+            if not entry.needs
+            else "gradients"
+            if any("gradient" in n for n in entry.needs)
+            else "activations"
+        )
+        if name.startswith("magnitude-"):
+            name, summary = "magnitude-{l1,l2}-{fan-in,fan-out,both,product}", "L1 or L2 norm of a neuron's weights"
+        else:
+            summary = entry.summary
+        lines[name] = [f"`{name}`", summary.replace("|", "\\|"), of, entry.source]
+    return markdown(["method", "score of a neuron", "from", "source"], lines.values())
+
+
 def _elsewhere(module: str, function: str) -> Callable[[Result], list[str]]:
     """A table whose function stands in a sibling, which is on the path where this file is run as a script."""
 
@@ -344,6 +365,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "ffn": ffn_table,
     "finetune": _elsewhere("finetune.table", "finetune_table"),
     "gpu": gpu_table,
+    "methods": methods_table,
     "latency-aware": _elsewhere("latency_aware_table", "latency_aware_table"),
     "model": model_table,
     "nested": _elsewhere("nested_table", "nested_table"),
@@ -353,8 +375,14 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
 }
 
 
+# Tables that are made of what is registered, not of measurements.
+_OF_CODE = ("methods",)
+
+
 def load_results(folder: Path, name: str) -> list[Result]:
-    """The results of a table, by file name."""
+    """The results of a table, by file name; one without any for a table that is made of the code alone."""
+    if name in _OF_CODE:
+        return [{}]
     files = sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}-*.json")])
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 

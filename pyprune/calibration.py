@@ -137,6 +137,7 @@ class LayerStream:
 
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
+            check(bool(hidden.isfinite().all()), f"what enters layer {len(calls)}", "be finite", "NaN or infinity")
             if previous and not torch.equal(hidden, previous[0]):
                 raise UnsupportedModelError(
                     f"{type(self._model).__name__}: the input of decoder layer {len(calls)} is not the output "

@@ -248,3 +248,11 @@ def test_whole_blocks_by_the_same_verb(structure, kept, tiny, text, tmp_path):
     assert len(model.model.layers) == len(kept)
     with pytest.raises(InputError, match="compensate must be .* with structure"):
         PruneConfig(structure=structure)
+
+
+def test_hidden_states_that_are_not_finite_are_named(tiny, text):
+    model = tiny("gpt2").half()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[:] = 60_000
+    with pytest.raises(InputError, match="what enters layer 2 must be finite; got 'NaN or infinity'"):
+        prune(model, PruneConfig(**SMALL), text)
