@@ -201,10 +201,9 @@ def exact(
         check(bool(np.isfinite(b).all()), f"costs of layer {i}", "be finite", b[~np.isfinite(b)][:1].tolist())
     least = math.fsum(row.min() for row in cost)
     check(budget >= least, "budget", f"be at least {least:g}, the sum of the least costs", budget)
-    # More than everything costs buys nothing, and would only coarsen the grid.
-    room = min(budget, math.fsum(row.max() for row in cost)) - least
-    extra = [row - row.min() for row in cost]
-    steps, spent = _grid(extra, room, resolution)
+    if budget >= math.fsum(row.max() for row in cost):
+        return [int(row.argmin()) for row in loss]
+    steps, spent = _grid([row - row.min() for row in cost], budget - least, resolution)
     # table[l][b]: least loss of the first l layers at an extra cost of at most b steps
     table = np.full((len(loss) + 1, steps + 1), np.inf)
     table[0] = 0.0

@@ -12,6 +12,7 @@ alone saves is multiplied by what the model really saved over what its FFNs alon
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,7 +37,7 @@ KINDS = ("decode", "prefill")
 _ANCHORS = (0.75, 0.5, 0.25)
 # What a model saves over what its FFNs alone would; outside, a step was too short or the machine too busy to tell.
 _FACTORS = (0.5, 2.0)
-_MOST_CALLS, _CALL_BYTES = 32, 64 << 20
+_MOST_CALLS, _CALL_BYTES = 16, 64 << 20
 _FEW_TOKENS = 64
 _PLAIN = "plain"
 
@@ -276,20 +277,25 @@ def _at_width(model: nn.Module, width: int, job: Job) -> Job:
 
 
 def _alone(modules: Sequence[PrunedMLP], width: int, x: Tensor) -> Job:
-    """A pass of FFNs of `width` neurons over parts of the model's records that do not overlap, a sample for one FFN."""
+    """Passes of FFNs of `width` neurons over parts of the model's records that do not overlap; a sample for one FFN.
+
+    Every pass takes other parts than the one before, so that it finds its weights where a step does: in memory.
+    """
     size = modules[0].record[:1].nbytes * width
-    most = max(2, min(_MOST_CALLS, _CALL_BYTES // size)) if x.numel() // x.shape[-1] <= _FEW_TOKENS else 2
+    few = x.numel() // x.shape[-1] <= _FEW_TOKENS
+    calls = max(2, min(_MOST_CALLS, _CALL_BYTES // size)) if few else 1
+    passes = 3 if few else 1
     # Round by round over the layers, so that neighbours in a pass are not neighbours in memory.
     starts = range(0, max(m.intermediate_size for m in modules), width)
     places = [(m, start) for start in starts for m in modules if start + width <= m.intermediate_size]
-    ffns = [part(module, start, start + width) for module, start in places[:most]]
+    ffns = itertools.cycle([part(module, start, start + width) for module, start in places[: 4 * calls * passes]])
 
     @torch.no_grad()
     def run() -> None:
-        for ffn in ffns:
+        for ffn in itertools.islice(ffns, calls):
             ffn(x)
 
-    return timed(run, clock(x.device), share=len(ffns))
+    return timed(run, clock(x.device), passes, share=calls)
 
 
 def _anchors(widths: Sequence[int]) -> list[int]:

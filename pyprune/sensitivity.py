@@ -37,6 +37,8 @@ from .importance import ActivationStats
 KINDS = ("loss", "error", "fisher")
 # A measured point costs a pass through the rest of the model; the estimates give every width at once.
 SHARES = {"loss": (0.8, 0.6, 0.4, 0.2), "error": (), "fisher": ()}
+WINDOWS = {"loss": 2, "error": 4, "fisher": 4}
+_STEEPEST = 10.0  # exponent of a curve where nothing was tried
 _FINE = tuple(i / 32 for i in range(31, 0, -1))
 
 # Importance `[F]` of one FFN's neurons from the dense model's statistics, higher = keep.
@@ -83,8 +85,8 @@ class SensitivityCurves:
 
         What was found is first made to grow with what is removed. Between two points the curve is a straight line in
         the logarithms of loss and of removed share, so it is as convex as the points are; from nothing removed to the
-        first point, and past the last, it goes on with the exponent of the nearest two, 1 at least. Where a point is 0
-        there is no logarithm, and the line is straight in plain numbers.
+        first point, and past the last, it goes on with the exponent of the nearest two, 1 to 10. Where
+        a point is 0 there is no logarithm, and the line is straight in plain numbers.
 
         Raises:
             InputError: a width outside [1, F].
@@ -132,7 +134,8 @@ def _exponent(r: Sequence[float], y: Sequence[float], i: int) -> float:
     """Of the power law through points i and i + 1; 2, as of a quadratic loss, where there is none."""
     if not 0 <= i < len(r) - 1 or y[i] <= 0:
         return 2.0
-    return max(1.0, math.log(y[i + 1] / y[i]) / math.log(r[i + 1] / r[i]))
+    power = (math.log(y[i + 1]) - math.log(y[i])) / (math.log(r[i + 1]) - math.log(r[i]))
+    return min(_STEEPEST, max(1.0, power))
 
 
 def _power_law(r: Sequence[float], y: Sequence[float], x: float) -> float:
@@ -146,8 +149,8 @@ def _power_law(r: Sequence[float], y: Sequence[float], x: float) -> float:
         return float(y[-1] * (x / r[-1]) ** _exponent(r, y, i - 2))
     if y[i - 1] <= 0:
         return y[i] * (x - r[i - 1]) / (r[i] - r[i - 1])
-    power = math.log(y[i] / y[i - 1]) / math.log(r[i] / r[i - 1])
-    return float(y[i - 1] * (x / r[i - 1]) ** power)
+    way = math.log(x / r[i - 1]) / math.log(r[i] / r[i - 1])
+    return math.exp((1 - way) * math.log(y[i - 1]) + way * math.log(y[i]))
 
 
 def choose_widths(
@@ -183,7 +186,7 @@ def choose_widths(
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module` computes `forward` inside; after it, also after an error, it is as it was."""
     own: Any = vars(module)
     before = own.get("forward")
@@ -213,7 +216,7 @@ def narrowed(ffn: FFN, keep: Tensor, down: Tensor | None = None) -> Iterator[Non
     def forward(a: Tensor) -> Tensor:
         return nn.functional.linear(a.index_select(-1, keep), rows.t(), bias)
 
-    with _replaced(ffn.down, forward):
+    with replaced(ffn.down, forward):
         yield
 
 
@@ -261,7 +264,7 @@ class _Rest:
             with ExitStack() as stack:
                 if hidden is not None:
                     for j in range(start):
-                        stack.enter_context(_replaced(self._layers[j], self._passing(j, hidden[i : i + 1])))
+                        stack.enter_context(replaced(self._layers[j], self._passing(j, hidden[i : i + 1])))
                 logits = self._model(input_ids=window[None], use_cache=False).logits[0, :-1]
             total += float(nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum"))
         return total / (self._ids.numel() - len(self._ids))
@@ -339,6 +342,8 @@ def output_gradients(
         try:
             with _frozen(model), torch.enable_grad():
                 logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+                finite = bool(logits.isfinite().all())
+                check(finite, f"logits of window {i}", "be finite", "NaN or infinity")
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                 gradients = torch.autograd.grad(loss, [leaves[ffn.layer] for ffn in ffns])
@@ -421,7 +426,7 @@ def curves(
     repair: bool = False,
     damping: float = 1e-2,
     gram: bool = False,
-    windows: int = 4,
+    windows: int | None = None,
     seed: int = 0,
     progress: Progress = quiet,
 ) -> SensitivityCurves:
@@ -441,7 +446,7 @@ def curves(
         repair: least squares refits the down rows of each narrowed layer; False for the bare cut.
         damping: ridge of the repair, as a share of the mean diagonal of the activations' second moment.
         gram: `score` needs `stats.gram`.
-        windows: of `ids`, spread evenly, for which loss or gradients are computed.
+        windows: of `ids`, spread evenly, for which loss or gradients are computed; None for `WINDOWS`.
         seed: of the labels that the estimates draw.
         progress: called as `(stage, done, total)`.
 
@@ -453,6 +458,7 @@ def curves(
     tried = tuple(shares) if shares is not None else SHARES[kind] or _FINE
     check(len(tried) > 0 and all(0 < s < 1 for s in tried), "shares", "be one or more shares in (0, 1)", list(tried))
     check(0 < damping < math.inf, "damping", "be positive and finite", damping)
+    windows = WINDOWS[kind] if windows is None else windows
     check(windows >= 1, "windows", "be at least 1", windows)
     check(ids.ndim == 2 and ids.shape[1] >= 2, "ids", "be [N, W] with at least 2 tokens a window", tuple(ids.shape))
     check_windows(model, ids, "ids")

@@ -1,12 +1,16 @@
 """How many neurons each layer keeps."""
 
+import itertools
+import math
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyprune import InputError
-from pyprune.allocation import global_top, round_width, standardise, uniform
+from pyprune.allocation import candidate_widths, exact, global_top, round_width, standardise, uniform
 
 
 @pytest.mark.parametrize(
@@ -109,3 +113,117 @@ def test_floor_above_keep_is_refused():
 def test_global_names_the_layer_whose_scores_are_bad():
     with pytest.raises(InputError, match="scores of layer 1 must be finite"):
         global_top([torch.rand(4), torch.tensor([1.0, float("inf")])], 0.5)
+
+
+def test_uniform_protects_layers_within_the_budget():
+    scores = [torch.arange(20.0)] * 4
+    # 0.7 * 80 = 56 neurons, 20 of them protected: 36 of 60 for the others.
+    assert [len(k) for k in uniform(scores, 0.7, protect=(1, 0))] == [20, 12, 12, 12]
+    assert [len(k) for k in uniform(scores, 0.7, protect=(1, 1))] == [20, 8, 8, 20]
+    assert [len(k) for k in uniform(scores, 1.0, protect=(2, 1))] == [20] * 4
+    assert uniform(scores, 0.7, protect=(0, 0)) == uniform(scores, 0.7)
+
+
+def test_global_protects_layers_within_the_budget():
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(20, generator=generator) for _ in range(4)]
+    widths = [len(k) for k in global_top(scores, 0.7, protect=(1, 1))]
+    assert widths[0] == widths[3] == 20
+    assert sum(widths) == 56
+    assert max(widths[1:3]) < 20
+    assert [len(k) for k in global_top(scores, 0.7, multiple=4, protect=(0, 2))][2:] == [20, 20]
+
+
+@pytest.mark.parametrize("allocate", [uniform, global_top])
+def test_protected_layers_that_leave_too_little_are_refused(allocate):
+    scores = [torch.rand(20)] * 4
+    with pytest.raises(InputError, match=r"protect must leave others enough: at keep 0\.5 all layers share 40 neurons"):
+        allocate(scores, 0.5, protect=(1, 1))
+    with pytest.raises(InputError, match="and need 48 at least"):
+        allocate(scores, 0.55, multiple=4, protect=(1, 1))
+    with pytest.raises(InputError, match="protect must leave others enough"):
+        allocate(scores, 0.9, protect=(3, 2))
+    with pytest.raises(InputError, match="protect must be two counts"):
+        allocate(scores, 0.9, protect=(-1, 0))
+    assert [len(k) for k in allocate(scores, 1.0, protect=(3, 2))] == [20] * 4
+
+
+def test_candidate_widths():
+    assert candidate_widths([10, 8], 4) == [[4, 8, 10], [4, 8]]
+    assert candidate_widths([10, 8], 4, floor=0.5, protect=(0, 1)) == [[8, 10], [8]]
+    assert candidate_widths([3], 4) == [[3]]
+
+
+def total(rows, chosen):
+    return sum(row[i] for row, i in zip(rows, chosen, strict=True))
+
+
+def brute_force(losses, costs, budget):
+    every = itertools.product(*(range(len(row)) for row in losses))
+    return min(total(losses, c) for c in every if total(costs, c) <= budget)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_exact_with_whole_costs_is_the_optimum(data):
+    numbers = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    unit = data.draw(st.sampled_from([1, 1, 3, 16]))
+    losses = [[data.draw(st.integers(-20, 50)) for _ in range(n)] for n in numbers]
+    costs = [[unit * data.draw(st.integers(-3, 12)) for _ in range(n)] for n in numbers]
+    least = sum(map(min, costs))
+    budget = least + data.draw(st.integers(0, 40 * unit))
+    chosen = exact(losses, costs, budget)
+    assert total(costs, chosen) <= budget
+    assert total(losses, chosen) == brute_force(losses, costs, budget)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_exact_with_other_costs_keeps_the_budget_and_its_bound(data):
+    numbers = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    losses = [[data.draw(st.floats(0, 10)) for _ in range(n)] for n in numbers]
+    costs = [[data.draw(st.floats(0, 1e-3)) for _ in range(n)] for n in numbers]
+    least = math.fsum(map(min, costs))
+    budget = least + data.draw(st.floats(0, 3e-3))
+    resolution = data.draw(st.sampled_from([5, 100, 20_000]))
+    chosen = exact(losses, costs, budget, resolution)
+    assert total(costs, chosen) <= budget * (1 + 1e-12)
+    smaller = (budget - len(numbers) * (budget - least) / resolution) * (1 - 1e-9)  # by one step a layer
+    if smaller >= least:
+        assert total(losses, chosen) <= brute_force(losses, costs, smaller) + 1e-9
+
+
+def test_exact_takes_the_first_of_equals_and_spends_what_there_is():
+    assert exact([[1, 1, 1]], [[5, 3, 4]], 5) == [0]
+    assert exact([[0.0, 1.0], [0.0, 1.0]], [[8, 4], [8, 4]], 12) == [1, 0]
+    assert exact([[0.0, 1.0]], [[8, 4]], 4) == [1]  # the budget is the least cost
+    assert exact([[3.0]], [[0.25]], 0.25) == [0]
+    assert exact([[1.0, 0.0]], [[0.1, 0.3]], math.inf) == [1]
+
+
+def test_exact_is_quick():
+    generator = torch.Generator().manual_seed(0)
+    widths = list(range(64, 14401, 64))
+    losses = [torch.rand(225, generator=generator).sort(descending=True).values.tolist() for _ in range(80)]
+    started = time.process_time()
+    chosen = exact(losses, [widths] * 80, 80 * 8000)
+    assert time.process_time() - started < 3
+    assert sum(widths[i] for i in chosen) <= 80 * 8000
+
+
+@pytest.mark.parametrize(
+    ("losses", "costs", "budget", "message"),
+    [
+        ([[1.0, float("nan")]], [[1, 2]], 2, "losses of layer 0 must be finite"),
+        ([[1.0]], [[float("inf")]], 2, "costs of layer 0 must be finite"),
+        ([[1.0], []], [[1], []], 2, "losses of layer 1 must hold at least one candidate"),
+        ([[1.0, 2.0]], [[1]], 2, "costs of layer 0 must hold 2 candidates; got 1"),
+        ([[1.0]], [[1], [2]], 2, "costs must be given for 1 layers; got 2"),
+        ([], [], 2, "costs must be given for 0 layers"),
+        ([[1.0], [1.0]], [[2], [4]], 5, "budget must be at least 6, the sum of the least costs; got 5"),
+        ([[1.0]], [[1]], float("nan"), "budget must be at least 1"),
+    ],
+)
+def test_exact_refuses(losses, costs, budget, message):
+    with pytest.raises(InputError, match=message):
+        exact(losses, costs, budget)

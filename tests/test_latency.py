@@ -1,11 +1,15 @@
 """The latency table: what it predicts, how whole steps calibrate it, and the widths that meet a target."""
 
 import dataclasses
+import importlib
+import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +75,7 @@ def test_a_factor_that_only_noise_can_explain_is_limited():
 def test_rising(values):
     found = rising(values)
     assert len(found) == len(values)
-    assert all(a <= b for a, b in zip(found, found[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(found))
     assert sum(found) == pytest.approx(sum(values))
     assert rising(found) == found
 
@@ -280,3 +284,50 @@ def test_with_a_fake_clock_the_model_is_found_again(tiny, monkeypatch):
     assert table.step == pytest.approx(13e-3 + 3 * 96 * 1.5e-6)
     assert list(table.factors.values()) == pytest.approx([1.5] * len(table.factors))
     assert table.predict([16, 40, 96]) == pytest.approx(13e-3 + 152 * 1.5e-6)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))  # as when the script is run
+    return importlib.import_module("bench_latency_aware")
+
+
+def test_promised_against_measured_by_hand(bench):
+    found = {"plain": [4.0] * 4, "dense": [3.0, 3.0, 3.2, 3.2], "1.5": [2.0, 2.0, 2.0, 2.0]}
+    entry = bench.compare(found, 2, {"1.5": 1.5})["1.5"]
+    assert entry["measured"] == pytest.approx(1.55)
+    assert entry["error"] == pytest.approx(1.55 / 1.5 - 1)
+    assert entry["over_plain"] == 2.0
+    assert entry["measured_spread"]["p50"] == pytest.approx(1.55)  # of the rounds 1.5 and 1.6
+    assert entry["step_ms"]["p50"] == 2000.0
+
+
+def test_the_bench_runs_and_its_table_can_be_made(bench, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    bench.main(
+        model=str(tiny_checkpoint),
+        targets="1",
+        tokens=512,
+        evaluation_tokens=128,
+        window=32,
+        repeats=1,
+        rounds=2,
+        batch=2,
+        multiple=32,
+        **{"text": None, "method": "wanda", "dtype": "float32", "weights": None},
+        **{"workload": "decode", "device": "cpu", "name": "result"},
+    )
+    result = json.loads((tmp_path / "result.json").read_text())
+    (row,) = result["rows"]
+    assert row["promised"] >= 1
+    assert row["measured"] > 0
+    assert row["keep"] == sum(row["widths"]) / 288
+    LatencyTable.from_json(result["table"])
+    lines = importlib.import_module("latency_aware_table").latency_aware_table(result)
+    assert lines[0].startswith("tiny-llama, decode, 2 at once, float32: a step of the accelerated dense model takes")
+    assert lines[-1].startswith(f"| 1.00x | {row['promised']:.3f}x | {row['measured']:.3f}x (")
+
+
+def test_the_bench_refuses_a_target_below_one(bench):
+    with pytest.raises(typer.Exit):
+        bench.main(targets="0.5,1.2")
