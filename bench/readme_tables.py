@@ -101,17 +101,6 @@ def model_table(result: Result) -> list[str]:
     return [f"{what} {provenance(result)}", "", *markdown(header, lines)]
 
 
-def quality_table(result: Result) -> list[str]:
-    """A line for each row of bench/bench_quality.py."""
-    lines = [
-        [r["calibration"], r["method"], r["compensate"], f"{r['perplexity']:.2f}", f"{r['removed']:.1%}"]
-        for r in result["rows"]
-    ]
-    header = ["calibrated on", "method", "compensation", ">perplexity", ">removed"]
-    what = f"{result['model']} on {result['evaluation']}, dense {result['dense']:.2f}."
-    return [f"{what} {provenance(result)}", "", *markdown(header, lines)]
-
-
 def _spans(rows: list[Result], key: str) -> str:
     values = sorted({r[key] for r in rows})
     return "-" if not values else str(values[0]) if len(values) == 1 else f"{values[0]}..{values[-1]}"
@@ -369,7 +358,6 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "latency-aware": _elsewhere("latency_aware_table", "latency_aware_table"),
     "model": model_table,
     "nested": _elsewhere("nested_table", "nested_table"),
-    "quality": quality_table,
     "recover": recover_table,
     "static": static_table,
 }

@@ -1,0 +1,56 @@
+"""The fine-tuning of a run: `pyprune.training` on one side, its distillation on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyprune.training import TrainingConfig, TrainingPruner, train
+from pyprune.training.distillation import attach
+
+from .dense import learning_rate
+from .recipes import Recipe
+from .settings import DENSE, Setting
+
+
+def training_config(setting: Setting, recipe: Recipe) -> TrainingConfig:
+    """What the setting asks of `pyprune.training`; scope, penalties and all else are each method's own."""
+    return TrainingConfig(
+        method=setting.method,
+        keep=setting.keep,
+        steps=recipe.steps,
+        warmup=round(recipe.warmup * recipe.steps),
+        cooldown=round(recipe.cooldown * recipe.steps),
+        optimizer=recipe.score_optimizer,
+        score_rate=recipe.score_rate,
+        seed=setting.seed,
+    )
+
+
+def fine_tune(
+    model: Any, data: Iterable[dict[str, Tensor]], setting: Setting, recipe: Recipe, teacher: Any = None
+) -> list[float]:
+    """Train `model` in place for the recipe's steps, and prune it unless the method is `dense`; it is compact then.
+
+    Args:
+        model: the start.
+        data: the recipe's number of batches.
+        setting, recipe: of the run.
+        teacher: the dense model that learned the task, to distil from; None for none.
+
+    Returns:
+        The loss of every step.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, recipe.steps, 1.0))
+    pruner = None if setting.method == DENSE else TrainingPruner(model, training_config(setting, recipe))
+    with attach(model, teacher) if teacher is not None else nullcontext():
+        losses = train(model, list(data), optimizer, pruner, steps=recipe.steps, scheduler=scheduler)
+    if pruner:
+        pruner.finish()
+    model.eval()
+    return losses
