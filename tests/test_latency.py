@@ -232,7 +232,7 @@ def test_a_real_measurement_is_plausible_and_changes_nothing(name, workload, tin
 
 def test_steps_at_a_width_run_only_its_neurons(tiny):
     model = tiny("llama")
-    fast = latency._accelerated(model, None)
+    fast = latency.measuring._accelerated(model, None)
     seen = []
 
     def job():
@@ -240,7 +240,7 @@ def test_steps_at_a_width_run_only_its_neurons(tiny):
             seen.append(fast(torch.arange(5)[None]).logits)
         return [1.0]
 
-    latency._at_width(fast, 32, job)()
+    latency.measuring._at_width(fast, 32, job)()
     assert [module for module in fast.modules() if "forward" in vars(module)] == []
     with torch.no_grad():
         for ffn in find_ffns(model):
@@ -277,8 +277,8 @@ def test_with_a_fake_clock_the_model_is_found_again(tiny, monkeypatch):
 
         return job
 
-    monkeypatch.setattr(latency, "Decode", decode)
-    monkeypatch.setattr(latency, "_alone", lambda modules, width, x: lambda: [1e-3 + 1e-6 * width])
+    monkeypatch.setattr(latency.table, "Decode", decode)
+    monkeypatch.setattr(latency.measuring, "_alone", lambda modules, width, x: lambda: [1e-3 + 1e-6 * width])
     table = measure(tiny("llama"), [16, 32, 48, 64, 80], None, 1)
     assert table.plain == 20e-3
     assert table.step == pytest.approx(13e-3 + 3 * 96 * 1.5e-6)

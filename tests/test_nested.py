@@ -487,7 +487,7 @@ def test_bad_settings_are_refused(tiny):
             r"batches must hold at least 67 tokens to fit 67 neurons a layer .*; got '32 tokens'",
         ),
         (PruneConfig(compensate="bias"), tokens(), SHARES, "compensate must be none or least-squares"),
-        (PruneConfig(structure="ffn"), tokens(), SHARES, "structure must be 'neurons' with nested widths"),
+        (PruneConfig(structure="ffn", compensate="none"), tokens(), SHARES, "structure must be 'neurons' with nested widths"),
         (BARE, None, (), "shares must hold at least one share"),
         (BARE, None, (0.5, 0.5), "shares must hold each share once; got 0.5"),
         (BARE, None, (1.5,), r"shares must lie in \(0, 1\]; got 1.5"),
@@ -570,3 +570,14 @@ def test_wrong_entries_are_refused(changes, message, copied):
     model.config.pyprune = {**model.config.pyprune, "nested": {**model.config.pyprune["nested"], **changes}}
     with pytest.raises(CheckpointError, match=message):
         attach(model, copied)
+
+
+def test_widths_by_sensitivity_differ_by_layer_and_fit_the_share(tiny):
+    model = tiny("llama")
+    config = PruneConfig(allocation="sensitivity", multiple=8)
+    report = prune_nested(model, config, tokens(), (0.75, 0.5))
+    for share, widths in zip(report.shares, report.widths, strict=True):
+        assert sum(widths) == pytest.approx(share * 288, abs=8)
+    assert len(set(report.widths[1])) > 1
+    accelerate(model)
+    assert set_width(model, 0.5) == report.widths[1]
