@@ -1,0 +1,428 @@
+"""Recovery on tiny models: it learns, repeats, resumes bit for bit, and leaves an ordinary checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from pyprune import (
+    CheckpointError,
+    InputError,
+    PruneConfig,
+    checkpoint,
+    families,
+    prune,
+    recovery,
+)
+from pyprune import cli_recover as cli
+from pyprune.evaluation import perplexity
+from pyprune.recovery import STATE, RecoverConfig, recover
+from pyprune.text import load_text, token_windows
+from pyprune.training import adapters
+from pyprune.training.distillation import DistillationConfig
+
+TEACH = DistillationConfig(kl_weight=1.0, ce_weight=0.0)
+SHORT = {"steps": 6, "batch": 2, "learning_rate": 1e-3, "held_out": 0.2, "every": 2, "precision": "float32"}
+
+
+def config(**changes: Any) -> RecoverConfig:
+    return RecoverConfig(**{**SHORT, **changes})
+
+
+@pytest.fixture
+def pair(tiny: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """`pair(family="llama")` -> a model without two thirds of its neurons, and the dense one."""
+
+    def make(family: str = "llama", **changes: Any) -> tuple[Any, Any]:
+        teacher = tiny(family, **changes)
+        student = copy.deepcopy(teacher)
+        prune(student, PruneConfig(keep=1 / 3, method="random", compensate="none", multiple=1))
+        return student, teacher
+
+    return make
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    """`[12, 16]`: a text with a rule, so that there is something to learn."""
+    starts = torch.randint(3, 60, (12, 1), generator=torch.Generator().manual_seed(2))
+    return 3 + (starts + 7 * torch.arange(16)) % 60
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_student_learns(pair: Callable[..., Any], windows: Tensor, mode: str) -> None:
+    student, teacher = pair()
+    before, dense = weights(student), weights(teacher)
+    facts = config(steps=40, learning_rate=1e-2, mode=mode, rank=8, every=20, distillation=DistillationConfig())
+    report = recover(student, teacher, windows, facts, provenance={"text": "a rule"})
+    assert [entry["step"] for entry in report.train] == list(range(1, 41))
+    losses = [entry["loss"] for entry in report.train]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert report.held_out[-1]["ce"] < 0.7 * report.held_out[0]["ce"]
+    assert (report.windows, report.held_out_windows, report.tokens) == (10, 2, 40 * 2 * 16)
+    after = weights(student)
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    assert {name.split(".")[3] for name in changed} >= {"mlp", "self_attn"}
+    assert all(name.startswith("model.layers.") for name in changed)
+    assert same(weights(teacher), dense), "the teacher changed"
+    assert not student.training and all(p.requires_grad and p.grad is None for p in student.parameters())
+    block = student.config.pyprune
+    assert block["base_fingerprint"] and block["recovery"][0]["text"] == "a rule"
+    assert block["recovery"][0]["config"]["learning_rate"] == 1e-2
+    json.dumps(report.to_json())
+
+
+def test_the_loss_is_that_of_the_formula(pair: Callable[..., Any], windows: Tensor) -> None:
+    """The first step's, worked out again; so the chunked path and what is kept of the teacher are right."""
+    student, teacher = pair()
+    rows = windows[recovery._rows(0, 12, 2, 0)]
+    with torch.no_grad():
+        z, q = (m(input_ids=rows).logits[:, :-1].double() for m in (student, teacher))
+    q2 = torch.softmax(q / 2, -1)
+    kl = (q2 * (q2.log() - torch.log_softmax(z / 2, -1))).sum(-1).mean()
+    ce = torch.nn.functional.cross_entropy(z.flatten(0, 1), rows[:, 1:].flatten())
+    report = recover(student, teacher, windows, config(held_out=0.0, steps=1))
+    assert report.train[0]["loss"] == pytest.approx(float(0.5 * ce + 0.5 * 4 * kl), rel=1e-5)
+    assert report.train[0]["kl"] == pytest.approx(float(kl), rel=1e-4)
+
+
+def test_every_window_is_seen_once_a_pass() -> None:
+    seen = torch.cat([recovery._rows(step, 7, 3, seed=1) for step in range(14)]).tolist()
+    passes = [seen[i : i + 7] for i in range(0, 42, 7)]
+    assert all(sorted(p) == list(range(7)) for p in passes) and passes[0] != passes[1]
+
+
+def test_both_paths_to_the_loss_agree(
+    pair: Callable[..., Any], windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = []
+    for fast in (True, False):
+        student, teacher = pair()
+        with monkeypatch.context() as patch:
+            if not fast:
+                patch.setattr(recovery, "plain_head", lambda model: None)
+            reports.append(recover(student, teacher, windows, config(train="all")))
+    a, b = ([*(e["loss"] for e in r.train), *(m["ce"] for m in r.held_out), r.teacher_ce] for r in reports)
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_teacher_too_large_to_keep_runs_every_time(
+    pair: Callable[..., Any], windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    for kept in (2 << 30, 0):
+        student, teacher = pair()
+        monkeypatch.setattr(recovery, "_CACHE_BYTES", kept)
+        count: list[int] = []
+        teacher.base_model.register_forward_hook(lambda *_, n=count: n.append(1))
+        report = recover(student, teacher, windows, config(steps=10, held_out=0.0))
+        calls.append((len(count), [e["loss"] for e in report.train]))
+    assert calls[1][0] - calls[0][0] == 4, "10 steps of 2 windows, of which there are 12"
+    assert calls[0][1] == pytest.approx(calls[1][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_resume_goes_on_bit_for_bit(pair: Callable[..., Any], windows: Tensor, tmp_path: Path, mode: str) -> None:
+    """Stopped in the second pass and in between two states: the continuation is the run that was never stopped."""
+    asked = config(steps=9, save_every=4, mode=mode, patience=0)
+    whole, teacher = pair()
+    wanted = recover(whole, teacher, windows, asked)
+    broken, _ = pair()
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(broken, teacher, windows, asked, folder=tmp_path, progress=stop)
+    assert [p.name for p in tmp_path.iterdir()] == [STATE]
+    again, _ = pair()
+    found = recover(again, teacher, windows, asked, folder=tmp_path)
+    assert (found.train, found.held_out, found.best) == (wanted.train, wanted.held_out, wanted.best)
+    assert found.teacher_ce == wanted.teacher_ce and found.perplexities == wanted.perplexities
+    assert same(weights(again), weights(whole))
+    finished, _ = pair()
+    assert recover(finished, teacher, windows, asked, folder=tmp_path).train == wanted.train
+    assert same(weights(finished), weights(whole)), "a run that is over gives its result again"
+
+
+def test_resume_refuses_another_run(pair: Callable[..., Any], windows: Tensor, tmp_path: Path) -> None:
+    student, teacher = pair()
+    recover(student, teacher, windows, config(steps=2), folder=tmp_path)
+    for changes, message in (
+        ({"steps": 3}, "steps of the state to resume must be 3, as asked for now; got 2"),
+        ({"learning_rate": 1.0}, "learning_rate of the state to resume must be 1.0"),
+        ({"distillation": TEACH}, "distillation of the state to resume"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recover(pair()[0], teacher, windows, config(**{"steps": 2, **changes}), folder=tmp_path)
+    with pytest.raises(InputError, match="text of the state to resume"):
+        recover(pair()[0], teacher, windows.flip(0), config(steps=2), folder=tmp_path)
+    other = copy.deepcopy(teacher)
+    prune(other, PruneConfig(keep=0.5, method="random", compensate="none", multiple=1))
+    with pytest.raises(InputError, match=r"model.layers.0.mlp.gate_proj.weight of the state to resume"):
+        recover(other, teacher, windows, config(steps=2), folder=tmp_path)
+    file = tmp_path / STATE
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="damaged"):
+        recover(pair()[0], teacher, windows, config(steps=2), folder=tmp_path)
+
+
+def test_the_best_state_is_kept(pair: Callable[..., Any], windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training ends after `patience` measurements that are no better, with the weights of the best."""
+    student, teacher = pair()
+    told = iter([2.0, 5.0, 4.0, 3.0, 3.5, 3.0, 9.0, 1.0])  # the teacher's first
+    seen: list[dict[str, Tensor]] = []
+
+    def measure(lesson: Any, model: Any) -> float:
+        seen.append(weights(student))
+        return next(told)
+
+    monkeypatch.setattr(recovery._Lesson, "measure", measure)
+    report = recover(student, teacher, windows, config(steps=50, every=1, patience=3))
+    assert (report.stopped, report.best, report.steps) == ("patience", 2, 5)
+    assert [m["ce"] for m in report.held_out] == [5.0, 4.0, 3.0, 3.5, 3.0, 9.0]
+    assert same(weights(student), seen[3]) and not same(seen[3], seen[6])
+    found = report.perplexities
+    assert found is not None
+    assert [math.log(found[name]) for name in ("before", "after", "teacher")] == pytest.approx([5, 3, 2])
+
+
+def test_time_ends_a_run_with_its_schedule(
+    pair: Callable[..., Any], windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr(recovery.time, "perf_counter", lambda: float(next(clock)))
+    student, teacher = pair()
+    report = recover(student, teacher, windows, config(steps=10_000, minutes=1.0, held_out=0.0, patience=0))
+    assert report.stopped == "minutes" and 2 < report.steps < 60
+    rates = [entry["rate"] for entry in report.train]
+    assert max(rates) == pytest.approx(1e-3, rel=0.2) and rates[-1] < 0.1 * max(rates)
+
+
+def test_rates() -> None:
+    half = {"learning_rate": 2.0, "warmup": 0.5}
+    assert [RecoverConfig(decay="linear", **half).rate(s) for s in (0, 0.25, 0.5, 0.75, 1)] == [0, 1, 2, 1, 0]
+    cosine = [RecoverConfig(decay="cosine", **half).rate(s) for s in (0.5, 0.75, 1)]
+    assert cosine == pytest.approx([2, 1, 0])
+    assert RecoverConfig(decay="none", **half).rate(1) == 2.0
+
+
+@pytest.mark.parametrize("train", ["ffn", "all"])
+def test_what_is_trained(pair: Callable[..., Any], windows: Tensor, train: str) -> None:
+    student, teacher = pair("gpt2")
+    before = weights(student)
+    recover(student, teacher, windows, config(train=train, held_out=0.0))
+    changed = {name for name, p in weights(student).items() if not torch.equal(p, before[name])}
+    ffns = {n for n in before if ".mlp." in n}
+    assert changed == ffns if train == "ffn" else changed > ffns | {"transformer.wte.weight"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_adapters_are_merged(pair: Callable[..., Any], windows: Tensor, family: str, tmp_path: Path) -> None:
+    """Transposed projections, and ones that lie in the layer; the checkpoint is as any other."""
+    student, teacher = pair(family)
+    before, kinds = weights(student), [type(m) for m in student.modules()]
+    recover(student, teacher, windows, config(mode="lora", train="ffn", rank=2, held_out=0.0, learning_rate=1e-2))
+    assert [type(m) for m in student.modules()] == kinds
+    changed = {name for name, p in weights(student).items() if not torch.equal(p, before[name])}
+    ffn = {id(p) for f in families.find_ffns(student) for p in f.parameters() if p.ndim == 2}
+    assert changed == {name for name, p in student.named_parameters() if id(p) in ffn}
+    folder = checkpoint.save(student, tmp_path / "x")
+    assert not any("lora" in name for name in load_file(folder / "model.safetensors"))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(input_ids=windows).logits, student(input_ids=windows).logits)
+
+
+def test_mode_lora_says_what_it_needs(
+    pair: Callable[..., Any], windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair()
+    monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"mode 'lora' needs the package peft: pip install 'pyprune\[recover\]'"):
+        recover(student, teacher, windows, config(mode="lora"))
+
+
+def test_dtypes_come_back(pair: Callable[..., Any], windows: Tensor) -> None:
+    """Weights are float32 while they are trained, so that small steps add up; then bfloat16 again."""
+    student, teacher = pair()
+    student, teacher = student.to(torch.bfloat16), teacher.to(torch.bfloat16)
+    before = weights(student)
+    report = recover(student, teacher, windows, config(precision="bfloat16", learning_rate=1e-2))
+    assert report.precision == "bfloat16"
+    assert all(p.dtype == torch.bfloat16 for p in student.parameters())
+    assert not same(weights(student), before)
+
+
+def test_hidden_states_are_distilled(pair: Callable[..., Any], windows: Tensor) -> None:
+    student, teacher = pair()
+    asked = DistillationConfig(kl_weight=0.0, ce_weight=0.0, hidden_weight=1.0)
+    report = recover(student, teacher, windows, config(steps=30, learning_rate=3e-3, every=30, distillation=asked))
+    found = [entry["hidden"] for entry in report.train]
+    assert sum(found[-5:]) < 0.9 * sum(found[:5])
+    assert report.train[0]["loss"] == pytest.approx(report.train[0]["hidden"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps must be a positive integer; got 0"),
+        ({"batch": True}, "batch must be a positive integer"),
+        ({"learning_rate": -1e-3}, "learning_rate must be positive and finite; got -0.001"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
+        ({"warmup": 1.0}, r"warmup must lie in \[0, 1\)"),
+        ({"held_out": 0.6}, "held_out must lie in"),
+        ({"minutes": 0}, "minutes must be positive, or None"),
+        ({"decay": "cosin"}, "decay must be one of .*nearest: cosine"),
+        ({"train": "head"}, "train must be one of ffn, layers, all"),
+        ({"mode": "lora", "train": "all"}, "train must be ffn or layers with mode 'lora'"),
+        ({"precision": "float16"}, "precision must be one of"),
+        ({"patience": -1}, "patience must be a non-negative integer"),
+        ({"max_norm": -1.0}, "max_norm must be 0 or more"),
+    ],
+)
+def test_a_config_is_checked(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RecoverConfig(**values)
+
+
+def test_bad_input_changes_nothing(pair: Callable[..., Any], tiny: Callable[..., Any], windows: Tensor) -> None:
+    student, teacher = pair()
+    before = weights(student)
+    cases: list[tuple[Any, Tensor, dict[str, Any], str]] = [
+        (tiny("llama", vocab_size=96), windows, {}, r"vocabulary of the teacher must be .* \(128\); got 96"),
+        (student, windows, {}, "teacher must be another model"),
+        (teacher, windows[:2], {}, r"text must hold at least 2 windows \(batch\); got 1"),
+        (teacher, windows + 100, {}, r"batches must lie in \[0, 128\)"),
+        (teacher, windows[:, :1], {}, "windows must have at least 2 tokens"),
+        (teacher, windows.repeat(1, 5), {}, "windows must have windows of at most 64 tokens"),
+        (teacher, windows, {"held_out": windows.repeat(1, 5)}, "held_out must have windows of at most 64"),
+    ]
+    for other, text, more, message in cases:
+        with pytest.raises(InputError, match=message):
+            recover(student, other, text, config(), **more)
+    assert same(weights(student), before) and "recovery" not in student.config.pyprune
+
+
+def test_a_loss_that_is_not_finite_is_refused(pair: Callable[..., Any], windows: Tensor) -> None:
+    student, teacher = pair()
+    before = weights(student)
+    with torch.no_grad():
+        teacher.lm_head.weight[0, 0] = float("inf")
+    with pytest.raises(InputError, match="loss must be finite at step 0"):
+        recover(student, teacher, windows, config(distillation=TEACH))
+    assert same(weights(student), before)
+
+
+# The command line: the verb alone, as `pyprune` registers it.
+
+
+def call(*arguments: object) -> Any:
+    app = typer.Typer()
+    app.command()(cli.recover)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    prune(model, PruneConfig(keep=0.5, method="random", compensate="none", multiple=8))
+    return checkpoint.save(model, tmp_path_factory.mktemp("recover") / "half", tokenizer)
+
+
+QUICK = ("--steps", 8, "--batch", 2, "--window", 32, "--tokens", 640, "--also-tokens", 64)
+
+
+def test_the_verb_writes_a_checkpoint(pruned: Path, tiny_checkpoint: Path, tmp_path: Path, tokenizer: Any) -> None:
+    out, figure = tmp_path / "x", tmp_path / "loss.png"
+    done = call(
+        pruned, "--teacher", tiny_checkpoint, "--out", out, "--figure", figure, *QUICK, "--held-out", 0, "--json"
+    )
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["steps"] == facts["best"] == 8 and facts["tokens"] == 512
+    found = facts["perplexity"]["pydoc_data.topics (second half)"]
+    text = token_windows(tokenizer, load_text(None, "second")[0], 64, 32)
+    for when, folder in (("before", pruned), ("after", out), ("teacher", tiny_checkpoint)):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert found[when] == pytest.approx(perplexity(model, text).perplexity, rel=1e-5)
+    assert found["after"] != found["before"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    manifest = checkpoint.verify(out)
+    assert manifest["widths"] == checkpoint.read_manifest(pruned)["widths"]
+    assert manifest["base_fingerprint"] == checkpoint.read_manifest(pruned)["base_fingerprint"]
+    block = json.loads((out / "config.json").read_text())["pyprune"]
+    (run,) = block["recovery"]
+    assert run["teacher"]["model"] == "tiny-llama" and run["config"]["steps"] == 8 and run["tokens"] == 512
+    assert str(tmp_path.parent) not in json.dumps(block), "a path of this machine went into the checkpoint"
+    assert block["provenance"] == json.loads((pruned / "config.json").read_text())["pyprune"]["provenance"]
+
+
+def test_the_verb_dry_and_resumed(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    done = call(pruned, "--teacher", tiny_checkpoint, "--dry-run", "--resume", state, *QUICK)
+    assert done.exit_code == 0 and "nothing (dry run)" in done.stdout, done.output
+    assert "held out" in done.stdout and "weights of step" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    common = (pruned, "--teacher", tiny_checkpoint, "--resume", state, *QUICK, "--json")
+    first, second = (json.loads(call(*common, "--out", tmp_path / name).stdout) for name in "ab")
+    assert first["train"] == second["train"]
+    weights = [checkpoint.read_manifest(tmp_path / n)["files"]["model.safetensors"]["sha256"] for n in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_the_verb_refuses_wrong_use(pruned: Path, tiny_checkpoint: Path, tmp_path: Path, tokenizer: Any) -> None:
+    def refused(*arguments: object) -> str:
+        done = call(*arguments)
+        assert done.exit_code == 2 and isinstance(done.exception, SystemExit), done.output
+        return " ".join(done.stderr.split())
+
+    out = ("--out", tmp_path / "x")
+    common = (pruned, "--teacher", tiny_checkpoint)
+    assert "out must be given" in refused(*common)
+    assert "not empty" in refused(*common, "--out", pruned)
+    assert "steps must be a positive integer; got 0" in refused(*common, *out, "--steps", 0)
+    assert "save_every must be given with --resume" in refused(*common, *out, "--save-every", 2)
+    assert "text must be an existing file" in refused(*common, *out, "--text", tmp_path / "none.txt")
+    short = tmp_path / "short.txt"
+    short.write_text("The list has some words. " * 40)
+    assert "text must hold at least 8 windows" in refused(*common, *out, "--text", short, "--window", 64)
+    other = tmp_path / "other"
+    AutoModelForCausalLM.from_pretrained(tiny_checkpoint).save_pretrained(other)
+    changed = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = changed["model"]["vocab"]
+    a, b = sorted(vocabulary)[-2:]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    save_tokenizer(tokenizer, changed, other)
+    assert "teacher must have the model's tokenizer; 2 tokens differ" in refused(pruned, "--teacher", other, *out)
+    changed = json.loads(tokenizer.backend_tokenizer.to_str())
+    changed["pre_tokenizer"]["add_prefix_space"] = True
+    save_tokenizer(tokenizer, changed, other)
+    assert "these parts differ; got ['pre_tokenizer']" in refused(pruned, "--teacher", other, *out)
+    assert not (tmp_path / "x").exists()
+
+
+def save_tokenizer(tokenizer: Any, content: dict[str, Any], folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
