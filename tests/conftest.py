@@ -9,9 +9,7 @@ import os
 
 # One process for each core, or one for all of them; and so in the processes that tests start: threads that wait for
 # work would take the cores from those that have some.
-os.environ["OMP_NUM_THREADS"] = (
-    "1" if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get("OMP_NUM_THREADS", "2")
-)
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get("OMP_NUM_THREADS", "2")
 
 import torch
 

@@ -246,7 +246,7 @@ def test_whole_blocks_by_the_same_verb(structure, kept, tiny, text, tmp_path):
         "seed": 0,
     }
     assert len(model.model.layers) == len(kept)
-    with pytest.raises(InputError, match="compensate must be .* with structure"):
+    with pytest.raises(InputError, match=r"compensate must be .* with structure"):
         PruneConfig(structure=structure)
 
 

@@ -487,7 +487,12 @@ def test_bad_settings_are_refused(tiny):
             r"batches must hold at least 67 tokens to fit 67 neurons a layer .*; got '32 tokens'",
         ),
         (PruneConfig(compensate="bias"), tokens(), SHARES, "compensate must be none or least-squares"),
-        (PruneConfig(structure="ffn", compensate="none"), tokens(), SHARES, "structure must be 'neurons' with nested widths"),
+        (
+            PruneConfig(structure="ffn", compensate="none"),
+            tokens(),
+            SHARES,
+            "structure must be 'neurons' with nested widths",
+        ),
         (BARE, None, (), "shares must hold at least one share"),
         (BARE, None, (0.5, 0.5), "shares must hold each share once; got 0.5"),
         (BARE, None, (1.5,), r"shares must lie in \(0, 1\]; got 1.5"),

@@ -193,9 +193,14 @@ def test_provenance_says_only_what_had_a_say(tiny, ids, random_mask):
 
 
 def test_text_is_read_only_where_needed(tiny, ids):
-    with pytest.raises(InputError, match="batches must be given for method 'wanda', allocation 'uniform' and compensate 'none'; got None"):
+    with pytest.raises(
+        InputError,
+        match="batches must be given for method 'wanda', allocation 'uniform' and compensate 'none'; got None",
+    ):
         prune(tiny("llama"), PruneConfig(compensate="none"))
-    with pytest.raises(InputError, match="batches must be given for method 'random', allocation 'uniform' and compensate 'bias'"):
+    with pytest.raises(
+        InputError, match="batches must be given for method 'random', allocation 'uniform' and compensate 'bias'"
+    ):
         prune(tiny("gpt2"), PruneConfig(method="random", compensate="bias"))
     assert prune(tiny("llama"), PruneConfig(method="random", compensate="none"), ids).tokens == 0
 
@@ -326,7 +331,10 @@ def test_pruned_checkpoint_can_be_pruned_again(first, tiny, ids, more_ids, tmp_p
     checkpoint.save(model, tmp_path / "one")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     again = prune(
-        model, PruneConfig(keep=0.5, multiple=4, allocation="global", method="random"), more_ids, provenance={"round": 2}
+        model,
+        PruneConfig(keep=0.5, multiple=4, allocation="global", method="random"),
+        more_ids,
+        provenance={"round": 2},
     )
     assert [k.intermediate_size for k in again.mask.layers] == list(mask.widths)
     assert model.config.pyprune["provenance"]["round"] == 2
