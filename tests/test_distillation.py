@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyprune import InputError
-from pyprune.training import distillation_loss as losses
+from pyprune.training import chunked_loss
 from pyprune.training.distillation import (
     DistillationConfig,
     attach,
@@ -39,8 +39,8 @@ def naive(z: Tensor, z_teacher: Tensor, labels: Tensor, config: DistillationConf
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of three rows, in blocks of two: several of both, and last ones that are shorter."""
-    monkeypatch.setattr(losses, "_CHUNK", 3 * V)
-    monkeypatch.setattr(losses, "_BLOCK", 2 * V)
+    monkeypatch.setattr(chunked_loss, "_CHUNK", 3 * V)
+    monkeypatch.setattr(chunked_loss, "_BLOCK", 2 * V)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_few_floats_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every float32 buffer of probabilities is of one block."""
     seen: list[int] = []
     original = torch.log_softmax
-    monkeypatch.setattr(losses, "_BLOCK", 4 * V)
+    monkeypatch.setattr(chunked_loss, "_BLOCK", 4 * V)
     monkeypatch.setattr(torch, "log_softmax", lambda x, dim: (seen.append(x.numel()), original(x, dim))[1])
     head = torch.nn.Linear(6, V)
     labels = torch.zeros(1, 50, dtype=torch.int64)

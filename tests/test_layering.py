@@ -19,6 +19,7 @@ LAYERS = (
     {"probe"},
     {"families"},
     {"mask", "importance"},
+    {"moments"},
     {"config", "allocation", "compensation", "calibration", "depth", "backends"},
     {"gradients", "reconstruction"},
     {"choices"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,10 @@ from pyprune import (
     checkpoint,
     families,
     prune,
-    recovery,
 )
 from pyprune import cli_recover as cli
 from pyprune.evaluation import perplexity
-from pyprune.recovery import STATE, RecoverConfig, recover
+from pyprune.recovery import STATE, RecoverConfig, lesson, order, recover
 from pyprune.text import load_text, token_windows
 from pyprune.training import adapters
 from pyprune.training.distillation import DistillationConfig
@@ -96,7 +96,7 @@ def test_the_student_learns(pair: Callable[..., Any], windows: Tensor, mode: str
 def test_the_loss_is_that_of_the_formula(pair: Callable[..., Any], windows: Tensor) -> None:
     """The first step's, worked out again; so the chunked path and what is kept of the teacher are right."""
     student, teacher = pair()
-    rows = windows[recovery._rows(0, 12, 2, 0)]
+    rows = windows[order.rows(0, 12, 2, 0)]
     with torch.no_grad():
         z, q = (m(input_ids=rows).logits[:, :-1].double() for m in (student, teacher))
     q2 = torch.softmax(q / 2, -1)
@@ -108,7 +108,7 @@ def test_the_loss_is_that_of_the_formula(pair: Callable[..., Any], windows: Tens
 
 
 def test_every_window_is_seen_once_a_pass() -> None:
-    seen = torch.cat([recovery._rows(step, 7, 3, seed=1) for step in range(14)]).tolist()
+    seen = torch.cat([order.rows(step, 7, 3, seed=1) for step in range(14)]).tolist()
     passes = [seen[i : i + 7] for i in range(0, 42, 7)]
     assert all(sorted(p) == list(range(7)) for p in passes) and passes[0] != passes[1]
 
@@ -121,7 +121,7 @@ def test_both_paths_to_the_loss_agree(
         student, teacher = pair()
         with monkeypatch.context() as patch:
             if not fast:
-                patch.setattr(recovery, "plain_head", lambda model: None)
+                patch.setattr(lesson, "plain_head", lambda model: None)
             reports.append(recover(student, teacher, windows, config(train="all")))
     a, b = ([*(e["loss"] for e in r.train), *(m["ce"] for m in r.held_out), r.teacher_ce] for r in reports)
     assert a == pytest.approx(b, rel=1e-4)
@@ -133,7 +133,7 @@ def test_a_teacher_too_large_to_keep_runs_every_time(
     calls = []
     for kept in (2 << 30, 0):
         student, teacher = pair()
-        monkeypatch.setattr(recovery, "_CACHE_BYTES", kept)
+        monkeypatch.setattr(lesson, "_CACHE_BYTES", kept)
         count: list[int] = []
         teacher.base_model.register_forward_hook(lambda *_, n=count: n.append(1))
         report = recover(student, teacher, windows, config(steps=10, held_out=0.0))
@@ -195,11 +195,11 @@ def test_the_best_state_is_kept(pair: Callable[..., Any], windows: Tensor, monke
     told = iter([2.0, 5.0, 4.0, 3.0, 3.5, 3.0, 9.0, 1.0])  # the teacher's first
     seen: list[dict[str, Tensor]] = []
 
-    def measure(lesson: Any, model: Any) -> float:
+    def measure(self: Any, model: Any) -> float:
         seen.append(weights(student))
         return next(told)
 
-    monkeypatch.setattr(recovery._Lesson, "measure", measure)
+    monkeypatch.setattr(lesson.Lesson, "measure", measure)
     report = recover(student, teacher, windows, config(steps=50, every=1, patience=3))
     assert (report.stopped, report.best, report.steps) == ("patience", 2, 5)
     assert [m["ce"] for m in report.held_out] == [5.0, 4.0, 3.0, 3.5, 3.0, 9.0]
@@ -213,7 +213,7 @@ def test_time_ends_a_run_with_its_schedule(
     pair: Callable[..., Any], windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(10_000))
-    monkeypatch.setattr(recovery.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     student, teacher = pair()
     report = recover(student, teacher, windows, config(steps=10_000, minutes=1.0, held_out=0.0, patience=0))
     assert report.stopped == "minutes" and 2 < report.steps < 60

@@ -15,13 +15,9 @@ from torch.nn import functional as F
 
 from ..errors import check
 from ..probe import evaluating
-from .distillation_loss import (
-    IGNORED,
-    DistillationConfig,
-    DistillationLoss,
-    distillation_loss,
-    distillation_loss_from_hidden,
-)
+from .chunked_loss import IGNORED
+from .distillation_config import DistillationConfig
+from .distillation_loss import DistillationLoss, distillation_loss, distillation_loss_from_hidden
 
 __all__ = [
     "Distillation",

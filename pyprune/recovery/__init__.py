@@ -1,0 +1,21 @@
+"""The verb `recover`: a short training of a pruned model, taught by the dense one, that wins back what pruning lost.
+
+Where the model's logits are nothing but a projection of its last hidden states, no logits of all tokens ever exist, and
+the teacher runs once over each window: what is kept of it are hidden states, from which its logits are made again.
+"""
+
+from .config import DECAYS, MODES, PRECISIONS, TRAINED, RecoverConfig, RecoverReport
+from .state import STATE
+from .teaching import recover, split
+
+__all__ = [
+    "DECAYS",
+    "MODES",
+    "PRECISIONS",
+    "STATE",
+    "TRAINED",
+    "RecoverConfig",
+    "RecoverReport",
+    "recover",
+    "split",
+]
