@@ -5,12 +5,14 @@ Symbols: V `[F, D]` down rows, H the second moment of the activations that enter
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, check
 from .importance import ActivationStats
 
 
@@ -39,6 +41,32 @@ def _relative_error(gram: Tensor, change: Tensor, down: Tensor) -> float:
     """tr(change^T C change) / tr(V^T C V): the squared output error relative to the squared dense output."""
     dense = (down * (gram @ down)).sum()
     return float((change * (gram @ change)).sum() / dense.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def check_tokens(ids: Tensor, width: int, damping: float | None) -> None:
+    """Raise `InputError` when `ids` (`[N, W]`) hold fewer tokens than the `width` neurons of a layer to fit.
+
+    Where the damping is chosen (None), the held-out quarter of the windows is not fitted.
+    """
+    seen = ids.numel() if damping is not None else ids.numel() - max(1, len(ids) // 4) * ids.shape[1]
+    needed = width if damping is not None else -(-4 * width // 3)
+    rule = f"hold at least {needed} tokens to fit {width} neurons a layer (least squares)"
+    check(seen >= width, "batches", rule, f"{ids.numel()} tokens")
+
+
+def warn_of_dead(dead: Sequence[int], neurons: int) -> None:
+    """Warn when neurons were never active: nothing can be fitted to them.
+
+    Args:
+        dead: how many in each layer.
+        neurons: of all layers.
+    """
+    if any(dead):
+        warnings.warn(
+            f"{sum(dead)} of {neurons} neurons, in {sum(map(bool, dead))} layers, were never active on the calibration "
+            "text: their scores are zero, and only the damping makes their fit well-posed",
+            stacklevel=5,
+        )
 
 
 def mean_bias(down: Tensor, stats: ActivationStats, removed: Tensor) -> Tensor:

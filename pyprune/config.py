@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import importance
-from .errors import check, check_choice
+from .errors import check, check_choice, is_count, is_number
 
 ALLOCATIONS = ("uniform", "global", "sensitivity", "latency")
 COMPENSATIONS = ("none", "bias", "least-squares", "refit")
@@ -16,14 +16,6 @@ STRUCTURES = {"neurons": COMPENSATIONS, "ffn": ("none", "bias"), "layer": ("none
 # Compensations that fit the kept neurons to an output, and so need the second moment of the activations.
 FITS = ("least-squares", "refit")
 _WORKLOAD = re.compile(r"(decode|prefill):[1-9]\d{0,6}(:\w+)?")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ class PruneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(_is_number(self.keep) and 0 < self.keep <= 1, "keep", "lie in (0, 1]", self.keep)
+        check(is_number(self.keep) and 0 < self.keep <= 1, "keep", "lie in (0, 1]", self.keep)
         importance.get(self.method)
         check_choice(self.structure, "structure", STRUCTURES)
         check_choice(self.allocation, "allocation", ALLOCATIONS)
@@ -86,21 +78,21 @@ class PruneConfig:
         rule = f"be {' or '.join(map(repr, allowed))} with structure {self.structure!r}"
         check(self.compensate in allowed, "compensate", rule, self.compensate)
         check(isinstance(self.iterative, bool), "iterative", "be True or False", self.iterative)
-        check(_is_count(self.multiple) and self.multiple >= 1, "multiple", "be a positive integer", self.multiple)
-        check(_is_count(self.seed), "seed", "be a non-negative integer", self.seed)
+        check(is_count(self.multiple) and self.multiple >= 1, "multiple", "be a positive integer", self.multiple)
+        check(is_count(self.seed), "seed", "be a non-negative integer", self.seed)
         self._check_allocation()
         self._check_fit()
 
     def _check_allocation(self) -> None:
-        pair = isinstance(self.protect, tuple | list) and len(self.protect) == 2 and all(map(_is_count, self.protect))
+        pair = isinstance(self.protect, tuple | list) and len(self.protect) == 2 and all(map(is_count, self.protect))
         check(pair, "protect", "be two counts of layers, first and last", self.protect)
         object.__setattr__(self, "protect", tuple(self.protect))
-        check(_is_number(self.floor) and 0 <= self.floor <= 1, "floor", "lie in [0, 1]", self.floor)
+        check(is_number(self.floor) and 0 <= self.floor <= 1, "floor", "lie in [0, 1]", self.floor)
         fits = self.allocation in ("uniform", "latency") or self.floor <= self.keep
         check(fits, "floor", f"be at most keep ({self.keep})", self.floor)
         target = self.target_speedup
         if self.allocation == "latency":
-            above = _is_number(target) and 1 < target < float("inf")  # type: ignore[operator]
+            above = is_number(target) and 1 < target < float("inf")  # type: ignore[operator]
             check(above, "target_speedup", "be a number above 1 with allocation 'latency'", target)
             check(
                 bool(_WORKLOAD.fullmatch(self.workload)),
@@ -112,10 +104,10 @@ class PruneConfig:
             check(target is None, "target_speedup", "be given only with allocation 'latency'", target)
 
     def _check_fit(self) -> None:
-        positive = self.damping is None or (_is_number(self.damping) and 0 < self.damping < float("inf"))
+        positive = self.damping is None or (is_number(self.damping) and 0 < self.damping < float("inf"))
         check(positive, "damping", "be positive and finite, or None", self.damping)
         check(isinstance(self.sequential, bool), "sequential", "be True or False", self.sequential)
-        check(_is_number(self.target) and 0 <= self.target <= 1, "target", "lie in [0, 1]", self.target)
+        check(is_number(self.target) and 0 <= self.target <= 1, "target", "lie in [0, 1]", self.target)
         fitting = self.compensate in FITS
         check(fitting or self.target == 0, "target", f"be 0 with compensate {self.compensate!r}", self.target)
         check(self.sequential or self.target == 0, "target", "be 0 where nothing is sequential", self.target)

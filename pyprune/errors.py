@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,3 +42,18 @@ def check_choice(value: str, argument: str, choices: Iterable[str]) -> None:
     near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.4)
     hint = f" (nearest: {', '.join(near)})" if near else ""
     raise InputError(f"{argument} must be one of {', '.join(names)}; got {value!r}{hint}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is an int or a float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number, neither NaN nor infinite."""
+    return is_number(value) and math.isfinite(value)
+
+
+def is_count(value: Any) -> bool:
+    """Whether `value` is an integer of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

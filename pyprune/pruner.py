@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from . import allocation, gradients, importance, latency, sensitivity, surgery
 from .calibration import LayerStream, Progress
-from .compensation import least_squares, mean_bias
+from .compensation import check_tokens, least_squares, mean_bias, warn_of_dead
 from .config import PruneConfig
-from .errors import InputError, check
+from .errors import InputError
 from .families import FFN
 from .importance import ActivationStats, GradientStats
 from .importance.obs import DAMPING
@@ -165,7 +164,7 @@ class Pruner:
                 done = "; earlier layers are pruned already, so load the model again" if self.reports else ""
                 raise InputError(f"layer {ffn.layer}: {error}{done}") from error
         self.progress("pruning layers", len(self.ffns), len(self.ffns))
-        self.warn_of_dead()
+        warn_of_dead([r.dead or 0 for r in self.reports], sum(self.sizes))
         return chosen
 
     def check_tokens(self, widths: Sequence[int]) -> None:
@@ -173,24 +172,7 @@ class Pruner:
         cut = [w for w, size in zip(widths, self.sizes, strict=True) if w < size or self.config.target]
         if not self.config.fits or self.ids is None or not cut:
             return
-        width = max(cut)
-        tokens = self.ids.numel()
-        # The windows that choose the damping are not fitted.
-        seen = tokens if self.config.damping is not None else tokens - max(1, len(self.ids) // 4) * self.ids.shape[1]
-        needed = width if self.config.damping is not None else -(-4 * width // 3)
-        rule = f"hold at least {needed} tokens to fit {width} neurons a layer (least squares)"
-        check(seen >= width, "batches", rule, f"{tokens} tokens")
-
-    def warn_of_dead(self) -> None:
-        """Warn once when some neurons never were active: nothing can be fitted to them."""
-        dead = {r.layer: r.dead for r in self.reports if r.dead}
-        if dead:
-            total = sum(r.before for r in self.reports)
-            warnings.warn(
-                f"{sum(dead.values())} of {total} neurons, in {len(dead)} layers, were never active on the calibration "
-                "text: their scores are zero, and only the damping makes their fit well-posed",
-                stacklevel=4,
-            )
+        check_tokens(self.ids, max(cut), self.config.damping)
 
     def step(self, ffn: FFN, item: KeepIndex | int, stream: LayerStream | None) -> KeepIndex:
         """Prune one layer: score it if `item` is a width, fit what stays, cut, and move the text past it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import allocation, families, pruning, sensitivity, surgery
 from ..calibration import LayerStream, Progress, check_windows, quiet, stack_batches
-from ..compensation import least_squares
+from ..compensation import check_tokens, least_squares, warn_of_dead
 from ..config import PruneConfig
 from ..errors import check
 from ..families import FFN
@@ -124,20 +123,10 @@ def compensate(
     ids = stack_batches(batches, getattr(model.config, "vocab_size", None))
     check_windows(model, ids, "batches")
     names, widths = _chosen(shares, [ffn.intermediate_size for ffn in ffns])
-    _check_tokens(ids, widths, damping)
+    check_tokens(ids, max(map(max, widths)), damping)
     rows, errors = _fit(model, ffns, ids, names, widths, damping, progress, target)
     fingerprint = families.fingerprint(model, ffns)
     return Nested(tuple(names), tuple(map(tuple, widths)), rows, fingerprint), errors
-
-
-def _check_tokens(ids: Tensor, widths: list[list[int]], damping: float | None) -> None:
-    """Raise `InputError` when there are fewer calibration tokens than neurons to fit."""
-    widest = max(map(max, widths))
-    # Where the damping is chosen, a quarter of the windows is not fitted.
-    seen = ids.numel() if damping is not None else ids.numel() - max(1, len(ids) // 4) * ids.shape[1]
-    needed = widest if damping is not None else -(-4 * widest // 3)
-    rule = f"hold at least {needed} tokens to fit {widest} neurons a layer (least squares)"
-    check(seen >= widest, "batches", rule, f"{ids.numel()} tokens")
 
 
 def _fit(
@@ -181,13 +170,7 @@ def _fit(
             progress(f"fitting width {share:g}", len(ffns), len(ffns))
             found.append(tuple(rows))
             errors.append(relative)
-    if any(dead):
-        total = sum(ffn.intermediate_size for ffn in ffns)
-        warnings.warn(
-            f"{sum(dead)} of {total} neurons, in {sum(map(bool, dead))} layers, were never active on the calibration "
-            "text: only the damping makes their fit well-posed",
-            stacklevel=4,
-        )
+    warn_of_dead(dead, sum(ffn.intermediate_size for ffn in ffns))
     return tuple(found), errors
 
 
@@ -244,7 +227,7 @@ def prune_nested(
         ids = stack_batches(batches, getattr(model.config, "vocab_size", None))
         check_windows(model, ids, "batches")
     if fitted and ids is not None:
-        _check_tokens(ids, widths, config.damping)
+        check_tokens(ids, max(map(max, widths)), config.damping)
     base = families.fingerprint(model, ffns)
     scores = pruning.score(model, config, ids, progress)
     for i, s in enumerate(scores):

@@ -6,21 +6,13 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import check, check_choice
+from ..errors import check, check_choice, is_count, is_finite
 from ..training.distillation import DistillationConfig
 
 MODES = ("full", "lora")
 TRAINED = ("ffn", "layers", "all")
 DECAYS = ("cosine", "linear", "none")
 PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True)
@@ -76,18 +68,18 @@ class RecoverConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "rank", "alpha", "every"):
             value = getattr(self, name)
-            check(_is_count(value) and value >= 1, name, "be a positive integer", value)
+            check(is_count(value) and value >= 1, name, "be a positive integer", value)
         for name in ("patience", "save_every", "seed"):
             value = getattr(self, name)
-            check(_is_count(value), name, "be a non-negative integer", value)
+            check(is_count(value), name, "be a non-negative integer", value)
         rate = self.learning_rate
-        check(_is_number(rate) and rate > 0, "learning_rate", "be positive and finite", rate)
+        check(is_finite(rate) and rate > 0, "learning_rate", "be positive and finite", rate)
         for name in ("weight_decay", "max_norm"):
             value = getattr(self, name)
-            check(_is_number(value) and value >= 0, name, "be 0 or more, and finite", value)
-        check(_is_number(self.warmup) and 0 <= self.warmup < 1, "warmup", "lie in [0, 1)", self.warmup)
-        check(_is_number(self.held_out) and 0 <= self.held_out <= 0.5, "held_out", "lie in [0, 0.5]", self.held_out)
-        timed = self.minutes is None or (_is_number(self.minutes) and self.minutes > 0)
+            check(is_finite(value) and value >= 0, name, "be 0 or more, and finite", value)
+        check(is_finite(self.warmup) and 0 <= self.warmup < 1, "warmup", "lie in [0, 1)", self.warmup)
+        check(is_finite(self.held_out) and 0 <= self.held_out <= 0.5, "held_out", "lie in [0, 0.5]", self.held_out)
+        timed = self.minutes is None or (is_finite(self.minutes) and self.minutes > 0)
         check(timed, "minutes", "be positive, or None", self.minutes)
         for name, choices in (("decay", DECAYS), ("train", TRAINED), ("mode", MODES), ("precision", PRECISIONS)):
             check_choice(getattr(self, name), name, choices)

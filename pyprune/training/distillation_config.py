@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import check
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+from ..errors import check, is_finite
 
 
 @dataclass(frozen=True)
@@ -33,11 +28,11 @@ class DistillationConfig:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        positive = _is_number(self.temperature) and self.temperature > 0
+        positive = is_finite(self.temperature) and self.temperature > 0
         check(positive, "temperature", "be positive and finite", self.temperature)
         for name in ("kl_weight", "ce_weight", "hidden_weight"):
             value = getattr(self, name)
-            check(_is_number(value) and value >= 0, name, "be 0 or more, and finite", value)
+            check(is_finite(value) and value >= 0, name, "be 0 or more, and finite", value)
         weights = self.kl_weight, self.ce_weight, self.hidden_weight
         check(any(weights), "kl_weight, ce_weight and hidden_weight", "not all be 0", weights)
         if self.layers is not None:

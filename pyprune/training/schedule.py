@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import check
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+from ..errors import check, is_number
 
 
 def check_whole(value: object, argument: str, least: int) -> None:
