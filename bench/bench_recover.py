@@ -1,9 +1,10 @@
 """What recovery gave back: a dense model, a pruned one, and the pruned one after `pyprune recover`, side by side.
 
-    python bench/bench_recover.py DENSE PRUNED RECOVERED --text FILE:second --also default
+    python bench/bench_recover.py DENSE PRUNED RECOVERED --control TRAINED --text FILE:second --also default
 
 Perplexity alone flatters a model that was tuned on the like of the text, so multiple choice, greedy text and a second
-text stand beside it. The JSON goes to bench/results/NAME.json.
+text stand beside it; and so does a control, the dense model after the same training, which shows how much of the gain
+is the text's and not recovery's. The JSON goes to bench/results/NAME.json.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def prompts_of(text: str, count: int, words: int = 16) -> list[str]:
 
 
 def judge(perplexities: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """The recovered model against the dense one, on the first text."""
+    """The recovered model against the dense one, and against the dense one trained alike, on the first text."""
     text = next(iter(perplexities["dense"]))
     dense, recovered = (perplexities[name][text] for name in ("dense", "recovered"))
     ratio = recovered / dense
@@ -48,6 +49,7 @@ def judge(perplexities: dict[str, dict[str, float]]) -> dict[str, Any]:
         "ratio": ratio,
         "limit": LIMIT,
         "met": ratio <= LIMIT,
+        **({"control": recovered / perplexities["control"][text]} if "control" in perplexities else {}),
     }
 
 
@@ -55,6 +57,7 @@ def main(
     dense: Annotated[str, typer.Argument(help="MODEL, as for the command line.")],
     pruned: Annotated[str, typer.Argument(help="The checkpoint that was recovered.")],
     recovered: Annotated[str, typer.Argument(help="What `pyprune recover` wrote.")],
+    control: Annotated[str | None, typer.Option(help="The dense model after the same training.")] = None,
     text: Annotated[str | None, typer.Option(help="Text that recovery has not seen; default: CPython's prose.")] = None,
     also: Annotated[list[str] | None, typer.Option(help="A further text; 'default' is CPython's prose.")] = None,
     tokens: Annotated[int, typer.Option(help="Of each text, for perplexity.")] = 16384,
@@ -64,11 +67,11 @@ def main(
     continuation: Annotated[int, typer.Option(help="Tokens of a choice.")] = 16,
     prompts: Annotated[int, typer.Option(help="To continue greedily, from the first text.")] = 16,
     new_tokens: Annotated[int, typer.Option(help="Of a continuation at most.")] = 48,
-    dtype: Annotated[str, typer.Option(help="Of the weights of all three.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the weights of all of them.")] = "float32",
     device: Annotated[str, typer.Option(help="Where they run.")] = "cpu",
     name: Annotated[str, typer.Option(help="Of the results file.")] = "recover",
 ) -> None:
-    """Measure the three models and write what was found."""
+    """Measure the models and write what was found."""
     started = time.perf_counter()
     tokenizer = load_tokenizer(dense)
     texts = [load_text(None if path in (None, "default") else path, "second") for path in [text, *(also or [])]]
@@ -78,6 +81,8 @@ def main(
     }
     starts = prompts_of(texts[0][0], prompts)
     paths = {"dense": dense, "pruned": pruned, "recovered": recovered}
+    if control is not None:
+        paths["control"] = control
     loaded = {called: load_model(path, dtype, device) for called, path in paths.items()}
     models: dict[str, dict[str, Any]] = {}
     answers: dict[str, dict[str, Any]] = {}

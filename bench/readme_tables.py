@@ -302,6 +302,7 @@ def recover_table(result: Result) -> list[str]:
         rates = [f"{wrote['perplexity']:.2f}", f"{wrote['repetition']:.1%}", f"{wrote['distinct2']:.2f}"]
         second.append([name, f"{result['parameters'][name]:,}", same, *rates])
     goal = result["goal"]
+    control = f"; {goal['control'] - 1:+.1%} of the dense model trained alike" if "control" in goal else ""
     choices = f"Multiple choice of {result['choices']}, chance {1 / result['choices']:.0%}, intervals of 95 %."
     greedy = f"Greedy text from {result['prompts']} prompts; perplexity is the dense model's of what each wrote."
     return [
@@ -314,7 +315,7 @@ def recover_table(result: Result) -> list[str]:
         *markdown(["model", ">parameters", ">as dense", ">perplexity", ">repeated 4-grams", ">distinct-2"], second),
         "",
         f"- {goal['text']}: recovered {goal['recovered']:.2f}, {goal['ratio'] - 1:+.1%} of dense {goal['dense']:.2f}; "
-        f"at most {goal['limit'] - 1:+.0%}: {'met' if goal['met'] else 'not met'}",
+        f"at most {goal['limit'] - 1:+.0%}: {'met' if goal['met'] else 'not met'}{control}",
     ]
 
 

@@ -32,6 +32,7 @@ def test_a_whole_run(bench: ModuleType, tiny_checkpoint: Path, tmp_path: Path, m
     text.write_text("\n\n".join(part.replace("\n", " ") for part in default_text()[:60_000].split("\n\n")))
     sizes = {"tokens": 128, "window": 64, "items": 8, "context": 8, "continuation": 4, "prompts": 3, "new_tokens": 6}
     places = {"dense": str(tiny_checkpoint), "pruned": str(pruned), "recovered": str(tiny_checkpoint)}
+    places["control"] = str(pruned)
     bench.main(
         **places, text=f"{text}:second", also=["default"], **sizes, dtype="float32", device="cpu", name="recover"
     )
@@ -42,19 +43,22 @@ def test_a_whole_run(bench: ModuleType, tiny_checkpoint: Path, tmp_path: Path, m
     assert goal["met"] and goal["ratio"] == 1 and goal["limit"] == 1.15 and goal["text"] == first
     models = result["models"]
     assert models["recovered"]["perplexity"] == models["dense"]["perplexity"] != models["pruned"]["perplexity"]
+    assert models["control"]["perplexity"] == models["pruned"]["perplexity"]
+    assert goal["control"] == models["recovered"]["perplexity"][first] / models["control"]["perplexity"][first]
     assert models["recovered"]["choice_lost"][second] == {"difference": 0.0, "interval": [0.0, 0.0]}
     assert models["recovered"]["generation"]["divergence"] == 6 > models["pruned"]["generation"]["divergence"]
     assert models["recovered"]["wrote"] == models["dense"]["wrote"] != models["pruned"]["wrote"]
     assert result["dense"] == "tiny-llama" and str(tmp_path) not in json.dumps(result)
     table = "\n".join(importlib.import_module("readme_tables").TABLES["recover"](result))
     assert "+0.0% of dense" in table and "at most +15%: met" in table and "6.0 of 6" in table
+    assert "of the dense model trained alike" in table and table.count("| control |") == 3
 
 
 def test_the_goal_by_hand(bench: ModuleType) -> None:
     close = {"dense": {"a": 20.0, "b": 1.0}, "recovered": {"a": 23.0, "b": 9.0}}
     assert bench.judge(close)["met"]
     far = bench.judge({"dense": {"a": 20.0}, "recovered": {"a": 23.1}})
-    assert not far["met"] and far["ratio"] == pytest.approx(1.155)
+    assert not far["met"] and far["ratio"] == pytest.approx(1.155) and "control" not in far
 
 
 def test_prompts_are_starts_of_paragraphs(bench: ModuleType) -> None:
