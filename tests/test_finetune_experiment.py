@@ -212,6 +212,14 @@ def test_generation_and_likelihood_do_not_depend_on_padding(
     assert found[1] == pytest.approx([by_hand, len(target) + 1], rel=1e-4)
 
 
+def test_the_grid_has_every_cell_for_every_seed(finetune: SimpleNamespace) -> None:
+    """Also from iterators, which are empty once they were read."""
+    found = finetune.settings.grid(
+        "e2e", "scratch", "cpu", ("random", "gum"), map(float, ("0.1", "0.5")), iter((0, 1, 2))
+    )
+    assert len(found) == len({setting.key for setting in found}) == 3 * (1 + 2 * 2 * 2)
+
+
 @pytest.mark.filterwarnings("ignore:.*never moved")
 def test_runs_are_resumed(
     finetune: SimpleNamespace, e2e: Path, tiny_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -52,9 +52,10 @@ def grid(
     distilled: Iterable[bool] = (False, True),
 ) -> list[Setting]:
     """All settings, seed by seed and keep by keep, so that a run cut short still compares whole rows."""
+    cells = list(itertools.product(sorted(keeps, reverse=True), distilled, methods))
     settings = []
     for seed in seeds:
         settings.append(Setting(task, model, size, DENSE, 1.0, False, seed))
-        for keep, how, method in itertools.product(sorted(keeps, reverse=True), distilled, methods):
+        for keep, how, method in cells:
             settings.append(Setting(task, model, size, method, keep, how, seed))
     return settings
