@@ -2,5 +2,13 @@
 
 from .drift import Drift, generation_drift
 from .hierarchy import Hierarchy, representation_hierarchy
+from .redundancy import Redundancy, neuron_redundancy
 
-__all__ = ["Drift", "Hierarchy", "generation_drift", "representation_hierarchy"]
+__all__ = [
+    "Drift",
+    "Hierarchy",
+    "Redundancy",
+    "generation_drift",
+    "neuron_redundancy",
+    "representation_hierarchy",
+]
