@@ -121,7 +121,7 @@ def test_a_scaled_logit_vector(temperature: float) -> None:
 
 @pytest.mark.parametrize("small", [1e-2, 1e-4, 1e-6, 1e-8])
 def test_nearly_equal_distributions_keep_their_digits(small: float) -> None:
-    """Here KL is small^2 / 8 for p = (1/2, 1/2): log cosh(small / 2), which the sum of p log(p / q) has lost at 1e-8."""
+    """Here KL is small^2 / 8 for p = (1/2, 1/2): what the sum of p log(p / q) has lost at 1e-8."""
     found = one(probability_deviation(row(0, 0), row(small, 0)))
     expected = math.log1p(2 * math.sinh(small / 4) ** 2)
     assert found["kl"] == pytest.approx(expected, rel=1e-6)
@@ -180,7 +180,7 @@ def test_bad_input(measure: object) -> None:
     x = torch.ones(2, 3)
     with pytest.raises(InputError, match=r"pruned must be \(2, 3\), as dense is; got \(2, 4\)"):
         measure(x, torch.ones(2, 4))
-    with pytest.raises(InputError, match="dense must be .T, D., not empty"):
+    with pytest.raises(InputError, match=r"dense must be .T, D., not empty"):
         measure(torch.ones(0, 3), torch.ones(0, 3))
     with pytest.raises(InputError, match="pruned must be finite; got 'NaN or infinity'"):
         measure(x, x.clone().index_fill_(0, torch.tensor([1]), math.nan))

@@ -105,7 +105,10 @@ def test_against_the_models_themselves(tiny: Tiny, prompts: list[Tensor]) -> Non
 
     def logits(model: Any, texts: list[Tensor]) -> Tensor:
         with torch.no_grad():
-            rows = [model(input_ids=torch.cat([p, t[: step - 1]])[None]).logits[0, -1] for p, t in zip(prompts, texts)]
+            rows = [
+                model(input_ids=torch.cat([p, t[: step - 1]])[None]).logits[0, -1]
+                for p, t in zip(prompts, texts, strict=True)
+            ]
         return torch.stack(rows)
 
     for name, its in (("own", logits(pruned, b)), ("fixed", logits(pruned, a))):
@@ -139,7 +142,7 @@ def test_bad_input(tiny: Tiny, prompts: list[Tensor]) -> None:
         generation_drift(model, model, [prompts[0], torch.ones(55, dtype=torch.long)], 10)
     with pytest.raises(InputError, match="prompts must be at least one; got 0"):
         generation_drift(model, model, [], 10)
-    with pytest.raises(InputError, match="prompts must be .P. token ids, none empty; these are not; got .1."):
+    with pytest.raises(InputError, match=r"prompts must be .P. token ids, none empty; these are not; got .1."):
         generation_drift(model, model, [prompts[0], prompts[0][:0]], 10)
     with pytest.raises(InputError, match="new_tokens must be a positive integer; got 0"):
         generation_drift(model, model, prompts, 0)

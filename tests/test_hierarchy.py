@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from pyprune import InputError, PruneConfig, families, prune, surgery
 from pyprune.analysis import representation_hierarchy
 from pyprune.analysis.deviation import PROBABILITY, probability_deviation, vector_deviation
 from pyprune.analysis.trace import Tracer
+from pyprune.evaluation import perplexity
 
 Tiny = Callable[..., Any]
 
@@ -70,6 +72,10 @@ def test_against_the_models_themselves(tiny: Tiny, windows: Tensor) -> None:
     exact = probability_deviation(*(o.logits.flatten(0, 1) for o in (a, b)))
     for name in ("kl", "js", "total_variation", "top5", "cosine"):
         assert found.probabilities[name]["mean"] == pytest.approx(float(exact[name].mean()), rel=1e-4)
+    for name, model in (("dense", dense), ("pruned", pruned)):
+        assert found.perplexity[name] == pytest.approx(perplexity(model, windows).perplexity, rel=1e-5)
+    gap = math.log(found.perplexity["pruned"] / found.perplexity["dense"])
+    assert found.perplexity["loss"]["mean"] == pytest.approx(gap)
     low, high = found.probabilities["kl"]["interval"]
     assert low < found.probabilities["kl"]["mean"] < high
     of_one = next(entry for entry in found.temperatures if entry["temperature"] == 1.0)
@@ -157,7 +163,7 @@ def test_bad_input(tiny: Tiny, windows: Tensor) -> None:
     model = tiny("llama")
     with pytest.raises(InputError, match="pruned must have the vocab_size of dense, 128; got 256"):
         representation_hierarchy(model, tiny("llama", vocab_size=256), windows)
-    with pytest.raises(InputError, match="temperatures must be above 0 and finite; got .0"):
+    with pytest.raises(InputError, match=r"temperatures must be above 0 and finite; got .0"):
         representation_hierarchy(model, model, windows, temperatures=(1.0, 0))
     with pytest.raises(InputError, match="windows must have windows of at most 64 tokens"):
         representation_hierarchy(model, model, torch.ones(1, 65, dtype=torch.long))

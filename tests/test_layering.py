@@ -30,13 +30,15 @@ LAYERS = (
     {"mlp"},
     {"surgery"},
     {"checkpoint", "blocks", "sensitivity", "evaluation", "timing"},
+    {"analysis"},
+    {"tasks"},
     {"loading", "trial", "warming", "latency", "benchmark"},
     {"pruner"},
     {"pruning", "tune"},
     {"training", "nested", "comparison"},
     {"recovery"},
-    {"options", "demo", "diagnosis"},
-    {"cli_tune", "cli_prune", "cli_recover", "cli_compare"},
+    {"options", "demo", "doctor", "diagnose"},
+    {"cli_tune", "cli_prune", "cli_recover", "cli_compare", "cli_diagnose", "cli_inspect"},
     {"cli"},
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

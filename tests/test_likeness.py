@@ -43,7 +43,12 @@ def test_distinct_and_habits_by_hand() -> None:
     assert likeness.distinct([[1, 1, 1], [1, 2]], 2) == pytest.approx(2 / 3)
     assert likeness.distinct([[1]], 2) == 0.0
     found = likeness.habits([[7] * 8, [1, 2]])
-    assert found == {"length": 5.0, "repetition": pytest.approx(0.4), "distinct1": 0.3, "distinct2": pytest.approx(2 / 8)}
+    assert found == {
+        "length": 5.0,
+        "repetition": pytest.approx(0.4),
+        "distinct1": 0.3,
+        "distinct2": pytest.approx(2 / 8),
+    }
 
 
 def test_order_below_one() -> None:

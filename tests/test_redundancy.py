@@ -53,7 +53,10 @@ def test_copies_are_found(tiny: Tiny, ids: Tensor) -> None:
     found = neuron_redundancy(model, ids, threshold=0.999)
     assert [layer["clusters"]["count"] for layer in before.layers] == [0, 0, 0]
     assert [layer["clusters"]["count"] for layer in found.layers] == [0, 2, 0]
-    assert found.layers[1]["clusters"]["largest"] == [{"size": 3, "neurons": [3, 40, 41]}, {"size": 2, "neurons": [7, 90]}]
+    assert found.layers[1]["clusters"]["largest"] == [
+        {"size": 3, "neurons": [3, 40, 41]},
+        {"size": 2, "neurons": [7, 90]},
+    ]
     # Of n alike neurons one is unique: 3 of 96 are not.
     assert found.layers[1]["uniqueness"] == pytest.approx(1 - 3 / 96) and before.layers[1]["uniqueness"] == 1.0
     assert found.all["uniqueness"] == pytest.approx(1 - 3 / 288) and found.all["clusters"] == {"count": 2, "neurons": 5}
@@ -105,12 +108,16 @@ def test_after_pruning(tiny: Tiny, ids: Tensor) -> None:
     layer = found.layers[1]["after"]
     assert found.layers[1]["uniqueness"] == 0.5
     assert layer["wanda-unique"]["uniqueness"] == 1.0 > layer["random"]["uniqueness"]
-    shares = {name: entry["after"]["sensitivity"]["sensitivity"] for name, entry in zip("abc", found.layers, strict=True)}
+    shares = {
+        name: entry["after"]["sensitivity"]["sensitivity"] for name, entry in zip("abc", found.layers, strict=True)
+    }
     assert all(0.5 < share < 1 for share in shares.values())
     for entry in found.layers:
         best = entry["after"]["sensitivity"]["sensitivity"]
         assert best >= max(after["sensitivity"] for after in entry["after"].values())
-    assert neuron_redundancy(model, ids, keep=1.0, criteria=("wanda",)).after["wanda"]["sensitivity"] == pytest.approx(1)
+    assert neuron_redundancy(model, ids, keep=1.0, criteria=("wanda",)).after["wanda"]["sensitivity"] == pytest.approx(
+        1
+    )
     assert json.loads(json.dumps(found.to_json()))["keep"] == 0.5
 
 

@@ -1,4 +1,4 @@
-"""Why a pruned model fails: where it parts from the dense one, in layers, in logits, in probabilities and in its text."""
+"""Why a pruned model fails: where it parts from the dense one, in layers, logits, probabilities and in its text."""
 
 from .drift import Drift, generation_drift
 from .hierarchy import Hierarchy, representation_hierarchy

@@ -20,7 +20,7 @@ from ..errors import check, is_count, is_finite
 _AT_ONCE = 32
 
 
-class _Gumbel(LogitsProcessor):  # type: ignore[misc]  # Transformers is not typed
+class _Gumbel(LogitsProcessor):
     """Adds the same noise at the same step, whoever decodes."""
 
     def __init__(self, temperature: float, seed: int) -> None:
@@ -94,7 +94,9 @@ def decode(
         ids = torch.stack([prompts[i] for i in batch]).to(device)
         # Its own seed for each batch: the noise of a prompt does not depend on how many others there are before it.
         noise = LogitsProcessorList([_Gumbel(temperature, seed + batch[0])] if temperature else [])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, logits_processor=noise)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=settings, logits_processor=noise
+        )
         for i, row in zip(batch, out[:, ids.shape[1] :].cpu(), strict=True):
             stops = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
             found[i] = row[: int(stops[0]) + 1] if len(stops) else row

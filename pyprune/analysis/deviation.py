@@ -113,8 +113,8 @@ def vector_deviation(dense: Tensor, pruned: Tensor) -> dict[str, Tensor]:
         dense, pruned: `[T, D]`.
 
     Returns:
-        `[T]` float64 each. `cosine`: 1 - cos. `angle`: in degrees. `norm`: norm(pruned) / norm(dense), 1 for two rows of
-        zeros. `parallel` (signed) and `orthogonal`: parts of the difference along `dense` and across it, relative to
+        `[T]` float64 each. `cosine`: 1 - cos. `angle`: in degrees. `norm`: norm(pruned) / norm(dense), 1 for two rows
+        of zeros. `parallel` (signed) and `orthogonal`: parts of the difference along `dense` and across it, relative to
         norm(dense); 0 for a dense row of zeros. `estimate`: of `cosine`, orthogonal^2 / 2.
 
     Raises:
@@ -181,13 +181,13 @@ def probability_deviation(dense: Tensor, pruned: Tensor, temperature: float = 1.
         temperature: T of the softmax, above 0.
 
     Returns:
-        `[T]` float64 each, p of the dense model and q of the pruned one, KL and entropies in nats. `cosine`: 1 - cos(p, q),
-        and `cosine_estimate`, its second order. `kl`: KL(p || q), and `kl_estimate`. `kl_reverse`: KL(q || p). `js`:
-        Jensen-Shannon, at most log 2. `total_variation`: half the sum of abs(p - q). `top1`: 1 where both have the same
-        likeliest token. `top5`: share of the five likeliest of one that are among those of the other. `entropy`,
-        `entropy_pruned`. `change`: norm(q - p) / norm(p); `change_estimate`: of it to first order, by the softmax
-        Jacobian, norm(J Delta) / norm(p) with J = (diag(p) - p p^T) / T; `change_bound`: what it can be at most,
-        norm(Delta - mean) / (2 T norm(p)), since no softmax has a Jacobian of norm above 1 / (2 T).
+        `[T]` float64 each, p of the dense model and q of the pruned one, KL and entropies in nats. `cosine`: 1 - cos(p,
+        q), and `cosine_estimate`, its second order. `kl`: KL(p || q), and `kl_estimate`. `kl_reverse`: KL(q || p).
+        `js`: Jensen-Shannon, at most log 2. `total_variation`: half the sum of abs(p - q). `top1`: 1 where both have
+        the same likeliest token. `top5`: share of the five likeliest of one that are among those of the other.
+        `entropy`, `entropy_pruned`. `change`: norm(q - p) / norm(p); `change_estimate`: of it to first order, by the
+        softmax Jacobian, norm(J Delta) / norm(p) with J = (diag(p) - p p^T) / T; `change_bound`: what it can be at
+        most, norm(Delta - mean) / (2 T norm(p)), since no softmax has a Jacobian of norm above 1 / (2 T).
 
     Raises:
         InputError: shapes differ, values that are not finite, or a temperature that is not above 0.

@@ -1,8 +1,9 @@
 """How two models' generations part: step by step, along the model's own text and along the dense model's.
 
 At step t the dense model has written D[:t], the pruned one P[:t]. Three predictions of the next token are compared: the
-dense model's after D, the pruned model's after P (`own`), and the pruned model's after D (`fixed`). `fixed` is the error
-of one prediction; `own` has on top what the pruned model's own tokens did to it: the difference is what accumulates.
+dense model's after D, the pruned model's after P (`own`), and the pruned model's after D (`fixed`). `fixed` is the
+error of one prediction; `own` has on top what the pruned model's own tokens did to it: the difference is what
+accumulates.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Drift:
     Attributes:
         temperature: 0 for greedy, else of the sampling, whose random numbers both models share.
         prompts, new_tokens: how many; a continuation's tokens at most.
-        steps: for each step, from 1, its number and, for `own` and `fixed`, the mean of each of `_MEASURES` over prompts,
-            with `count`, the prompts that had not ended.
+        steps: for each step, from 1, its number and, for `own` and `fixed`, the mean of each of `_MEASURES` over
+            prompts, with `count`, the prompts that had not ended.
         instantaneous: mean of `fixed` over all steps.
         accumulated: mean of `own` minus `fixed` over the last quarter of the steps: above 0, errors add up.
         growth: mean of `fixed` over the last quarter of the steps minus the first quarter.
@@ -203,25 +204,25 @@ def _report(
     def over(values: Tensor, part: slice) -> Tensor:
         return torch.stack([_part(values[:, i], part) for i in columns], dim=1)
 
-    survival = _survival(*texts, new_tokens)
+    a, b = texts
+    survival = _survival(a, b, new_tokens)
     repeated = [torch.tensor([likeness.repetition(t) for t in side], dtype=torch.float64) for side in texts]
     return Drift(
-        temperature,
-        len(prompts),
-        new_tokens,
-        steps,
-        _by_measure(over(fixed, slice(None))),
-        _by_measure(over(own - fixed, last)),
-        _by_measure(over(fixed, last) - over(fixed, first)),
-        survival,
-        next((entry["step"] for entry in survival if entry["mean"] <= 0.5), None),
-        _agreement(*texts),
-        likeness.habits(texts[0]),
-        likeness.habits(texts[1]),
-        _mean(repeated[1] - repeated[0]),
-        [
-            {"prompt": p.tolist(), "dense": a, "pruned": b}
-            for p, a, b in list(zip(prompts, *texts, strict=True))[:examples]
+        temperature=temperature,
+        prompts=len(prompts),
+        new_tokens=new_tokens,
+        steps=steps,
+        instantaneous=_by_measure(over(fixed, slice(None))),
+        accumulated=_by_measure(over(own - fixed, last)),
+        growth=_by_measure(over(fixed, last) - over(fixed, first)),
+        survival=survival,
+        median_divergence=next((entry["step"] for entry in survival if entry["mean"] <= 0.5), None),
+        agreement=_agreement(a, b),
+        dense=likeness.habits(a),
+        pruned=likeness.habits(b),
+        repetition_difference=_mean(repeated[1] - repeated[0]),
+        examples=[
+            {"prompt": p.tolist(), "dense": x, "pruned": y}
+            for p, x, y in list(zip(prompts, a, b, strict=True))[:examples]
         ],
     )
-

@@ -1,4 +1,4 @@
-"""The representation hierarchy: how far a pruned model is from the dense one in every layer, in logits, in probabilities.
+"""The representation hierarchy: how far a pruned model is from the dense one, in every layer, logit and probability.
 
 Teacher-forced over a text, one window at a time; of a window only its own hidden states and logits are held. Each layer
 is looked at twice: along each model's own stream, where what earlier layers lost has added up, and as a counterfactual
@@ -9,6 +9,7 @@ Source: He et al. 2026, arXiv 2603.24652. There, whole layers or single weights 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,11 +54,13 @@ class Hierarchy:
 
     Attributes:
         windows, window: N and W of the text.
-        layers: for each layer of the dense model its number; `kept`, whether the pruned model has it; and, where it has,
-            summaries of 1 - cos (and more, see `_VECTOR`) for `hidden`, the hidden state behind it, `ffn`, what its FFN
-            put out, `rest`, what else it added to the hidden state (attention; left out in families where something
-            stands between FFN and hidden state), all three along the models' own streams; `hidden_alone` and `ffn_alone`, with the dense model's hidden state in
-            front of both layers.
+        layers: for each layer of the dense model its number; `kept`, whether the pruned model has it; and, where it
+            has, summaries of 1 - cos (and more, see `_VECTOR`) for `hidden`, the hidden state behind it, `ffn`, what
+            its FFN put out, `rest`, what else it added to the hidden state (attention; left out in families where
+            something stands between FFN and hidden state), all three along the models' own streams; `hidden_alone` and
+            `ffn_alone`, with the dense model's hidden state in front of both layers.
+        perplexity: token perplexity of `dense` and `pruned`, and `loss`, the summary of how many nats a token the
+            pruned model's loss is above the dense one's.
         embedding: what enters the LM head, in the same way.
         logits, centred: logits as they are, and less their mean over the vocabulary, which no softmax sees.
         probabilities: summaries of `deviation.PROBABILITY` at temperature 1.
@@ -72,6 +75,7 @@ class Hierarchy:
     windows: int
     window: int
     layers: list[dict[str, Any]]
+    perplexity: dict[str, Any]
     embedding: dict[str, Summary]
     logits: dict[str, Summary]
     centred: dict[str, Summary]
@@ -161,6 +165,18 @@ def _layers(
             tally.add(f"{theirs} {name}", vector_deviation(x, y), _VECTOR)
 
 
+def _loss(trace: Trace, ids: Tensor) -> Tensor:
+    """`[W - 1]` float64: negative log-likelihood of each token but the first, in nats."""
+    targets = ids[1:].to(trace.logits.device)
+    return nn.functional.cross_entropy(trace.logits[:-1].float(), targets, reduction="none").double()
+
+
+def _perplexity(tally: _Tally) -> dict[str, Any]:
+    means = {name: float(tally.values("loss", name).mean()) for name in ("dense", "pruned")}
+    found = {name: number(math.exp(mean)) if mean < 700 else None for name, mean in means.items()}
+    return {**found, "loss": summarise(tally.values("loss", "difference"))}
+
+
 def _breakdown(estimate: Tensor, exact: Tensor) -> list[dict[str, float]]:
     order = estimate.flatten().argsort()
     groups = zip(estimate.flatten()[order].tensor_split(_BINS), exact.flatten()[order].tensor_split(_BINS), strict=True)
@@ -190,13 +206,14 @@ def representation_hierarchy(
         progress: called as `(stage, done, total)`.
 
     Raises:
-        InputError: another vocabulary or hidden size, layers that cannot be told apart, windows longer than the context,
-            token ids out of range, a bad temperature, hidden states or logits that are not finite.
+        InputError: another vocabulary or hidden size, layers that cannot be told apart, windows longer than the
+            context, token ids out of range, a bad temperature, hidden states or logits that are not finite.
         UnsupportedModelError: an FFN that pyprune does not know.
     """
     bad = [t for t in temperatures if not (is_finite(t) and t > 0)]
     check(not bad, "temperatures", "be above 0 and finite", bad)
     check_same_vocabulary(dense, pruned)
+    check(windows.shape[-1] >= 2, "windows", "have at least 2 tokens, one to predict", windows.shape[-1])
     kept = kept_layers(dense, pruned)
     ids = stack_batches(windows, getattr(dense.config, "vocab_size", None))
     for model in (dense, pruned):
@@ -219,10 +236,14 @@ def representation_hierarchy(
             tally.add("logits", vector_deviation(a.logits, b.logits), _VECTOR)
             x, y = (z - z.mean(1, keepdim=True) for z in (a.logits.float(), b.logits.float()))
             tally.add("centred", vector_deviation(x, y), (*_VECTOR, "estimate"))
+            losses = {name: _loss(trace, window) for name, trace in (("dense", a), ("pruned", b))}
+            tally.add("loss", {**losses, "difference": losses["pruned"] - losses["dense"]})
             tally.add("probabilities", probability_deviation(a.logits, b.logits))
             some = slice(i % every, None, every)
             for temperature in temperatures:
-                tally.add(f"at {temperature}", probability_deviation(a.logits[some], b.logits[some], temperature), _SOFTMAX)
+                tally.add(
+                    f"at {temperature}", probability_deviation(a.logits[some], b.logits[some], temperature), _SOFTMAX
+                )
     progress("comparing representations", len(ids), len(ids))
     return _report(tally, ids, kept, int(dense.config.num_hidden_layers), temperatures)  # type: ignore[union-attr, arg-type]
 
@@ -240,11 +261,15 @@ def _report(tally: _Tally, ids: Tensor, kept: list[int], count: int, temperature
     exact, estimate = (tally.values("probabilities", name) for name in ("cosine", "cosine_estimate"))
     logits, logits_estimate = (tally.values("centred", name) for name in ("cosine", "estimate"))
     return Hierarchy(
-        len(ids),
-        ids.shape[1],
-        layers,
-        *(tally.summaries(space) for space in ("embedding", "logits", "centred", "probabilities")),
-        {"exact": _ratio(exact, logits), "estimate": _ratio(estimate, logits_estimate)},
-        [_at(tally, t) for t in temperatures],
-        _breakdown(*(tally.values("probabilities", name) for name in ("kl_estimate", "kl"))),
+        windows=len(ids),
+        window=ids.shape[1],
+        layers=layers,
+        perplexity=_perplexity(tally),
+        embedding=tally.summaries("embedding"),
+        logits=tally.summaries("logits"),
+        centred=tally.summaries("centred"),
+        probabilities=tally.summaries("probabilities"),
+        amplification={"exact": _ratio(exact, logits), "estimate": _ratio(estimate, logits_estimate)},
+        temperatures=[_at(tally, t) for t in temperatures],
+        breakdown=_breakdown(tally.values("probabilities", "kl_estimate"), tally.values("probabilities", "kl")),
     )

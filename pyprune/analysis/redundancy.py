@@ -1,7 +1,7 @@
 """Redundancy of neurons: how many of them others stand for, how much the loss depends on each, and what pruning leaves.
 
-Sensitivity and uniqueness as Santacroce et al. 2023, arXiv 2302.03773, section on redundancy: of a neuron, the mean over
-samples of abs(sum over its parameters of w * dL/dw); of a layer, the share of neurons without another of cosine
+Sensitivity and uniqueness as Santacroce et al. 2023, arXiv 2302.03773, section on redundancy: of a neuron, the mean
+over samples of abs(sum over its parameters of w * dL/dw); of a layer, the share of neurons without another of cosine
 similarity 0.8 or more, each pair counted once. Similarity is by activations on a text and within one layer.
 """
 
@@ -41,11 +41,12 @@ class Redundancy:
         threshold: of the similarity from which a neuron counts as redundant.
         keep: the share that each criterion keeps of every layer.
         windows, window: N and W of the text.
-        layers: for each layer `layer`, `neurons`, `dead` (never active on the text), `uniqueness` (by the absolute cosine)
-            and `uniqueness_signed`, `curve` (uniqueness over thresholds), `highest` (histogram, over 20 equal bins of
-            [0, 1], of each neuron's highest similarity), `sensitivity` (mean, median, p90, largest, and `top_tenth`, the
-            share of the sum that the tenth of most sensitive neurons have), `clusters` (of neurons linked by a similarity
-            of at least the threshold: how many, the neurons in them, and the largest with their first members), `after`.
+        layers: for each layer `layer`, `neurons`, `dead` (never active on the text), `uniqueness` (by the absolute
+            cosine) and `uniqueness_signed`, `curve` (uniqueness over thresholds), `highest` (histogram, over 20 equal
+            bins of [0, 1], of each neuron's highest similarity), `sensitivity` (mean, median, p90, largest, and
+            `top_tenth`, the share of the sum that the tenth of most sensitive neurons have), `clusters` (of neurons
+            linked by a similarity of at least the threshold: how many, the neurons in them, and the largest with
+            their first members), `after`.
         all: the same over all neurons of the model, clusters apart.
         after: for each criterion, over all layers, of the neurons that it keeps: `uniqueness`, and `sensitivity`, the
             share of the sum before.
@@ -188,8 +189,8 @@ def neuron_redundancy(
         progress: called as `(stage, done, total)`.
 
     Raises:
-        InputError: a share or threshold out of range, an unknown criterion, windows longer than the context or of one token,
-            a loss, gradients or activations that are not finite.
+        InputError: a share or threshold out of range, an unknown criterion, windows longer than the context or of one
+            token, a loss, gradients or activations that are not finite.
         UnsupportedModelError: an FFN that pyprune does not know, or layers that cannot be run one by one.
     """
     check(is_finite(threshold) and 0 < threshold <= 1, "threshold", "lie in (0, 1]", threshold)

@@ -59,7 +59,8 @@ class Tracer:
         self._layers: list[nn.Module] = list(decoder_layers(model)[1])
         self._downs = [ffn.down for ffn in ffns]
         self._device = next(model.parameters()).device
-        head = self._model.get_output_embeddings()
+        find: Any = self._model.get_output_embeddings
+        head = find()
         if head is None:
             raise UnsupportedModelError(f"{type(model).__name__} has no LM head (get_output_embeddings)")
         self._head: nn.Module = head
