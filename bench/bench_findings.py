@@ -65,7 +65,10 @@ def slim(facts: Facts) -> Facts:
     """What of a diagnosis the findings are made of."""
     hierarchy = facts["hierarchy"]
     layers = [
-        {"layer": layer["layer"], **{s: layer[s]["cosine"] for s in ("hidden", "hidden_alone", "ffn_alone") if s in layer}}
+        {
+            "layer": layer["layer"],
+            **{s: layer[s]["cosine"] for s in ("hidden", "hidden_alone", "ffn_alone") if s in layer},
+        }
         for layer in hierarchy["layers"]
     ]
     tasks = [

@@ -1,8 +1,8 @@
 """docs/findings.md, from the result of bench/bench_findings.py: four claims, each judged row by row with intervals.
 
-A claim holds in a row where the 95 % interval of what it says lies on its side of the line, fails where it lies on the
-other, and is open where the interval has the line in it. The claims are those of He et al. 2026, arXiv 2603.24652, which
-pruned layers and single weights of larger models; here neurons of a small one are pruned.
+A claim holds in a row where the 95 % interval of what it says lies on its side of the line, fails where it lies on
+the other, and is open where the interval has the line in it. The claims are those of He et al. 2026, arXiv 2603.24652,
+which pruned layers and single weights of larger models; here neurons of a small one are pruned.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def stable(row: Row) -> tuple[str, list[str]]:
 
 
 def generation_first(row: Row) -> tuple[str, list[str]]:
-    """(d) of what the dense model knows above chance, generation keeps a smaller share than choice by likelihood does."""
+    """(d) of what the dense model knows above chance, generation keeps a smaller share than choice by likelihood "
+    "does."""
     tasks = {task["name"]: task for task in row["tasks"]["tasks"]}
     shown = []
     for name in ("choice", "generation", "retrieval"):
@@ -108,7 +109,8 @@ CLAIMS = (
     Claim(
         "a",
         "Embedding and logit deviations stay small while probability deviation grows",
-        "holds where 1 - cos of the probabilities is more than twice that of the hidden state in front of the LM head and "
+        "holds where 1 - cos of the probabilities is more than twice that of the hidden state in front of the LM "
+        "head and "
         "of the centred logits, intervals apart. Amplification is the median over tokens of the ratio to the centred "
         "logits, measured and to second order.",
         (">hidden", ">logits", ">centred logits", ">probabilities", ">amplified", ">estimate"),
@@ -117,8 +119,10 @@ CLAIMS = (
     Claim(
         "b",
         "Deviation accumulates over the steps of a generation",
-        "holds where, over the last quarter of the steps of greedy text, 1 - cos of the probabilities is larger along the "
-        "model's own text than along the dense model's. `growth` is what a single prediction's error gains from the first "
+        "holds where, over the last quarter of the steps of greedy text, 1 - cos of the probabilities is larger "
+        "along the "
+        "model's own text than along the dense model's. `growth` is what a single prediction's error gains from "
+        "the first "
         "quarter to the last, on the dense model's text.",
         (">greedy, one step", ">accumulated", ">growth", ">sampled, one step", ">accumulated", ">growth"),
         accumulates,
@@ -126,7 +130,8 @@ CLAIMS = (
     Claim(
         "c",
         "The categorical subspace stays stable",
-        "holds where total variation over the answer tokens, renormalised, is smaller than over the whole vocabulary at "
+        "holds where total variation over the answer tokens, renormalised, is smaller than over the whole "
+        "vocabulary at "
         "the same position, intervals apart, for every task.",
         (),  # made from the tasks
         stable,
@@ -134,7 +139,8 @@ CLAIMS = (
     Claim(
         "d",
         "Generation suffers before multiple choice",
-        "holds where, on the same facts, generation retains a smaller share of what was above chance than multiple choice "
+        "holds where, on the same facts, generation retains a smaller share of what was above chance than multiple "
+        "choice "
         "by length-normalised likelihood; the last column is choice minus generation, paired.",
         (">choice", ">generation", ">retrieval", ">choice - generation"),
         generation_first,
@@ -156,7 +162,16 @@ def _section(claim: Claim, rows: Sequence[Row]) -> tuple[list[str], str]:
     cells = [[row["label"], f"{1 - row['kept']:.0%}", *shown, found] for row, found, shown in judged]
     body = markdown(["pruned by", ">removed", *_columns(claim, rows), "claim"], cells)
     summary = f"**({claim.letter}) {claim.words}:** {line} of {len(rows)} rows."
-    return [f"## ({claim.letter}) {claim.words}", "", f"The claim {claim.rule}", "", f"{line} of {len(rows)} rows.", "", *body, ""], summary
+    return [
+        f"## ({claim.letter}) {claim.words}",
+        "",
+        f"The claim {claim.rule}",
+        "",
+        f"{line} of {len(rows)} rows.",
+        "",
+        *body,
+        "",
+    ], summary
 
 
 def document(facts: dict[str, Any]) -> str:
@@ -176,7 +191,15 @@ def document(facts: dict[str, Any]) -> str:
         ]
         for row in rows
     ]
-    columns = ["pruned by", ">removed", ">perplexity", ">KL, nats", ">same top token", ">half have parted at", ">repetition"]
+    columns = [
+        "pruned by",
+        ">removed",
+        ">perplexity",
+        ">KL, nats",
+        ">same top token",
+        ">half have parted at",
+        ">repetition",
+    ]
     dense = f"{rows[0]['hierarchy']['perplexity']['dense']:.2f}" if rows else "-"
     calibration, text = settings["calibration"], settings["text"]
     lines = [
@@ -186,8 +209,10 @@ def document(facts: dict[str, Any]) -> str:
         "",
         f"{settings['model']}, neurons removed in every FFN; calibrated on {calibration['tokens']:,} tokens of "
         f"{calibration['text']}, judged on {text['tokens']:,} of {text['text']} (dense perplexity {dense}, windows of "
-        f"{text['window']}), {settings['budget']['prompts']} prompts, {settings['budget']['new_tokens']} new tokens, and "
-        f"the task files that ship. Intervals are 95 %, by bootstrap over windows, prompts or items. {where['cpu']}, torch "
+        f"{text['window']}), {settings['budget']['prompts']} prompts, {settings['budget']['new_tokens']} new "
+        f"tokens, and "
+        f"the task files that ship. Intervals are 95 %, by bootstrap over windows, prompts or items. "
+        f"{where['cpu']}, torch "
         f"{where['versions']['torch']}, Transformers {where['versions']['transformers']}, commit "
         f"{(where['commit'] or 'none')[:10]}, {where['date'][:10]}.",
         "",
@@ -197,7 +222,8 @@ def document(facts: dict[str, Any]) -> str:
         "",
         "## Overview",
         "",
-        "`half have parted at`: the token at which half of the greedy texts differ from the dense model's. `repetition`: "
+        "`half have parted at`: the token at which half of the greedy texts differ from the dense model's. "
+        "`repetition`: "
         "share of repeated 4-grams, pruned minus dense.",
         "",
         *markdown(columns, overview),

@@ -12,8 +12,8 @@ import typer
 from rich.markup import escape
 from torch import Tensor
 
-from . import loading, machine
-from .diagnose import PARTS, Budget, check_parts, model_bytes, parameters
+from . import loading
+from .diagnose import PARTS, Budget, check_parts, described
 from .diagnose import diagnose as run_diagnosis
 from .errors import InputError, check
 from .files import new_file
@@ -184,23 +184,16 @@ def diagnose(
         models = [loading.load_model(path, dtype, place) for path in (dense, pruned)]
         a, b = models
         found = run_diagnosis(a, b, tokenizer, windows, budget, starts, task, chosen, seed, bars)
-    names = {"dense": dense, "pruned": pruned}
+    paths = {"dense": dense, "pruned": pruned}
+    names = {key: path if path == loading.DEMO else Path(path).name for key, path in paths.items()}
+    size = sum(p.numel() * p.element_size() for p in a.parameters())
     facts = {
-        **{key: path if path == loading.DEMO else Path(path).name for key, path in names.items()},
-        "text": name,
-        "tokens": windows.numel(),
-        "window": window,
-        "dtype": dtype,
-        "parameters": {key: parameters(model) for key, model in zip(names, models, strict=True)},
-        "provenance": (getattr(models[1].config, "pyprune", None) or {}).get("provenance"),
-        **found.to_json(),
-        "machine": machine.facts(),
-        "memory": {"model_bytes": model_bytes(models[0]), "peak_bytes": memory.growth},
+        **described(found, a, b, names, name, windows, dtype),
+        "memory": {"model_bytes": size, "peak_bytes": memory.growth},
     }
     if out is not None:
         with new_file(out) as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    size = facts["memory"]["model_bytes"]
     seconds = sum(facts["seconds"].values())
     show(
         facts,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from . import machine
 from .analysis import generation_drift, representation_hierarchy
 from .analysis.decode import check_prompts
 from .calibration import Progress, quiet
@@ -158,11 +158,34 @@ def _readable(drift: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     return {**drift, "examples": examples}
 
 
-def parameters(model: Any) -> int:
-    """Of a model, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+def described(
+    found: Diagnosis,
+    dense: Any,
+    pruned: Any,
+    names: Mapping[str, str],
+    text: str,
+    windows: Tensor,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """A diagnosis with what it is of, as JSON values.
 
-
-def model_bytes(model: Any) -> int:
-    """Of a model's parameters, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if isinstance(p, torch.Tensor))
+    Args:
+        found: what `diagnose` gave.
+        dense, pruned: the models.
+        names: of `dense` and `pruned`, for people; no paths.
+        text: the text's name.
+        windows: `[N, W]` token ids of it.
+        dtype: of the weights.
+    """
+    models = {"dense": dense, "pruned": pruned}
+    return {
+        **names,
+        "text": text,
+        "tokens": windows.numel(),
+        "window": windows.shape[1],
+        "dtype": dtype,
+        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
+        "provenance": (getattr(pruned.config, "pyprune", None) or {}).get("provenance"),
+        **found.to_json(),
+        "machine": machine.facts(),
+    }

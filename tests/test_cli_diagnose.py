@@ -45,9 +45,19 @@ def test_what_people_see(tiny_checkpoint: Path, pruned: Path) -> None:
     shown = call("diagnose", tiny_checkpoint, pruned, *SMALL)
     assert shown.exit_code == 0, shown.output
     text = " ".join(shown.stdout.split())
-    for words in ("hidden states", "from logits to probabilities", "layers whose FFN differs most", "generation from the"):
+    for words in (
+        "hidden states",
+        "from logits to probabilities",
+        "layers whose FFN differs most",
+        "generation from the",
+    ):
         assert words in text
-    for words in ("no task: yesno", "tasks", "times the dense model", "token perplexity on pydoc_data.topics (second half)"):
+    for words in (
+        "no task: yesno",
+        "tasks",
+        "times the dense model",
+        "token perplexity on pydoc_data.topics (second half)",
+    ):
         assert words in text
 
 
@@ -88,7 +98,9 @@ def test_what_is_refused(tiny_checkpoint: Path, pruned: Path, tmp_path: Path, to
     model = loading.load_model(str(tiny_checkpoint))
     tokenizer.add_tokens(["<new>"])
     checkpoint.save(model, other, tokenizer)
-    assert "pruned must have the other model's tokenizer; 1 tokens differ" in refused(2, "diagnose", tiny_checkpoint, other)
+    assert "pruned must have the other model's tokenizer; 1 tokens differ" in refused(
+        2, "diagnose", tiny_checkpoint, other
+    )
 
 
 def test_prompts_by_hand() -> None:

@@ -37,7 +37,8 @@ LAYERS = (
     {"pruning", "tune"},
     {"training", "nested", "comparison"},
     {"recovery"},
-    {"options", "demo", "doctor", "diagnose"},
+    {"options", "doctor", "diagnose"},
+    {"demo"},
     {"cli_tune", "cli_prune", "cli_recover", "cli_compare", "cli_diagnose", "cli_inspect"},
     {"cli"},
 )

@@ -38,12 +38,12 @@ _TIMED = record(
     },
     {"keep": number, "bytes": number},
 )
+_TIMING = record({}, {"prefill_tokens": count, "repeats": count, "dtype": text, "device": text})
 
 
 def _bench(place: str, value: Any) -> None:
-    record({"models": named(_TIMED, 1)}, {"machine": _MACHINE, "settings": anything, "bandwidth_gb_s": number})(
-        place, value
-    )
+    share = record({}, {"decode": named(number, **_BY_COUNT)})
+    record({"models": named(_TIMED, 1)}, {"machine": _MACHINE, "settings": _TIMING, "share": share})(place, value)
     record({"dense": anything})(at(place, "models"), value["models"])
     for name, entry in value["models"].items():
         for kind in ("decode", "prefill", "ffn"):

@@ -134,7 +134,7 @@ def _categorical(run: _Run, name: str, records: Sequence[ChoiceRecord], chance: 
 
 
 def _choice(run: _Run, name: str, records: Sequence[ChoiceRecord], skipped: list[tuple[str, str]]) -> list[TaskResult]:
-    """By likelihood of the options and by answer tokens; for yes or no the two would ask the same, so by tokens alone."""
+    """By likelihood of the options and by answer tokens; yes or no by these alone, for both would ask the same."""
     chance = choice.chance(records)
     words = all(in_words(record) for record in records)
     by_token: list[TaskResult] = []
