@@ -18,6 +18,7 @@ from .cli_diagnose import diagnose
 from .cli_inspect import inspect
 from .cli_prune import prune
 from .cli_recover import recover
+from .cli_report import report
 from .cli_tune import tune
 from .config import PruneConfig
 from .demo import run_demo
@@ -219,6 +220,7 @@ def bench(
 app.command()(compare)
 app.command()(recover)
 app.command()(diagnose)
+app.command()(report)
 app.command()(tune)
 
 

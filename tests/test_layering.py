@@ -16,6 +16,7 @@ LAYERS = (
     {"errors", "reference", "heterogeneous", "memory", "machine", "summary", "fresh", "native", "scratch"},
     {"files", "text", "patterns", "quantisation", "roofline", "screen"},
     {"figures"},
+    {"report"},
     {"probe"},
     {"families"},
     {"mask", "importance"},
@@ -39,7 +40,7 @@ LAYERS = (
     {"recovery"},
     {"options", "doctor", "diagnose"},
     {"demo"},
-    {"cli_tune", "cli_prune", "cli_recover", "cli_compare", "cli_diagnose", "cli_inspect"},
+    {"cli_tune", "cli_prune", "cli_recover", "cli_compare", "cli_diagnose", "cli_inspect", "cli_report"},
     {"cli"},
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

@@ -15,7 +15,7 @@ from .figures_speed import called, candidates
 from .figures_tasks import KINDS, retained
 from .figures_widths import layer_widths
 from .parts import Tile
-from .words import clip, estimate, listed, megabytes, percent, plural, short, signed, span, times
+from .words import clip, estimate, listed, megabytes, model_name, percent, plural, short, signed, span, times
 
 # Below so many tiles, those of further files are shown too.
 _ENOUGH = 4
@@ -137,8 +137,8 @@ def _others(facts: Facts) -> Iterator[str]:
         row = narrowest(nested)
         yield (
             f"one checkpoint runs at every width down to {percent(row['share'])} of the neurons, there "
-            f"{times(nested['dense']['decode_ms']['p50'] / row['decode_ms']['p50'])} as fast when decoding at perplexity "
-            f"{short(own(row))} (dense {short(nested['dense']['perplexity'])})"
+            f"{times(nested['dense']['decode_ms']['p50'] / row['decode_ms']['p50'])} as fast when decoding, at "
+            f"perplexity {short(own(row))} (dense {short(nested['dense']['perplexity'])})"
         )
     latency = facts.get("latency-aware")
     if latency is not None:
@@ -148,7 +148,8 @@ def _others(facts: Facts) -> Iterator[str]:
             f"{short(latency['dense_perplexity'])} → {short(row['perplexity'])}"
         )
     for text, (before, after, dense) in list(recovered(facts).items())[:1]:
-        yield f"recovery took perplexity from {short(before)} to {short(after)} on {clip(text, 60)} (dense {short(dense)})"
+        numbers = f"from {short(before)} to {short(after)}"
+        yield f"recovery took perplexity {numbers} on {clip(text, 60)} (dense {short(dense)})"
     widths = facts.part("pyprune", "widths")
     if widths is not None:
         low, high = min(widths), max(widths)
@@ -159,10 +160,10 @@ def _others(facts: Facts) -> Iterator[str]:
 def _sentence(facts: Facts) -> str:
     clauses = list(_clauses(facts))
     if not clauses:
-        clauses = list(_others(facts))[:2]
-        return "; ".join(clauses)[0].upper() + "; ".join(clauses)[1:] + "."
-    removed = _removed(facts)
-    told = f"{removed}: {'; '.join(clauses)}" if removed else "; ".join(clauses)
+        told = "; ".join(list(_others(facts))[:2]) or "what these files hold says nothing in one sentence"
+    else:
+        removed = _removed(facts)
+        told = (f"{removed}: " if removed else "") + "; ".join(clauses)
     return told[0].upper() + told[1:] + "."
 
 
@@ -224,14 +225,14 @@ def _other_tiles(facts: Facts) -> Iterator[Tile]:
             top = best(comparison_lines(compare, text))
             if top is not None:
                 removed, line, perplexity = top
-                lines = (f"dense {short(compare['dense'][text])}", clip(line.label, 30), clip(text, 44))
-                yield Tile(f"Perplexity, {percent(removed)} removed", short(perplexity), lines)
+                beside = (f"dense {short(compare['dense'][text])}", clip(line.label, 30), clip(text, 44))
+                yield Tile(f"Perplexity, {percent(removed)} removed", short(perplexity), beside)
     nested = facts.get("nested")
     if nested is not None:
         row, dense = narrowest(nested), nested["dense"]
-        lines = (f"dense {short(dense['decode_ms']['p50'])} ms a token, now {short(row['decode_ms']['p50'])}",)
+        slower = f"dense {short(dense['decode_ms']['p50'])} ms a token, now {short(row['decode_ms']['p50'])}"
         ratio = times(dense["decode_ms"]["p50"] / row["decode_ms"]["p50"])
-        yield Tile(f"Decoding at {percent(row['share'])} width", ratio, lines)
+        yield Tile(f"Decoding at {percent(row['share'])} width", ratio, (slower,))
         yield Tile("Perplexity there", short(own(row)), (f"dense {short(dense['perplexity'])}",))
     latency = facts.get("latency-aware")
     if latency is not None:
@@ -240,7 +241,9 @@ def _other_tiles(facts: Facts) -> Iterator[Tile]:
         yield Tile(f"Asked for {times(row['target'])}", times(row["measured"]), lines)
         yield Tile("Perplexity for it", short(row["perplexity"]), (f"dense {short(latency['dense_perplexity'])}",))
     for text, (before, after, base) in list(recovered(facts).items())[:2]:
-        yield Tile("Perplexity, recovered", short(after), (f"pruned {short(before)}, dense {short(base)}", clip(text, 44)))
+        yield Tile(
+            "Perplexity, recovered", short(after), (f"pruned {short(before)}, dense {short(base)}", clip(text, 44))
+        )
     manifest = facts.get("pyprune")
     if manifest is not None:
         widths = manifest["widths"]
@@ -254,8 +257,7 @@ def _title(facts: Facts) -> str:
         found = facts.get(name) or {}
         model = found.get("model") or found.get("dense")
         if isinstance(model, str):
-            # Of a path, only the name: the rest says something about a machine.
-            return clip(model.replace("\\", "/").rstrip("/").rpartition("/")[2], 60)
+            return clip(model_name(model), 60)
     return "A pruned model"
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from math import log
+from textwrap import fill
 from typing import Any
 
 from ..figures import apart
 from ..summary import Line, comparison_lines
 from .facts import Facts
 from .parts import Figure, Section, Table, figure
-from .plots import log_scale, mark, number_axis, percents
 from .plots import legend as add_legend
+from .plots import log_scale, mark, number_axis, percents
 from .svg import DENSE, FAST, PRUNED, SOFT, WARM
-from .words import clip, percent, plural, short
+from .words import clip, model_name, percent, plural, short
 
 # Perplexities above this many times the dense model's leave the picture.
 _TALLEST = 8.0
@@ -30,20 +32,18 @@ def best(lines: list[Line]) -> tuple[float, Line, float] | None:
     return None
 
 
-def _at(lines: list[Line], keep: float) -> tuple[tuple[float, str], tuple[float, str]] | None:
-    there = sorted((point.perplexity, one.label) for one in lines for point in one.points if point.keep == keep)
-    return (there[0], there[-1]) if len(there) > 1 else None
+def _first_two(lines: list[Line], keep: float) -> list[tuple[float, str]]:
+    """Perplexity and name of the two best settings at a share."""
+    return sorted((point.perplexity, one.label) for one in lines for point in one.points if point.keep == keep)[:2]
 
 
 def _caption(lines: list[Line], dense: float, hidden: list[str]) -> str:
     keeps = sorted({point.keep for one in lines for point in one.points}, reverse=True)
     told = []
     for keep in keeps:
-        ends = _at(lines, keep)
-        if ends is not None:
-            (low, first), (high, last) = ends
-            told.append(f"at {percent(1 - keep)} removed, {clip(first, 30)} {short(low)} and {clip(last, 30)} {short(high)}")
-    caption = f"Dense has {short(dense)}; " + ("; ".join(told) if told else plural(len(lines), "setting"))
+        ahead = [f"{short(value)} ({clip(label, 30)})" for value, label in _first_two(lines, keep)]
+        told.append(f"at {percent(1 - keep)} removed the least is {', then '.join(ahead)}")
+    caption = f"Dense has {short(dense)}; {'; '.join(told)}"
     return caption + (f" (beyond the picture: {', '.join(clip(name, 24) for name in hidden)})." if hidden else ".")
 
 
@@ -67,13 +67,30 @@ def _figure(name: str, lines: list[Line], dense: float, text: str) -> Figure:
             axes.plot(xs, ys, "--" if one.group == "grid" else "-", marker="o", markersize=3.2, **style)
             inside = [(x, y) for x, y in zip(xs, ys, strict=True) if y <= high]
             ends.append((one, inside[-1] if len(inside) == len(xs) else (inside[-1][0], high)))
-        from math import log
-
         places = apart([log(min(y, high) / low) / log(high / low) for _, (_, y) in ends], _GAP)
-        for (one, _), y in zip(ends, places, strict=True):
+        for (one, end), y in zip(ends, places, strict=True):
             ours = one.group == "ours"
-            axes.text(1.03, y, clip(one.label, 18), transform=axes.transAxes, va="center", fontsize=9.5,
-                      color=PRUNED if ours else SOFT, weight="bold" if ours else "normal")
+            if end[1] < high:
+                at = axes.transData.transform
+                start = axes.transAxes.inverted().transform(at(end))
+                axes.plot(
+                    (start[0], 1.02),
+                    (start[1], y),
+                    color=PRUNED if ours else SOFT,
+                    linewidth=0.6,
+                    transform=axes.transAxes,
+                    clip_on=False,
+                )
+            axes.text(
+                1.03,
+                y,
+                clip(one.label, 18),
+                transform=axes.transAxes,
+                va="center",
+                fontsize=9.5,
+                color=PRUNED if ours else SOFT,
+                weight="bold" if ours else "normal",
+            )
         mark(axes, dense, "dense", "y", DENSE)
         percents(axes, "x")
         axes.set_xlabel("neurons removed")
@@ -103,11 +120,12 @@ def section(facts: Facts) -> Section | None:
         tables.append(Table(f"Perplexity on {clip(text, 60)}", columns, rows, folded=True))
     if not figures:
         return None
-    lead = f"{plural(len(found['rows']), 'run')} on {found.get('model', 'one model')}, each measured on the same texts"
+    model = model_name(found.get("model", "one model"))
+    lead = f"{plural(len(found['rows']), 'run')} on {model}, each measured on the same texts"
     calibrated = found.get("calibration")
     if calibrated is not None:
         lead += f"; calibrated on up to {calibrated['tokens']:,} tokens of {found.get('text', 'a text')}"
-    return Section("compare", "Against other ways to prune", lead + ".", tuple(figures), tuple(tables))
+    return Section("compare", "Other ways to prune", lead + ".", tuple(figures), tuple(tables))
 
 
 def _cell(point: Any) -> str:
@@ -124,7 +142,7 @@ def recovered(facts: Facts) -> dict[str, tuple[float, float, float]]:
         return {}
     if "models" in found:
         by = {name: found["models"][name]["perplexity"] for name in ("pruned", "recovered", "dense")}
-        return {text: tuple(by[name][text] for name in by) for text in found["texts"]}  # type: ignore[misc]
+        return {text: tuple(by[name][text] for name in by) for text in found["texts"]}
     return {t: (e["before"], e["after"], e["teacher"]) for t, e in found["perplexity"].items()}
 
 
@@ -134,19 +152,18 @@ def recovery(facts: Facts) -> Section | None:
     if not by_text:
         return None
     name, (before, after, dense) = next(iter(by_text.items()))
-    told = f"On {clip(name, 40)}, perplexity falls from {short(before)} to {short(after)}; dense has {short(dense)}."
-    if after >= before:
-        told = f"On {clip(name, 40)}, perplexity is {short(after)} after and {short(before)} before; dense has {short(dense)}."
+    change = "falls" if after < before else "goes"
+    told = f"On {clip(name, 40)}, perplexity {change} from {short(before)} to {short(after)}; dense has {short(dense)}."
 
     def paint(axes: Any) -> None:
-        names = (("pruned", DENSE), ("recovered", FAST), ("dense", PRUNED))
+        names = (("pruned", PRUNED), ("recovered", FAST), ("dense", DENSE))
         for turn, (label, colour) in enumerate(names):
             places = [i + (turn - 1) * 0.27 for i in range(len(by_text))]
             values = [entry[turn] for entry in by_text.values()]
             axes.bar(places, values, 0.25, color=colour, label=label)
             for place, value in zip(places, values, strict=True):
                 axes.annotate(short(value), (place, value), (0, 2), textcoords="offset points", ha="center")
-        axes.set_xticks(range(len(by_text)), [clip(text, 20) for text in by_text])
+        axes.set_xticks(range(len(by_text)), [fill(clip(text, 48), 17) for text in by_text])
         axes.set_ylabel("token perplexity")
         axes.margins(y=0.12)
         add_legend(axes)
@@ -163,9 +180,10 @@ def _learning(found: dict[str, Any]) -> Figure | None:
     train, held, teacher = found.get("train") or [], found.get("held_out") or [], found.get("teacher_ce")
     if not train or len(held) < 2:
         return None
+    least = min(entry["ce"] for entry in held)
     caption = (
-        f"On held-out text the loss goes from {short(held[0]['ce'])} to {short(min(m['ce'] for m in held))} nats a token"
-        f" in {plural(train[-1]['step'], 'step')}"
+        f"On held-out text the loss goes from {short(held[0]['ce'])} to {short(least)} nats a token in "
+        f"{plural(train[-1]['step'], 'step')}"
     )
     caption += f"; the teacher has {short(teacher)}." if teacher is not None else "."
 

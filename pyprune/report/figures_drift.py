@@ -18,10 +18,12 @@ _SHOWN = 320  # characters of a prompt
 def _steps(kind: str, drift: dict[str, Any]) -> Figure:
     instant, more = (drift[key]["probabilities"] for key in ("instantaneous", "accumulated"))
     interval = more.get("interval")
-    adds = "adds" if interval and interval[0] > 0 else "takes off" if interval and interval[1] < 0 else "adds, if at all,"
+    adds = (
+        "adds" if interval and interval[0] > 0 else "takes off" if interval and interval[1] < 0 else "adds, if at all,"
+    )
     caption = (
-        f"On dense's own text the pruned model is {estimate(instant)} away at each token (1 - cos of probabilities); by "
-        f"the last quarter of its text, its own history {adds} {short(abs(more['mean'] or 0.0))}{span(more)}."
+        f"On dense's own text the pruned model is {estimate(instant)} away at each token (1 - cos of probabilities); "
+        f"by the last quarter of its text, its own history {adds} {short(abs(more['mean'] or 0.0))}{span(more)}."
     )
     if kind == "sampled":
         caption = f"At temperature {drift['temperature']:g}, with common random numbers: o{caption[1:]}"
@@ -66,13 +68,23 @@ def _survival(found: dict[str, Any]) -> Figure:
 
 def _table(found: dict[str, Any]) -> Table:
     rows: list[tuple[str, ...]] = []
-    for title, key in (("single tokens shared", "overlap1"), ("bigrams shared", "overlap2"), ("4-grams shared", "overlap4")):
+    for title, key in (
+        ("single tokens shared", "overlap1"),
+        ("bigrams shared", "overlap2"),
+        ("4-grams shared", "overlap4"),
+    ):
         rows.append((title, *(estimate(drift["agreement"][key], percent) for drift in found.values())))
     rows.append(("edit distance over length", *(estimate(d["agreement"]["edit"]) for d in found.values())))
-    for title, key in (("repeated 4-grams", "repetition"), ("distinct tokens", "distinct1"), ("distinct bigrams", "distinct2")):
+    for title, key in (
+        ("repeated 4-grams", "repetition"),
+        ("distinct tokens", "distinct1"),
+        ("distinct bigrams", "distinct2"),
+    ):
         cells = (f"{percent(d['pruned'][key])} (dense {percent(d['dense'][key])})" for d in found.values())
         rows.append((title, *cells))
-    rows.append(("more repetition than dense", *(estimate(d["repetition_difference"], percent) for d in found.values())))
+    rows.append(
+        ("more repetition than dense", *(estimate(d["repetition_difference"], percent) for d in found.values()))
+    )
     return Table("The texts themselves", ("measure", *(f">{KINDS[kind]}" for kind in found)), rows)
 
 
@@ -101,8 +113,8 @@ def section(facts: Facts) -> Section | None:
         return None
     first = next(iter(found.values()))
     lead = (
-        f"Both models continue the same {plural(first['prompts'], 'prompt')} for up to {first['new_tokens']} tokens. What "
-        "a pruned model does wrong at one token becomes its history at the next."
+        f"Both models continue the same {plural(first['prompts'], 'prompt')} for up to {first['new_tokens']} tokens. "
+        "What a pruned model does wrong at one token becomes its history at the next."
     )
     figures = tuple(_steps(kind, drift) for kind, drift in found.items())
     return Section("drift", "Generation", lead, (_survival(found), *figures), (_table(found),), _examples(found))

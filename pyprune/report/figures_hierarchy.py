@@ -73,16 +73,18 @@ def _alone(layers: Layers) -> Figure:
 def _spaces(found: dict[str, Any]) -> Figure:
     keys = (("embedding", "hidden\nstate"), ("logits", "logits"), ("centred", "logits,\ncentred"))
     entries = [found[key]["cosine"] for key, _ in keys] + [found["probabilities"]["cosine"]]
-    names = [name for _, name in keys] + ["proba-\nbilities"]
+    names = [name for _, name in keys] + ["proba-\nbility"]
     ratio = found["amplification"]
     caption = (
-        f"From the hidden state in front of the LM head ({estimate(entries[0])}) over logits ({estimate(entries[1])}) to "
-        f"probabilities ({estimate(entries[3])})"
+        f"1 - cos is {estimate(entries[0])} in front of the LM head, {estimate(entries[1])} in its logits and "
+        f"{estimate(entries[3])} in probabilities"
     )
     if ratio["exact"] is not None:
-        caption += f"; the median token's deviation changes {short(ratio['exact'])} times from logits to probabilities"
-        if ratio["estimate"] is not None:
-            caption += f", to second order {short(ratio['estimate'])}"
+        second = f" (to second order {short(ratio['estimate'])})" if ratio["estimate"] is not None else ""
+        caption += (
+            f"; the median token's probabilities deviate {short(ratio['exact'])} times as much as its centred logits"
+        )
+        caption += second
 
     def paint(axes: Any) -> None:
         means = [value_of(entry) or 0.0 for entry in entries]
@@ -92,7 +94,9 @@ def _spaces(found: dict[str, Any]) -> Figure:
             if entry.get("interval"):
                 axes.vlines(place, *entry["interval"], color=SOFT, linewidth=2)
             top = max([means[place], *(entry.get("interval") or [])])
-            axes.annotate(short(means[place]), (place, top), (0, 3), textcoords="offset points", ha="center", va="bottom")
+            axes.annotate(
+                short(means[place]), (place, top), (0, 3), textcoords="offset points", ha="center", va="bottom"
+            )
         axes.set_xticks(range(4), names)
         axes.set_ylabel("1 - cos against dense")
         axes.margins(y=0.14)
@@ -107,8 +111,8 @@ def _temperatures(rows: list[dict[str, float]]) -> Figure | None:
     cold, warm = rows[0], rows[-1]
     one = min(rows, key=lambda row: abs(row["temperature"] - 1))
     caption = (
-        f"Probabilities change by {short(cold['change'])} of their own norm at temperature {cold['temperature']:g} and by "
-        f"{short(warm['change'])} at {warm['temperature']:g}; at {one['temperature']:g} the softmax Jacobian says "
+        f"Probabilities change by {short(cold['change'])} of their own norm at temperature {cold['temperature']:g} and "
+        f"by {short(warm['change'])} at {warm['temperature']:g}; at {one['temperature']:g} the softmax Jacobian says "
         f"{short(one['change_estimate'])} where it is {short(one['change'])}, and no more than "
         f"{short(one['change_bound'])} was possible."
     )
@@ -141,11 +145,11 @@ def _breakdown(groups: list[dict[str, float]]) -> Figure | None:
         f"Tokens in {len(groups)} equal groups: the second order says {short(last['estimate'])} nats for the most "
         f"changed ones where KL is {short(last['kl'])}; "
     )
-    caption += (
-        f"it is off by more than a quarter in {plural(len(off), 'group')}, from {short(min(g['kl'] for g in off))} nats on."
-        if off
-        else "in no group is it off by more than a quarter."
-    )
+    if off:
+        first = min(g["kl"] for g in off)
+        caption += f"it is off by more than a quarter in {plural(len(off), 'group')}, from {short(first)} nats on."
+    else:
+        caption += "in no group is it off by more than a quarter."
 
     def paint(axes: Any) -> None:
         xs, ys = ([g[key] for g in groups] for key in ("estimate", "kl"))

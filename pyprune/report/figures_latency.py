@@ -9,7 +9,7 @@ from .facts import Facts
 from .parts import Figure, Section, Table, figure
 from .plots import legend, log_scale, mark, number_axis, percents
 from .svg import DENSE, FAST, PRUNED, SOFT, VIOLET, WARM
-from .words import percent, plural, short, times
+from .words import model_name, percent, plural, short, times
 
 _COLOURS = (PRUNED, FAST, WARM, VIOLET)
 
@@ -78,21 +78,34 @@ def _promises(found: dict[str, Any]) -> Figure:
     last = rows[-1]
     caption = (
         f"What was promised was measured to within {percent(abs(off['measured'] / off['promised'] - 1))}; "
-        f"{times(last['measured'])} over the accelerated dense model costs perplexity {short(found['dense_perplexity'])} "
-        f"to {short(last['perplexity'])}, with {percent(last['keep'])} of the neurons."
+        f"{times(last['measured'])} over the accelerated dense model takes {percent(last['keep'])} of the neurons and "
+        f"perplexity from {short(found['dense_perplexity'])} to {short(last['perplexity'])}."
     )
 
     def paint(axes: Any) -> None:
-        axes.plot([1.0, *(r["measured"] for r in rows)], [found["dense_perplexity"], *(r["perplexity"] for r in rows)],
-                  color=PRUNED, marker="o", label="measured")
-        axes.plot([r["promised"] for r in rows], [r["perplexity"] for r in rows], "D", color=WARM, markersize=7,
-                  fillstyle="none", markeredgewidth=1.6, label="promised")
+        axes.plot(
+            [1.0, *(r["measured"] for r in rows)],
+            [found["dense_perplexity"], *(r["perplexity"] for r in rows)],
+            color=PRUNED,
+            marker="o",
+            label="measured",
+        )
+        axes.plot(
+            [r["promised"] for r in rows],
+            [r["perplexity"] for r in rows],
+            "D",
+            color=WARM,
+            markersize=7,
+            fillstyle="none",
+            markeredgewidth=1.6,
+            label="promised",
+        )
         for row in rows:
             spread = row.get("measured_spread") or {}
             if "p10" in spread and "p90" in spread:
                 axes.hlines(row["perplexity"], spread["p10"], spread["p90"], color=PRUNED, alpha=0.5, linewidth=2)
         mark(axes, found["dense_perplexity"], "dense", "y", DENSE)
-        axes.xaxis.set_major_formatter(lambda value, place: f"{value:.2g}x")
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:.4g}x")
         axes.set_xlabel("speed-up over dense, both accelerated")
         axes.set_ylabel("token perplexity")
         legend(axes)
@@ -105,8 +118,8 @@ def _chosen(found: dict[str, Any]) -> Figure:
     last = rows[-1]["widths"]
     full = max(found["table"].get("sizes") or [max(found["table"]["widths"])])
     caption = (
-        f"For {times(rows[-1]['target'])}, layers keep from {min(last):,} (layer {last.index(min(last))}) to {max(last):,} "
-        f"(layer {last.index(max(last))}) of {full:,} neurons."
+        f"For {times(rows[-1]['target'])}, layers keep from {min(last):,} (layer {last.index(min(last))}) to "
+        f"{max(last):,} (layer {last.index(max(last))}) of {full:,} neurons."
     )
 
     def paint(axes: Any) -> None:
@@ -129,8 +142,8 @@ def _alone(found: dict[str, Any]) -> Figure:
     pairs = sorted(zip(widths, us, strict=True))
     (low, at_low), (high, at_high) = pairs[0], pairs[-1]
     caption = (
-        f"One FFN takes {short(at_low)} us with {low:,} neurons and {short(at_high)} us with {high:,}: {times(high / low)} "
-        f"the neurons for {times(at_high / at_low)} the time."
+        f"One FFN takes {short(at_low)} us with {low:,} neurons and {short(at_high)} us with {high:,}: "
+        f"{short(high / low)} times the neurons take {short(at_high / at_low)} times the time."
     )
 
     def paint(axes: Any) -> None:
@@ -179,8 +192,11 @@ def _widths(nested: dict[str, Any]) -> Table:
             percent(row["share"]),
             short(row["perplexity"]),
             "-" if row["perplexity_compensated"] is None else short(row["perplexity_compensated"]),
-            *(cell for key in ("decode_ms", "prefill_ms") for cell in (
-                short(row[key]["p50"]), times(dense[key]["p50"] / row[key]["p50"]))),
+            *(
+                cell
+                for key in ("decode_ms", "prefill_ms")
+                for cell in (short(row[key]["p50"]), times(dense[key]["p50"] / row[key]["p50"]))
+            ),
         )
         for row in nested["rows"]
     ]
@@ -196,11 +212,11 @@ def section(facts: Facts) -> Section | None:
         return None
     parts = []
     if nested is not None:
-        parts.append(f"One checkpoint of {nested['model']} runs at {plural(len(nested['rows']), 'width')}.")
+        parts.append(f"One checkpoint of {model_name(nested['model'])} runs at {plural(len(nested['rows']), 'width')}.")
     if found is not None:
         load = found["table"]["workload"]
         parts.append(
-            f"For {found['model']}, widths were chosen on this machine's own times ({load['kind']}, "
+            f"For {model_name(found['model'])}, widths were chosen on this machine's own times ({load['kind']}, "
             f"{plural(load['tokens'], 'token')} at once)."
         )
     tables = ([_widths(nested)] if nested is not None else []) + ([_targets(found)] if found is not None else [])

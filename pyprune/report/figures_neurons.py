@@ -7,7 +7,7 @@ from typing import Any
 
 from .facts import Facts
 from .parts import Figure, Section, Table, figure
-from .plots import height, legend, log_scale, mark, number_axis, percents, rows
+from .plots import height, legend, log_scale, mark, number_axis, percents, rows, shares_up_to_one
 from .svg import DENSE, FAST, PRUNED, SOFT, VIOLET
 from .words import clip, percent, plural, short
 
@@ -61,17 +61,17 @@ def _top_tenth(layers: Layers, whole: dict[str, Any]) -> Figure:
 def _uniqueness(layers: Layers, whole: dict[str, Any], threshold: float) -> Figure:
     least = min(layers, key=lambda layer: layer["uniqueness"])
     caption = (
-        f"{percent(whole['uniqueness'])} of {whole['neurons']:,} neurons are unique, one of every two whose activations "
-        f"have a cosine of {threshold:g} or more; fewest are in layer {least['layer']}, {percent(least['uniqueness'])}."
+        f"{percent(whole['uniqueness'])} of {whole['neurons']:,} neurons are unique: of two whose activations have a "
+        f"cosine of {threshold:g} or more, one counts"
     )
+    caption += f"; in layer {least['layer']}, {percent(least['uniqueness'])}." if least["uniqueness"] < 1 else "."
 
     def paint(axes: Any) -> None:
         numbers, shares = ([layer[key] for layer in layers] for key in ("layer", "uniqueness"))
         axes.plot(numbers, shares, color=PRUNED, marker="o", markersize=3.2, label="unique neurons")
         mark(axes, whole["uniqueness"], "all layers", "y")
         axes.set_ylabel("share of the layer's neurons")
-        axes.set_ylim(max(0.0, min(shares) - 0.15 * (1.02 - min(shares)) - 0.01), 1.01)
-        percents(axes)
+        shares_up_to_one(axes, [*shares, whole["uniqueness"]])
         number_axis(axes, "layer", len(layers))
         legend(axes)
 
@@ -96,8 +96,7 @@ def _curve(layers: Layers, whole: dict[str, Any]) -> Figure:
         axes.set_xlabel("cosine from which two are alike")
         axes.set_ylabel("unique neurons")
         axes.set_xticks(places, [f"{place:g}" for place in places])
-        axes.set_ylim(top=1.01)
-        percents(axes)
+        shares_up_to_one(axes, [value for values in [*by_layer, [p["uniqueness"] for p in curve]] for value in values])
         legend(axes)
 
     return figure("thresholds", "Uniqueness over thresholds", caption, paint)
@@ -110,7 +109,7 @@ def _highest(whole: dict[str, Any], threshold: float) -> Figure:
     half = next(i for i in range(bins) if 2 * sum(counts[: i + 1]) >= total)
     caption = (
         f"Half of the neurons have a highest similarity to another of at most {(half + 1) / bins:g}; "
-        f"{percent(above)} lie beyond the threshold of {threshold:g}."
+        f"{percent(above) if above else 'none'} lie beyond the threshold of {threshold:g}."
     )
 
     def paint(axes: Any) -> None:
@@ -149,13 +148,22 @@ def _after(found: dict[str, Any]) -> Figure | None:
         mark(axes, before, "unique before", colour=DENSE)
         axes.set_xlim(0, 1.03)
         percents(axes, "x")
-        legend(axes, 2)
+        legend(axes)
 
     return figure("criteria", "What each criterion leaves", caption, paint, height(len(after)))
 
 
 def _table(layers: Layers) -> Table:
-    columns = (">layer", ">neurons", ">unique", ">clusters", ">neurons in them", ">never active", ">sensitivity", ">of the top tenth")
+    columns = (
+        ">layer",
+        ">neurons",
+        ">unique",
+        ">clusters",
+        ">neurons in them",
+        ">never active",
+        ">sensitivity",
+        ">of the top tenth",
+    )
     cells = [
         (
             str(layer["layer"]),
@@ -191,8 +199,8 @@ def section(facts: Facts) -> Section | None:
     whole = found["all"]
     groups = whole["clusters"]
     lead = (
-        f"Of {whole['neurons']:,} neurons, {groups['neurons']:,} belong to {plural(groups['count'], 'cluster')} of near "
-        f"duplicates and {whole['dead']:,} never fire, on {plural(found['windows'] * found['window'], 'token')} of "
+        f"Of {whole['neurons']:,} neurons, {groups['neurons']:,} belong to {plural(groups['count'], 'cluster')} of "
+        f"near duplicates and {whole['dead']:,} never fire, on {found['windows'] * found['window']:,} tokens of "
         f"{found['text']}."
     )
     return Section("neurons", "Importance and redundancy", lead, tuple(_figures(found)), (_table(found["layers"]),))

@@ -12,6 +12,8 @@ from .svg import DENSE, FAST, PAPER, PRUNED, VIOLET, WARM
 from .words import clip, listed, percent, times
 
 _COLOURS = (PRUNED, FAST, VIOLET, WARM)
+# So many bars are wide enough for a number across.
+_FLAT = 8
 # As the demo names them -> as a reader does.
 NAMES = {"pruned": "as saved", "PrunedMLP": "accelerated"}
 
@@ -26,8 +28,7 @@ def called(name: str) -> str:
     return clip(NAMES.get(name, name), 24)
 
 
-def _bars(name: str, title: str, found: dict[str, list[Speed]], what: str) -> Figure | None:
-    models = {model: [s for s in measured if what in s.what] for model, measured in found.items()}
+def _bars(name: str, title: str, models: dict[str, list[Speed]]) -> Figure | None:
     kinds = [s.what for s in next(iter(models.values()), [])]
     if not kinds:
         return None
@@ -38,6 +39,7 @@ def _bars(name: str, title: str, found: dict[str, list[Speed]], what: str) -> Fi
         told.append(f"{kinds[i]}: {ratios}, where fewer neurons alone allow {' to '.join(limits)}")
     caption = "; ".join(told) + "."
     width = 0.8 / len(models)
+    upright = 90 if len(kinds) * len(models) > _FLAT else 0
 
     def paint(axes: Any) -> None:
         highest = 1.0
@@ -45,14 +47,15 @@ def _bars(name: str, title: str, found: dict[str, list[Speed]], what: str) -> Fi
             places = [i + (turn - (len(models) - 1) / 2) * width for i in range(len(kinds))]
             axes.bar(places, [s.ratio for s in measured], 0.94 * width, color=_COLOURS[turn % 4], label=called(model))
             for place, speed in zip(places, measured, strict=True):
-                axes.text(place, 0.05, f"{speed.ratio:.2f}", ha="center", va="bottom", rotation=90, color=PAPER)
+                axes.text(place, 0.05, f"{speed.ratio:.2f}", ha="center", va="bottom", rotation=upright, color=PAPER)
             limits = [s.ceiling for s in measured]
             ceilings(axes, places, limits, 0.94 * width, "ceiling" if turn == 0 else "_")
             highest = max(highest, *limits, *(s.ratio for s in measured))
         mark(axes, 1.0, "dense", "y", DENSE)
         axes.set_xticks(range(len(kinds)), [kind.replace("one FFN, ", "").replace(", ", "\n") for kind in kinds])
         axes.set_ylabel("times as fast as dense")
-        axes.set_ylim(0, 1.1 * highest)
+        axes.set_ylim(0, 1.08 * highest)
+        axes.set_xlim(-0.6, max(len(kinds), 2) - 0.4)
         legend(axes)
 
     return figure(name, title, caption[0].upper() + caption[1:], paint)
@@ -75,9 +78,10 @@ def section(facts: Facts) -> Section | None:
     if bench is None or not found:
         return None
     figures = (
-        _bars("speed-decode", "Decoding", found, "decode"),
-        _bars("speed-prefill", "Reading a prompt", found, "prefill"),
-        _bars("speed-ffn", "One FFN alone, for M tokens", found, "FFN"),
+        _bars("speed", "The whole model", {m: [s for s in every if "FFN" not in s.what] for m, every in found.items()}),
+        _bars(
+            "speed-ffn", "One FFN alone, for M tokens", {m: [s for s in e if "FFN" in s.what] for m, e in found.items()}
+        ),
     )
     share = (bench.get("share") or {}).get("decode") or {}
     lead = "All models took turns in one run; a ratio is of medians, to the dense model's faster path."

@@ -7,9 +7,9 @@ from typing import Any
 
 from .facts import Facts
 from .parts import Figure, Section, Table, figure
-from .plots import dot, height, legend, log_scale, mark, percents, rail, rows, value_of
+from .plots import dot, height, legend, mark, percents, rail, rows
 from .svg import DENSE, PRUNED, SOFT, VIOLET
-from .words import clip, estimate, listed, percent, plural, short, times
+from .words import clip, estimate, listed, percent, plural, short
 
 # kind -> what a reader calls it, in the order in which kinds are told
 KINDS = {
@@ -18,7 +18,7 @@ KINDS = {
     "retrieval": "retrieval",
     "generation": "generation",
 }
-_SHOWN = ("total_variation", "cosine", "kl")
+# Of `analysis.deviation`, as a reader calls them.
 _NAMES = {"total_variation": "total variation", "cosine": "1 - cos", "kl": "KL, nats", "js": "Jensen-Shannon, nats"}
 
 Tasks = list[dict[str, Any]]
@@ -103,37 +103,50 @@ def _retained(tasks: Tasks) -> Figure | None:
 def _deviations(task: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
     found = task.get("deviations") or {}
     full, few = found.get("full"), found.get("restricted")
-    return {"full": full, "restricted": few} if full and few and all(k in full and k in few for k in _SHOWN) else None
+    return (
+        {"full": full, "restricted": few}
+        if full and few and "total_variation" in full and "total_variation" in few
+        else None
+    )
 
 
 def _categorical(tasks: Tasks) -> Figure | None:
     known = [(task, found) for task in tasks if (found := _deviations(task)) is not None]
     if not known:
         return None
-    names, pairs = [], []
-    for task, found in known:
-        for key in _SHOWN:
-            names.append(f"{clip(task['name'], 14)}: {_NAMES[key]}" if len(known) > 1 else _NAMES[key])
-            pairs.append((found["full"][key], found["restricted"][key]))
-    parts = []
-    for task, found in known:
-        full, few = (found[side]["total_variation"] for side in ("full", "restricted"))
-        ratio = f", {times(few['mean'] / full['mean'])} as much" if full["mean"] > 0 else ""
-        parts.append(
-            f"in {clip(task['name'], 30)} by {short(few['mean'])} against {short(full['mean'])} of the whole vocabulary{ratio}"
-        )
-    caption = f"Among the answer tokens alone, probabilities move {listed(parts)} (total variation)."
+    pairs = [tuple(found[side]["total_variation"] for side in ("restricted", "full")) for _, found in known]
+    parts = [
+        f"{clip(task['name'], 30)} {short(few['mean'])} against {short(full['mean'])}"
+        for (task, _), (few, full) in zip(known, pairs, strict=True)
+    ]
+    less = sum(few["mean"] < full["mean"] for few, full in pairs)
+    caption = (
+        f"Total variation among the answer tokens alone, renormalised, against that of the whole vocabulary: "
+        f"{listed(parts)}; they move less in {less} of {plural(len(pairs), 'task')}."
+    )
 
     def paint(axes: Any) -> None:
-        rows(axes, names)
-        for i, (full, few) in enumerate(pairs):
+        rows(axes, [_label(task) for task, _ in known])
+        for i, (few, full) in enumerate(pairs):
             dot(axes, full, i - 0.13, DENSE, None if i else "whole vocabulary")
             dot(axes, few, i + 0.13, VIOLET, None if i else "answer tokens")
-        log_scale(axes, [value_of(entry) for pair in pairs for entry in pair], along="x")
-        axes.set_xlabel("deviation from dense")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("total variation against dense")
         legend(axes)
 
-    return figure("categorical", "The answer tokens among themselves", caption, paint, height(len(names)))
+    return figure("categorical", "The answer tokens among themselves", caption, paint, height(len(known)))
+
+
+def _subspaces(tasks: Tasks) -> Table | None:
+    cells = [
+        (task["name"], name, estimate(found["restricted"][key]), estimate(found["full"][key]))
+        for task in tasks
+        if (found := _deviations(task)) is not None
+        for key, name in _NAMES.items()
+        if key in found["restricted"] and key in found["full"]
+    ]
+    columns = ("task", "deviation", ">answer tokens", ">whole vocabulary")
+    return Table("Answer tokens and whole vocabulary", columns, cells, folded=True) if cells else None
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
@@ -144,7 +157,10 @@ _COLUMNS = (">dense", ">pruned", ">lost", ">kept of what was above chance")
 
 
 def _tables(tasks: Tasks, orders: list[dict[str, Any]]) -> Iterator[Table]:
-    main = [(task["name"], KINDS.get(task["kind"], task["kind"]), f"{task['items']:,}", *_cells(main_of(task))) for task in tasks]
+    main = [
+        (task["name"], KINDS.get(task["kind"], task["kind"]), f"{task['items']:,}", *_cells(main_of(task)))
+        for task in tasks
+    ]
     yield Table("Tasks, 95 % intervals", ("task", "type", ">items", *_COLUMNS), main)
     if orders:
         verdicts = {"first": 0, "second": 1}
@@ -161,6 +177,9 @@ def _tables(tasks: Tasks, orders: list[dict[str, Any]]) -> Iterator[Table]:
         ]
         columns = ("asked as", "and as", ">facts", ">first keeps", ">second keeps", ">difference", "suffers more")
         yield Table("The same facts, asked in two ways", columns, cells)
+    subspaces = _subspaces(tasks)
+    if subspaces is not None:
+        yield subspaces
     every = [(task["name"], name, *_cells(entry)) for task in tasks for name, entry in task["metrics"].items()]
     yield Table("Every metric", ("task", "metric", *_COLUMNS), every, folded=True)
 

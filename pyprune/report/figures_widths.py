@@ -8,8 +8,8 @@ from typing import Any
 from .facts import Facts
 from .parts import Figure, Section, figure
 from .plots import legend, log_scale, number_axis
-from .svg import DENSE, GRID, PRUNED
-from .words import percent, plural
+from .svg import DENSE, LINE, PRUNED
+from .words import percent, plural, tick_percent
 
 Width = tuple[int, int | None, int]
 
@@ -31,7 +31,9 @@ def _caption(widths: list[Width]) -> str:
     after = [a for _, _, a in widths]
     before = [b for _, b, _ in widths if b is not None]
     low, high = (choose(widths, key=lambda entry: entry[2]) for choose in (min, max))
-    total = f": {percent(sum(after) / sum(before))} of {sum(before):,} neurons" if before else f", {sum(after):,} in all"
+    total = (
+        f": {percent(sum(after) / sum(before))} of {sum(before):,} neurons" if before else f", {sum(after):,} in all"
+    )
     if low[2] == high[2]:
         of = f" of {before[0]:,}" if before and len(set(before)) == 1 else ""
         return f"Each of the {plural(len(widths), 'layer')} keeps {low[2]:,}{of}{total}."
@@ -42,7 +44,7 @@ def _widths(widths: list[Width]) -> Figure:
     def paint(axes: Any) -> None:
         numbers = [n for n, _, _ in widths]
         if all(b is not None for _, b, _ in widths):
-            axes.bar(numbers, [b for _, b, _ in widths], 0.8, color=GRID, label="dense")
+            axes.bar(numbers, [b for _, b, _ in widths], 0.8, color=LINE, label="dense")
         axes.bar(numbers, [a for _, _, a in widths], 0.8, color=PRUNED, label="kept")
         axes.set_ylabel("neurons")
         axes.yaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
@@ -71,7 +73,7 @@ def _errors(layers: list[dict[str, Any]]) -> Figure | None:
             if entries:
                 xs, ys = ([e[k] for e in entries] for k in ("layer", key))
                 axes.plot(xs, ys, color=colour, marker="o", markersize=3.2, label=label)
-        log_scale(axes, [e[key] for key, entries, _, _ in lines for e in entries], percent)
+        log_scale(axes, [e[key] for key, entries, _, _ in lines for e in entries], tick_percent)
         axes.set_ylabel("relative squared error")
         number_axis(axes, "layer", len(cut))
         legend(axes)

@@ -69,7 +69,9 @@ def _render(facts: Facts, sections: list[Section]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(HERE)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     style = (HERE / "report.css").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(answer=answer(facts), sections=sections, style=style)
 

@@ -1,4 +1,4 @@
-"""What a page is made of: tiles, figures, tables and texts in sections. All texts are plain; the template escapes them."""
+"""What a page is made of: tiles, figures, tables and texts in sections; plain texts, which the template escapes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Section:
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
     examples: tuple[Example, ...] = ()
-    commands: str = ""
+    commands: tuple[str, ...] = ()
 
 
 def figure(name: str, title: str, caption: str, paint: Paint, size: tuple[float, float] = SIZE) -> Figure:

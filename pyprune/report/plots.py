@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .svg import LIMIT, LINE, SOFT
-from .words import percent, short
+from .words import tick, tick_percent
 
 # On a log scale, what is this far below the largest value is left out.
-_DEPTH = 1e-6
+_DEPTH = 1e-4
+# Of a legend, in points.
+_WIDTH = 300.0
 Entry = Mapping[str, Any] | None
 
 
@@ -19,7 +21,7 @@ def value_of(entry: Entry) -> float | None:
     return None if entry is None else entry.get("mean", entry.get("value"))
 
 
-def log_scale(axes: Any, values: Sequence[float | None], form: Callable[[float], str] = short, along: str = "y") -> bool:
+def log_scale(axes: Any, values: Sequence[float | None], form: Callable[[float], str] = tick, along: str = "y") -> bool:
     """Make an axis logarithmic, with ticks of its own, where values above 0 allow it; whether it is."""
     above = [v for v in values if v is not None and v > 0]
     if not above:
@@ -46,7 +48,7 @@ def _log_ticks(low: float, top: float) -> list[float]:
 
 def percents(axes: Any, along: str = "y") -> None:
     """Label an axis with shares."""
-    getattr(axes, f"{along}axis").set_major_formatter(lambda value, place: percent(value) if value else "0")
+    getattr(axes, f"{along}axis").set_major_formatter(lambda value, place: tick_percent(value))
 
 
 def number_axis(axes: Any, label: str, last: int) -> None:
@@ -97,14 +99,21 @@ def rows(axes: Any, names: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def legend(axes: Any, columns: int = 0) -> None:
-    """Above the picture, so that it hides nothing."""
+def legend(axes: Any) -> None:
+    """Above the picture, so that it hides nothing; in as many lines as it takes."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        wide = max(map(len, labels)) * len(labels) > 60
-        count = columns or (2 if wide and len(labels) > 2 else len(labels))
-        place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.1}
-        axes.legend(handles, labels, ncols=count, columnspacing=1.2, handletextpad=0.5, **place)
+        # Of a sign and a letter, in points.
+        wide = [26 + 5.6 * len(label) for label in labels]
+        fitting = [
+            n
+            for n in range(len(labels), 1, -1)
+            if n * max(wide) <= _WIDTH or (n == len(labels) and sum(wide) <= _WIDTH)
+        ]
+        columns = fitting[0] if fitting else 1
+        axes.figure.legend(
+            handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.2, handletextpad=0.5
+        )
 
 
 def ceilings(axes: Any, places: Sequence[float], values: Sequence[float], width: float, label: str) -> None:
@@ -119,6 +128,14 @@ def rail(axes: Any, y: float, low: float, high: float) -> None:
     axes.plot((low, high), (y, y), color=LINE, linewidth=2, zorder=1)
 
 
+def shares_up_to_one(axes: Any, shares: Sequence[float]) -> None:
+    """A vertical axis of shares that may all be 1."""
+    low = min(shares)
+    bottom = max(0.0, min(0.9, low - 0.1 * (1 - low)))
+    axes.set_ylim(bottom, 1 + 0.02 * (1 - bottom))
+    percents(axes)
+
+
 def height(count: int) -> tuple[float, float]:
     """The size of a figure with so many rows."""
-    return 4.5, max(1.9, 1.0 + 0.36 * count)
+    return 4.5, max(2.2, 1.0 + 0.36 * count)

@@ -8,20 +8,15 @@ from typing import Any
 
 from .facts import Facts
 from .parts import Section, Table
-from .words import clip, megabytes
+from .words import clip, megabytes, model_name
 
 _DEFAULT_TEXT = "pydoc_data.topics"
 _SELDOM = {"protect", "iterative", "structure"}
 
 
-def _name(value: Any) -> str:
-    """The last part of a path; what stands before it is about a machine."""
-    return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if isinstance(value, str) else "-"
-
-
 def _models(found: dict[str, Any]) -> str:
     names = [found.get(key) for key in ("model", "dense", "pruned")]
-    return ", ".join(_name(name) for name in names if isinstance(name, str)) or "-"
+    return ", ".join(model_name(name) for name in names if isinstance(name, str)) or "-"
 
 
 def _texts(name: str, found: dict[str, Any]) -> tuple[str, str]:
@@ -61,14 +56,19 @@ def _commit(machine: dict[str, Any] | None) -> str:
     return "-" if not commit else clip(commit, 200)[:10] + (" (changed)" if (machine or {}).get("dirty") else "")
 
 
+def _date(text: str | None) -> str:
+    """Without the seconds."""
+    return f"{text[:10]} {text[11:16]}" if text else "-"
+
+
 def _files(facts: Facts) -> Table:
     rows = []
     for name, found in facts.files.items():
         machine = _machine(name, found)
-        date = (machine or {}).get("date") or "-"
+        date = _date((machine or {}).get("date"))
         cells = (_models(found), *_texts(name, found), _seed(found), date, _commit(machine))
         rows.append((facts.places[name], *cells))
-    return Table("Files", ("file", "model", "text", "tokens", "seed", "date", "commit"), rows)
+    return Table("Files", ("file", "model", "text", "tokens", "seed", ">date (UTC)", ">commit"), rows)
 
 
 def _machines(facts: Facts) -> Table | None:
@@ -87,7 +87,12 @@ def _machines(facts: Facts) -> Table | None:
 
 
 def _described(machine: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for label, key in (("CPU", "cpu"), ("instructions", "instructions"), ("cores", "cores"), ("threads", "torch_threads")):
+    for label, key in (
+        ("CPU", "cpu"),
+        ("instructions", "instructions"),
+        ("cores", "cores"),
+        ("threads", "torch_threads"),
+    ):
         if key in machine:
             yield label, str(machine[key])
     if "memory_bytes" in machine:
@@ -125,11 +130,17 @@ def _pruning(facts: Facts) -> Iterator[str]:
     if not provenance:
         return
     config = provenance.get("config") or {}
+    if not {"keep", "target_speedup"} & config.keys():  # a mask said which neurons; it is in no file here
+        return
     plain = {key: value for key, value in config.items() if key not in _SELDOM}
     if config.get("structure", "neurons") != "neurons":
         plain["structure"] = config["structure"]
     sizes = {"tokens": provenance.get("tokens") or None, "window": provenance.get("window") or None}
-    yield _command("pyprune prune DENSE --out PRUNED", _options(**plain, **sizes), _text(provenance.get("text")))
+    if "damping" in config and config["damping"] is None:
+        plain["damping"] = "auto"
+    flags = "--no-sequential" if config.get("sequential") is False else ""
+    text = _text(provenance.get("text"))
+    yield _command("pyprune prune DENSE --out PRUNED", _options(**plain, **sizes), flags, text)
 
 
 def _commands(facts: Facts) -> Iterator[str]:
@@ -159,7 +170,9 @@ def _commands(facts: Facts) -> Iterator[str]:
     bench = facts.get("bench")
     if bench is not None:
         settings = bench.get("settings") or {}
-        given = _options(prefill=settings.get("prefill_tokens"), repeats=settings.get("repeats"), dtype=settings.get("dtype"))
+        given = _options(
+            prefill=settings.get("prefill_tokens"), repeats=settings.get("repeats"), dtype=settings.get("dtype")
+        )
         yield f"{_command('pyprune bench PRUNED --against DENSE', given, '--json')} > DIR/bench.json"
     yield from _experiments(facts)
     if facts.get("pyprune") is not None:
@@ -178,7 +191,9 @@ def _experiments(facts: Facts) -> Iterator[str]:
     if latency is not None:
         load = latency["table"]["workload"]
         targets = ",".join(f"{row['target']:g}" for row in latency["rows"])
-        sizes = {key: latency.get(key) for key in ("method", "dtype", "tokens", "evaluation_tokens", "window", "rounds")}
+        sizes = {
+            key: latency.get(key) for key in ("method", "dtype", "tokens", "evaluation_tokens", "window", "rounds")
+        }
         kind = {"workload": load["kind"], "batch": load["tokens"], "weights": load.get("weights")}
         given = _options(targets=targets, **sizes, **kind)
         yield _command("python bench/bench_latency_aware.py --model DENSE", _text(latency.get("evaluation")), given)
@@ -203,7 +218,7 @@ def section(facts: Facts) -> Section:
     machines = _machines(facts)
     tables = (_files(facts), *([machines] if machines is not None else []))
     lead = (
-        "Every number above comes from these files; a figure whose file is not there is not there either. In the commands, "
-        "DENSE, PRUNED and RECOVERED are models, FILE is the text named here, and DIR is this folder."
+        "Every number above comes from these files; a figure whose file is not there is not there either. In the "
+        "commands, DENSE, PRUNED and RECOVERED are models, FILE is the text named here, and DIR is this folder."
     )
-    return Section("provenance", "Provenance", lead, tables=tables, commands="\n".join(_commands(facts)))
+    return Section("provenance", "Provenance", lead, tables=tables, commands=tuple(_commands(facts)))

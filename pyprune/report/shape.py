@@ -97,16 +97,26 @@ def pair(place: str, value: Any) -> None:
         _refuse(place, "be two numbers", value)
 
 
-def named(shape: Shape, least: int = 0, key: Callable[[str], bool] = lambda key: True, rule: str = "") -> Shape:
-    """An object whose keys are names (or, by `key` and its `rule`, numbers) and whose values have one shape."""
+def named(shape: Shape, least: int = 0) -> Shape:
+    """An object with at least `least` entries, whose keys are names and whose values have one shape."""
 
     def found(place: str, value: Any) -> None:
         if not isinstance(value, dict) or len(value) < least:
             _refuse(place, f"be an object with {least} or more entries" if least else "be an object", value)
         for name, entry in value.items():
-            if not key(name):
-                _refuse(f"{place}, each key,", rule, name)
             shape(at(place, name), entry)
+
+    return found
+
+
+def counted(shape: Shape, least: int = 0) -> Shape:
+    """The same, with numbers of tokens or sequences for keys."""
+
+    def found(place: str, value: Any) -> None:
+        named(shape, least)(place, value)
+        for key in value:
+            if not (key.isascii() and key.isdecimal() and len(key) <= 12):
+                _refuse(f"{place}, each key,", "be a number of tokens or sequences", key)
 
     return found
 

@@ -33,7 +33,7 @@ _VARIABLES = {
     WARM: "warm",
     VIOLET: "violet",
 }
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, and has the page's font
     "font.size": 10.0,
     "axes.labelsize": 10.0,
@@ -68,6 +68,8 @@ _STYLE: dict[str, Any] = {
 }
 _NAMESPACE = re.compile(r"^\{[^}]*\}")
 _REFERENCE = re.compile(r"#([\w.-]+)")
+# As some versions write it, and as others do.
+_FAMILY = re.compile(r"font-family:[^;]*;?\s*")
 _FONT = re.compile(r"font:\s*(?P<style>[^;]*?)(?P<size>[\d.]+)px[^;]*")
 _DIGITS = re.compile(r"-?\d+\.\d{3,}")
 _NOT_DRAWN = {"metadata", "style", "title"}
@@ -133,7 +135,7 @@ def _value(key: str, value: str, name: str) -> str:
     if key in ("style", "fill", "stroke"):
         for sentinel, variable in _VARIABLES.items():
             value = value.replace(sentinel, f"var(--{variable})")
-        value = _FONT.sub(_font, value)
+        value = _FONT.sub(_font, _FAMILY.sub("", value))
     value = _REFERENCE.sub(rf"#{name}-\1", value) if key == "href" or "url(#" in value else value
     return _DIGITS.sub(lambda found: f"{float(found.group()):.2f}", value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,22 @@ def percent(value: float) -> str:
     if 0 < size < 0.0005:
         return f"{value:.0e}"
     return f"{value:.1%}" if 0 < size < 0.0995 or 0.985 < size < 1 or 1 < size < 1.015 else f"{value:.0%}"
+
+
+def tick(value: float) -> str:
+    """A number beside an axis: `50`, `2,000`, `0.01`, `1e-4`."""
+    if value == 0 or 1e-3 <= abs(value) < 1000:
+        return f"{value:.4g}"
+    return (
+        f"{value:,.0f}"
+        if 1000 <= abs(value) < 1e7
+        else re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{value:.0e}").replace("e+", "e")
+    )
+
+
+def tick_percent(value: float) -> str:
+    """A share beside an axis: `5%`, `0.1%`."""
+    return f"{tick(100 * value)}%" if value else "0"
 
 
 def times(value: float) -> str:
@@ -60,6 +77,12 @@ def clip(text: str, length: int) -> str:
     """A name that fits into a figure: one line of `length` characters at most."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def model_name(name: str) -> str:
+    """The last part of a path: what stands before it is about somebody's machine."""
+    last = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return "SmolLM2-135M-Instruct" if last == "demo" else last
 
 
 def listed(parts: Sequence[str]) -> str:
