@@ -6,17 +6,29 @@ JOBS ?= 2
 NATIVE := $(wildcard $(addprefix csrc/,*/*.cpp */*.h */*.cu */*.cuh cuda/simulator/*.cpp cuda/simulator/*.h))
 ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_cpu_calls.py tests/test_cuda_simulated.py
 
-.PHONY: demo test test-all test-asan native style format bench bench-all gpu clean
+.PHONY: demo test test-all browser test-asan native style format bench bench-all gpu clean
 
 demo: native
 	$(BIN)/pyprune demo --out out/demo
 
 # In two processes: most of the time goes to interpreters and to processes that are started.
-test: native
+test: native browser
 	$(BIN)/pytest -q -n $(JOBS) --dist loadfile
 
-test-all: native
+test-all: native browser
 	$(BIN)/pytest -q -m "not gpu"
+
+# The browser in which a test opens the report, from Debian's packages. Where it cannot be installed: says so, and the
+# test fails; PYPRUNE_NO_BROWSER=1 does without both.
+browser:
+	@if command -v chromium > /dev/null || [ -n "$$PYPRUNE_NO_BROWSER" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
+	if command -v apt-get > /dev/null && $$as true 2> /dev/null; then \
+		$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends chromium > /dev/null && exit 0; \
+	fi; \
+	echo "no chromium here, and it could not be installed (apt-get, as root or by sudo -n): install it, or set" \
+		"PYPRUNE_NO_BROWSER=1 to skip the test that opens the report"
 
 # The CPU library and the simulator of the CUDA kernels again, sanitized, in a folder of their own; Python is not, so
 # the runtime is preloaded.

@@ -14,12 +14,15 @@ from rich.markup import escape
 from . import checkpoint, dispatch, families, loading, native, nested, surgery
 from .benchmark import benchmark
 from .cli_compare import compare
+from .cli_diagnose import diagnose
+from .cli_inspect import inspect
 from .cli_prune import prune
 from .cli_recover import recover
+from .cli_report import report
 from .cli_tune import tune
 from .config import PruneConfig
 from .demo import run_demo
-from .diagnosis import diagnose
+from .doctor import found_here
 from .errors import CheckpointError, check, check_choice
 from .evaluation import generate_text, perplexity
 from .mlp import MODES
@@ -39,7 +42,7 @@ from .options import (
 )
 from .pruning import prune as prune_model
 from .quantisation import WEIGHTS
-from .screen import Bars, err, megabytes, show, table, verb
+from .screen import Bars, err, show, table, verb
 from .summary import speeds
 
 app = typer.Typer(
@@ -71,7 +74,7 @@ def _load(model: str, dtype: str, device: str, weights: str | None, width: float
 @verb
 def doctor(as_json: JsonOption = False) -> None:
     """Machine, versions and backends: usable, or why not, in one line each."""
-    facts = diagnose()
+    facts = found_here()
     states = [(name, device, state) for name, by in facts["backends"].items() for device, state in by.items()]
     choices = facts["choices"]
     show(
@@ -86,64 +89,7 @@ def doctor(as_json: JsonOption = False) -> None:
     )
 
 
-@app.command()
-@verb
-def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
-    """The FFNs found: layer, family, plain or gated, widths, activation, bias, parameters, share of the bytes."""
-    loaded = loading.load_model(model, "auto")
-    ffns = families.find_ffns(loaded)
-    total = sum(p.numel() * p.element_size() for p in loaded.parameters())
-    rows: list[dict[str, Any]] = []
-    for ffn in ffns:
-        parameters = ffn.parameters()
-        count = sum(p.numel() for p in parameters)
-        rows.append(
-            {
-                "layer": ffn.layer,
-                "name": ffn.name,
-                "family": ffn.pattern.name,
-                "kind": "gated" if ffn.gated else "plain",
-                "hidden_size": ffn.hidden_size,
-                "intermediate_size": ffn.intermediate_size,
-                "activation": ffn.activation,
-                "bias": ffn.weights().down_bias is not None,
-                "parameters": count,
-                "share_of_bytes": sum(p.numel() * p.element_size() for p in parameters) / total,
-            }
-        )
-    share = sum(r["share_of_bytes"] for r in rows)
-    show(
-        {
-            "model": model,
-            "model_type": loaded.config.model_type,
-            "bytes": total,
-            "ffn_share_of_bytes": share,
-            "fingerprint": families.fingerprint(loaded, ffns),
-            "ffns": rows,
-        },
-        as_json,
-        table(
-            f"{model}: {len(rows)} FFNs, {share:.1%} of {megabytes(total)}",
-            (">layer", "name", "family", "kind", ">D", ">F", "activation", "bias", ">parameters", ">share"),
-            [
-                (
-                    r["layer"],
-                    r["name"],
-                    r["family"],
-                    r["kind"],
-                    r["hidden_size"],
-                    r["intermediate_size"],
-                    r["activation"],
-                    "yes" if r["bias"] else "no",
-                    f"{r['parameters']:,}",
-                    f"{r['share_of_bytes']:.2%}",
-                )
-                for r in rows
-            ],
-        ),
-    )
-
-
+app.command()(inspect)
 app.command()(prune)
 
 
@@ -273,6 +219,8 @@ def bench(
 
 app.command()(compare)
 app.command()(recover)
+app.command()(diagnose)
+app.command()(report)
 app.command()(tune)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,28 +13,11 @@ from . import checkpoint, loading, machine
 from .errors import InputError, check
 from .evaluation import perplexity
 from .files import check_out_folder, new_file
-from .options import MODEL_HELP, DeviceOption, JsonOption, SeedOption, choose_device, text_windows
+from .options import MODEL_HELP, DeviceOption, JsonOption, SeedOption, check_same_tokenizer, choose_device, text_windows
 from .recovery import DECAYS, MODES, PRECISIONS, TRAINED, RecoverConfig, split
 from .recovery import recover as recover_model
 from .screen import Bars, show, table, verb
 from .training.distillation import DistillationConfig
-
-
-def _same_tokens(mine: Any, theirs: Any) -> None:
-    """Raise `InputError` unless two tokenizers turn text into the same tokens, as far as their contents tell."""
-    a, b = mine.get_vocab(), theirs.get_vocab()
-    if a != b:
-        other = sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
-        first = other[0]
-        raise InputError(
-            f"teacher must have the model's tokenizer; {len(other)} tokens differ, the first is {first!r}: "
-            f"{a.get(first)} in the model's, {b.get(first)} in the teacher's"
-        )
-    contents = [json.loads(t.backend_tokenizer.to_str()) if t.is_fast else {} for t in (mine, theirs)]
-    parts = [
-        name for name in ("normalizer", "pre_tokenizer", "model") if contents[0].get(name) != contents[1].get(name)
-    ]
-    check(not parts, "teacher", "have the model's tokenizer; the same tokens, but these parts differ", parts)
 
 
 def _figure(result: dict[str, Any], path: Path) -> None:
@@ -175,7 +157,7 @@ def recover(
         raise InputError("figure needs matplotlib: pip install 'pyprune[plot]'")
     place = choose_device(device)
     tokenizer = loading.load_tokenizer(model)
-    _same_tokens(tokenizer, loading.load_tokenizer(teacher))
+    check_same_tokenizer(tokenizer, loading.load_tokenizer(teacher), "teacher")
     windows, name = text_windows(tokenizer, text, "first", tokens, window)
     second, second_name = text_windows(tokenizer, also, "second", also_tokens, window)
     split(windows, None, config)  # before a long load

@@ -17,10 +17,12 @@ from rich.markup import escape
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import checkpoint, fresh, loading, machine, surgery
+from . import checkpoint, fresh, loading, machine, report, surgery
+from .analysis import neuron_redundancy
 from .benchmark import benchmark
 from .calibration import Progress
 from .config import PruneConfig
+from .diagnose import Budget, described, diagnose
 from .errors import InputError, PypruneError
 from .evaluation import perplexity
 from .figures import demo_figure
@@ -34,6 +36,9 @@ PROMPT = "Explain in two sentences what a list is in Python."
 _NEW_TOKENS = 48
 _WINDOW = 1024
 _EVALUATION_TOKENS = 8192
+# Of why it got worse: windows of this many tokens, so many of them, and the rest of the budget; a minute or two.
+_WHY_WINDOW, _WHY_WINDOWS = 256, 6
+_BUDGET = Budget(prompts=8, new_tokens=32, items=40)
 
 
 @dataclass
@@ -41,7 +46,8 @@ class DemoResult:
     """What the demo measured.
 
     Attributes:
-        out: the folder with `dense/`, `pruned/`, `results.json` and `demo.png`.
+        out: the folder with `dense/`, `pruned/`, `results.json`, `diagnose.json`, `redundancy.json`, `demo.png` and
+            `report.html`.
         facts: everything, as JSON values.
     """
 
@@ -85,7 +91,7 @@ class DemoResult:
                 speed_rows,
             ),
             f"reloaded by stock Transformers in a fresh process: logits differ by {pruned['difference']:g}; "
-            f"figure {self.out / 'demo.png'}; {self.facts['seconds']:.0f} s in all",
+            f"figure {self.out / 'demo.png'}, report {self.out / 'report.html'}; {self.facts['seconds']:.0f} s in all",
         ]
 
 
@@ -109,8 +115,11 @@ def _reload(folder: Path, model: Any, ids: Tensor) -> dict[str, Any]:
 
 
 def _check_out(out: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise PypruneError("the demo draws a figure, and matplotlib is not installed: pip install 'pyprune[plot]'")
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PypruneError(
+            f"the demo writes a report, and {missing[0]} is not installed: pip install 'pyprune[report]'"
+        )
     for name in ("dense", "pruned"):
         folder = out / name
         if folder.exists() and not (folder / checkpoint.MANIFEST).is_file():
@@ -128,6 +137,23 @@ def _keep_facts(
     facts["perplexity"] = perplexity(model, windows, progress).perplexity
     facts["neurons"] = neurons
     return facts
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _explain(
+    dense: Any, pruned: Any, tokenizer: Any, first: Tensor, second: Tensor, names: dict[str, str], progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Why it got worse, on a small budget: the facts of `pyprune diagnose` and `pyprune inspect --redundancy`."""
+    samples, windows = (ids.view(-1, _WHY_WINDOW)[:_WHY_WINDOWS] for ids in (first, second))
+    found = diagnose(dense, pruned, tokenizer, windows, _BUDGET, progress=progress)
+    facts = described(found, dense, pruned, {"dense": names["model"], "pruned": "pruned"}, names["second"], windows)
+    alike = neuron_redundancy(dense, samples, keep=facts["provenance"]["config"]["keep"], progress=progress).to_json()
+    redundancy = {"text": names["first"], **alike, "machine": facts["machine"]}
+    return {"diagnose": facts, "redundancy": {"model": names["model"], "redundancy": redundancy}}
 
 
 def run_demo(
@@ -157,30 +183,34 @@ def run_demo(
     held_out = token_windows(tokenizer, second, _EVALUATION_TOKENS, _WINDOW)
     progress(f"loading {name}", 0, 1)
     dense, pruned = loading.load_model(model), loading.load_model(model)
-    report = prune(
+    cut = prune(
         pruned,
         config,
         calibration,
         progress=progress,
         provenance={"model": name, "text": first_name, "versions": machine.versions()},
     )
-    mask = report.mask
+    mask = cut.mask
     assert mask is not None
     total = sum(k.intermediate_size for k in mask.layers)
     facts: dict[str, Any] = {
         "model": name,
         "keep": mask.keep,
-        "calibration": {"text": first_name, "tokens": report.tokens, "window": _WINDOW},
+        "calibration": {"text": first_name, "tokens": cut.tokens, "window": _WINDOW},
         "evaluation": {"text": second_name, "tokens": held_out.numel(), "window": _WINDOW},
-        "prune": report.to_json(),
+        "prune": cut.to_json(),
         "dense": _keep_facts(dense, tokenizer, out / "dense", held_out, total, progress),
         "pruned": _keep_facts(pruned, tokenizer, out / "pruned", held_out, sum(mask.widths), progress),
     }
+    names = {"model": name, "first": first_name, "second": second_name}
+    explained = _explain(dense, pruned, tokenizer, calibration, held_out, names, progress)
     swapped = surgery.accelerate(loading.load_model(str(out / "pruned")))
     facts["bench"] = benchmark(dense, {"pruned": pruned, "PrunedMLP": swapped}, progress=progress).to_json()
     facts["seconds"] = time.perf_counter() - started
-    with new_file(out / "results.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    _write(out / "results.json", facts)
+    for part, found in explained.items():
+        _write(out / f"{part}.json", found)
     with new_file(out / "demo.png") as temporary:
         demo_figure(facts, temporary)
+    report.write(out, out / "report.html")
     return DemoResult(out, facts)

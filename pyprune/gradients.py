@@ -22,7 +22,7 @@ from .importance import GradientStats
 from .probe import evaluating
 
 
-def _neuron_major(ffn: FFN, of: Callable[[Any], Any]) -> tuple[list[Tensor], list[Tensor]]:
+def neuron_major(ffn: FFN, of: Callable[[Any], Any]) -> tuple[list[Tensor], list[Tensor]]:
     """What `of` gives for each parameter: parts `[F, D]` in record order, and input biases `[F]`."""
     parts: list[Tensor] = []
     biases: list[Tensor] = []
@@ -45,7 +45,7 @@ class _Layer:
 
     def __init__(self, ffn: FFN, parts: bool, parts_square: bool) -> None:
         self.ffn = ffn
-        weights = [_wide(w) for w in _neuron_major(ffn, Tensor.detach)[0]]
+        weights = [_wide(w) for w in neuron_major(ffn, Tensor.detach)[0]]
         self.parts = [torch.zeros_like(w) for w in weights] if parts else []
         self.parts_square = [torch.zeros_like(w) for w in weights] if parts_square else []
         zeros = weights[0].new_zeros(3, len(weights[0]), dtype=torch.float64)
@@ -76,8 +76,8 @@ class _Layer:
     def _collect(self, _: Tensor) -> None:
         if any(p.grad is None for p in self.parameters):
             return
-        weights, biases = _neuron_major(self.ffn, Tensor.detach)
-        gradients, bias_gradients = _neuron_major(self.ffn, lambda p: p.grad)
+        weights, biases = neuron_major(self.ffn, Tensor.detach)
+        gradients, bias_gradients = neuron_major(self.ffn, lambda p: p.grad)
         for w, g in zip(biases, bias_gradients, strict=True):
             self.window[2] += w.double() * g.double()
         for i, (w, g) in enumerate(zip(weights, gradients, strict=True)):

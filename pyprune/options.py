@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import torch
@@ -9,7 +10,7 @@ import typer
 from torch import Tensor
 
 from . import loading
-from .errors import check, check_choice
+from .errors import InputError, check, check_choice
 from .quantisation import WEIGHTS
 from .text import load_text, token_windows
 
@@ -60,3 +61,20 @@ def text_windows(tokenizer: Any, text: str | None, part: str, tokens: int, windo
     """Token windows of a text, and the text's name."""
     content, name = load_text(text, part)
     return token_windows(tokenizer, content, tokens, window), name
+
+
+def check_same_tokenizer(mine: Any, theirs: Any, argument: str) -> None:
+    """Raise `InputError` unless two tokenizers turn text into the same tokens, as far as their contents tell."""
+    a, b = mine.get_vocab(), theirs.get_vocab()
+    if a != b:
+        other = sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
+        first = other[0]
+        raise InputError(
+            f"{argument} must have the other model's tokenizer; {len(other)} tokens differ, the first is {first!r}: "
+            f"{b.get(first)} in its own, {a.get(first)} in the other's"
+        )
+    contents = [json.loads(t.backend_tokenizer.to_str()) if t.is_fast else {} for t in (mine, theirs)]
+    parts = [
+        name for name in ("normalizer", "pre_tokenizer", "model") if contents[0].get(name) != contents[1].get(name)
+    ]
+    check(not parts, argument, "have the other model's tokenizer; the same tokens, but these parts differ", parts)

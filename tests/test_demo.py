@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pyprune import InputError, PypruneError, checkpoint, demo, loading, roofline
 from pyprune.calibration import quiet
+from pyprune.diagnose import Budget
 
 
 @pytest.fixture
@@ -27,6 +28,8 @@ def chatty(
     chat.save_pretrained(folder)
     monkeypatch.setattr(demo, "_WINDOW", 64)
     monkeypatch.setattr(demo, "_EVALUATION_TOKENS", 128)
+    monkeypatch.setattr(demo, "_WHY_WINDOW", 32)
+    monkeypatch.setattr(demo, "_BUDGET", Budget(2, 8, 4, items=4))
     monkeypatch.setattr(roofline, "buffer_bytes", lambda device: 1 << 24)
     return str(folder)
 
@@ -35,7 +38,9 @@ def test_demo_writes_what_it_says(chatty: str, tmp_path: Path) -> None:
     stages = []
     out = tmp_path / "out"
     result = demo.run_demo(out, 0.7, None, 256, lambda stage, done, total: stages.append(stage), chatty)
-    assert {p.name for p in out.iterdir()} == {"dense", "pruned", "results.json", "demo.png"}
+    assert {p.name for p in out.iterdir()} == {
+        *("dense", "pruned", "results.json", "diagnose.json", "redundancy.json", "demo.png", "report.html")
+    }
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     facts = json.loads((out / "results.json").read_text())
     assert facts["dense"]["difference"] == facts["pruned"]["difference"] == 0
@@ -43,6 +48,10 @@ def test_demo_writes_what_it_says(chatty: str, tmp_path: Path) -> None:
     assert facts["pruned"]["file_bytes"] < facts["dense"]["file_bytes"]
     assert facts["calibration"]["text"] != facts["evaluation"]["text"]
     assert checkpoint.verify(out / "pruned")["widths"] == [64, 64, 64]
+    diagnosis = json.loads((out / "diagnose.json").read_text())
+    assert diagnosis["hierarchy"]["perplexity"]["pruned"] > 0 and diagnosis["text"] == facts["evaluation"]["text"]
+    assert json.loads((out / "redundancy.json").read_text())["redundancy"]["text"] == facts["calibration"]["text"]
+    assert "<!doctype html>" in (out / "report.html").read_text(encoding="utf-8").lower()
     assert len(result.tables()) == 4
     assert "pruning layers" in stages and "measuring perplexity" in stages
 

@@ -415,7 +415,7 @@ def test_the_verb_refuses_wrong_use(pruned: Path, tiny_checkpoint: Path, tmp_pat
     a, b = sorted(vocabulary)[-2:]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     save_tokenizer(tokenizer, changed, other)
-    assert "teacher must have the model's tokenizer; 2 tokens differ" in refused(pruned, "--teacher", other, *out)
+    assert "teacher must have the other model's tokenizer; 2 tokens differ" in refused(pruned, "--teacher", other, *out)
     changed = json.loads(tokenizer.backend_tokenizer.to_str())
     changed["pre_tokenizer"]["add_prefix_space"] = True
     save_tokenizer(tokenizer, changed, other)

@@ -96,7 +96,9 @@ def test_configuration_goes_through_json(method):
 
 
 def test_every_method_says_what_it_does():
-    assert methods.names() == ["ema", "gum", "magnitude", "movement", "movement-soft", "platon", "random"]
+    assert methods.names() == [
+        *("ema", "gum", "magnitude", "movement", "movement-soft", "platon", "random", "smoothed")
+    ]
     for name in methods.names():
         found = methods.get(name)
         assert found.name == name

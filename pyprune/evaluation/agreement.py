@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..calibration import Progress, quiet
 from ..errors import check
+from .likeness import distinct, repetition
 
 # Agreement is reported for this many first tokens, and for all.
 STEPS = (1, 4, 16)
@@ -79,22 +80,12 @@ def continuations(
     return found
 
 
-def repetition(tokens: Sequence[int], order: int = 4) -> float:
-    """Share of the n-grams that are not the first of their kind; 0 where there is none."""
-    grams = _grams(tokens, order)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def common_start(a: Sequence[int], b: Sequence[int], limit: int) -> int:
     """How many first tokens are the same; `limit` for two that are the same to their ends."""
     if list(a) == list(b):
         return limit
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
-def _grams(tokens: Sequence[int], order: int) -> list[tuple[int, ...]]:
-    return [tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1)]
 
 
 @torch.no_grad()
@@ -107,12 +98,11 @@ def _log_likelihood(model: Any, prompt: Tensor, continuation: Tensor) -> float:
 
 def _written(dense: Any, texts: Sequence[tuple[Tensor, Tensor]]) -> Written:
     tokens = [continuation.tolist() for _, continuation in texts]
-    bigrams = [gram for one in tokens for gram in _grams(one, 2)]
     count = sum(map(len, tokens))
     mean = -sum(_log_likelihood(dense, *text) for text in texts) / count
     return Written(
         fmean(map(repetition, tokens)),
-        len(set(bigrams)) / len(bigrams) if bigrams else 0.0,
+        distinct(tokens, 2),
         math.exp(mean) if mean < 700 else math.inf,
         count,
     )

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..calibration import Progress, check_windows, quiet
 from ..errors import check
+from .intervals import bootstrap
 
-_RESAMPLES = 2000
 _ITEMS_AT_ONCE = 8
 
 
@@ -196,11 +196,3 @@ def choice_difference(dense: Choice, pruned: Choice) -> Difference:
     check(dense.items == pruned.items, "pruned", f"have answered the same {dense.items} items", pruned.items)
     values = torch.tensor(dense.correct, dtype=torch.float64) - torch.tensor(pruned.correct, dtype=torch.float64)
     return Difference(float(values.mean()), bootstrap(values))
-
-
-def bootstrap(values: Tensor, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of `values` `[N]`, by percentiles of the means of samples drawn from them."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(values), (_RESAMPLES, len(values)), generator=generator)
-    low, high = values.double()[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return float(low), float(high)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .. import importance
 from ..errors import check, check_choice
 from . import methods
 from .ema import check_beta
@@ -38,7 +39,8 @@ class TrainingConfig:
         similarity_beta: weight of the past in its running sums, in [0, 1).
         uniqueness_form: `penalty`, or `gradient`, which pushes the score gradient itself.
         inverted: `gum`'s ablation: push the neurons that are unlike the others.
-        beta, uncertainty_beta: of `platon` and `ema`: weight of the past in the smoothed sensitivity, and in its
+        criterion: of `smoothed`, an importance criterion (`pyprune.importance.names()`); None for the method's own.
+        beta, uncertainty_beta: of `platon`, `ema` and `smoothed`: weight of the past in the smoothed score, and in its
             uncertainty.
         seed: of everything random.
 
@@ -63,6 +65,7 @@ class TrainingConfig:
     similarity_beta: float = 0.9
     uniqueness_form: str = "penalty"
     inverted: bool = False
+    criterion: str | None = None
     beta: float = 0.85
     uncertainty_beta: float = 0.85
     seed: int = 0
@@ -88,6 +91,9 @@ class TrainingConfig:
         check(is_number(self.threshold) and 0 < self.threshold < 1, "threshold", "lie in (0, 1)", self.threshold)
         for name in ("similarity_beta", "beta", "uncertainty_beta"):
             check_beta(getattr(self, name), name)
+        if self.criterion is not None:
+            check("criterion" in defaults, "criterion", f"be left open with method {self.method!r}", self.criterion)
+            check_choice(self.criterion, "criterion", importance.names())
         check(isinstance(self.inverted, bool), "inverted", "be true or false", self.inverted)
 
     @property

@@ -24,6 +24,21 @@ def smooth(state: dict[str, Tensor], name: str, value: Tensor, beta: float) -> T
     return state[name]
 
 
+def corrected(state: dict[str, Tensor], value: Tensor, beta: float) -> Tensor:
+    """One step of smoothing, divided by the weight that all values so far have in it: 1 - beta^t after t steps.
+
+    So the first result is the first value, and none is pulled to the zero that the mean starts from (Kingma and Ba
+    2015, arXiv 1412.6980, section 3). All values of a step are divided alike, so ranks are those of the mean alone.
+
+    Args:
+        state: holds `mean` and `weight` between steps.
+        value: of this step.
+        beta: weight of the past.
+    """
+    mean = smooth(state, "mean", value, beta)
+    return mean / smooth(state, "weight", value.new_ones(()), beta)
+
+
 def smoothed_score(state: dict[str, Tensor], value: Tensor, beta: float, uncertainty_beta: float | None) -> Tensor:
     """One step of smoothing: the mean alone, or mean times uncertainty as PLATON has it.
 
@@ -49,16 +64,28 @@ class EMA:
         score: `(...) -> Tensor`, of one shape at every call.
         beta: weight of the past, in [0, 1); 0 gives the unsmoothed score of the last step.
         uncertainty_beta: None, or the weight of the past for the uncertainty that the mean is multiplied by (PLATON).
+        debias: divide the mean by the weight of all values so far (see `corrected`); not with an uncertainty.
+
+    An importance criterion is such a score: `EMA(importance.get("wanda"))(weights, stats)`. While a model trains,
+    method `smoothed` of `TrainingConfig` does this with any criterion, and gathers the statistics.
 
     Raises:
-        InputError: a beta outside [0, 1); when called, a score that is not finite, or of another shape than before.
+        InputError: a beta outside [0, 1), or `debias` with an uncertainty; when called, a score that is not finite, or
+            of another shape than before.
     """
 
-    def __init__(self, score: Callable[..., Tensor], beta: float = 0.85, uncertainty_beta: float | None = None) -> None:
+    def __init__(
+        self,
+        score: Callable[..., Tensor],
+        beta: float = 0.85,
+        uncertainty_beta: float | None = None,
+        debias: bool = False,
+    ) -> None:
         check_beta(beta, "beta")
         if uncertainty_beta is not None:
             check_beta(uncertainty_beta, "uncertainty_beta")
-        self.score, self.beta, self.uncertainty_beta = score, beta, uncertainty_beta
+        check(not (debias and uncertainty_beta is not None), "debias", "be off with uncertainty_beta", debias)
+        self.score, self.beta, self.uncertainty_beta, self.debias = score, beta, uncertainty_beta, debias
         self._state: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -69,10 +96,12 @@ class EMA:
         )
         old = self._state.get("mean")
         check(old is None or old.shape == value.shape, "score", "have one shape at every step", tuple(value.shape))
+        if self.debias:
+            return corrected(self._state, value, self.beta)
         return smoothed_score(self._state, value, self.beta, self.uncertainty_beta).clone()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the past left: flat tensors, `mean` and perhaps `uncertainty`; empty before the first call."""
+        """What the past left: `mean` and perhaps `uncertainty` or `weight`; empty before the first call."""
         return {name: tensor.clone() for name, tensor in self._state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -81,6 +110,7 @@ class EMA:
         Raises:
             InputError: it is not the state of such an average.
         """
-        names = {"mean"} if self.uncertainty_beta is None else {"mean", "uncertainty"}
+        names = {"mean"} | ({"weight"} if self.debias else set())
+        names |= set() if self.uncertainty_beta is None else {"uncertainty"}
         check(set(state) in (set(), names), "state", f"hold {sorted(names)}", sorted(state))
         self._state = {name: tensor.clone() for name, tensor in state.items()}

@@ -6,6 +6,7 @@ a removed neuron reaches nothing and gets no gradient, but it can come back.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..families import FFN
+from ..importance import ActivationStats
+from .statistics import StepStatistics
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -41,6 +44,7 @@ class NeuronMask:
         ffn: where it goes.
         gradient: gather the straight-through gradient of the mask while training.
         moments: gather the products of neurons while training.
+        needs: of `importance.base.NEEDS`: what of a criterion's statistics to gather while training.
 
     Attributes:
         keep: `[F]` bool, true for the neurons that work.
@@ -48,8 +52,9 @@ class NeuronMask:
             removed neurons have zeros there.
     """
 
-    def __init__(self, ffn: FFN, gradient: bool, moments: bool) -> None:
+    def __init__(self, ffn: FFN, gradient: bool, moments: bool, needs: Set[str] = frozenset()) -> None:
         self.ffn = ffn
+        self._step = StepStatistics(ffn, needs) if needs else None
         self._down: nn.Module = ffn.down
         self._gathers_gradient, self._gathers_moments = gradient, moments
         self.set(torch.ones(ffn.intermediate_size, dtype=torch.bool))
@@ -62,6 +67,13 @@ class NeuronMask:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self._mask = self.keep.to(dtype).requires_grad_(self._gathers_gradient)
         self.products: Tensor | None = None
+        if self._step is not None:
+            self._step.reset()
+
+    @property
+    def statistics(self) -> ActivationStats | None:
+        """Of the passes since `set`; None where nobody asked for them. Raises as `StepStatistics.read`."""
+        return None if self._step is None else self._step.read()
 
     @property
     def gradient(self) -> Tensor | None:
@@ -71,6 +83,8 @@ class NeuronMask:
     def remove(self) -> None:
         """Take the mask off the model."""
         self._handle.remove()
+        if self._step is not None:
+            self._step.remove()
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if module is not self._down:
@@ -82,6 +96,8 @@ class NeuronMask:
             masked = _StraightThrough.apply(activations, self._mask)
         else:
             masked = activations * self._mask.to(activations.dtype)
+        if self._step is not None:
+            self._step.see(activations, masked)
         if self._gathers_moments:
             self._add_products(masked.detach())
         return (masked, *rest)

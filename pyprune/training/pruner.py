@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import families, surgery
 from ..errors import CheckpointError, InputError, check
+from ..importance.base import NEEDS
 from ..mask import KeepIndex, Mask
 from . import methods, persist, selection
 from .config import TrainingConfig
@@ -65,7 +66,8 @@ class TrainingPruner:
             self._states.append(self._method.start(ffn, generator))
         self._moved = [False] * len(self._ffns)
         needs = self._method.needs
-        self._masks = [NeuronMask(ffn, "gradient" in needs, "products" in needs) for ffn in self._ffns]
+        asked = needs & NEEDS.keys()
+        self._masks = [NeuronMask(ffn, "gradient" in needs, "products" in needs, asked) for ffn in self._ffns]
         self._share: float | None = None  # v(t) of the masks in force
 
     @property
@@ -149,7 +151,8 @@ class TrainingPruner:
         moment = self._moment(self.done)
         for ffn, state, mask, gradient in zip(self._ffns, self._states, self._masks, gradients, strict=True):
             before = state["scores"]
-            self._method.update(state, Gathered(ffn, len(self._ffns), gradient, mask.products), moment)
+            gathered = Gathered(ffn, len(self._ffns), gradient, mask.products, mask.statistics)
+            self._method.update(state, gathered, moment)
             if not self._moved[ffn.layer]:
                 self._moved[ffn.layer] = not torch.equal(before, state["scores"])
         self._check_finite([state["scores"] for state in self._states], "scores")

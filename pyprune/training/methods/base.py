@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...families import FFN
+from ...importance import ActivationStats
 
 if TYPE_CHECKING:
     from ..config import TrainingConfig
@@ -42,12 +43,14 @@ class Gathered:
         layers: FFNs in the model.
         gradient: `[F]`, sum over tokens of a_tj * dL/da'_tj; None where no method asked for it.
         products: `[F, F]`, sum over tokens of a' a'^T; None where no method asked for it.
+        statistics: of the step's batches; None where no criterion asked for them.
     """
 
     ffn: FFN
     layers: int
     gradient: Tensor | None = None
     products: Tensor | None = None
+    statistics: ActivationStats | None = None
 
 
 class Method:
@@ -57,7 +60,7 @@ class Method:
         name: as in the configuration.
         summary: the formula in one line.
         source: the paper, with section or equation.
-        needs: of `gradient`, `products`: what must be gathered.
+        needs: what must be gathered: `gradient`, `products`, or keys of `importance.base.NEEDS` for `statistics`.
         learned: scores start equal and are learned, so a layer whose scores never moved was ranked by nothing.
         defaults: values of `TrainingConfig` fields that the user left open.
     """

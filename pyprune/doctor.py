@@ -51,7 +51,7 @@ def _choices() -> list[dict[str, str]]:
     ]
 
 
-def diagnose() -> dict[str, Any]:
+def found_here() -> dict[str, Any]:
     """JSON values: `machine` (see `machine.facts`), `native` and `native_cuda` (see `native.facts`), `backends`,
     `choices`, and `demo`, the state of the demo model.
     """

@@ -1,0 +1,1 @@
+"""A text VAE whose Transformer encoder is pruned while it trains."""

@@ -1,0 +1,107 @@
+"""The findings: verdicts by hand, and a whole run on a tiny model that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from pyprune.diagnose import Budget
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture
+def text(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("findings_text")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: ModuleType) -> ModuleType:
+    module = importlib.import_module("bench_findings")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "DOCUMENT", tmp_path / "docs" / "findings.md")
+    monkeypatch.setattr(module, "WAYS", module.WAYS[:2])
+    monkeypatch.setattr(module, "KEEPS", (0.5,))
+    monkeypatch.setattr(module, "Budget", lambda items: Budget(3, 8, 6, 1.0, 6))
+    return module
+
+
+def value(mean: float, spread: float = 0.01) -> dict[str, Any]:
+    return {"mean": mean, "value": mean, "interval": [mean - spread, mean + spread]}
+
+
+def row() -> dict[str, Any]:
+    deviations = {"full": {"total_variation": value(0.3)}, "restricted": {"total_variation": value(0.1)}}
+    metric = {"difference": value(0.0), "retained": value(0.9)}
+    drift = {k: {"probabilities": value(v)} for k, v in (("instantaneous", 0.1), ("accumulated", 0.2), ("growth", 0.0))}
+    whole = {**drift, "median_divergence": 3, "repetition_difference": value(0.1)}
+    cosines = {"embedding": 0.1, "logits": 0.01, "centred": 0.1, "probabilities": 0.4}
+    return {
+        "label": "wanda",
+        "keep": 0.7,
+        "kept": 0.7,
+        "hierarchy": {
+            **{name: {"cosine": value(v)} for name, v in cosines.items()},
+            "amplification": {"exact": 4.0, "estimate": 3.5},
+            "perplexity": {"dense": 20.0, "pruned": 30.0},
+        },
+        "drift": {"greedy": whole, "sampled": whole},
+        "tasks": {
+            "tasks": [
+                {"name": "choice", "kind": "choice", "metric": metric, "deviations": None},
+                {"name": "choice, letters", "kind": "categorical", "metric": metric, "deviations": deviations},
+            ],
+            "orders": [{"tasks": ["choice", "generation"], "difference": value(0.2)}],
+        },
+    }
+
+
+def test_verdicts_by_hand(text: ModuleType) -> None:
+    assert text.verdict([0.1, 0.2]) == "holds" and text.verdict([-0.2, -0.1]) == "fails"
+    assert text.verdict([-0.1, 0.1]) == "open" and text.verdict(None) == "open" and text.verdict([1, 2], 1.5) == "open"
+
+
+def test_every_claim_can_hold_and_can_fail(text: ModuleType) -> None:
+    good = row()
+    assert [claim.judge(good)[0] for claim in text.CLAIMS] == ["holds"] * 4
+    bad = copy.deepcopy(good)
+    bad["hierarchy"]["probabilities"]["cosine"] = value(0.12)
+    bad["drift"]["greedy"]["accumulated"]["probabilities"] = value(-0.2)
+    bad["tasks"]["tasks"][1]["deviations"]["restricted"]["total_variation"] = value(0.5)
+    bad["tasks"]["orders"][0]["difference"] = value(-0.2)
+    assert [claim.judge(bad)[0] for claim in text.CLAIMS] == ["fails"] * 4
+    unsure = copy.deepcopy(good)
+    unsure["hierarchy"]["probabilities"]["cosine"] = value(0.2, 0.1)
+    unsure["drift"]["greedy"]["accumulated"]["probabilities"] = value(0.0)
+    unsure["tasks"]["tasks"][1]["deviations"]["restricted"]["total_variation"] = value(0.3)
+    unsure["tasks"]["orders"] = []
+    assert [claim.judge(unsure)[0] for claim in text.CLAIMS] == ["open"] * 4
+
+
+def test_a_whole_run(bench: ModuleType, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"model": str(tiny_checkpoint), "text": None, "tokens": 512, "window": 64, "diagnosed": 512, "show": False}
+    bench.main(**small, minutes=-1, name="findings")
+    assert not (tmp_path / "findings.json").exists()
+    ways = bench.WAYS
+    monkeypatch.setattr(bench, "WAYS", ways[:1])
+    bench.main(**small, minutes=9, name="findings")
+    first = json.loads((tmp_path / "findings.json").read_text())
+    assert list(first["rows"]) == ["wanda at 0.5"]
+    monkeypatch.setattr(bench, "WAYS", ways)
+    bench.main(**small, minutes=9, name="findings")
+    facts = json.loads((tmp_path / "findings.json").read_text())
+    assert list(facts["rows"]) == ["wanda at 0.5", "wanda + least squares at 0.5"]
+    assert facts["rows"]["wanda at 0.5"] == first["rows"]["wanda at 0.5"]
+    assert str(tmp_path) not in json.dumps(facts) and facts["settings"]["model"] == "tiny-llama"
+    written = (tmp_path / "docs" / "findings.md").read_text()
+    assert written.count("| wanda + least squares | 50% |") == 5 - 1 and "**(d) Generation suffers" in written
+    (tmp_path / "docs" / "findings.md").unlink()
+    bench.main(**{**small, "show": True}, minutes=9, name="findings")
+    assert (tmp_path / "docs" / "findings.md").read_text() == written

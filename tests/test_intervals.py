@@ -1,0 +1,36 @@
+"""Bootstrap intervals: pairs, and statistics of several means."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pyprune.evaluation.intervals import bootstrap, bootstrap_of, paired_bootstrap
+
+
+def test_pairs_are_drawn_together() -> None:
+    a = torch.tensor([1.0, 0.0] * 50)
+    assert paired_bootstrap(a, a) == (0.0, 0.0)
+    shifted = paired_bootstrap(a, a - 0.25)
+    assert shifted == pytest.approx((0.25, 0.25))
+    low, high = paired_bootstrap(a, 1 - a)
+    assert low < -0.15 < 0.15 < high
+
+
+def test_a_statistic_of_means() -> None:
+    """A ratio that is the same for every item has no spread; of one column it is what `bootstrap` gives."""
+    x = torch.arange(1.0, 41.0)
+    low, high = bootstrap_of(torch.stack([x, 2 * x], 1), lambda m: m[:, 1] / m[:, 0])
+    assert (low, high) == pytest.approx((2.0, 2.0))
+    assert bootstrap_of(x[:, None], lambda m: m[:, 0], seed=3) == bootstrap(x, seed=3)
+    spread = 1.96 * float(x.std(correction=0)) / math.sqrt(40)
+    assert bootstrap(x) == pytest.approx((20.5 - spread, 20.5 + spread), abs=0.4)
+
+
+def test_samples_without_a_value_do_not_count() -> None:
+    x = torch.tensor([[0.0], [1.0]])
+    low, high = bootstrap_of(x, lambda m: torch.where(m[:, 0] > 0.75, m[:, 0], torch.nan))
+    assert (low, high) == (1.0, 1.0)
+    assert all(math.isnan(v) for v in bootstrap_of(x, lambda m: m[:, 0] * torch.nan))
