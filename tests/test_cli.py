@@ -16,7 +16,23 @@ from pyprune import checkpoint, roofline
 from pyprune.cli import app
 from pyprune.text import default_text
 
-VERBS = (*("doctor", "inspect", "prune", "compare", "recover", "diagnose", "report", "eval", "generate", "bench", "tune", "verify", "demo"),)
+VERBS = (
+    *(
+        "doctor",
+        "inspect",
+        "prune",
+        "compare",
+        "recover",
+        "diagnose",
+        "report",
+        "eval",
+        "generate",
+        "bench",
+        "tune",
+        "verify",
+        "demo",
+    ),
+)
 SMALL = ("--tokens", "256", "--window", "64")
 
 
