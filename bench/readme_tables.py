@@ -287,6 +287,9 @@ def _interval(found: Result, key: str) -> str:
     return f"{found[key]:.1%} ({low:.1%} to {high:.1%})"
 
 
+_MODELS = {"demo": "SmolLM2-135M-Instruct"}
+
+
 def recover_table(result: Result) -> list[str]:
     """The result of bench/bench_recover.py: perplexity, multiple choice, and greedy text; then the goal."""
     models = result["models"].items()
@@ -306,7 +309,7 @@ def recover_table(result: Result) -> list[str]:
     choices = f"Multiple choice of {result['choices']}, chance {1 / result['choices']:.0%}, intervals of 95 %."
     greedy = f"Greedy text from {result['prompts']} prompts; perplexity is the dense model's of what each wrote."
     return [
-        f"{result['dense']}. {choices} {provenance(result)}",
+        f"{_MODELS.get(result['dense'], result['dense'])}. {choices} {provenance(result)}",
         "",
         *markdown(["model", "text", ">perplexity", ">multiple choice", ">lost, same items"], first),
         "",
