@@ -48,6 +48,13 @@ def test_small_angles_keep_their_digits(small: float) -> None:
     assert found["estimate"] == pytest.approx(found["cosine"], rel=1e-3)
 
 
+def test_centred_rows_by_hand() -> None:
+    found = one(vector_deviation(row(4, 2), row(103, 105), centred=True))  # (1, -1) against (-1, 1)
+    assert found["cosine"] == pytest.approx(2.0) and found["norm"] == pytest.approx(1.0)
+    shifted = one(vector_deviation(row(1, 2, 6), row(11, 12, 16), centred=True))
+    assert shifted["cosine"] == shifted["orthogonal"] == 0.0
+
+
 def test_rows_of_zeros() -> None:
     both = one(vector_deviation(row(0, 0), row(0, 0)))
     assert both == {"cosine": 0, "angle": 0, "norm": 1, "parallel": 0, "orthogonal": 0, "estimate": 0}

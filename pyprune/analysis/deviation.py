@@ -84,9 +84,11 @@ def _cosine_deviation(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(one_is_zero, 1.0, half)
 
 
-def _vectors(dense: Tensor, pruned: Tensor) -> dict[str, Tensor]:
+def _vectors(dense: Tensor, pruned: Tensor, centred: bool) -> dict[str, Tensor]:
     """`vector_deviation` of one block of rows."""
     x, y = dense.double(), pruned.double()
+    if centred:
+        x, y = (rows - rows.mean(1, keepdim=True) for rows in (x, y))
     unit_x, unit_y = _unit(x), _unit(y)
     # Kahan's form: exact for angles near 0 and near 180 degrees alike.
     angle = 2 * torch.atan2((unit_x - unit_y).norm(dim=1), (unit_x + unit_y).norm(dim=1))
@@ -106,11 +108,12 @@ def _vectors(dense: Tensor, pruned: Tensor) -> dict[str, Tensor]:
     }
 
 
-def vector_deviation(dense: Tensor, pruned: Tensor) -> dict[str, Tensor]:
+def vector_deviation(dense: Tensor, pruned: Tensor, centred: bool = False) -> dict[str, Tensor]:
     """Deviations of the rows of `pruned` from those of `dense`.
 
     Args:
         dense, pruned: `[T, D]`.
+        centred: of the rows less their means, a block at a time.
 
     Returns:
         `[T]` float64 each. `cosine`: 1 - cos. `angle`: in degrees. `norm`: norm(pruned) / norm(dense), 1 for two rows
@@ -121,7 +124,7 @@ def vector_deviation(dense: Tensor, pruned: Tensor) -> dict[str, Tensor]:
         InputError: shapes differ, or values are not finite.
     """
     _check_pair(dense, pruned)
-    return _joined(_vectors, dense, pruned)
+    return _joined(partial(_vectors, centred=centred), dense, pruned)
 
 
 def _variance(weights: Tensor, values: Tensor) -> Tensor:

@@ -234,8 +234,7 @@ def representation_hierarchy(
             _layers(tally, a, b, alone, kept, adds)
             tally.add("embedding", vector_deviation(a.final, b.final), _VECTOR)
             tally.add("logits", vector_deviation(a.logits, b.logits), _VECTOR)
-            x, y = (z - z.mean(1, keepdim=True) for z in (a.logits.float(), b.logits.float()))
-            tally.add("centred", vector_deviation(x, y), (*_VECTOR, "estimate"))
+            tally.add("centred", vector_deviation(a.logits, b.logits, centred=True), (*_VECTOR, "estimate"))
             losses = {name: _loss(trace, window) for name, trace in (("dense", a), ("pruned", b))}
             tally.add("loss", {**losses, "difference": losses["pruned"] - losses["dense"]})
             tally.add("probabilities", probability_deviation(a.logits, b.logits))
