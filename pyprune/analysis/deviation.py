@@ -62,10 +62,22 @@ def _blocks(dense: Tensor, pruned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield dense[i : i + rows], pruned[i : i + rows]
 
 
-def _joined(measure: Callable[[Tensor, Tensor], dict[str, Tensor]], dense: Tensor, pruned: Tensor) -> dict[str, Tensor]:
+def _joined(
+    measure: Callable[[Tensor, Tensor], dict[str, Tensor]], names: tuple[str, ...], dense: Tensor, pruned: Tensor
+) -> dict[str, Tensor]:
     """What `measure` finds in every block of rows, one after the other."""
-    parts = [measure(a, b) for a, b in _blocks(dense, pruned)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    # One table for all: small results kept between large temporaries would pin the heap's pages, block after block.
+    table = torch.empty(len(names), len(dense), dtype=torch.float64, device=dense.device)
+    done = 0
+    for a, b in _blocks(dense, pruned):
+        _fill(table[:, done : done + len(a)], names, measure(a, b))
+        done += len(a)
+    return dict(zip(names, table, strict=True))
+
+
+def _fill(table: Tensor, names: tuple[str, ...], found: dict[str, Tensor]) -> None:
+    for row, name in zip(table, names, strict=True):
+        row.copy_(found[name])
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -124,7 +136,7 @@ def vector_deviation(dense: Tensor, pruned: Tensor, centred: bool = False) -> di
         InputError: shapes differ, or values are not finite.
     """
     _check_pair(dense, pruned)
-    return _joined(partial(_vectors, centred=centred), dense, pruned)
+    return _joined(partial(_vectors, centred=centred), VECTOR, dense, pruned)
 
 
 def _variance(weights: Tensor, values: Tensor) -> Tensor:
@@ -199,4 +211,4 @@ def probability_deviation(dense: Tensor, pruned: Tensor, temperature: float = 1.
     """
     check(is_finite(temperature) and temperature > 0, "temperature", "be above 0 and finite", temperature)
     _check_pair(dense, pruned)
-    return _joined(partial(_probabilities, temperature=temperature), dense, pruned)
+    return _joined(partial(_probabilities, temperature=temperature), PROBABILITY, dense, pruned)

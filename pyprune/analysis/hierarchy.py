@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..calibration import Progress, check_windows, quiet, stack_batches
 from ..errors import check, is_finite
 from ..families import find_ffns
+from ..memory import release
 from ..probe import evaluating
 from .deviation import probability_deviation, vector_deviation
 from .summarise import number, summarise
@@ -43,6 +44,8 @@ _SOFTMAX = (
 )
 # Positions for temperatures other than 1.
 _SAMPLE = 512
+# Of a window whose logits are copied at once.
+_ROWS = 32
 _BINS = 10
 
 Summary = dict[str, Any]
@@ -168,7 +171,8 @@ def _layers(
 def _loss(trace: Trace, ids: Tensor) -> Tensor:
     """`[W - 1]` float64: negative log-likelihood of each token but the first, in nats."""
     targets = ids[1:].to(trace.logits.device)
-    return nn.functional.cross_entropy(trace.logits[:-1].float(), targets, reduction="none").double()
+    parts = zip(trace.logits[:-1].split(_ROWS), targets.split(_ROWS), strict=True)
+    return torch.cat([nn.functional.cross_entropy(z.float(), at, reduction="none") for z, at in parts]).double()
 
 
 def _perplexity(tally: _Tally) -> dict[str, Any]:
@@ -243,6 +247,8 @@ def representation_hierarchy(
                 tally.add(
                     f"at {temperature}", probability_deviation(a.logits[some], b.logits[some], temperature), _SOFTMAX
                 )
+            del a, b, alone
+            release()  # what is kept of each window lies between what is freed
     progress("comparing representations", len(ids), len(ids))
     return _report(tally, ids, kept, int(dense.config.num_hidden_layers), temperatures)  # type: ignore[union-attr, arg-type]
 
