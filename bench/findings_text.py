@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from readme_tables import markdown
 
 Row = dict[str, Any]
+# For each row what it says of a claim, as plain numbers: (value, how it is written).
+Measures = dict[str, tuple[float | None, str]]
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
 
 
@@ -81,8 +84,7 @@ def stable(row: Row) -> tuple[str, list[str]]:
 
 
 def generation_first(row: Row) -> tuple[str, list[str]]:
-    """(d) of what the dense model knows above chance, generation keeps a smaller share than choice by likelihood "
-    "does."""
+    """(d) of what the dense model knows above chance, generation keeps a smaller share than choice by likelihood."""
     tasks = {task["name"]: task for task in row["tasks"]["tasks"]}
     shown = []
     for name in ("choice", "generation", "retrieval"):
@@ -94,56 +96,87 @@ def generation_first(row: Row) -> tuple[str, list[str]]:
     return verdict(pair[0]["difference"]["interval"]), [*shown, number(pair[0]["difference"], "{:.0%}")]
 
 
+def _spaces(row: Row) -> Measures:
+    names = {"hidden": "embedding", "centred logits": "centred", "probabilities": "probabilities"}
+    found = {shown: (row["hierarchy"][name]["cosine"]["mean"], "{:.3f}") for shown, name in names.items()}
+    return {**found, "amplified": (row["hierarchy"]["amplification"]["exact"], "{:.2f}x")}
+
+
+def _steps(row: Row) -> Measures:
+    return {
+        f"{text}, {what}": (row["drift"][text][key]["probabilities"]["mean"], "{:.3f}")
+        for text in ("greedy", "sampled")
+        for what, key in (("one step", "instantaneous"), ("accumulated", "accumulated"))
+    }
+
+
+def _answers(row: Row) -> Measures:
+    found: Measures = {}
+    for task in _categorical(row):
+        for shown, space in (("all tokens", "full"), ("answers", "restricted")):
+            mean = task["deviations"][space]["total_variation"]["mean"]
+            found[f"{task['name']}: {shown}"] = mean, "{:.3f}"
+        found[f"{task['name']}: accuracy lost"] = task["metric"]["difference"]["value"], "{:.1%}"
+    return found
+
+
+def _retained(row: Row) -> Measures:
+    tasks = {task["name"]: task["metric"].get("retained") for task in row["tasks"]["tasks"]}
+    found = {name: tasks.get(name) for name in ("choice", "generation", "retrieval")}
+    return {name: (kept["value"] if kept else None, "{:.0%}") for name, kept in found.items()}
+
+
 @dataclass(frozen=True)
 class Claim:
-    """One claim: its words, the columns that bear on it, and the judge."""
+    """One claim: its words, the columns that bear on it, the judge, and the numbers that are summed up by share."""
 
     letter: str
     words: str
     rule: str
     columns: tuple[str, ...]
     judge: Callable[[Row], tuple[str, list[str]]]
+    measures: Callable[[Row], Measures]
 
 
 CLAIMS = (
     Claim(
         "a",
         "Embedding and logit deviations stay small while probability deviation grows",
-        "holds where 1 - cos of the probabilities is more than twice that of the hidden state in front of the LM "
-        "head and "
-        "of the centred logits, intervals apart. Amplification is the median over tokens of the ratio to the centred "
-        "logits, measured and to second order.",
+        "holds where 1 - cos of the probabilities is more than twice that of the hidden state in front of the LM head "
+        "and of the centred logits (less their mean, which no softmax sees), intervals apart; it fails where one of "
+        "the two is clearly not so. Amplification is the median over tokens of the ratio to the centred logits, "
+        "measured and to second order.",
         (">hidden", ">logits", ">centred logits", ">probabilities", ">amplified", ">estimate"),
         amplified,
+        _spaces,
     ),
     Claim(
         "b",
         "Deviation accumulates over the steps of a generation",
-        "holds where, over the last quarter of the steps of greedy text, 1 - cos of the probabilities is larger "
-        "along the "
-        "model's own text than along the dense model's. `growth` is what a single prediction's error gains from "
-        "the first "
-        "quarter to the last, on the dense model's text.",
+        "holds where, over the last quarter of the steps of greedy text, 1 - cos of the probabilities is larger along "
+        "the model's own text than along the dense model's. `growth` is what a single prediction's error gains from "
+        "the first quarter to the last, on the dense model's text.",
         (">greedy, one step", ">accumulated", ">growth", ">sampled, one step", ">accumulated", ">growth"),
         accumulates,
+        _steps,
     ),
     Claim(
         "c",
         "The categorical subspace stays stable",
-        "holds where total variation over the answer tokens, renormalised, is smaller than over the whole "
-        "vocabulary at "
-        "the same position, intervals apart, for every task.",
+        "holds where total variation over the answer tokens, renormalised, is smaller than over the whole vocabulary "
+        "at the same position, intervals apart, for every task; it fails where it is clearly larger for one.",
         (),  # made from the tasks
         stable,
+        _answers,
     ),
     Claim(
         "d",
         "Generation suffers before multiple choice",
         "holds where, on the same facts, generation retains a smaller share of what was above chance than multiple "
-        "choice "
-        "by length-normalised likelihood; the last column is choice minus generation, paired.",
+        "choice by length-normalised likelihood; the last column is choice minus generation, paired.",
         (">choice", ">generation", ">retrieval", ">choice - generation"),
         generation_first,
+        _retained,
     ),
 )
 
@@ -155,19 +188,48 @@ def _columns(claim: Claim, rows: Sequence[Row]) -> list[str]:
     return [f">{name}: {what}" for name in names for what in ("all tokens", "answers", "accuracy lost")]
 
 
+def _spread(values: Sequence[tuple[float | None, str]]) -> str:
+    """Median over the ways to prune, and from where to where."""
+    there = sorted(value for value, _ in values if value is not None)
+    if not there:
+        return "-"
+    middle, low, high = (values[0][1].format(value) for value in (median(there), there[0], there[-1]))
+    return f"{middle} ({low} to {high})"
+
+
+def _counted(verdicts: Sequence[str]) -> str:
+    """How many rows said what."""
+    counts = {word: verdicts.count(word) for word in (HOLDS, FAILS, OPEN)}
+    return ", ".join(f"{word} in {count}" for word, count in counts.items() if count)
+
+
+def _by_share(claim: Claim, rows: Sequence[Row], verdicts: Sequence[str]) -> list[str]:
+    """A line for each share that was removed: what the rows say, and the spread of the numbers over them."""
+    lines = []
+    for keep in sorted({row["keep"] for row in rows}, reverse=True):
+        there = [i for i, row in enumerate(rows) if row["keep"] == keep]
+        found = [claim.measures(rows[i]) for i in there]
+        spreads = [_spread([measures[name] for measures in found]) for name in found[0]]
+        lines.append([f"{1 - keep:.0%}", _counted([verdicts[i] for i in there]), *spreads])
+    return markdown([">removed", "claim", *(f">{name}" for name in claim.measures(rows[0]))], lines)
+
+
 def _section(claim: Claim, rows: Sequence[Row]) -> tuple[list[str], str]:
     judged = [(row, *claim.judge(row)) for row in rows]
-    counts = {word: sum(found == word for _, found, _ in judged) for word in (HOLDS, FAILS, OPEN)}
-    line = ", ".join(f"{word} in {count}" for word, count in counts.items() if count)
+    verdicts = [found for _, found, _ in judged]
     cells = [[row["label"], f"{1 - row['kept']:.0%}", *shown, found] for row, found, shown in judged]
     body = markdown(["pruned by", ">removed", *_columns(claim, rows), "claim"], cells)
-    summary = f"**({claim.letter}) {claim.words}:** {line} of {len(rows)} rows."
+    summary = f"**({claim.letter}) {claim.words}:** {_counted(verdicts)} of {len(rows)} rows."
     return [
         f"## ({claim.letter}) {claim.words}",
         "",
         f"The claim {claim.rule}",
         "",
-        f"{line} of {len(rows)} rows.",
+        "Medians over the ways to prune, and from the lowest to the highest:",
+        "",
+        *_by_share(claim, rows, verdicts),
+        "",
+        "Every row:",
         "",
         *body,
         "",
@@ -209,12 +271,10 @@ def document(facts: dict[str, Any]) -> str:
         "",
         f"{settings['model']}, neurons removed in every FFN; calibrated on {calibration['tokens']:,} tokens of "
         f"{calibration['text']}, judged on {text['tokens']:,} of {text['text']} (dense perplexity {dense}, windows of "
-        f"{text['window']}), {settings['budget']['prompts']} prompts, {settings['budget']['new_tokens']} new "
-        f"tokens, and "
-        f"the task files that ship. Intervals are 95 %, by bootstrap over windows, prompts or items. "
-        f"{where['cpu']}, torch "
-        f"{where['versions']['torch']}, Transformers {where['versions']['transformers']}, commit "
-        f"{(where['commit'] or 'none')[:10]}, {where['date'][:10]}.",
+        f"{text['window']}), {settings['budget']['prompts']} prompts, {settings['budget']['new_tokens']} new tokens, "
+        f"and the task files that ship. Intervals are 95 %, by bootstrap over windows, prompts or items. "
+        f"{where['cpu']}, torch {where['versions']['torch']}, Transformers {where['versions']['transformers']}, "
+        f"commit {(where['commit'] or 'none')[:10]}, {where['date'][:10]}.",
         "",
         "The claims are those of He et al. 2026 (arXiv 2603.24652) on layers and single weights of larger models.",
         "",
@@ -223,8 +283,7 @@ def document(facts: dict[str, Any]) -> str:
         "## Overview",
         "",
         "`half have parted at`: the token at which half of the greedy texts differ from the dense model's. "
-        "`repetition`: "
-        "share of repeated 4-grams, pruned minus dense.",
+        "`repetition`: share of repeated 4-grams, pruned minus dense.",
         "",
         *markdown(columns, overview),
         "",

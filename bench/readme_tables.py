@@ -364,9 +364,11 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "nested": _elsewhere("nested_table", "nested_table"),
     "recover": recover_table,
     "static": static_table,
+    "vae": _elsewhere("vae_table", "vae_table"),
 }
 
 
+_READMES = (HERE.parent / "README.md", HERE.parent / "examples" / "README.md")
 # Tables that are made of what is registered, not of measurements.
 _OF_CODE = ("methods",)
 
@@ -398,19 +400,23 @@ def render(readme: str, results: Path) -> str:
 
 
 def main(
-    check: Annotated[bool, typer.Option(help="Change nothing; exit with 1 when README is stale.")] = False,
-    readme: Annotated[Path, typer.Option(help="The file with the markers.")] = HERE.parent / "README.md",
+    check: Annotated[bool, typer.Option(help="Change nothing; exit with 1 when a file is stale.")] = False,
+    readme: Annotated[list[Path] | None, typer.Option(help="Files with markers. Default: both READMEs.")] = None,
     results: Annotated[Path, typer.Option(help="The folder of the results.")] = HERE / "results",
 ) -> None:
     """Rewrite the tables, or check them."""
-    old = readme.read_text(encoding="utf-8")
-    new = render(old, results)
-    if check and new != old:
-        typer.echo(f"{readme.name} is stale; run: python bench/readme_tables.py", err=True)
+    stale = []
+    for file in readme or _READMES:
+        old = file.read_text(encoding="utf-8")
+        new = render(old, results)
+        if new != old:
+            stale.append(file)
+            if not check:
+                with new_file(file) as temporary:
+                    temporary.write_text(new, encoding="utf-8")
+    if check and stale:
+        typer.echo(f"stale: {', '.join(map(str, stale))}; run: python bench/readme_tables.py", err=True)
         raise typer.Exit(1)
-    if not check and new != old:
-        with new_file(readme) as temporary:
-            temporary.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

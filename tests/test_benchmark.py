@@ -371,9 +371,9 @@ def test_readme_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "# Title\n\n<!-- table:ffn -->\nold\n<!-- /table -->\n\n<!-- table:model -->\n<!-- /table -->\nend\n"
     readme.write_text(text)
     with pytest.raises(typer.Exit):
-        tables.main(check=True, readme=readme, results=results)
+        tables.main(check=True, readme=[readme], results=results)
     assert readme.read_text() == text
-    tables.main(check=False, readme=readme, results=results)
+    tables.main(check=False, readme=[readme], results=results)
     made = readme.read_text()
     assert "old" not in made and made.startswith("# Title\n") and made.endswith("<!-- /table -->\nend\n")
     # The dense path is the fastest on all neurons; compact by its faster backend, twice as fast.
@@ -381,8 +381,8 @@ def test_readme_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert line in made.splitlines()
     assert "memory read at 30.0 GB/s" in made and "memory read at 31.0 GB/s" in made
     assert "<!-- table:model -->\n<!-- /table -->" in made
-    tables.main(check=True, readme=readme, results=results)
-    tables.main(check=False, readme=readme, results=results)
+    tables.main(check=True, readme=[readme], results=results)
+    tables.main(check=False, readme=[readme], results=results)
     assert readme.read_text() == made
 
 

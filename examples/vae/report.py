@@ -18,7 +18,7 @@ from .experiment import AFTER, RECOVERED, Plan, Row, Run
 from .measure import Measured, interval
 from .pruning import EMA, LAST, ONCE, SCORES, WAYS, Way
 
-DENSE = "dense, trained on"
+DENSE = "dense, as long"
 _QUANTITIES: dict[str, Callable[[Measured], Tensor]] = {
     "elbo": lambda m: m.elbo,
     "reconstruction": lambda m: m.reconstruction,
@@ -91,24 +91,22 @@ def tables(found: dict[str, Any]) -> list[Table | str]:
     """What `result` gave, with `speed` and `seconds` where they are there, for people."""
     length = found["held_out"]["length"]
     keep, seeds = found["plan"]["keep"], found["plan"]["seeds"]
-    columns = ("encoder", "when", ">ELBO", ">reconstruction", ">KL", ">nats a byte", ">lost to dense, 95 %")
-    lines: list[list[str]] = []
+    columns = ("encoder", ">ELBO", ">reconstruction", ">KL", ">nats a byte", ">lost to dense, 95 %")
 
-    def add(name: str, when: str, stage: dict[str, Any]) -> None:
+    def line(name: str, stage: dict[str, Any]) -> list[str]:
         lost = _bounds(stage["lost"]) if "lost" in stage else ""
-        lines.append([name, when, *_cells(stage), f"{-stage['elbo']['value'] / length:.3f}", lost])
+        return [name, *_cells(stage), f"{-stage['elbo']['value'] / length:.3f}", lost]
 
     before = found["before"]
-    add("dense", "before", before)
+    stages = [("before pruning", [line("dense", before)])]
     for moment in (AFTER, RECOVERED):
         # The dense model is not cut; it trains as many steps.
-        add(DENSE, "as long" if moment == AFTER else "to the end", found["dense"][moment])
-        for name, row in found["rows"].items():
-            add(name, moment, row[moment])
+        own = [line(name, row[moment]) for name, row in found["rows"].items()]
+        stages.append((moment, [line(DENSE, found["dense"][moment]), *own]))
+    what = f"{keep:.0%} of the encoder's FFN neurons kept; held out, nats a string of {length} bytes"
     parts: list[Table | str] = [
-        table(
-            f"{keep:.0%} of the encoder's FFN neurons kept; held out, nats a string of {length} bytes", columns, lines
-        ),
+        what,
+        *(table(title, columns, lines) for title, lines in stages),
         f"z is used: KL {before['kl']['value']:.2f} nats, {before['active']:.1f} of "
         f"{found['plan']['sizes']['latent']} dimensions active; with the z of another string reconstruction costs "
         f"{before['shuffled']:.2f} instead of {before['reconstruction']['value']:.2f}",
