@@ -91,6 +91,25 @@ def constant_output(ffn: FFN, value: Tensor | None = None) -> Iterator[None]:
         handle.remove()
 
 
+@torch.no_grad()
+def adds_output(module: nn.Module, forward: Callable[[], Tensor]) -> bool:
+    """Whether what `module` puts out is added to what `forward` gives as it is: no norm, no multiplier between.
+
+    Args:
+        module: a down projection.
+        forward: runs a layer that holds it; its hidden state, of the shape of the module's output but for batch
+            dimensions of 1.
+    """
+    plain = forward()
+    change = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)).to(plain)
+    handle = module.register_forward_hook(lambda module, args, out: out + change.view_as(out))
+    try:
+        changed = forward()
+    finally:
+        handle.remove()
+    return torch.allclose(changed - plain, change, atol=1e-2 * float(plain.abs().max().clamp_min(1)))
+
+
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
     """`[W]` float64 cosines between the rows of two `[W, D]`; 1 where both rows are zero, 0 where one is."""
     a, b = a.double(), b.double()
@@ -315,14 +334,7 @@ class LayerStream:
     @torch.no_grad()
     def check_additive(self, ffn: FFN) -> None:
         """Raise `UnsupportedModelError` unless what `ffn` puts out is added to the layer's output as it is."""
-        plain = self._forward(0)
-        change = torch.randn_like(plain)
-        handle = ffn.down.register_forward_hook(lambda module, args, out: out + change.view_as(out))
-        try:
-            changed = self._forward(0)
-        finally:
-            handle.remove()
-        if not torch.allclose(changed - plain, change, atol=1e-2 * float(plain.abs().max().clamp_min(1))):
+        if not adds_output(ffn.down, lambda: self._forward(0)):
             raise UnsupportedModelError(
                 f"target above 0 needs FFNs whose output is added to the hidden state as it is; in "
                 f"{type(self._model).__name__} something stands between (a norm or a multiplier); use target 0"

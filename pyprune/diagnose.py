@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import machine
 from .analysis import generation_drift, representation_hierarchy
-from .analysis.decode import check_prompts
 from .calibration import Progress, quiet
 from .errors import check, check_choice, is_count
+from .evaluation.decode import check_prompts
 from .memory import PeakMemory
 from .tasks import run_tasks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 
 from pyprune import InputError
 from pyprune.evaluation import generation_deltas, perplexity
-from pyprune.evaluation.agreement import common_start, continuations, repetition
+from pyprune.evaluation.agreement import common_start, repetition
+from pyprune.evaluation.decode import decode
 
 PROMPTS = ("The list", "A class is", "When the call returns,")
 
@@ -41,6 +42,10 @@ def test_identical_models_agree_fully(tiny: Callable[..., Any], tokenizer: Any) 
     assert found.to_json()["dense"]["tokens"] == found.dense.tokens <= 60
 
 
+def _starts(tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
+    return [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+
+
 def _forget(model: Any, token: int) -> Any:
     """A copy that gives `token` always."""
     model = copy.deepcopy(model)
@@ -53,7 +58,7 @@ def _forget(model: Any, token: int) -> Any:
 
 def test_a_model_that_says_one_word_never_agrees(tiny: Callable[..., Any], tokenizer: Any) -> None:
     model = tiny("llama", vocab_size=1024)
-    said = [text.tolist() for _, text in continuations(model, tokenizer, PROMPTS, 10)]
+    said = [text.tolist() for text in decode(model, _starts(tokenizer, PROMPTS), 10)]
     unsaid = next(t for t in range(3, 1024) if not any(t in one for one in said))
     found = generation_deltas(model, _forget(model, unsaid), tokenizer, PROMPTS, 10)
     assert found.agree == {1: 0.0, 4: 0.0, 10: 0.0} and found.divergence == 0
@@ -66,7 +71,7 @@ def test_a_model_that_says_one_word_never_agrees(tiny: Callable[..., Any], token
 def test_half_agrees(tiny: Callable[..., Any], tokenizer: Any) -> None:
     """The word one model always says is the one that the other says first."""
     model = tiny("llama", vocab_size=1024)
-    said = [text.tolist() for _, text in continuations(model, tokenizer, PROMPTS, 6)]
+    said = [text.tolist() for text in decode(model, _starts(tokenizer, PROMPTS), 6)]
     token = said[0][0]
     found = generation_deltas(model, _forget(model, token), tokenizer, PROMPTS, 6)
     same = [common_start(one, [token] * 6, 6) for one in said]
@@ -78,7 +83,8 @@ def test_perplexity_of_a_continuation_is_the_dense_models(tiny: Callable[..., An
     """With a prompt of one token, it is that of the whole window."""
     model = tiny("llama", vocab_size=1024)
     prompt = next(t for t in ("a", "e", "x") if len(tokenizer(t)["input_ids"]) == 1)
-    ((start, text),) = continuations(model, tokenizer, [prompt], 8)
+    (start,) = _starts(tokenizer, [prompt])
+    (text,) = decode(model, [start], 8)
     found = generation_deltas(model, model, tokenizer, [prompt], 8)
     assert found.dense.perplexity == pytest.approx(perplexity(model, torch.cat([start, text])[None]).perplexity)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pyprune import InputError, PruneConfig, prune
 from pyprune.analysis import generation_drift
-from pyprune.analysis.decode import decode, end_tokens
 from pyprune.analysis.deviation import probability_deviation
 from pyprune.evaluation import likeness
+from pyprune.evaluation.decode import decode, end_tokens
 
 Tiny = Callable[..., Any]
 

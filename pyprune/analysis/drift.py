@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..calibration import Progress, quiet
 from ..errors import check, is_finite
 from ..evaluation import likeness
+from ..evaluation.decode import check_prompts, decode
 from ..probe import evaluating
-from .decode import check_prompts, decode
 from .deviation import probability_deviation, vector_deviation
 from .hierarchy import check_same_vocabulary
 from .summarise import interval, number

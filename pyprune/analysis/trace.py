@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration import adds_output
 from ..errors import UnsupportedModelError
 from ..families import FFN, decoder_layers
 
@@ -118,11 +119,5 @@ class Tracer:
     @torch.no_grad()
     def adds_ffn(self, trace: Trace) -> bool:
         """Whether the first layer adds what its FFN puts out to the hidden state as it is: no norm, no multiplier."""
-        change = torch.randn(trace.ffn[0].shape, generator=torch.Generator().manual_seed(0)).to(trace.ffn[0])
-        handle = self._downs[0].register_forward_hook(lambda m, args, out: out + change.view_as(out))
-        try:
-            args, kwargs = trace.calls[0]
-            moved = rows_of(first_of(self._layers[0](trace.entering[0][None], *args, **kwargs))) - trace.leaving[0]
-        finally:
-            handle.remove()
-        return torch.allclose(moved, change, atol=1e-2 * float(trace.leaving[0].abs().max().clamp_min(1)))
+        args, kwargs = trace.calls[0]
+        return adds_output(self._downs[0], lambda: first_of(self._layers[0](trace.entering[0][None], *args, **kwargs)))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..calibration import Progress, quiet
 from ..errors import check
-from .likeness import distinct, repetition
+from .decode import decode
+from .likeness import distinct, divergence, repetition
 
 # Agreement is reported for this many first tokens, and for all.
 STEPS = (1, 4, 16)
@@ -61,31 +62,10 @@ class Deltas:
         return asdict(self)
 
 
-@torch.no_grad()
-def continuations(
-    model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, progress: Progress = quiet
-) -> list[tuple[Tensor, Tensor]]:
-    """For each prompt its token ids `[P]` and those that follow greedily `[N]`, with the end token if one came."""
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    found = []
-    for i, prompt in enumerate(prompts):
-        progress("generating", i, len(prompts))
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
-        )
-        found.append((ids[0].cpu(), out[0, ids.shape[1] :].cpu()))
-    progress("generating", len(prompts), len(prompts))
-    return found
-
-
 def common_start(a: Sequence[int], b: Sequence[int], limit: int) -> int:
     """How many first tokens are the same; `limit` for two that are the same to their ends."""
-    if list(a) == list(b):
-        return limit
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+    first = divergence(a, b)
+    return limit if first is None else first - 1
 
 
 @torch.no_grad()
@@ -96,10 +76,10 @@ def _log_likelihood(model: Any, prompt: Tensor, continuation: Tensor) -> float:
     return -float(torch.nn.functional.cross_entropy(logits.float(), ids[0, len(prompt) :], reduction="sum"))
 
 
-def _written(dense: Any, texts: Sequence[tuple[Tensor, Tensor]]) -> Written:
-    tokens = [continuation.tolist() for _, continuation in texts]
+def _written(dense: Any, starts: Sequence[Tensor], texts: Sequence[Tensor]) -> Written:
+    tokens = [text.tolist() for text in texts]
     count = sum(map(len, tokens))
-    mean = -sum(_log_likelihood(dense, *text) for text in texts) / count
+    mean = -sum(_log_likelihood(dense, *pair) for pair in zip(starts, texts, strict=True)) / count
     return Written(
         fmean(map(repetition, tokens)),
         distinct(tokens, 2),
@@ -121,12 +101,14 @@ def generation_deltas(
         progress: called as `(stage, done, total)`.
 
     Raises:
-        InputError: no prompt, an empty one, or less than one new token.
+        InputError: no prompt, an empty one, one too long for the context, or less than one new token.
     """
     check(bool(prompts) and all(p.strip() for p in prompts), "prompts", "be some, none of them empty", len(prompts))
     check(new_tokens >= 1, "new_tokens", "be at least 1", new_tokens)
-    texts = [continuations(model, tokenizer, prompts, new_tokens, progress) for model in (dense, pruned)]
-    same = [common_start(a.tolist(), b.tolist(), new_tokens) for (_, a), (_, b) in zip(texts[0], texts[1], strict=True)]
+    starts = [torch.tensor(tokenizer(prompt, verbose=False)["input_ids"], dtype=torch.int64) for prompt in prompts]
+    texts = [decode(model, starts, new_tokens, progress=progress) for model in (dense, pruned)]
+    same = [common_start(a.tolist(), b.tolist(), new_tokens) for a, b in zip(*texts, strict=True)]
     steps = [*(n for n in STEPS if n < new_tokens), new_tokens]
     agree = {n: fmean(length >= n for length in same) for n in steps}
-    return Deltas(len(prompts), new_tokens, agree, fmean(same), _written(dense, texts[0]), _written(dense, texts[1]))
+    wrote = [_written(dense, starts, text) for text in texts]
+    return Deltas(len(prompts), new_tokens, agree, fmean(same), *wrote)
