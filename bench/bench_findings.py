@@ -158,6 +158,7 @@ def main(
             "method": config.method,
             "compensate": config.compensate,
             "allocation": config.allocation,
+            "commit": machine.facts()["commit"],
             "prune_seconds": seconds,
             **slim(found),
         }

@@ -165,7 +165,7 @@ def test_captions_of_the_hierarchy_and_of_drift(tmp_path: Path) -> None:
     assert survival.startswith(
         "Of 8 continuations: greedy, half have parted at token 4 and 25% are still the same after 6"
     )
-    tokens = told["The answer tokens among themselves"]
+    tokens = told["The answers among themselves"]
     assert "facts, letters 0.05 against 0.2; they move less in 1 of 1 task" in tokens
 
 
@@ -186,7 +186,7 @@ def test_what_was_not_there_is_left_out(tmp_path: Path) -> None:
         for entry in task["metrics"].values():
             entry["retained"] = None
     page = report.build(cases.fill(tmp_path, diagnose=found))
-    assert list(cases.captions(page)) == ["Scores, dense and pruned", "The answer tokens among themselves"]
+    assert list(cases.captions(page)) == ["Scores, dense and pruned", "The answers among themselves"]
     assert "Perplexity" not in page and "tile" not in re.findall(r'class="(\w+)"', page)
     found = cases.diagnose()
     found["hierarchy"]["perplexity"]["pruned"] = None  # too large for a number

@@ -24,7 +24,7 @@ from pyprune.tasks import (
     pairs_from_text,
     retrieval_scores,
 )
-from pyprune.tasks.choice import chance
+from pyprune.tasks.choice import chance, option_deviations
 from pyprune.tasks.encoding import joined_ids, prompt_ids, start_ids
 from pyprune.tasks.generation import _written_lines, first_line, judge, words, written
 from pyprune.tasks.retrieval import chances, ranks
@@ -85,6 +85,29 @@ def test_options_of_different_lengths_are_scored_in_three_ways() -> None:
         "accuracy_byte": [0, 0, 1],
     }
     assert chance(records) == pytest.approx((1 / 2 + 1 / 2 + 1 / 3) / 3)
+
+
+def test_options_are_a_subspace_beside_the_whole_vocabulary() -> None:
+    """A model that halves every option alike, and gives the rest to a token that is none, moves nothing among them."""
+    dense = bigrams({"x": {" ": 0.9}, " ": {"b": 0.54, "c": 0.18, "d": 0.18}})
+    halved = bigrams({"x": {" ": 0.9}, " ": {"b": 0.27, "c": 0.09, "d": 0.09, "e": 0.5}})
+    shifted = bigrams({"x": {" ": 0.4, "y": 0.5}, " ": {"b": 0.18, "c": 0.54, "d": 0.18}})
+    records = [ChoiceRecord("x", ("b", "c"), 0), ChoiceRecord("of more tokens x", ("d", "b", "c"), 1)]
+
+    def found(pruned: Bigrams) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        scores = option_scores(dense, Letters(), records), option_scores(pruned, Letters(), records)
+        return option_deviations(dense, pruned, Letters(), records, scores)
+
+    few, every = found(dense)
+    assert all(torch.equal(v, torch.full_like(v, name == "top1")) for name, v in {**few, **every}.items())
+    few, every = found(halved)
+    assert few["total_variation"].tolist() == pytest.approx([0, 0], abs=1e-6)
+    # The option begins with its space, which halved says as dense does.
+    assert every["total_variation"].tolist() == pytest.approx([0, 0], abs=1e-6)
+    few, every = found(shifted)
+    # 0.75 and 0.25 of two options become 0.25 and 0.75; of three 0.6, 0.2, 0.2 become 0.2, 0.6, 0.2.
+    assert few["total_variation"].tolist() == pytest.approx([0.5, 0.4])
+    assert few["top1"].tolist() == [0, 0] and every["total_variation"].tolist() == pytest.approx([0.5, 0.5], abs=1e-2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "lfm2", "gemma2"])

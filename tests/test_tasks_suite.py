@@ -89,7 +89,7 @@ def test_all_tasks_that_ship(tiny: Callable[..., Any], answering: Any) -> None:
         ("yesno", "categorical"),
         ("retrieval", "retrieval"),
     ]
-    assert seen == {"multiple choice", "answer tokens", "generation", "embedding"}
+    assert seen == {"multiple choice", "answer positions", "answer tokens", "generation", "embedding"}
     values = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert all(task["items"] == 24 for task in values["tasks"])
     for task in values["tasks"]:
@@ -99,7 +99,8 @@ def test_all_tasks_that_ship(tiny: Callable[..., Any], answering: Any) -> None:
             assert low <= found["difference"]["value"] == found["dense"]["value"] - found["pruned"]["value"] <= high
     letters = values["tasks"][1]
     assert letters["metrics"]["accuracy"]["chance"] == 0.25 and letters["metrics"]["mass"]["chance"] is None
-    assert letters["deviations"]["full"]["kl"]["mean"] > 0
+    for task in (values["tasks"][0], letters):
+        assert task["deviations"]["restricted"]["kl"]["mean"] > 0 and task["deviations"]["full"]["kl"]["mean"] > 0
     few, again, shown = (
         run_tasks(dense, pruned, answering, [shipped("yesno")], 6, shots=s).to_json() for s in (0, 0, 1)
     )

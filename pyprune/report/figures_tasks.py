@@ -121,7 +121,7 @@ def _categorical(tasks: Tasks) -> Figure | None:
     ]
     less = sum(few["mean"] < full["mean"] for few, full in pairs)
     caption = (
-        f"Total variation among the answer tokens alone, renormalised, against that of the whole vocabulary: "
+        f"Total variation among the answers alone, renormalised, against that of the whole vocabulary: "
         f"{listed(parts)}; they move less in {less} of {plural(len(pairs), 'task')}."
     )
 
@@ -129,12 +129,12 @@ def _categorical(tasks: Tasks) -> Figure | None:
         rows(axes, [_label(task) for task, _ in known])
         for i, (few, full) in enumerate(pairs):
             dot(axes, full, i - 0.13, DENSE, None if i else "whole vocabulary")
-            dot(axes, few, i + 0.13, VIOLET, None if i else "answer tokens")
+            dot(axes, few, i + 0.13, VIOLET, None if i else "answers")
         axes.set_xlim(left=0)
         axes.set_xlabel("total variation against dense")
         legend(axes)
 
-    return figure("categorical", "The answer tokens among themselves", caption, paint, height(len(known)))
+    return figure("categorical", "The answers among themselves", caption, paint, height(len(known)))
 
 
 def _subspaces(tasks: Tasks) -> Table | None:
@@ -145,8 +145,8 @@ def _subspaces(tasks: Tasks) -> Table | None:
         for key, name in _NAMES.items()
         if key in found["restricted"] and key in found["full"]
     ]
-    columns = ("task", "deviation", ">answer tokens", ">whole vocabulary")
-    return Table("Answer tokens and whole vocabulary", columns, cells, folded=True) if cells else None
+    columns = ("task", "deviation", ">answers", ">whole vocabulary")
+    return Table("Answers and whole vocabulary", columns, cells, folded=True) if cells else None
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:

@@ -21,18 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..analysis.deviation import probability_deviation
 from ..calibration import Progress, quiet
 from ..errors import InputError, check
-from ..evaluation.intervals import bootstrap
 from .encoding import Row, batches, check_rows, joined_ids, logits_at
 from .records import ChoiceRecord
+from .subspace import DEVIATIONS, ROWS_AT_ONCE, deviations, to_json
 
-# Of `analysis.deviation.PROBABILITY`, those that compare two distributions of any size.
-DEVIATIONS = ("cosine", "kl", "kl_reverse", "js", "total_variation", "top1")
 METRICS = ("accuracy", "mass")
 MOST_CHOICES = len(string.ascii_uppercase)
-_ROWS_AT_ONCE = 8
 _WORDS = ({"yes", "no"}, {"true", "false"})
 
 
@@ -70,16 +66,10 @@ class Categorical:
 
     def to_json(self, seed: int = 0) -> dict[str, Any]:
         """Means of the deviations with 95 % intervals over items, and the top tokens."""
-
-        def entry(values: Tensor) -> dict[str, Any]:
-            return {"mean": float(values.mean()), "interval": list(bootstrap(values, seed))}
-
-        spaces = {"restricted": self.restricted, "full": self.full}
-        deviations = {space: {n: entry(v) for n, v in values.items()} for space, values in spaces.items() if values}
         top = [
             {"prompt": t.prompt, "answer": t.answer, "dense": list(t.dense), "pruned": list(t.pruned)} for t in self.top
         ]
-        return {"deviations": deviations, "top": top}
+        return {"deviations": to_json(self.restricted, self.full, seed), "top": top}
 
 
 def in_words(record: ChoiceRecord) -> bool:
@@ -187,13 +177,12 @@ def categorical(
     restricted, full = (torch.zeros(len(DEVIATIONS), len(rows), dtype=torch.float64) for _ in range(2))
     tables: dict[int, TopTokens] = {}
     done = 0
-    for numbers in batches(rows, _ROWS_AT_ONCE):
+    for numbers in batches(rows, ROWS_AT_ONCE):
         progress("answer tokens", done, len(rows))
         places = [[len(rows[i]) - 1] for i in numbers]
         both = [torch.cat(logits_at(model, [rows[i] for i in numbers], places)) for model in models]  # [B, V]
         if pruned is not None:
-            found = probability_deviation(both[0], both[1])
-            full[:, numbers] = torch.stack([found[name] for name in DEVIATIONS])
+            full[:, numbers] = deviations(both[0], both[1])
         for at, i in enumerate(numbers):
             answers = torch.tensor(encoded[i][1])
             few = [logits[at : at + 1].double() for logits in both]
@@ -202,8 +191,7 @@ def categorical(
                 mass = logits[0].softmax(0)[answers].sum()
                 score[:, i] = torch.tensor([float(right), float(mass)], dtype=torch.float64)
             if pruned is not None:
-                found = probability_deviation(few[0][:, answers], few[1][:, answers])
-                restricted[:, i] = torch.cat([found[name] for name in DEVIATIONS])
+                restricted[:, i] = deviations(few[0][:, answers], few[1][:, answers])[:, 0]
             if i < shown:
                 tokens = [_top(tokenizer, logits[0], top) for logits in few]
                 answer = views[i][1][records[i].answer]

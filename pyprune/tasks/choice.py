@@ -18,8 +18,10 @@ from ..calibration import Progress, quiet
 from ..errors import check
 from .encoding import Row, batches, check_rows, joined_ids, logits_at
 from .records import ChoiceRecord, full_prompt
+from .subspace import DEVIATIONS, at_last, deviations
 
 METRICS = ("accuracy", "accuracy_token", "accuracy_byte")
+Values = dict[str, Tensor]
 _ROWS_AT_ONCE = 16
 
 
@@ -97,17 +99,44 @@ def _longest(rows: Sequence[Row]) -> dict[Row, Row]:
     return {row: max((other for other in rows if other[: len(row)] == row), key=len) for row in rows}
 
 
-def choice_correct(
-    model: Any, tokenizer: Any, records: Sequence[ChoiceRecord], progress: Progress = quiet
-) -> dict[str, Tensor]:
-    """For each of `METRICS`, `[N]` float64: 1 where the record is answered right, 0 where not.
+def correct(scores: Sequence[OptionScores], records: Sequence[ChoiceRecord]) -> Values:
+    """For each of `METRICS`, `[N]` float64: 1 where the record is answered right, 0 where not."""
+    answers = torch.tensor([of.answers() for of in scores])
+    right = torch.tensor([record.answer for record in records])
+    return {name: (answers[:, i] == right).double() for i, name in enumerate(METRICS)}
+
+
+def choice_correct(model: Any, tokenizer: Any, records: Sequence[ChoiceRecord], progress: Progress = quiet) -> Values:
+    """What `correct` says of a model's `option_scores`.
 
     Raises:
         InputError: see `option_scores`.
     """
-    answers = torch.tensor([scores.answers() for scores in option_scores(model, tokenizer, records, progress)])
-    right = torch.tensor([record.answer for record in records])
-    return {name: (answers[:, i] == right).double() for i, name in enumerate(METRICS)}
+    return correct(option_scores(model, tokenizer, records, progress), records)
+
+
+def option_deviations(
+    dense: Any,
+    pruned: Any,
+    tokenizer: Any,
+    records: Sequence[ChoiceRecord],
+    scores: tuple[Sequence[OptionScores], Sequence[OptionScores]],
+    progress: Progress = quiet,
+) -> tuple[Values, Values]:
+    """The options as a subspace: how far pruning moves their probabilities, beside those of all tokens.
+
+    Args:
+        dense, pruned, tokenizer, records, progress: as for `option_scores`.
+        scores: of `dense` and of `pruned`.
+
+    Returns:
+        For each of `subspace.DEVIATIONS`, `[N]` float64: between the probabilities of whole options, renormalised over
+        a record's options; and between those of all tokens, where the option begins.
+    """
+    pairs = zip(*scores, strict=True)
+    found = torch.cat([deviations(a.log_likelihood[None], b.log_likelihood[None]) for a, b in pairs], dim=1)
+    rows = [joined_ids(tokenizer, full_prompt(record), record.choices[0])[0] for record in records]
+    return dict(zip(DEVIATIONS, found, strict=True)), at_last(dense, pruned, rows, progress)
 
 
 def chance(records: Sequence[ChoiceRecord]) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..calibration import Progress, quiet
 from ..errors import check
 from ..families import decoder_layers
-from . import choice, generation, retrieval
+from . import choice, generation, retrieval, subspace
 from .categorical import MOST_CHOICES, AnswerTokenError, categorical, in_words
 from .estimates import Metric, Order, Scores, metric, order
 from .records import (
@@ -45,7 +45,8 @@ class TaskResult:
         kind: `choice`, `categorical`, `generation` or `retrieval`.
         items: how many were asked.
         metrics: by name.
-        details: of a categorical task, its deviations and top tokens; else empty.
+        details: of two models, the `deviations` of the answers among themselves and of all tokens, where there are
+            options; of a categorical task its `top` tokens; else empty.
         scores: the single scores of the metrics that have a chance, for two models.
     """
 
@@ -146,8 +147,16 @@ def _choice(run: _Run, name: str, records: Sequence[ChoiceRecord], skipped: list
             skipped.append((title, str(error)))
     if words and by_token:
         return by_token
-    values = run.both(lambda model: choice.choice_correct(model, run.tokenizer, records, run.progress))
-    return [run.result(name, "choice", records, values, dict.fromkeys(choice.METRICS, chance)), *by_token]
+    models = [model for model in (run.dense, run.pruned) if model is not None]
+    scores = [choice.option_scores(model, run.tokenizer, records, run.progress) for model in models]
+    right = [choice.correct(of, records) for of in scores]
+    details = {}
+    if run.pruned is not None:
+        both = scores[0], scores[1]
+        spaces = choice.option_deviations(run.dense, run.pruned, run.tokenizer, records, both, run.progress)
+        details = {"deviations": subspace.to_json(*spaces, run.seed)}
+    values = right[0], right[1] if len(right) > 1 else None
+    return [run.result(name, "choice", records, values, dict.fromkeys(choice.METRICS, chance), details), *by_token]
 
 
 def _generation(run: _Run, name: str, records: Sequence[GenerationRecord]) -> list[TaskResult]:
