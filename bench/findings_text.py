@@ -65,7 +65,7 @@ def accumulates(row: Row) -> tuple[str, list[str]]:
         drift = row["drift"][name]
         found.append(verdict(drift["accumulated"]["probabilities"]["interval"]))
         shown += [number(drift["instantaneous"]["probabilities"]), number(drift["accumulated"]["probabilities"])]
-        shown.append(number(drift["growth"]["probabilities"]))
+        shown += [number(drift[key]["probabilities"]) for key in ("exposure", "growth")]
     return found[0], shown  # greedy: sampling shows the same by other texts
 
 
@@ -108,7 +108,7 @@ def _steps(row: Row) -> Measures:
     return {
         f"{text}, {what}": (row["drift"][text][key]["probabilities"]["mean"], "{:.3f}")
         for text in ("greedy", "sampled")
-        for what, key in (("one step", "instantaneous"), ("accumulated", "accumulated"))
+        for what, key in (("one step", "instantaneous"), ("accumulated", "accumulated"), ("exposure", "exposure"))
     }
 
 
@@ -159,9 +159,14 @@ CLAIMS = (
         "holds where, over the last quarter of the steps of greedy text, 1 - cos of the probabilities is larger along "
         "the model's own text than along the dense model's. Most of it is that the texts have parted: two equal models "
         "would deviate as well behind different texts, so this says that generation leaves the dense model's path, not "
-        "by itself that what it writes is worse. `growth` is what a single prediction's error gains from the first "
-        "quarter to the last, on the dense model's text.",
-        (">greedy, one step", ">accumulated", ">growth", ">sampled, one step", ">accumulated", ">growth"),
+        "by itself that what it writes is worse. `exposure` compares both models on the pruned one's text: by how much "
+        "a single prediction's error is larger there than on the dense model's text, over all steps. `growth` is what "
+        "it gains from the first quarter to the last, on the dense model's text.",
+        tuple(
+            f">{text}, {what}"
+            for text in ("greedy", "sampled")
+            for what in ("one step", "accumulated", "exposure", "growth")
+        ),
         accumulates,
         _steps,
     ),

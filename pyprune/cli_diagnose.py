@@ -93,6 +93,7 @@ def _drift_tables(found: dict[str, Any]) -> Iterator[Any]:
                 name,
                 "never" if half is None else f"token {half}",
                 _number(drift["instantaneous"]["probabilities"]),
+                _number(drift["exposure"]["probabilities"]),
                 _number(drift["accumulated"]["probabilities"]),
                 _number(drift["agreement"]["overlap2"], "{:.1%}"),
                 f"{drift['dense']['repetition']:.1%} / {drift['pruned']['repetition']:.1%}",
@@ -102,7 +103,8 @@ def _drift_tables(found: dict[str, Any]) -> Iterator[Any]:
         "text",
         ">half have parted",
         ">1 - cos on dense's text",
-        ">more on its own",
+        ">more, both on its own",
+        ">more, each on its own",
         ">bigrams shared",
         ">repeated: dense / pruned",
     )

@@ -119,7 +119,10 @@ def drift(temperature: float = 0.0, scale: float = 1.0) -> Values:
             name: summary(scale * value) for name in ("embedding", "logits", "probabilities", "kl", "total_variation")
         }
 
-    steps = [{"step": t, "own": measures(0.1 + 0.05 * t), "fixed": measures(0.1)} for t in range(1, 7)]
+    steps = [
+        {"step": t, "own": measures(0.1 + 0.05 * t), "fixed": measures(0.1), "local": measures(0.12)}
+        for t in range(1, 7)
+    ]
     survival = [{"step": t, "mean": 1 - scale * t / 8, "interval": [0.0, 1.0]} for t in range(1, 7)]
     habits = {"length": 6.0, "repetition": 0.25, "distinct1": 0.5, "distinct2": 0.75}
     agreement = {name: summary(0.5) for name in ("overlap1", "overlap2", "overlap3", "overlap4", "edit")}
@@ -131,6 +134,7 @@ def drift(temperature: float = 0.0, scale: float = 1.0) -> Values:
         "steps": steps,
         "instantaneous": measures(0.1),
         "accumulated": measures(0.3),
+        "exposure": measures(0.02),
         "growth": measures(0.0),
         "survival": survival,
         "median_divergence": 4 if scale else None,

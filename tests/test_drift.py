@@ -88,6 +88,7 @@ def test_identical_models_never_part(tiny: Tiny, family: str, prompts: list[Tens
             own = {name: entry["own"][name]["mean"] for name in ("embedding", "logits", "probabilities", "kl", "top1")}
             assert own == {"embedding": 0, "logits": 0, "probabilities": 0, "kl": 0, "top1": 1}
     assert found.agreement["edit"]["mean"] == 0 and found.agreement["overlap4"]["mean"] == 1
+    assert found.exposure["kl"]["mean"] == 0
     assert found.dense == found.pruned and found.repetition_difference["mean"] == 0
 
 
@@ -111,14 +112,23 @@ def test_against_the_models_themselves(tiny: Tiny, prompts: list[Tensor]) -> Non
             ]
         return torch.stack(rows)
 
-    for name, its in (("own", logits(pruned, b)), ("fixed", logits(pruned, a))):
-        expected = probability_deviation(logits(dense, a), its)
+    cases = {
+        "own": (logits(dense, a), logits(pruned, b)),
+        "fixed": (logits(dense, a), logits(pruned, a)),
+        "local": (logits(dense, b), logits(pruned, b)),
+    }
+    for name, pair in cases.items():
+        expected = probability_deviation(*pair)
         for measure in ("kl", "total_variation", "top1"):
             mean = found.steps[step - 1][name][measure]["mean"]
             assert mean == pytest.approx(float(expected[measure].mean()), rel=1e-3)
-    assert found.steps[0]["own"] == found.steps[0]["fixed"], "at the first step both histories are the prompt"
+    assert found.steps[0]["own"] == found.steps[0]["fixed"] == found.steps[0]["local"], (
+        "at the first step both histories are the prompt"
+    )
     assert min(p or 99 for p in parted) < step, "the test needs texts that part before that step"
     assert found.accumulated["kl"]["mean"] != 0
+    means = [sum(entry[name]["kl"]["mean"] for entry in found.steps) / steps for name in ("local", "fixed")]
+    assert found.exposure["kl"]["mean"] == pytest.approx(means[0] - means[1])
     assert json.loads(json.dumps(found.to_json()))["prompts"] == 6
 
 

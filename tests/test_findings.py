@@ -40,7 +40,10 @@ def value(mean: float, spread: float = 0.01) -> dict[str, Any]:
 def row() -> dict[str, Any]:
     deviations = {"full": {"total_variation": value(0.3)}, "restricted": {"total_variation": value(0.1)}}
     metric = {"dense": value(0.8), "difference": value(0.0), "retained": value(0.9)}
-    drift = {k: {"probabilities": value(v)} for k, v in (("instantaneous", 0.1), ("accumulated", 0.2), ("growth", 0.0))}
+    drift = {
+        k: {"probabilities": value(v)}
+        for k, v in (("instantaneous", 0.1), ("accumulated", 0.2), ("exposure", 0.0), ("growth", 0.0))
+    }
     whole = {**drift, "median_divergence": 3, "repetition_difference": value(0.1)}
     cosines = {"embedding": 0.1, "logits": 0.01, "centred": 0.1, "probabilities": 0.4}
     return {

@@ -1,9 +1,11 @@
 """How two models' generations part: step by step, along the model's own text and along the dense model's.
 
-At step t the dense model has written D[:t], the pruned one P[:t]. Three predictions of the next token are compared: the
-dense model's after D, the pruned model's after P (`own`), and the pruned model's after D (`fixed`). `fixed` is the
-error of one prediction; `own` has on top what the pruned model's own tokens did to it: the difference is what
-accumulates.
+At step t the dense model has written D[:t], the pruned one P[:t]. Compared with what the dense model predicts after D
+are the pruned model's predictions after P (`own`) and after D (`fixed`). `fixed` is the error of one prediction; `own`
+has on top what the pruned model's own tokens did to it: the difference is what accumulates. Most of that is that the
+texts have parted, which two equal models would show as well. So a third comparison, of both models after P (`local`):
+where it is larger than `fixed`, the pruned model has written itself to where it errs more (exposure bias, Ranzato et
+al. 2016, arXiv 1511.06732).
 """
 
 from __future__ import annotations
@@ -40,10 +42,11 @@ class Drift:
     Attributes:
         temperature: 0 for greedy, else of the sampling, whose random numbers both models share.
         prompts, new_tokens: how many; a continuation's tokens at most.
-        steps: for each step, from 1, its number and, for `own` and `fixed`, the mean of each of `_MEASURES` over
-            prompts, with `count`, the prompts that had not ended.
+        steps: for each step, from 1, its number and, for `own`, `fixed` and `local`, the mean of each of `_MEASURES`
+            over prompts, with `count`, the prompts that had not ended.
         instantaneous: mean of `fixed` over all steps.
         accumulated: mean of `own` minus `fixed` over the last quarter of the steps: above 0, errors add up.
+        exposure: mean of `local` minus `fixed` over all steps: above 0, its own text leads it to where it errs more.
         growth: mean of `fixed` over the last quarter of the steps minus the first quarter.
         survival: for each step the share of prompts whose texts are still the same, with its interval.
         median_divergence: the first step at which half of the texts differ; None if it never comes.
@@ -59,6 +62,7 @@ class Drift:
     steps: list[Numbers]
     instantaneous: Numbers
     accumulated: Numbers
+    exposure: Numbers
     growth: Numbers
     survival: list[Numbers]
     median_divergence: int | None
@@ -164,23 +168,27 @@ def generation_drift(
     traced = Tracer(dense), Tracer(pruned)
     with evaluating(dense), evaluating(pruned):
         texts = [decode(model, prompts, new_tokens, temperature, seed, progress) for model in (dense, pruned)]
-        own, fixed = [], []
+        own, fixed, local = [], [], []
         for i, prompt in enumerate(prompts):
             progress("comparing steps", i, len(prompts))
             reference = _prediction(traced[0], prompt, texts[0][i])
             along = _prediction(traced[1], prompt, texts[0][i])
             fixed.append(_compare(reference, along, new_tokens, at))
-            same = torch.equal(texts[0][i], texts[1][i])
-            its = along if same else _prediction(traced[1], prompt, texts[1][i])
+            if torch.equal(texts[0][i], texts[1][i]):
+                own.append(fixed[-1])
+                local.append(fixed[-1])
+                continue
+            its = _prediction(traced[1], prompt, texts[1][i])
             own.append(_compare(reference, its, new_tokens, at))
+            local.append(_compare(_prediction(traced[0], prompt, texts[1][i]), its, new_tokens, at))
     progress("comparing steps", len(prompts), len(prompts))
     tokens = [[text.tolist() for text in side] for side in texts]
-    return _report(torch.stack(own), torch.stack(fixed), prompts, tokens, new_tokens, float(temperature), examples)
+    values = {"own": torch.stack(own), "fixed": torch.stack(fixed), "local": torch.stack(local)}
+    return _report(values, prompts, tokens, new_tokens, float(temperature), examples)
 
 
 def _report(
-    own: Tensor,
-    fixed: Tensor,
+    values: dict[str, Tensor],
     prompts: Sequence[Tensor],
     texts: Sequence[list[list[int]]],
     new_tokens: int,
@@ -191,18 +199,19 @@ def _report(
         {
             "step": t + 1,
             **{
-                name: {**_by_measure(values[:, :, t]), "count": int((~values[:, 0, t].isnan()).sum())}
-                for name, values in (("own", own), ("fixed", fixed))
+                name: {**_by_measure(found[:, :, t]), "count": int((~found[:, 0, t].isnan()).sum())}
+                for name, found in values.items()
             },
         }
         for t in range(new_tokens)
     ]
+    own, fixed, local = (values[name] for name in ("own", "fixed", "local"))
     quarter = max(1, new_tokens // 4)
     first, last = slice(0, quarter), slice(new_tokens - quarter, new_tokens)
     columns = range(len(_MEASURES))
 
-    def over(values: Tensor, part: slice) -> Tensor:
-        return torch.stack([_part(values[:, i], part) for i in columns], dim=1)
+    def over(found: Tensor, part: slice) -> Tensor:
+        return torch.stack([_part(found[:, i], part) for i in columns], dim=1)
 
     a, b = texts
     survival = _survival(a, b, new_tokens)
@@ -214,6 +223,7 @@ def _report(
         steps=steps,
         instantaneous=_by_measure(over(fixed, slice(None))),
         accumulated=_by_measure(over(own - fixed, last)),
+        exposure=_by_measure(over(local - fixed, slice(None))),
         growth=_by_measure(over(fixed, last) - over(fixed, first)),
         survival=survival,
         median_divergence=next((entry["step"] for entry in survival if entry["mean"] <= 0.5), None),

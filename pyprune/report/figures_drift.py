@@ -7,7 +7,7 @@ from typing import Any
 from .facts import Facts
 from .parts import Example, Figure, Section, Table, figure
 from .plots import legend, line, mark, number_axis, percents
-from .svg import DENSE, PRUNED, WARM
+from .svg import DENSE, PRUNED, VIOLET, WARM
 from .words import estimate, percent, plural, short, span
 
 KINDS = {"greedy": "greedy", "sampled": "sampled"}
@@ -17,20 +17,28 @@ _SHOWN = 320  # characters of a prompt
 
 def _steps(kind: str, drift: dict[str, Any]) -> Figure:
     instant, more = (drift[key]["probabilities"] for key in ("instantaneous", "accumulated"))
+    off = drift["exposure"]["probabilities"]
+    change = "larger by" if (off["mean"] or 0.0) >= 0 else "different by"
     interval = more.get("interval")
     adds = (
         "adds" if interval and interval[0] > 0 else "takes off" if interval and interval[1] < 0 else "adds, if at all,"
     )
     caption = (
         f"On dense's own text the pruned model is {estimate(instant)} away at each token (1 - cos of probabilities); "
-        f"by the last quarter of its text, its own history {adds} {short(abs(more['mean'] or 0.0))}{span(more)}."
+        f"by the last quarter of its text, its own history {adds} {short(abs(more['mean'] or 0.0))}{span(more)}, most "
+        f"of it because the texts have parted: beside dense on its own text its error is {change} {estimate(off)}."
     )
     if kind == "sampled":
         caption = f"At temperature {drift['temperature']:g}, with common random numbers: o{caption[1:]}"
 
     def paint(axes: Any) -> None:
         numbers = [step["step"] for step in drift["steps"]]
-        for side, label, colour in (("fixed", "on dense's text", DENSE), ("own", "on its own text", _COLOURS[kind])):
+        sides = (
+            ("fixed", "both on dense's text", DENSE),
+            ("local", "both on its own text", VIOLET),
+            ("own", "each on its own text", _COLOURS[kind]),
+        )
+        for side, label, colour in sides:
             line(axes, numbers, [step[side]["probabilities"] for step in drift["steps"]], colour, label, marker="")
         axes.set_ylim(bottom=0)
         axes.set_ylabel("1 - cos of probabilities")
