@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,9 @@ def test_what_is_refused(tiny_checkpoint: Path, pruned: Path, tmp_path: Path, to
     assert "prompts_file must be an existing file" in refused(2, "diagnose", *both, "--prompts-file", tmp_path / "no")
     other = tmp_path / "other"
     model = loading.load_model(str(tiny_checkpoint))
-    tokenizer.add_tokens(["<new>"])
-    checkpoint.save(model, other, tokenizer)
+    larger = copy.deepcopy(tokenizer)  # the fixture is every test's
+    larger.add_tokens(["<new>"])
+    checkpoint.save(model, other, larger)
     assert "pruned must have the other model's tokenizer; 1 tokens differ" in refused(
         2, "diagnose", tiny_checkpoint, other
     )

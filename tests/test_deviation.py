@@ -181,6 +181,16 @@ def test_names() -> None:
     assert all(v.dtype == torch.float64 and v.shape == (2,) for v in probability_deviation(x, x).values())
 
 
+def test_some_measures_are_those_of_all() -> None:
+    a, b = torch.randn(3, 6), torch.randn(3, 6)
+    whole = probability_deviation(a, b, 0.7)
+    for name in PROBABILITY:
+        (found,) = probability_deviation(a, b, 0.7, (name,)).values()
+        assert torch.equal(found, whole[name]), name
+    with pytest.raises(InputError, match=r"names must be .*; got 'kI'"):
+        probability_deviation(a, b, names=("kI",))
+
+
 @pytest.mark.parametrize("measure", [vector_deviation, probability_deviation])
 def test_bad_input(measure: object) -> None:
     assert callable(measure)

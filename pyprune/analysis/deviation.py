@@ -17,13 +17,13 @@ so what counts in probability space is how unevenly the logits of the likely tok
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..errors import check, is_finite
+from ..errors import check, check_choice, is_finite
 
 VECTOR = ("cosine", "angle", "norm", "parallel", "orthogonal", "estimate")
 PROBABILITY = (
@@ -63,7 +63,7 @@ def _blocks(dense: Tensor, pruned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _joined(
-    measure: Callable[[Tensor, Tensor], dict[str, Tensor]], names: tuple[str, ...], dense: Tensor, pruned: Tensor
+    measure: Callable[[Tensor, Tensor], dict[str, Tensor]], names: Sequence[str], dense: Tensor, pruned: Tensor
 ) -> dict[str, Tensor]:
     """What `measure` finds in every block of rows, one after the other."""
     # One table for all: small results kept between large temporaries would pin the heap's pages, block after block.
@@ -75,7 +75,7 @@ def _joined(
     return dict(zip(names, table, strict=True))
 
 
-def _fill(table: Tensor, names: tuple[str, ...], found: dict[str, Tensor]) -> None:
+def _fill(table: Tensor, names: Sequence[str], found: dict[str, Tensor]) -> None:
     for row, name in zip(table, names, strict=True):
         row.copy_(found[name])
 
@@ -152,8 +152,22 @@ def _bregman(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     return torch.where(small, p * (torch.expm1(near) - near), q - p - p * d).sum(1)
 
 
-def _probabilities(a: Tensor, b: Tensor, temperature: float) -> dict[str, Tensor]:
-    """`probability_deviation` of one block of rows."""
+def _jensen_shannon(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+    """Jensen-Shannon divergence, with d = log(q / p)."""
+    small = d.abs() < 1.0  # log of the mixture over p: the first form is exact near 0, the second cannot overflow
+    gap = torch.where(small, torch.log1p(torch.expm1(torch.where(small, d, 0.0)) / 2), d.logaddexp(_ZERO) - _LOG2)
+    return ((q * (d - gap) - p * gap).sum(1) / 2).clamp_min(0.0)
+
+
+def _shared_top(a: Tensor, b: Tensor) -> Tensor:
+    """Share of the likeliest few of one that are among those of the other."""
+    count = min(_TOP, a.shape[1])
+    top_a, top_b = a.topk(count, dim=1).indices, b.topk(count, dim=1).indices
+    return (top_a[:, :, None] == top_b[:, None, :]).any(2).double().mean(1)
+
+
+def _probabilities(a: Tensor, b: Tensor, temperature: float, names: Sequence[str]) -> dict[str, Tensor]:
+    """`probability_deviation` of one block of rows; a measure that nobody asked for costs nothing."""
     z, change = a.double() / temperature, (b.double() - a.double()) / temperature
     log_p = z.log_softmax(1)
     p = log_p.exp()
@@ -162,38 +176,40 @@ def _probabilities(a: Tensor, b: Tensor, temperature: float) -> dict[str, Tensor
     d = torch.where((change == 0).all(1, keepdim=True), 0.0, d)
     log_q = log_p + d
     q = log_q.exp()
-    small = d.abs() < 1.0  # log of the mixture over p: the first form is exact near 0, the second cannot overflow
-    gap = torch.where(small, torch.log1p(torch.expm1(torch.where(small, d, 0.0)) / 2), d.logaddexp(_ZERO) - _LOG2)
-    r = p.square()
-    mean_change = (p * change).sum(1, keepdim=True)
     norm = p.norm(dim=1)
-    count = min(_TOP, a.shape[1])
-    top_p, top_q = a.topk(count, dim=1).indices, b.topk(count, dim=1).indices
-    shared = (top_p[:, :, None] == top_q[:, None, :]).any(2)
-    return {
-        "cosine": _cosine_deviation(p, q),
-        "cosine_estimate": _variance(r / r.sum(1, keepdim=True), change) / 2,
-        "kl": _bregman(p, q, d),
-        "kl_estimate": _variance(p, change) / 2,
-        "kl_reverse": _bregman(q, p, -d),
-        "js": ((q * (d - gap) - p * gap).sum(1) / 2).clamp_min(0.0),
-        "total_variation": (p - q).abs().sum(1) / 2,
-        "top1": (a.argmax(1) == b.argmax(1)).double(),
-        "top5": shared.double().mean(1),
-        "entropy": -(p * log_p).sum(1),
-        "entropy_pruned": -(q * log_q).sum(1),
-        "change": (q - p).norm(dim=1) / norm,
-        "change_estimate": (p * (change - mean_change)).norm(dim=1) / norm,
-        "change_bound": (change - change.mean(1, keepdim=True)).norm(dim=1) / (2 * norm),
+
+    def squared() -> Tensor:
+        r = p.square()
+        return r / r.sum(1, keepdim=True)
+
+    measures: dict[str, Callable[[], Tensor]] = {
+        "cosine": lambda: _cosine_deviation(p, q),
+        "cosine_estimate": lambda: _variance(squared(), change) / 2,
+        "kl": lambda: _bregman(p, q, d),
+        "kl_estimate": lambda: _variance(p, change) / 2,
+        "kl_reverse": lambda: _bregman(q, p, -d),
+        "js": lambda: _jensen_shannon(p, q, d),
+        "total_variation": lambda: (p - q).abs().sum(1) / 2,
+        "top1": lambda: (a.argmax(1) == b.argmax(1)).double(),
+        "top5": lambda: _shared_top(a, b),
+        "entropy": lambda: -(p * log_p).sum(1),
+        "entropy_pruned": lambda: -(q * log_q).sum(1),
+        "change": lambda: (q - p).norm(dim=1) / norm,
+        "change_estimate": lambda: (p * (change - (p * change).sum(1, keepdim=True))).norm(dim=1) / norm,
+        "change_bound": lambda: (change - change.mean(1, keepdim=True)).norm(dim=1) / (2 * norm),
     }
+    return {name: measures[name]() for name in names}
 
 
-def probability_deviation(dense: Tensor, pruned: Tensor, temperature: float = 1.0) -> dict[str, Tensor]:
+def probability_deviation(
+    dense: Tensor, pruned: Tensor, temperature: float = 1.0, names: Sequence[str] = PROBABILITY
+) -> dict[str, Tensor]:
     """Deviations between the softmax of the rows of `pruned` and of `dense`, both divided by a temperature.
 
     Args:
         dense, pruned: `[T, V]` logits.
         temperature: T of the softmax, above 0.
+        names: which of the measures, since some take as long as all others together.
 
     Returns:
         `[T]` float64 each, p of the dense model and q of the pruned one, KL and entropies in nats. `cosine`: 1 - cos(p,
@@ -205,10 +221,12 @@ def probability_deviation(dense: Tensor, pruned: Tensor, temperature: float = 1.
         most, norm(Delta - mean) / (2 T norm(p)), since no softmax has a Jacobian of norm above 1 / (2 T).
 
     Raises:
-        InputError: shapes differ, values that are not finite, or a temperature that is not above 0.
+        InputError: shapes differ, values that are not finite, a temperature that is not above 0, or an unknown measure.
 
     Source: He et al. 2026, arXiv 2603.24652 (the estimates); see the module's text.
     """
     check(is_finite(temperature) and temperature > 0, "temperature", "be above 0 and finite", temperature)
     _check_pair(dense, pruned)
-    return _joined(partial(_probabilities, temperature=temperature), PROBABILITY, dense, pruned)
+    for name in names:
+        check_choice(name, "names", PROBABILITY)
+    return _joined(partial(_probabilities, temperature=temperature, names=names), names, dense, pruned)

@@ -30,7 +30,8 @@ from .trace import Tracer
 _ORDERS = (1, 2, 3, 4)
 # 1 - cos in the three spaces; and of the probabilities these.
 _SPACES = ("embedding", "logits", "probabilities")
-_MEASURES = (*_SPACES, "kl", "total_variation", "top1")
+_OF_PROBABILITIES = ("cosine", "kl", "total_variation", "top1")
+_MEASURES = (*_SPACES, *_OF_PROBABILITIES[1:])
 
 Numbers = dict[str, Any]
 
@@ -96,12 +97,12 @@ def _compare(dense: tuple[Tensor, Tensor], pruned: tuple[Tensor, Tensor], steps:
     """`[len(_MEASURES), steps]`, NaN for steps that one of the two never took."""
     count = min(len(dense[0]), len(pruned[0]))
     (h, z), (h_pruned, z_pruned) = ((a[:count], b[:count]) for a, b in (dense, pruned))
-    found = probability_deviation(z, z_pruned, temperature)
+    found = probability_deviation(z, z_pruned, temperature, _OF_PROBABILITIES)
     values = {
         "embedding": vector_deviation(h, h_pruned)["cosine"],
         "logits": vector_deviation(z, z_pruned)["cosine"],
         "probabilities": found["cosine"],
-        **{name: found[name] for name in ("kl", "total_variation", "top1")},
+        **{name: found[name] for name in _OF_PROBABILITIES[1:]},
     }
     result = torch.full((len(_MEASURES), steps), torch.nan, dtype=torch.float64)
     result[:, :count] = torch.stack([values[name] for name in _MEASURES]).cpu()

@@ -244,9 +244,8 @@ def representation_hierarchy(
             tally.add("probabilities", probability_deviation(a.logits, b.logits))
             some = slice(i % every, None, every)
             for temperature in temperatures:
-                tally.add(
-                    f"at {temperature}", probability_deviation(a.logits[some], b.logits[some], temperature), _SOFTMAX
-                )
+                found = probability_deviation(a.logits[some], b.logits[some], temperature, _SOFTMAX)
+                tally.add(f"at {temperature}", found)
             del a, b, alone
             release()  # what is kept of each window lies between what is freed
     progress("comparing representations", len(ids), len(ids))

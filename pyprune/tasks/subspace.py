@@ -25,8 +25,7 @@ Values = dict[str, Tensor]
 
 def deviations(dense: Tensor, pruned: Tensor) -> Tensor:
     """`[len(DEVIATIONS), B]` float64 between the softmax of the rows of `[B, K]` and `[B, K]`."""
-    found = probability_deviation(dense, pruned)
-    return torch.stack([found[name] for name in DEVIATIONS])
+    return torch.stack(list(probability_deviation(dense, pruned, names=DEVIATIONS).values()))
 
 
 def at_last(dense: Any, pruned: Any, rows: Sequence[Row], progress: Progress = quiet) -> Values:
