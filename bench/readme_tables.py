@@ -356,6 +356,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "compare": compare_table,
     "cpu": cpu_table,
     "ffn": ffn_table,
+    "findings": _elsewhere("findings_text", "findings_table"),
     "finetune": _elsewhere("finetune.table", "finetune_table"),
     "gpu": gpu_table,
     "methods": methods_table,

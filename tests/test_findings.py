@@ -39,7 +39,7 @@ def value(mean: float, spread: float = 0.01) -> dict[str, Any]:
 
 def row() -> dict[str, Any]:
     deviations = {"full": {"total_variation": value(0.3)}, "restricted": {"total_variation": value(0.1)}}
-    metric = {"dense": value(0.8), "difference": value(0.0), "retained": value(0.9)}
+    metric = {"dense": value(0.8), "chance": 0.25, "difference": value(0.0), "retained": value(0.9)}
     drift = {
         k: {"probabilities": value(v)}
         for k, v in (("instantaneous", 0.1), ("accumulated", 0.2), ("exposure", 0.0), ("growth", 0.0))
@@ -85,6 +85,9 @@ def test_every_claim_can_hold_and_can_fail(text: ModuleType) -> None:
     unsure["drift"]["greedy"]["accumulated"]["probabilities"] = value(0.0)
     unsure["tasks"]["tasks"][1]["deviations"]["restricted"]["total_variation"] = value(0.3)
     unsure["tasks"]["orders"] = []
+    guessing = copy.deepcopy(good)
+    guessing["tasks"]["tasks"][1]["metric"]["dense"] = value(0.25)
+    assert text.CLAIMS[2].judge(guessing)[0] == "open", "a task that the dense model guesses at judges nothing"
     assert [claim.judge(unsure)[0] for claim in text.CLAIMS] == ["open"] * 4
 
 
