@@ -44,7 +44,7 @@ PROBABILITY = (
 )
 _TOP = 5
 # Elements of a block of rows: small enough for a core's cache, since a row takes some thirty passes.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 17
 _LOG2 = math.log(2.0)
 _ZERO = torch.zeros((), dtype=torch.float64)
 

@@ -21,6 +21,7 @@ from ..calibration import Progress, quiet
 from ..errors import check, is_finite
 from ..evaluation import likeness
 from ..evaluation.decode import check_prompts, decode
+from ..memory import release
 from ..probe import evaluating
 from .deviation import probability_deviation, vector_deviation
 from .hierarchy import check_same_vocabulary
@@ -172,6 +173,7 @@ def generation_drift(
         own, fixed, local = [], [], []
         for i, prompt in enumerate(prompts):
             progress("comparing steps", i, len(prompts))
+            release()
             reference = _prediction(traced[0], prompt, texts[0][i])
             along = _prediction(traced[1], prompt, texts[0][i])
             fixed.append(_compare(reference, along, new_tokens, at))

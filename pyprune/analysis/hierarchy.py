@@ -168,6 +168,16 @@ def _layers(
             tally.add(f"{theirs} {name}", vector_deviation(x, y), _VECTOR)
 
 
+def _logits(tally: _Tally, x: Tensor, y: Tensor, some: slice, temperatures: Sequence[float]) -> None:
+    """Of one window's logits `[W, V]` and their probabilities; at other temperatures of some positions."""
+    tally.add("logits", vector_deviation(x, y), _VECTOR)
+    tally.add("centred", vector_deviation(x, y, centred=True), (*_VECTOR, "estimate"))
+    tally.add("probabilities", probability_deviation(x, y))
+    release()
+    for temperature in temperatures:
+        tally.add(f"at {temperature}", probability_deviation(x[some], y[some], temperature, _SOFTMAX))
+
+
 def _loss(trace: Trace, ids: Tensor) -> Tensor:
     """`[W - 1]` float64: negative log-likelihood of each token but the first, in nats."""
     targets = ids[1:].to(trace.logits.device)
@@ -237,17 +247,14 @@ def representation_hierarchy(
 
             _layers(tally, a, b, alone, kept, adds)
             tally.add("embedding", vector_deviation(a.final, b.final), _VECTOR)
-            tally.add("logits", vector_deviation(a.logits, b.logits), _VECTOR)
-            tally.add("centred", vector_deviation(a.logits, b.logits, centred=True), (*_VECTOR, "estimate"))
             losses = {name: _loss(trace, window) for name, trace in (("dense", a), ("pruned", b))}
             tally.add("loss", {**losses, "difference": losses["pruned"] - losses["dense"]})
-            tally.add("probabilities", probability_deviation(a.logits, b.logits))
-            some = slice(i % every, None, every)
-            for temperature in temperatures:
-                found = probability_deviation(a.logits[some], b.logits[some], temperature, _SOFTMAX)
-                tally.add(f"at {temperature}", found)
+            x, y = a.logits, b.logits
             del a, b, alone
             release()  # what is kept of each window lies between what is freed
+            _logits(tally, x, y, slice(i % every, None, every), temperatures)
+            del x, y
+            release()
     progress("comparing representations", len(ids), len(ids))
     return _report(tally, ids, kept, int(dense.config.num_hidden_layers), temperatures)  # type: ignore[union-attr, arg-type]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..calibration import Progress, quiet
 from ..errors import check
 from ..families import decoder_layers
+from ..memory import release
 from . import choice, generation, retrieval, subspace
 from .categorical import MOST_CHOICES, AnswerTokenError, categorical, in_words
 from .estimates import Metric, Order, Scores, metric, order
@@ -244,6 +245,7 @@ def run_tasks(
     with torch.no_grad():
         for name, records in tasks:
             kind = kind_of(records)
+            release()
             if kind == "choice":
                 results += _choice(run, name, cast(Sequence[ChoiceRecord], records), skipped)
             elif kind == "generation":
