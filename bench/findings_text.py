@@ -135,9 +135,18 @@ def _retained(row: Row) -> Measures:
     return {name: (kept["value"] if kept else None, "{:.0%}") for name, kept in found.items()}
 
 
+def _exposed(rows: Sequence[Row]) -> str:
+    """(b) whether single predictions err more on the pruned model's own text."""
+    intervals = [row["drift"]["greedy"]["exposure"]["probabilities"]["interval"] for row in rows]
+    above, below = sum(verdict(i) == HOLDS for i in intervals), sum(verdict(i) == FAILS for i in intervals)
+    return f" On its own greedy text a single prediction errs more in {above} of {len(rows)} rows, less in {below}."
+
+
 @dataclass(frozen=True)
 class Claim:
-    """One claim: its words, the columns that bear on it, the judge, and the numbers that are summed up by share."""
+    """One claim: its words, the columns that bear on it, the judge, the numbers that are summed up by share, and what
+    else is to be said of all rows.
+    """
 
     letter: str
     words: str
@@ -145,6 +154,7 @@ class Claim:
     columns: tuple[str, ...]
     judge: Callable[[Row], tuple[str, list[str]]]
     measures: Callable[[Row], Measures]
+    aside: Callable[[Sequence[Row]], str] = lambda rows: ""
 
 
 CLAIMS = (
@@ -175,6 +185,7 @@ CLAIMS = (
         ),
         accumulates,
         _steps,
+        _exposed,
     ),
     Claim(
         "c",
@@ -238,7 +249,7 @@ def _section(claim: Claim, rows: Sequence[Row]) -> tuple[list[str], str]:
     verdicts = [found for _, found, _ in judged]
     cells = [[row["label"], f"{1 - row['kept']:.0%}", *shown, found] for row, found, shown in judged]
     body = markdown(["pruned by", ">removed", *_columns(claim, rows), "claim"], cells)
-    summary = f"**({claim.letter}) {claim.words}:** {_counted(verdicts)} of {len(rows)} rows."
+    summary = f"**({claim.letter}) {claim.words}:** {_counted(verdicts)} of {len(rows)} rows.{claim.aside(rows)}"
     return [
         f"## ({claim.letter}) {claim.words}",
         "",
