@@ -35,7 +35,7 @@ SINGLE, TWO = {"algorithm": 0}, {"algorithm": 1}
 ALGORITHMS = [pytest.param(SINGLE, id="single pass"), pytest.param(TWO, id="two passes")]
 # In the order of `Choice`, with what leaves each to the analysis.
 SIZES = {"blocks": 0, "cluster": 0, "teams": 0, "step": 0, "stages": 0, "splits": 0}
-UNSET = {"algorithm": -1, **SIZES, "evict_first": -1, "overlap": -1, "early": -1, "dense_percent": -1}
+UNSET = {"algorithm": -1, **SIZES, "evict_first": -1, "overlap": -1, "early": -1, "dense_percent": -1, "bulk": -1}
 SHARED = 227 * 1024
 
 WIDTHS = (1, 2, 7, 8, 9, 16, 31, 32, 33, 48, 64, 65, 112, 127, 129, 144, 255, 256, 257, 272, 528)

@@ -170,12 +170,12 @@ inline Tensor output_like(const Tensor& x) {
     stride *= sizes[i];
   }
   int32_t dtype = 0, device = 0, index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, device, index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, device, index, &handle));
   return Tensor(handle);
 }
 
@@ -186,7 +186,7 @@ inline Tensor by_dispatch(const Tensor& x, const Tensor& record, const Maybe& in
   using torch::stable::detail::from;
   std::array<StableIValue, 10> stack{from(x),         from(record),   from(index), from(scales),     from(neuron_bias),
                                      from(down_bias), from(residual), from(gated), from(activation), from(backend)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("pyprune::ffn_by_dispatch", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("pyprune::ffn_by_dispatch", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

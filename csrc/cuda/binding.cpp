@@ -47,7 +47,7 @@ class Session {
   explicit Session(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {
     check(current_stream() != nullptr, "torch", "be built with CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream()(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -64,8 +64,8 @@ class Session {
   void* allocate(int64_t bytes) {
     int64_t stride = 1;
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
-                                                           aoti_torch_device_type_cuda(), index_, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                                                    aoti_torch_device_type_cuda(), index_, &handle));
     held_.emplace_back(handle);
     return held_.back().mutable_data_ptr();
   }

@@ -10,10 +10,10 @@ namespace {
 // What `plan` gives, in the order of Choice; nothing given leaves all to the analysis.
 inline Choice choice_of(const std::vector<int64_t>& plan) {
   Choice c;
-  int32_t* members[] = {&c.algorithm, &c.blocks,      &c.cluster, &c.teams, &c.step,         &c.stages,
-                        &c.splits,    &c.evict_first, &c.overlap, &c.early, &c.dense_percent};
+  int32_t* members[] = {&c.algorithm, &c.blocks,      &c.cluster, &c.teams, &c.step,          &c.stages,
+                        &c.splits,    &c.evict_first, &c.overlap, &c.early, &c.dense_percent, &c.bulk};
   static_assert(std::size(members) == kChoices, "every choice can be given");
-  check(plan.size() <= kChoices, "plan", "have at most eleven numbers");
+  check(plan.size() <= kChoices, "plan", "have at most twelve numbers");
   for (size_t i = 0; i < plan.size(); ++i) {
     check(plan[i] >= -1 && plan[i] < 1 << 24, "plan", "hold numbers from -1 to 2^24");
     *members[i] = static_cast<int32_t>(plan[i]);

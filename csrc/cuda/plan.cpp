@@ -128,6 +128,7 @@ void check(const Choice& c, const Device& device) {
   require(c.dense_percent <= 100, "plan", "have a dense_percent of 0 to 100");
   require(c.overlap != 1 || device.clusters, "plan", "not overlap on this device");
   require(c.early != 1 || c.overlap == 1, "plan", "be early only with overlap");
+  require(c.bulk != 1, "plan", "not copy in bulk on this device");
 }
 
 }  // namespace
@@ -197,6 +198,7 @@ std::string describe(const Plan& plan) {
   put("evict_first", plan.evict_first);
   put("overlap", plan.overlap);
   put("early", plan.early);
+  put("bulk", 0);
   return text + "}";
 }
 

@@ -22,9 +22,10 @@ struct Choice {
   int32_t overlap = -1;  // begin before the kernel before has ended (programmatic dependent launch)
   int32_t early = -1;    // single pass: ask for weights before waiting for that kernel; they must not be its output
   int32_t dense_percent = -1;  // a list for each token: above this share of all rows, walk them all
+  int32_t bulk = -1;           // single pass: a neuron by one bulk copy, not by pieces of 16 bytes
 };
 
-constexpr int32_t kChoices = 11;  // members of Choice, in their order
+constexpr int32_t kChoices = 12;  // members of Choice, in their order
 
 struct Device {
   int32_t processors;  // streaming multiprocessors

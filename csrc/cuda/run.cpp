@@ -96,9 +96,9 @@ Plan plan_of(const Call& call, const Choice& chosen, const Device& device) {
                                          device.shared,
                                          device.clusters,
                                          s.aligned};
-  const int32_t choices[] = {chosen.algorithm, chosen.blocks, chosen.cluster,      chosen.teams,
-                             chosen.step,      chosen.stages, chosen.splits,       chosen.evict_first,
-                             chosen.overlap,   chosen.early,  chosen.dense_percent};
+  const int32_t choices[] = {chosen.algorithm, chosen.blocks, chosen.cluster,       chosen.teams,
+                             chosen.step,      chosen.stages, chosen.splits,        chosen.evict_first,
+                             chosen.overlap,   chosen.early,  chosen.dense_percent, chosen.bulk};
   static_assert(std::size(choices) == kChoices, "every choice is part of the key");
   std::copy(std::begin(choices), std::end(choices), key.begin() + 11);
   std::lock_guard<std::mutex> lock(mutex);

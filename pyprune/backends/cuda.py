@@ -33,6 +33,7 @@ _UNSET: dict[str, int] = {
     "overlap": -1,
     "early": -1,
     "dense_percent": -1,
+    "bulk": -1,
 }
 # A row's sums are the same for every number of tokens: the single pass is chosen by what registers hold, this is not.
 _INVARIANT: Config = {"algorithm": "two_pass"}
@@ -92,7 +93,7 @@ def default_config(problem: Problem) -> Config:
     config: dict[str, int | str | bool] = {"algorithm": ALGORITHMS[planned["algorithm"]]}
     sizes = ("blocks", "cluster", "teams", "step", "stages", "splits")
     config |= {name: planned[name] for name in sizes if name in planned}
-    return config | {name: bool(planned[name]) for name in ("evict_first", "overlap", "early")}
+    return config | {name: bool(planned[name]) for name in ("evict_first", "overlap", "early", "bulk")}
 
 
 def candidate_configs(problem: Problem) -> list[Config]:
