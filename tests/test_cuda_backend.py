@@ -1,6 +1,10 @@
 """The CUDA backend where there is no device: what it refuses, and how a configuration becomes a plan."""
 
 import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,14 +12,15 @@ import torch
 from pyprune import InputError, backends, native
 from pyprune.backends import Problem, cuda
 
+BENCH = Path(__file__).parent.parent / "bench"
 PROBLEM = Problem("cuda", torch.bfloat16, 1, 4096, 14336, 14336, True, False, "silu")
 
 
 def test_a_configuration_becomes_the_numbers_of_a_plan() -> None:
     unset = cuda.plan(None)
-    assert unset == cuda.plan({}) == [-1, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1]
+    assert unset == cuda.plan({}) == [-1, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1]
     given = {"algorithm": "two_pass", "splits": 16, "overlap": True, "evict_first": False}
-    assert cuda.plan(given) == [1, 0, 0, 0, 0, 0, 16, 0, 1, -1, -1]
+    assert cuda.plan(given) == [1, 0, 0, 0, 0, 0, 16, 0, 1, -1, -1, -1]
 
 
 @pytest.mark.parametrize(
@@ -51,3 +56,53 @@ def test_without_library_or_device_it_says_which(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.why_not(PROBLEM) == "needs a CUDA device; torch sees none"
     assert backends.load_all()["cuda"] is cuda
+
+
+# --- what is worth a try, planned by the simulator
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The bench's planner, within which the backend plans for an H100."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    found = importlib.import_module("gpu_plans")
+    if found.simulator() is None:
+        pytest.skip("the simulator of the CUDA kernels is not built")
+    with found.planned_for():
+        yield found
+
+
+def _bulk(problem: Problem) -> bool:
+    """Whether the library has bulk copies."""
+    return bool(cuda._fits(problem, {"algorithm": "single_pass", "bulk": True}))
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize(("model", "f", "gated"), [("llama-3-8b", 14336, True), ("opt-6.7b", 16384, False)])
+def test_no_two_candidates_are_planned_alike(plans: Any, model: str, f: int, gated: bool, keep: float, gather: bool):
+    kept = int(f * keep)
+    wanted = Problem("cuda", torch.bfloat16, 1, 4096, f if gather else kept, kept, gated, gather, "silu")
+    found = plans.plans(wanted)
+    assert len({json.dumps(entry["plan"]) for entry in found}) == len(found) >= 12
+    assert found[0]["config"] == cuda.default_config(wanted)
+    base = found[0]["plan"]
+    changes = [{k: v for k, v in entry["plan"].items() if base.get(k) != v} for entry in found]
+    assert changes[1:3] == [{"overlap": 1}, {"overlap": 1, "early": 1}]
+    assert changes[3]["cluster"] == 4 and changes[4]["algorithm"] == 1
+    if _bulk(wanted):
+        assert [(c["bulk"], c.get("overlap", 0)) for c in changes[5:7]] == [(1, 0), (1, 1)]
+    assert not any(c.get("bulk") for c in changes[7 if _bulk(wanted) else 5 :])
+
+
+def test_candidates_where_the_default_is_another(plans: Any) -> None:
+    """More tokens than the single pass has registers for; sums that no row changes; an A100, which has no clusters."""
+    assert [c["algorithm"] for c in cuda.candidate_configs(dataclasses.replace(PROBLEM, tokens=8))] == ["two_pass"] * 5
+    invariant = cuda.candidate_configs(dataclasses.replace(PROBLEM, batch_invariant=True))
+    assert [c["splits"] for c in invariant] == [17, 4, 8, 16, 32]
+    contextual = cuda.candidate_configs(dataclasses.replace(PROBLEM, gather=True, contextual=True))
+    assert not any(c.get("early") for c in contextual) and {"algorithm": "two_pass"} in contextual
+    with plans.planned_for((108, 163 * 1024, 0, 0)):
+        found = cuda.candidate_configs(PROBLEM)
+    assert found[0]["algorithm"] == "two_pass" and {"algorithm": "single_pass"} in found
+    assert not any(c.get("overlap") or c.get("cluster", 1) > 1 for c in found)

@@ -97,34 +97,33 @@ def default_config(problem: Problem) -> Config:
 
 
 def candidate_configs(problem: Problem) -> list[Config]:
-    """What can be faster than the default: the other algorithm, other rings, clusters and ways to follow a kernel."""
-    default = default_config(problem)
+    """What can be faster than the default, the most promising first; no two of them are planned alike."""
+    offered: list[Config] = [default_config(problem)]
     if problem.batch_invariant:
-        return [default, *({**_INVARIANT, "splits": n} for n in (4, 8, 16, 32))]
-    single: list[Config] = [{"algorithm": "single_pass"}]
-    for change in (
-        {"stages": 2},
-        {"stages": 3},
-        {"step": 1, "stages": 4},
-        {"step": 1, "stages": 6},
-        {"cluster": 4},
-        {"teams": 1},
-    ):
-        single.append({"algorithm": "single_pass", **change})
-    single += [{"algorithm": "single_pass", "overlap": True}, {"algorithm": "single_pass", "evict_first": False}]
-    if not problem.contextual:
-        single.append({"algorithm": "single_pass", "overlap": True, "early": True})
-    two: list[Config] = [{"algorithm": "two_pass"}, {"algorithm": "two_pass", "overlap": True}]
-    two += [{"algorithm": "two_pass", "splits": n} for n in (8, 16, 32)]
-    return [default, *(c for c in (*single, *two) if _fits(problem, c))]
+        offered += [{**_INVARIANT, "splits": n} for n in (4, 8, 16, 32)]
+    else:
+        single, two = ({"algorithm": name} for name in ALGORITHMS)
+        ways: list[Config] = [{"overlap": True}, {"overlap": True, "early": True}, {"cluster": 4}]
+        offered += [{**single, **way} for way in ways]
+        offered += [two, single, {**single, "bulk": True}, {**single, "bulk": True, "overlap": True}]
+        ways = [{"stages": 2}, {"stages": 3}, {"step": 2}, {"step": 3}]
+        ways += [{"step": 1, "stages": 4}, {"step": 1, "stages": 6}, {"teams": 1}, {"teams": 2}, {"evict_first": False}]
+        offered += [{**single, **way} for way in ways]
+        ways = [{"overlap": True}, *({"splits": n} for n in (8, 16, 32))]
+        offered += [{**two, **way} for way in ways]
+    planned: dict[str, Config] = {}
+    for config in offered:
+        if plan := _fits(problem, config):
+            planned.setdefault(plan, config)
+    return list(planned.values())
 
 
-def _fits(problem: Problem, config: Config) -> bool:
+def _fits(problem: Problem, config: Config) -> str:
+    """The plan that `config` becomes, as text; empty where it does not fit."""
     try:
-        _planned(problem, config)
+        return json.dumps(_planned(problem, config))
     except RuntimeError:
-        return False
-    return True
+        return ""
 
 
 def run(call: Call, config: Config | None = None) -> Tensor:
