@@ -43,8 +43,8 @@ def choose_isas(folder: Path, compiler: Compiler) -> tuple[list[str], list[str]]
     return built, [n for n in present if n not in built]
 
 
-def ninja_file(root: Path, compiler: Compiler, torch: Torch, isas: list[str], sanitize: bool) -> str:
-    """The text of build.ninja."""
+def units(root: Path, compiler: Compiler, torch: Torch, isas: list[str], sanitize: bool = False) -> building.Units:
+    """What is compiled, and how."""
     every = (
         *building.host_flags(root, torch, compiler),
         *_FLAGS,
@@ -54,19 +54,23 @@ def ninja_file(root: Path, compiler: Compiler, torch: Torch, isas: list[str], sa
     sources = sorted((root / "csrc" / "cpu").glob("*.cpp"))
     known = {f"isa_{name}": name for name in X86}
     used = [s for s in sources if known.get(s.stem) in (None, *isas)]
+    return {s: (*every, *(X86[known[s.stem]].flags if s.stem in known else ())) for s in used}
+
+
+def ninja_file(compiler: Compiler, torch: Torch, compiled: building.Units, sanitize: bool) -> str:
+    """The text of build.ninja."""
     lines = [
-        f"cxx = {building.quoted(compiler.command)}",
-        "rule compile",
-        f"  command = $cxx -MD -MF $out.d {building.quoted(every)} $isa -c $in -o $out",
-        *building.COMPILE,
+        *building.compile_lines(compiler, compiled),
         "rule link",
         f"  command = $cxx -shared -pthread {building.quoted(building.SANITIZE) if sanitize else ''} $in -o $out "
         + building.quoted(building.link_flags(LIBRARY, torch, sanitize)),
     ]
-    for source in used:
-        flags = X86[known[source.stem]].flags if source.stem in known else ()
-        lines += [f"build {source.stem}.o: compile {building.path(source)}", f"  isa = {building.quoted(flags)}"]
-    return "\n".join([*lines, f"build {LIBRARY}: link " + " ".join(f"{s.stem}.o" for s in used), ""])
+    return "\n".join([*lines, f"build {LIBRARY}: link {' '.join(map(building.object_of, compiled))}", ""])
+
+
+def lacks(record: dict[str, Any]) -> str:
+    """What a library with this record lacks of what is wanted, or nothing."""
+    return "it is sanitized" if record.get("sanitized") else ""
 
 
 def compile_library(root: Path, sanitize: bool) -> tuple[Path, dict[str, Any]]:
@@ -80,8 +84,7 @@ def compile_library(root: Path, sanitize: bool) -> tuple[Path, dict[str, Any]]:
     compiler, torch = building.find_compiler(), building.find_torch()
     isas, left_out = choose_isas(sources, compiler)
     work = root / "build" / ("asan-objects" if sanitize else "objects")
-    building.run_ninja(
-        work, ninja_file(root, compiler, torch, isas, sanitize), root, torch, f"{LOG} beside native.json"
-    )
+    text = ninja_file(compiler, torch, units(root, compiler, torch, isas, sanitize), sanitize)
+    building.run_ninja(work, text, root, torch, f"{LOG} beside native.json")
     facts = {"compiler": compiler.version, "torch": torch.version, "isas": isas, "left_out": left_out}
     return work / LIBRARY, {"built": True, **facts, "sanitized": sanitize, "sources": recorded}

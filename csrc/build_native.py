@@ -7,14 +7,24 @@ the simulator of the CUDA kernels, which only tests use, into build/simulator (s
 cannot be built is no error, and does not keep another from being built: native.json says why, in one line. For the CPU
 library PYPRUNE_NATIVE=0 skips the build, =require makes it an error; PYPRUNE_CUDA does so for the CUDA library. Called
 so, rather than by pip, it does fail where there is a compiler and the sources do not compile.
+
+A library that was built before, here or elsewhere, need not be built again: PYPRUNE_PREBUILT=FOLDER names the folder
+where its build left it with native.json (`pyprune` itself, or another --out; FOLDER may be where this build writes). It
+is taken, without a compiler or nvcc, where it was built from the very sources that lie here, holds the architectures
+that PYPRUNE_CUDA_ARCHS wants, and torch loads it in a process of its own; native.json then says `taken: true`. Else it
+is compiled, and what was against it is printed. So a machine with a GPU gets what `make native` built on one without:
+
+    PYPRUNE_PREBUILT=pyprune PYPRUNE_CUDA_ARCHS=90 python csrc/build_native.py
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +47,7 @@ class Native(NamedTuple):
     log: str
     variable: str
     compile: Callable[[Path, bool], tuple[Path, dict[str, Any]]]
+    lacks: Callable[[dict[str, Any]], str]
 
     def wanted(self) -> str:
         value = os.environ.get(self.variable) or "1"
@@ -46,9 +57,51 @@ class Native(NamedTuple):
 
 
 NATIVE = {
-    "cpu": Native("CPU", build_cpu.LIBRARY, build_cpu.LOG, "PYPRUNE_NATIVE", build_cpu.compile_library),
-    "cuda": Native("CUDA", build_cuda.LIBRARY, build_cuda.LOG, "PYPRUNE_CUDA", build_cuda.compile_library),
+    "cpu": Native(
+        "CPU", build_cpu.LIBRARY, build_cpu.LOG, "PYPRUNE_NATIVE", build_cpu.compile_library, build_cpu.lacks
+    ),
+    "cuda": Native(
+        "CUDA", build_cuda.LIBRARY, build_cuda.LOG, "PYPRUNE_CUDA", build_cuda.compile_library, build_cuda.lacks
+    ),
 }
+
+_LOAD = "import sys, torch; torch.ops.load_library(sys.argv[1])"
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _against(library: Path, record: Any, native: Native, sources: dict[str, str]) -> str:
+    """Why the library that was built before cannot be taken, in one line, or nothing."""
+    if not isinstance(record, dict) or not record.get("built"):
+        return "native.json there records none"
+    if record.get("sources") != sources:
+        return "it was built from other sources"
+    if reason := native.lacks(record):
+        return reason
+    if not library.is_file() or _sha256(library) != record.get("sha256"):
+        return f"{library.name} there is not the one that was recorded"
+    ask = [sys.executable, "-c", _LOAD, str(library)]
+    done = subprocess.run(ask, capture_output=True, text=True, timeout=170, check=False)
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return f"it cannot be loaded: {said[-1]}" if done.returncode else ""
+
+
+def _prebuilt(part: str, native: Native, root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The library in $PYPRUNE_PREBUILT with its record, where it can be taken; prints why not."""
+    if not (named := os.environ.get("PYPRUNE_PREBUILT")):
+        return None
+    folder = Path(named).absolute()
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))[part]
+        reason = _against(folder / native.library, record, native, building.hashes(root, part))
+    except (OSError, ValueError, LookupError, TypeError, subprocess.TimeoutExpired) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if reason:
+        print(f"native {native.title} library in PYPRUNE_PREBUILT={named} not taken: {reason}", flush=True)
+        return None
+    return folder / native.library, {**record, "taken": True}
 
 
 def _settle(out: Path, library: str, log: str, compiled: Callable[[], tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
@@ -58,6 +111,7 @@ def _settle(out: Path, library: str, log: str, compiled: Callable[[], tuple[Path
     try:
         built, record = compiled()
         building.place(built, out / library)
+        record["sha256"] = _sha256(out / library)
         return record
     except (NotBuilt, OSError, subprocess.SubprocessError) as error:
         # An older library would tell another story than the reason.
@@ -79,7 +133,7 @@ def build(out: Path, root: Path, sanitize: bool = False) -> dict[str, Any]:
         def compiled(name: str = name, native: Native = native) -> tuple[Path, dict[str, Any]]:
             if wanted[name] == "0":
                 raise NotBuilt(f"{native.variable}=0 was set at the build")
-            return native.compile(root, sanitize)
+            return (None if sanitize else _prebuilt(name, native, root)) or native.compile(root, sanitize)
 
         records[name] = _settle(out, native.library, native.log, compiled)
     building.place(json.dumps(records, indent=2) + "\n", out / RECORD)
@@ -119,7 +173,7 @@ def _say(record: dict[str, Any]) -> str:
     if not record["built"]:
         return str(record["reason"])
     parts = record["isas"] if "isas" in record else record["architectures"]
-    return f"built, {', '.join(parts) or 'no ISA files'}"
+    return f"{'taken as built before' if record.get('taken') else 'built'}, {', '.join(parts) or 'no ISA files'}"
 
 
 def main(given: list[str] | None = None) -> None:

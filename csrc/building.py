@@ -13,12 +13,24 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-# The oldest torch whose stable ABI the libraries ask for: 2.11.
-TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+def oldest_torch() -> tuple[int, int, int]:
+    """The oldest torch that pyproject.toml admits."""
+    text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    needs = tomllib.loads(text)["project"]["dependencies"]
+    words = next(need for need in needs if re.match(r"torch\s*>=", need)).partition(">=")[2].split(".")
+    major, minor, patch = (int(word) for word in [*words, "0"][:3])
+    return major, minor, patch
+
+
+OLDEST = ".".join(map(str, oldest_torch()))
+# The stable ABI that the libraries ask for: that of the oldest torch.
+TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}{:02x}{:010x}".format(*oldest_torch(), 0)
 FLAGS = ("-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
 SANITIZE = (
     *("-O1", "-g", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"),
@@ -95,7 +107,7 @@ def find_torch() -> Torch:
     found = re.search(r"__version__ = ['\"](.+?)['\"]", (folder / "version.py").read_text(encoding="utf-8"))
     version = found[1] if found else "of unknown version"
     if not (folder / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
-        raise NotBuilt(f"torch {version} has no headers of the stable ABI; pyprune needs torch >= 2.11")
+        raise NotBuilt(f"torch {version} has no headers of the stable ABI; pyprune needs torch >= {OLDEST}")
     return Torch(folder, version)
 
 
@@ -154,8 +166,28 @@ def path(file: Path | str) -> str:
     return re.sub(r"([$ :])", r"$\1", str(file))
 
 
+# Sources for the C++ compiler, each with its flags.
+Units = dict[Path, tuple[str, ...]]
+
 # -MD, not -MMD: torch's headers are under the same path after an upgrade.
 COMPILE = ("  depfile = $out.d", "  deps = gcc")
+
+
+def compile_lines(compiler: Compiler, units: Units) -> list[str]:
+    """In build.ninja: one object for each source, by the name of `object_of`."""
+    lines = [
+        f"cxx = {quoted(compiler.command)}",
+        "rule compile",
+        "  command = $cxx -MD -MF $out.d $flags -c $in -o $out",
+        *COMPILE,
+    ]
+    for source, flags in units.items():
+        lines += [f"build {object_of(source)}: compile {path(source)}", f"  flags = {quoted(flags)}"]
+    return lines
+
+
+def object_of(source: Path) -> str:
+    return path(f"{source.name}.o")
 
 
 def first_error(log: str) -> str:

@@ -163,7 +163,7 @@ def test_only_what_changed_is_compiled_again(root: Path) -> None:
 
     def times() -> list[int]:
         build(root)
-        return [(root / "build" / "objects" / f"{name}.o").stat().st_mtime_ns for name in ("one", "two")]
+        return [(root / "build" / "objects" / f"{name}.cpp.o").stat().st_mtime_ns for name in ("one", "two")]
 
     first = times()
     assert times() == first

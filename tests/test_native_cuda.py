@@ -87,14 +87,14 @@ def write(root: Path, name: str, text: str) -> None:
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PYPRUNE_NATIVE", "PYPRUNE_CUDA", "PYPRUNE_CUDA_ARCHS"):
+    for name in ("PYPRUNE_NATIVE", "PYPRUNE_CUDA", "PYPRUNE_CUDA_ARCHS", "PYPRUNE_PREBUILT"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with one tiny kernel, which is compiled for one architecture only."""
-    monkeypatch.setenv("PYPRUNE_CUDA_ARCHS", "90a")
+    monkeypatch.setenv("PYPRUNE_CUDA_ARCHS", "90")
     write(tmp_path, "cuda/twice.cu", KERNEL)
     write(tmp_path, "common/twice.h", SHARED)
     return tmp_path
@@ -148,15 +148,17 @@ def test_it_is_built_for_every_architecture(built: tuple[Path, dict[str, Any]]) 
     assert set(record["sources"]) == {"cuda/twice.cu", "cuda/binding.cpp", "common/twice.h"}
     if record["left_out"]:
         pytest.skip(f"nvcc {record['nvcc']} does not know {', '.join(record['left_out'])}")
-    assert record["architectures"] == ["sm_80", "sm_90a", "sm_100a", "compute_80"]
+    assert record["architectures"] == ["sm_80", "sm_90", "sm_100", "sm_120", "compute_80", "compute_90"]
     said = (root / "build" / "cuda" / "twice.ptxas.txt").read_text()
-    for name in ("sm_80", "sm_90a", "sm_100a"):
+    for name in ("sm_80", "sm_90", "sm_100", "sm_120"):
         assert f"for '{name}'" in said
     triton = pytest.importorskip("triton")
     command = [triton.knobs.nvidia.cuobjdump.path, str(root / "pyprune" / build_cuda.LIBRARY)]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("Fatbin ")
     kinds = [(part.split()[0], part.partition("arch = ")[2].split()[0]) for part in dump[1:]]
-    assert sorted(kinds) == [("elf", "sm_100a"), ("elf", "sm_80"), ("elf", "sm_90a"), ("ptx", "sm_80")]
+    words = {"elf": "sm", "ptx": "compute"}
+    held = [f"{words[kind]}_{architecture.removeprefix('sm_')}" for kind, architecture in kinds]
+    assert sorted(held) == sorted(record["architectures"])
 
 
 @needs_nvcc
@@ -202,7 +204,7 @@ def test_it_loads_without_a_device_beside_the_cpu_library(built: tuple[Path, dic
 
 @needs_nvcc
 def test_a_change_in_a_shared_header_compiles_again(root: Path) -> None:
-    assert build(root)["architectures"] == ["sm_90a"]
+    assert build(root)["architectures"] == ["sm_90", "compute_90"]
     library = root / "build" / "cuda" / build_cuda.LIBRARY
     before = library.stat().st_mtime_ns
     write(root, "common/twice.h", SHARED.replace("2", "3"))
@@ -232,16 +234,16 @@ def test_a_missing_symbol_fails_at_the_build(root: Path) -> None:
 @needs_nvcc
 def test_an_architecture_that_nvcc_does_not_know_is_left_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = root / "nvcc"
-    nvcc.write_text(f'#!/bin/sh\ncase "$*" in *sm_100a*) exit 1;; esac\nexec {build_cuda._nvcc()[0]} "$@"\n')
+    nvcc.write_text(f'#!/bin/sh\ncase "$*" in *sm_1?0*) exit 1;; esac\nexec {build_cuda._nvcc()[0]} "$@"\n')
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDACXX", str(nvcc))
     toolkit = build_cuda.find_toolkit(building.find_compiler())
     monkeypatch.delenv("PYPRUNE_CUDA_ARCHS")
-    assert build_cuda.choose_architectures(toolkit) == (["80", "90a"], ["100a"])
-    monkeypatch.setenv("PYPRUNE_CUDA_ARCHS", "100a")
-    assert build(root)["reason"] == f"nvcc {toolkit.version} knows none of 100a"
-    monkeypatch.setenv("PYPRUNE_CUDA_ARCHS", "90a,75")
-    with pytest.raises(SystemExit, match="must hold 80, 90a, 100a only; got 75"):
+    assert build_cuda.choose_architectures(toolkit) == (["80", "90"], ["100", "120"])
+    monkeypatch.setenv("PYPRUNE_CUDA_ARCHS", "100")
+    assert build(root)["reason"] == f"nvcc {toolkit.version} knows none of 100"
+    monkeypatch.setenv("PYPRUNE_CUDA_ARCHS", "90,75")
+    with pytest.raises(SystemExit, match="must hold 80, 90, 100, 120 only; got 75"):
         build(root)
 
 
