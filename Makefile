@@ -41,8 +41,9 @@ test-asan: $(READY)
 	$(BIN)/pytest -q -s -p no:faulthandler $(ASAN_TESTS)
 
 # Compiles what changed: both libraries and the simulator. No compiler, no nvcc: says so and succeeds. A source that
-# does not compile: fails.
+# does not compile: fails. First the headers of the oldest torch, once, for the test that compiles with them.
 native: $(READY)
+	@$(BIN)/python csrc/oldest_torch.py
 	@$(BIN)/python csrc/build_native.py
 
 style: $(READY)

@@ -19,18 +19,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-def oldest_torch() -> tuple[int, int, int]:
+def version_numbers(text: str) -> tuple[int, ...]:
+    """2, 11 and 0 of `2.11.0+cu130`."""
+    return tuple(int(word) for word in re.findall(r"\d+", text.partition("+")[0]))
+
+
+def _oldest_torch() -> tuple[int, int, int]:
     """The oldest torch that pyproject.toml admits."""
     text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     needs = tomllib.loads(text)["project"]["dependencies"]
-    words = next(need for need in needs if re.match(r"torch\s*>=", need)).partition(">=")[2].split(".")
-    major, minor, patch = (int(word) for word in [*words, "0"][:3])
+    least = next(need for need in needs if re.match(r"torch\s*>=", need)).partition(">=")[2].partition(",")[0]
+    major, minor, patch = (*version_numbers(least), 0)[:3]
     return major, minor, patch
 
 
-OLDEST = ".".join(map(str, oldest_torch()))
+OLDEST = ".".join(map(str, _oldest_torch()))
 # The stable ABI that the libraries ask for: that of the oldest torch.
-TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}{:02x}{:010x}".format(*oldest_torch(), 0)
+TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}{:02x}{:010x}".format(*_oldest_torch(), 0)
 FLAGS = ("-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
 SANITIZE = (
     *("-O1", "-g", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"),
