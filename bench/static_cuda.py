@@ -25,10 +25,15 @@ from pyprune import native
 from pyprune.files import new_file
 
 RESULT = Path(__file__).parent / "results" / "static.json"
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
-# Most shared memory that a block may ask for, in bytes (CUDA programming guide, technical specifications).
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}
+# By compute capability: most shared memory that a block may ask for, in bytes (CUDA programming guide, technical
+# specifications).
+SHARED_LIMIT = {
+    **dict.fromkeys(("8.0", "8.7"), 163 * 1024),
+    **dict.fromkeys(("8.6", "8.9", "12.0", "12.1"), 99 * 1024),
+    **dict.fromkeys(("9.0", "10.0", "10.3", "11.0"), 227 * 1024),
+}
 REGISTERS = 64 * 1024  # of a multiprocessor
 
 _WEIGHTS = ("float32", "bfloat16", "float16", "int8")  # in the order of Type in csrc/common/problem.h

@@ -55,8 +55,8 @@ def _wheel(folder: Path) -> Path:
         raise NotBuilt("pip did not end in 600 seconds") from None
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise NotBuilt(f"pip could not fetch them: {said[-1] if said else 'it said nothing'}")
+        said = re.search(r"^ERROR: (.*)", done.stderr, re.MULTILINE) or re.search(r"(.+)\s*$", done.stderr)
+        raise NotBuilt(f"pip could not fetch them: {said[1] if said else 'it said nothing'}")
     return wheels[0]
 
 

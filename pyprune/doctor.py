@@ -52,8 +52,8 @@ def _choices() -> list[dict[str, str]]:
 
 
 def found_here() -> dict[str, Any]:
-    """JSON values: `machine` (see `machine.facts`), `native` and `native_cuda` (see `native.facts`), `backends`,
-    `choices`, and `demo`, the state of the demo model.
+    """JSON values: `machine` (see `machine.facts`), `native` and `native_cuda` (see `native.facts`),
+    `cuda_devices` (see `native.cuda_devices`), `backends`, `choices`, and `demo`, the state of the demo model.
     """
     try:
         demo = f"usable ({loading.demo_file().name})"
@@ -63,6 +63,7 @@ def found_here() -> dict[str, Any]:
         "machine": machine.facts(),
         "native": native.facts(),
         "native_cuda": native.facts("cuda"),
+        "cuda_devices": native.cuda_devices(),
         "backends": _states(),
         "choices": _choices(),
         "demo": demo,

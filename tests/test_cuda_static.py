@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pyprune import native
+from pyprune.backends import cuda
 
 BENCH = Path(__file__).parent.parent / "bench"
 pytest.importorskip("triton")
@@ -70,15 +71,17 @@ LAYERS = [(4096, 14336, True), (4096, 16384, False), (768, 3072, False), (576, 1
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "float16", "float32", "int8"])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
-def test_planned_shared_memory_fits(static: ModuleType, architecture: str, weights: str) -> None:
+@pytest.mark.parametrize("capability", ["8.0", "8.9", "9.0", "12.0"])
+def test_planned_shared_memory_fits(static: ModuleType, capability: str, weights: str) -> None:
     simulator = Path(__file__).parent.parent / "build" / "simulator" / "libpyprune_simulator.so"
     if not simulator.is_file():
         pytest.skip("the simulator of the CUDA kernels is not built")
     torch.ops.load_library(simulator)
-    shared = static.SHARED_LIMIT[architecture]
-    device = [108 if architecture == "sm_80" else 132, shared, architecture != "sm_80", 0]
-    unset = [-1, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1]
+    shared = static.SHARED_LIMIT[capability]
+    # The multiprocessors of an A100, an RTX 4090, an H100 and an RTX 5090.
+    processors = {"8.0": 108, "8.9": 128, "9.0": 132, "12.0": 170}[capability]
+    device = [processors, shared, float(capability) >= 9, 0]
+    unset = cuda.plan(None)
     for (width, neurons, gated), tokens in ((layer, tokens) for layer in LAYERS for tokens in range(1, 9)):
         arguments = (tokens, width, neurons, gated, True, False, weights, unset, device)
         plan = json.loads(torch.ops.pyprune.plan_simulated(*arguments))

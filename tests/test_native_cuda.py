@@ -199,7 +199,11 @@ def test_it_loads_without_a_device_beside_the_cpu_library(built: tuple[Path, dic
     cpu, reason, again, facts = json.loads(first)
     assert (cpu, reason, again, devices) == (native.load(), None, None, "none")
     assert (facts["state"], facts["nvcc"]) == ("usable", built[1]["nvcc"])
-    assert "native CUDA library: loaded (built: sm_80" in " ".join(doctor)
+    said = " ".join(" ".join(doctor).split())
+    assert "native CUDA library: loaded (built: sm_80" in said
+    for code in built[1]["architectures"]:
+        kind = f"machine code of {code}," if code.startswith("sm_") else f"PTX of {code}, compiled at the first call,"
+        assert f"{kind} {'without' if code.endswith('_80') else 'with'} clusters and dependent launch" in said
 
 
 @needs_nvcc
@@ -245,6 +249,26 @@ def test_an_architecture_that_nvcc_does_not_know_is_left_out(root: Path, monkeyp
     monkeypatch.setenv("PYPRUNE_CUDA_ARCHS", "90,75")
     with pytest.raises(SystemExit, match="must hold 80, 90, 100, 120 only; got 75"):
         build(root)
+
+
+@pytest.mark.parametrize(
+    ("capability", "code"),
+    [
+        *(((7, 5), None), ((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100")),
+        *(((10, 3), "sm_100"), ((11, 0), "compute_90"), ((12, 1), "sm_120"), ((13, 0), "compute_90")),
+    ],
+)
+def test_what_a_device_runs(capability: tuple[int, int], code: str | None) -> None:
+    every = build_cuda.codes(list(build_cuda.ARCHITECTURES))
+    assert native.code_for(capability, every) == code
+
+
+@pytest.mark.parametrize(
+    ("capability", "code"),
+    [((8, 0), "compute_80"), ((8, 9), "sm_86"), ((9, 0), "compute_80"), ((12, 1), "compute_100")],
+)
+def test_machine_code_is_of_no_later_device_and_ptx_the_newest(capability: tuple[int, int], code: str) -> None:
+    assert native.code_for(capability, ["sm_86", "compute_80", "compute_100"]) == code
 
 
 def test_the_variable_skips_requires_or_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
