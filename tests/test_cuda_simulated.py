@@ -31,8 +31,12 @@ if LIBRARY.is_file():
     torch.ops.load_library(LIBRARY)
 pytestmark = pytest.mark.skipif(not LIBRARY.is_file(), reason="the simulator of the CUDA kernels is not built")
 
-SINGLE, TWO = {"algorithm": 0}, {"algorithm": 1}
-ALGORITHMS = [pytest.param(SINGLE, id="single pass"), pytest.param(TWO, id="two passes")]
+SINGLE, BULK, TWO = {"algorithm": 0}, {"algorithm": 0, "bulk": 1}, {"algorithm": 1}
+ALGORITHMS = [
+    pytest.param(SINGLE, id="single pass"),
+    pytest.param(BULK, id="single pass in bulk"),
+    pytest.param(TWO, id="two passes"),
+]
 # In the order of `Choice`, with what leaves each to the analysis.
 SIZES = {"blocks": 0, "cluster": 0, "teams": 0, "step": 0, "stages": 0, "splits": 0}
 UNSET = {"algorithm": -1, **SIZES, "evict_first": -1, "overlap": -1, "early": -1, "dense_percent": -1, "bulk": -1}
@@ -58,7 +62,7 @@ def simulate(
     order: int = 0,
 ) -> Tensor:
     """The case by the kernels, on a device of so many multiprocessors."""
-    if plan == SINGLE and not on_16_bytes(case):
+    if plan and plan.get("algorithm") == 0 and not on_16_bytes(case):
         plan = None  # as chosen, which is two passes
     out: Tensor = torch.ops.pyprune.ffn_simulated(
         case.x, case.record, case.index, count, case.scales, case.neuron_bias, case.down_bias, case.residual,
@@ -103,7 +107,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@given(case=cases(), two=st.booleans(), processors=st.integers(1, 9), order=st.integers(0, 99))
+@given(case=cases(), way=st.sampled_from([SINGLE, BULK, TWO]), processors=st.integers(1, 9), order=st.integers(0, 99))
 @settings(
     max_examples=150,
     deadline=None,
@@ -111,8 +115,8 @@ def cases(draw: st.DrawFn) -> Case:
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-def test_error_is_at_most_twice_that_of_torch(case: Case, two: bool, processors: int, order: int) -> None:
-    plan = TWO if two or not has_single_pass(case) else SINGLE
+def test_error_is_at_most_twice_that_of_torch(case: Case, way: dict[str, int], processors: int, order: int) -> None:
+    plan = way if has_single_pass(case) else TWO
     ffn_cases.check_error(case, lambda c: simulate(c, plan, processors=processors, order=order))
 
 
@@ -128,7 +132,7 @@ def test_error_of_all_dtypes_and_forms(types: tuple[torch.dtype, torch.dtype], p
 def test_widths_of_real_models(types: tuple[torch.dtype, torch.dtype]) -> None:
     for width, tokens in ((576, 1), (768, 2), (2048, 1), (4096, 1)):
         case = make(tokens, width, 19, types, form="gather", kept=11)
-        for plan in (SINGLE, TWO):
+        for plan in (SINGLE, BULK, TWO):
             ffn_cases.check_error(case, lambda c, plan=plan: simulate(c, plan, processors=8))
 
 
@@ -154,7 +158,7 @@ def test_activations_at_every_size(dtype: torch.dtype, activation: str, plan: di
 def test_nothing_around_operands_is_read(types: tuple[torch.dtype, torch.dtype], plan: dict[str, int]) -> None:
     """All around is NaN; under the address sanitizer, what is not allocated is seen too."""
     layouts = [(64, 0, 16), (48, 16, 32)]  # width, elements before the first and between rows
-    for width, offset, between in layouts if plan == SINGLE else [*layouts, (35, 0, 5), (35, 7, 3), (64, 1, 1)]:
+    for width, offset, between in layouts if plan["algorithm"] == 0 else [*layouts, (35, 0, 5), (35, 7, 3), (64, 1, 1)]:
         for gated, form in ((True, "gather"), (False, "compact")):
             case = make(3, width, 21, types, gated, form=form)
             want = simulate(case, plan)
@@ -182,13 +186,14 @@ def test_rows_outside_the_index_are_not_read(plan: dict[str, int]) -> None:
 def test_nan_and_infinity_go_where_they_do_in_torch(
     types: tuple[torch.dtype, torch.dtype], plan: dict[str, int]
 ) -> None:
+    width = 40 if plan["algorithm"] == 0 else 35
     for special, activation in itertools.product((math.nan, math.inf, -math.inf), sorted(reference.ACTIVATIONS)):
-        case = make(2, 35, 9, types, True, activation)
-        case.x[1, 34] = special
+        case = make(2, width, 9, types, True, activation)
+        case.x[1, width - 1] = special
         ffn_cases.check_special(case, lambda c: simulate(c, plan))
         for part in range(3):
-            case = make(2, 35, 9, types, True, activation)
-            case.record[8, part * 35 + 33] = special
+            case = make(2, width, 9, types, True, activation)
+            case.record[8, part * width + width - 2] = special
             ffn_cases.check_special(case, lambda c: simulate(c, plan))
 
 
@@ -218,7 +223,12 @@ def test_repeats_to_the_bit_in_every_order_of_execution(
         assert torch.equal(simulate(case, plan, processors=16, order=order), want)
 
 
-BITS = [("single pass", 264, SINGLE, 4), ("two passes", 264, TWO, 9), ("two passes, wide", 1032, TWO, 3)]
+BITS = [
+    ("single pass", 264, SINGLE, 4),
+    ("in bulk", 264, BULK, 4),
+    ("two passes", 264, TWO, 9),
+    ("two passes, wide", 1032, TWO, 3),
+]
 
 
 @pytest.mark.parametrize(("name", "width", "plan", "most"), BITS, ids=[b[0] for b in BITS])
@@ -249,13 +259,21 @@ def test_gather_and_prefix_equal_copied_rows_in_bits(
         assert torch.equal(simulate(prefix, plan), simulate(whole.rows(slice(kept)), plan))
 
 
+# Whole neurons are asked for when their place is free: in bulk that takes two stages.
+RINGS = [
+    (way, step, stages)
+    for way, step, stages in itertools.product((SINGLE, BULK), (1, 2, 3, 4), (1, 2, 3, 4, 6))
+    if way == SINGLE or stages > 1
+]
+
+
 def test_every_step_stage_cluster_and_split_gives_a_right_result() -> None:
     case = make(1, 136, 101, (torch.float32, torch.float32), form="gather", kept=77)
-    for step, stages in itertools.product((1, 2, 3, 4), (2, 3, 4, 6)):
-        plan = SINGLE | {"step": step, "stages": stages, "blocks": 3, "teams": 1}
+    for way, step, stages in RINGS:
+        plan = way | {"step": step, "stages": stages, "blocks": 3, "teams": 1}
         ffn_cases.check_error(case, lambda c, plan=plan: simulate(c, plan))
-    for teams, blocks in ((1, 2), (2, 3), (3, 1), (8, 2), (15, 5)):
-        plan = SINGLE | {"teams": teams, "blocks": blocks, "stages": 2}
+    for way, (teams, blocks) in itertools.product((SINGLE, BULK), ((1, 2), (2, 3), (3, 1), (8, 2), (15, 5))):
+        plan = way | {"teams": teams, "blocks": blocks, "stages": 2}
         ffn_cases.check_error(case, lambda c, plan=plan: simulate(c, plan, order=3))
     for cluster, blocks in ((1, 7), (2, 8), (4, 4), (4, 12), (8, 16)):
         plan = SINGLE | {"cluster": cluster, "blocks": blocks}
@@ -266,14 +284,49 @@ def test_every_step_stage_cluster_and_split_gives_a_right_result() -> None:
 
 
 def test_the_ring_does_not_change_bits() -> None:
-    """Steps and stages are about when weights come; which sums are made in which order is another matter."""
+    """How weights come, and when, does not decide which sums are made in which order."""
     case = make(1, 136, 101)
     want = simulate(case, SINGLE | {"blocks": 4, "cluster": 2, "teams": 2, "stages": 2})
-    for step, stages in itertools.product((1, 2, 3, 4), (2, 3, 4, 6)):
+    for way, step, stages in RINGS:
         if step * stages > 8:
             continue  # more than shared memory holds
         ring = {"blocks": 4, "cluster": 2, "teams": 2, "step": step, "stages": stages}
-        assert torch.equal(simulate(case, SINGLE | ring), want)
+        assert torch.equal(simulate(case, way | ring), want)
+
+
+OVERLAPPING = {
+    "single pass": SINGLE,
+    "single pass, early": SINGLE | {"early": 1},
+    "in bulk": BULK,
+    "in bulk, early": BULK | {"early": 1},
+    "two passes": TWO,
+}
+
+
+@pytest.mark.parametrize("plan", OVERLAPPING.values(), ids=OVERLAPPING)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_kernels_that_begin_before_the_one_before_has_ended(plan: dict[str, int], gated: bool) -> None:
+    """Dependent launch: two layers in turn on one stream, over the same scratch memory, each on what the one before
+    gives, are bitwise one call after another, however far a kernel comes before those before it.
+    """
+    generator = torch.Generator().manual_seed(1)
+    parts, width, calls = 3 if gated else 2, 72, 4
+    first, second = (torch.randn(21, parts * width, generator=generator) * 1.4 * width**-0.5 for _ in range(2))
+    # Beside float32 weights x is widened, by a kernel of its own that does not overlap.
+    for dtype, weights in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        x = torch.randn(2, width, generator=generator).to(dtype)
+        records = [t.to(weights) for t in (first, second)]
+        for index in (None, torch.tensor([0, 3, 4, 9, 11, 12, 20], dtype=torch.int32)):
+
+            def chain(order: int, stream: bool, **more: int) -> Tensor:
+                form = (x, *records, index, gated, "silu", calls, stream)  # noqa: B023 - called at once
+                chosen = numbers(plan | {"cluster": 2, "blocks": 4} | more)
+                return torch.ops.pyprune.ffn_chain_simulated(*form, chosen, [8, SHARED, 1, order])
+
+            want = chain(0, False, early=0)
+            assert want.isfinite().all() and want.abs().max() > 1e-7
+            for order in (0, 1, 2, 3, 4):
+                assert torch.equal(chain(order, True, overlap=1), want), (order, dtype)
 
 
 def selected(case: Case, lists: list[list[int]]) -> Tensor:
@@ -295,7 +348,7 @@ def lists_as_tensors(lists: list[list[int]], longest: int, fill: int) -> tuple[T
 @pytest.mark.parametrize("plan", ALGORITHMS)
 @pytest.mark.parametrize("types", [(torch.float32, torch.float32), (torch.float32, torch.int8)], ids=str)
 def test_contextual_gather_of_one_list(types: tuple[torch.dtype, torch.dtype], plan: dict[str, int]) -> None:
-    case = make(3, 64 if plan == SINGLE else 67, 41, types)
+    case = make(3, 64 if plan["algorithm"] == 0 else 67, 41, types)
     for kept in (0, 1, 17, 41):
         neurons = torch.randperm(41, generator=torch.Generator().manual_seed(kept))[:kept].tolist()
         for fill in (-7, 2**31 - 1):  # what lies behind the count is nobody's row
@@ -313,7 +366,7 @@ def test_contextual_gather_of_a_list_for_each_token(
     """The union of the lists is read once, and each token gets its own neurons of it; also when all rows are walked."""
     generator = torch.Generator().manual_seed(0)
     for tokens, rows in ((1, 41), (2, 43), (4, 64), (3, 1)):
-        case = make(tokens, 64 if plan == SINGLE else 67, rows, types)
+        case = make(tokens, 64 if plan["algorithm"] == 0 else 67, rows, types)
         for share in (0.0, 0.2, 0.9):
             lists = [
                 (torch.rand(rows, generator=generator) < share).nonzero().flatten().flip(0).tolist()
@@ -358,6 +411,14 @@ def test_plans_for_layers_of_real_models() -> None:
     assert planned(1, 4096, 14336, clusters=False)["algorithm"] == 1
     small = planned(1, 768, 3072, gated=False)
     assert (small["blocks"], small["threads"], small["teams"]) == (128, 256, 4)
+    # All weights of a block at once, and room beside it for a block of the next kernel.
+    for width, neurons, gated, weights in ((768, 1536, False, "bfloat16"), (576, 768, True, "bfloat16")):
+        for bulk in (0, 1):
+            small = planned(1, width, neurons, weights, gated=gated, bulk=bulk)
+            own = -(-neurons // (small["blocks"] * small["teams"]))
+            assert (small["step"], small["stages"]) == (own, 1) and 2 * small["shared_bytes"] < SHARED
+    # A kernel is the same for a token as for two in all but its sums; in bulk nothing is padded.
+    assert planned(1, 4096, 14336, bulk=1)["shared_bytes"] <= llama["shared_bytes"] + 256
     assert planned(1, 64, 5)["blocks"] <= 5
 
 
@@ -377,6 +438,7 @@ REFUSED = [
     ({"cluster": 8, "blocks": 12}, "plan must have whole clusters"),
     ({"teams": 16}, "plan must have 0 to 15 teams"),
     ({"early": 1}, "plan must be early only with overlap"),
+    ({"bulk": 1, "clusters": False}, "plan must not copy in bulk on this device"),
     ({"dense_percent": 101}, "plan must have a dense_percent of 0 to 100"),
 ]
 
@@ -385,8 +447,9 @@ REFUSED = [
 def test_what_cannot_be_planned_is_refused(plan: dict[str, int], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         planned(1, 4096, 14336, **plan)
+    clusters = bool(plan.get("clusters", True))
     with pytest.raises(RuntimeError, match=message):
-        simulate(make(1, 64, 9), plan)
+        simulate(make(1, 64, 9), {k: v for k, v in plan.items() if k != "clusters"}, clusters=clusters)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -400,6 +463,8 @@ def test_what_does_not_fit_is_refused() -> None:
         planned(8, 64, 99, algorithm=0)
     with pytest.raises(RuntimeError, match="plan must have clusters of 1 block on this device"):
         planned(1, 4096, 14336, algorithm=0, cluster=2, blocks=8, clusters=False)
+    with pytest.raises(RuntimeError, match="plan must have a step .* that fit in"):
+        planned(1, 4096, 14336, algorithm=0, stages=1, bulk=1)
     case = make(3, 64, 9)
     with pytest.raises(RuntimeError, match="index must have a row for each of at most four tokens"):
         simulate(case.change(index=torch.zeros(2, 4).int()), count=torch.ones(2).int())

@@ -51,11 +51,17 @@ inline Activation activation_of(const std::string& name) {
   return Activation::gelu;
 }
 
-enum class Place { cpu, cuda };
+// Where operands must be: on the CPU, or on one CUDA device.
+struct Place {
+  bool cuda;
+  int32_t index;
+};
+
+constexpr Place kCpu{false, -1};
 
 inline void check_place(Place place, const Tensor& tensor, const char* argument) {
-  bool here = place == Place::cpu ? tensor.is_cpu() : tensor.is_cuda();
-  check(here, argument, place == Place::cpu ? "be on the CPU" : "be on the CUDA device of x");
+  bool here = place.cuda ? tensor.is_cuda() && tensor.get_device_index() == place.index : tensor.is_cpu();
+  check(here, argument, place.cuda ? "be on the CUDA device of x" : "be on the CPU");
 }
 
 inline void check_tensor(Place place, const Tensor& tensor, const char* argument, ScalarType dtype,
@@ -138,7 +144,7 @@ class Operands {
     int64_t rows = p_.neurons;
     p_.neurons = index->size(0);
     p_.index = static_cast<const int32_t*>(dense(*index, "index", ScalarType::Int, {p_.neurons}));
-    if (place_ != Place::cpu) return;  // reading it would wait for the device: its maker has checked it
+    if (place_.cuda) return;  // reading it would wait for the device: its maker has checked it
     bool inside = true;
     for (int64_t i = 0; i < p_.neurons; ++i) inside &= p_.index[i] >= 0 && p_.index[i] < rows;
     check(inside, "index", "hold rows of the record");

@@ -38,7 +38,7 @@ const Device& facts(int index) {
   check(right && major >= 8, "device", "be a CUDA device of compute capability 8.0 or newer");
   // A device without machine code of its own runs what was compiled for 8.0, whatever it could do.
   bool clusters = major >= 9 && has_clusters(kernels(Type::bf16, 1, true).single_pass);
-  return known.emplace(index, Device{processors, static_cast<uint32_t>(shared), clusters}).first->second;
+  return known.emplace(index, Device{index, processors, static_cast<uint32_t>(shared), clusters}).first->second;
 }
 
 // The current device and its current stream, while a call is made.
@@ -81,10 +81,10 @@ class Session {
 Tensor ffn_cuda(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& count, const Maybe& scales,
                 const Maybe& neuron_bias, const Maybe& down_bias, const Maybe& residual, bool gated,
                 const std::string& activation, const std::vector<int64_t>& plan) {
-  check_place(Place::cuda, x, "x");
+  check(x.is_cuda(), "x", "be on a CUDA device");
   Session session(x);
-  return compute(Place::cuda, x, record, index, count, scales, neuron_bias, down_bias, residual, gated, activation,
-                 plan, session.device(), session.memory(), session.stream());
+  return compute({true, x.get_device_index()}, x, record, index, count, scales, neuron_bias, down_bias, residual, gated,
+                 activation, plan, session.device(), session.memory(), session.stream());
 }
 
 Tensor ffn(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales, const Maybe& neuron_bias,

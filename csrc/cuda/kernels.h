@@ -8,6 +8,7 @@ namespace pyprune {
 
 struct Kernels {
   Kernel single_pass;
+  Kernel single_pass_bulk;
   Kernel hidden_pass;
   Kernel down_pass;
 };

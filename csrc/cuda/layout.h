@@ -5,26 +5,31 @@
 
 namespace pyprune {
 
-// [flag | sums of warps, twice | rows of the block's neurons | a ring of weights for each team, later its partial]
+// [flag | barriers of bulk copies | sums of warps, twice | rows of the block's neurons | a ring of weights for each
+// team, later its partial]
 struct SinglePassLayout {
   uint32_t sums, rows, ring, bytes;
-  uint32_t neuron;  // bytes of one neuron in a ring
+  uint32_t part, neuron;  // bytes of one part, and of one neuron, in a ring
 };
+
+constexpr uint32_t kBarriers = 16;  // where they begin
 
 PYPRUNE_BOTH constexpr uint32_t up_to_multiple(uint32_t n, uint32_t of) { return (n + of - 1) / of * of; }
 
-// `threads` are those of one team.
+// `threads` are those of one team. Copied in bulk, a part is as wide as it is in the record; else it has a place for
+// each of a thread's pieces.
 PYPRUNE_BOTH constexpr SinglePassLayout single_pass_layout(Type weights, int32_t tokens, int32_t parts,
                                                            uint32_t threads, int32_t teams, int32_t step,
-                                                           int32_t stages, int32_t rows) {
+                                                           int32_t stages, int32_t rows, bool bulk, uint32_t width) {
   uint32_t values = static_cast<uint32_t>((parts - 1) * most_neurons(tokens) * tokens);
   uint32_t warps = threads / kWarp * static_cast<uint32_t>(teams);
   SinglePassLayout l{};
-  l.sums = 16;
+  l.sums = kBarriers + (bulk ? up_to_multiple(static_cast<uint32_t>(teams * stages) * 8, 16) : 0);
   l.rows = l.sums + 2 * values * warps * 4;
   l.ring = up_to_multiple(l.rows + static_cast<uint32_t>(rows) * 4, 128);
-  l.neuron = static_cast<uint32_t>(parts * kChannels / piece(weights)) * threads * 16;
-  uint32_t ring = l.neuron * static_cast<uint32_t>(step * stages);
+  l.part = bulk ? width * static_cast<uint32_t>(bytes_of(weights)) : kChannels / piece(weights) * threads * 16;
+  l.neuron = static_cast<uint32_t>(parts) * l.part;
+  uint32_t ring = up_to_multiple(l.neuron * static_cast<uint32_t>(step * stages), 16);
   uint32_t partial = static_cast<uint32_t>(tokens * kChannels) * threads * 4;
   l.bytes = l.ring + (ring > partial ? ring : partial) * static_cast<uint32_t>(teams);
   return l;

@@ -33,9 +33,11 @@ struct SinglePassPlanner {
     return up_to_multiple(static_cast<uint32_t>(divide_up(sizes.hidden_size, kChannels)), kWarp);
   }
 
-  uint32_t bytes(int step, int stages) const {
-    return single_pass_layout(sizes.weights, plan.tokens, parts(), threads(), plan.teams, step, stages, plan.share)
-        .bytes;
+  uint32_t bytes(int step, int stages) const { return layout(plan.teams, step, stages, plan.share).bytes; }
+
+  SinglePassLayout layout(int teams, int step, int stages, int32_t share) const {
+    return single_pass_layout(sizes.weights, plan.tokens, parts(), threads(), teams, step, stages, share, plan.bulk,
+                              static_cast<uint32_t>(sizes.hidden_size));
   }
 
   std::string why_not() const {
@@ -45,8 +47,7 @@ struct SinglePassPlanner {
     if (threads() > most)
       return "its sums of " + std::to_string(plan.tokens) + " tokens need " + std::to_string(threads()) +
              " threads, and registers are enough for " + std::to_string(most);
-    if (single_pass_layout(sizes.weights, plan.tokens, parts(), threads(), 1, 1, 2, 0).bytes > device.shared)
-      return "two neurons do not fit in shared memory";
+    if (layout(1, 1, 2, 0).bytes > device.shared) return "two neurons do not fit in shared memory";
     return "";
   }
 
@@ -57,19 +58,22 @@ struct SinglePassPlanner {
     require(plan.teams <= most, "plan", "have at most " + std::to_string(most) + " teams for this problem");
   }
 
-  // The most neurons a step with at least three stages, then as many stages as fit; else what fits. No more stages than
-  // a team has steps to fill them: shared memory that is free lets the next kernel begin.
+  // The most neurons a step with at least three stages, then as many stages as fit; else what fits. No step larger and
+  // no more stages than a team has neurons to fill them: shared memory that is free lets the next kernel begin.
   void choose_ring(int64_t blocks) {
     int most = most_neurons(plan.tokens);
-    int64_t own = divide_up(std::max<int64_t>(sizes.neurons, 1), blocks * plan.teams);
+    int64_t own = std::max<int64_t>(1, divide_up(sizes.neurons, blocks * plan.teams));
+    int even = static_cast<int>(divide_up(own, divide_up(own, most)));
     plan.step = 0;
-    for (int least : {3, 2})
-      for (int step = most; step >= 1 && !plan.step; --step) {
+    for (int least : {3, 1})
+      for (int step = chosen.step ? most : even; step >= 1 && !plan.step; --step) {
         if (chosen.step && step != chosen.step) continue;
-        int64_t enough = std::max<int64_t>(2, divide_up(own, step) + 1);
-        for (int stages : {4, 3, 2, 6}) {
+        int64_t enough = divide_up(own, step);
+        for (int stages : {4, 3, 2, 1, 6}) {
           bool wanted = chosen.stages ? stages == chosen.stages
                                       : stages <= 4 && stages <= enough && stages >= std::min<int64_t>(least, enough);
+          // In bulk a place is free only after the next step has begun.
+          if (stages == 1 && plan.bulk && enough > 1) wanted = false;
           if (!wanted || bytes(step, stages) > device.shared) continue;
           plan.step = step;
           plan.stages = stages;
@@ -77,7 +81,7 @@ struct SinglePassPlanner {
         }
       }
     require(plan.step, "plan",
-            "have a step of 1.." + std::to_string(most) + " neurons and 2, 3, 4 or 6 stages that fit in " +
+            "have a step of 1.." + std::to_string(most) + " neurons and 1, 2, 3, 4 or 6 stages that fit in " +
                 std::to_string(device.shared) + " bytes of shared memory");
   }
 
@@ -94,7 +98,7 @@ struct SinglePassPlanner {
       int64_t clusters = std::max<int64_t>(1, blocks / cluster);
       set_grid(clusters * cluster, cluster);
       if (cluster == 1) return;
-      int at_once = running(sizes, plan.tokens, plan.single);
+      int at_once = running(sizes, plan);
       if (at_once > 0) {
         if (!chosen.blocks) set_grid(std::min<int64_t>(clusters, at_once) * cluster, cluster);
         return;
@@ -128,7 +132,7 @@ void check(const Choice& c, const Device& device) {
   require(c.dense_percent <= 100, "plan", "have a dense_percent of 0 to 100");
   require(c.overlap != 1 || device.clusters, "plan", "not overlap on this device");
   require(c.early != 1 || c.overlap == 1, "plan", "be early only with overlap");
-  require(c.bulk != 1, "plan", "not copy in bulk on this device");
+  require(c.bulk != 1 || device.clusters, "plan", "not copy in bulk on this device");
 }
 
 }  // namespace
@@ -144,6 +148,7 @@ Plan make_plan(const Sizes& sizes, const Choice& chosen, const Device& device, R
   plan.evict_first = chosen.evict_first != 0;
   plan.overlap = chosen.overlap == 1;
   plan.early = may_be_early(sizes, chosen);
+  plan.bulk = chosen.bulk == 1;
   plan.dense_percent = chosen.dense_percent < 0 ? kDensePercent : chosen.dense_percent;
 
   SinglePassPlanner single{sizes, chosen, device, plan};
@@ -198,7 +203,7 @@ std::string describe(const Plan& plan) {
   put("evict_first", plan.evict_first);
   put("overlap", plan.overlap);
   put("early", plan.early);
-  put("bulk", 0);
+  put("bulk", plan.bulk);
   return text + "}";
 }
 

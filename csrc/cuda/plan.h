@@ -28,16 +28,17 @@ struct Choice {
 constexpr int32_t kChoices = 12;  // members of Choice, in their order
 
 struct Device {
+  int32_t index;       // CUDA's number of it
   int32_t processors;  // streaming multiprocessors
   uint32_t shared;     // most shared memory of a block, in bytes
-  bool clusters;       // kernels are compiled for compute capability 9.0 or newer
+  bool clusters;       // kernels are compiled for compute capability 9.0 or newer: clusters, overlap, bulk copies
 };
 
 struct Plan {
   Algorithm algorithm;
   int32_t tokens;  // that the kernels are compiled for
   int32_t teams, step, stages, splits;
-  bool evict_first, overlap, early;
+  bool evict_first, overlap, early, bulk;
   Grid single, hidden, down;
   int32_t share;          // most neurons of a block of the single pass
   int32_t dense_percent;  // see Choice
@@ -57,8 +58,8 @@ struct Refusal {
   std::string argument, rule;
 };
 
-// How many clusters of `grid` run at once for these kernels; 0 for none.
-using Running = int (*)(const Sizes& sizes, int32_t tokens, const Grid& grid);
+// How many clusters of a plan's single pass run at once; 0 for none.
+using Running = int (*)(const Sizes& sizes, const Plan& plan);
 
 // Raises Refusal when `chosen` does not fit the sizes or the device.
 Plan make_plan(const Sizes& sizes, const Choice& chosen, const Device& device, Running running);

@@ -83,24 +83,17 @@ Params params_of(const Call& call, const Plan& plan) {
 Plan plan_of(const Call& call, const Choice& chosen, const Device& device) {
   // Asking the device how many clusters it runs takes longer than the kernels of a small layer.
   static std::mutex mutex;
-  static std::map<std::array<int64_t, 11 + kChoices>, Plan> known;
+  static std::map<std::array<int64_t, 12 + kChoices>, Plan> known;
   Sizes s = sizes_of(call);
-  std::array<int64_t, 11 + kChoices> key{s.tokens,
-                                         s.hidden_size,
-                                         s.neurons,
-                                         s.gated,
-                                         s.indexed,
-                                         s.contextual,
-                                         static_cast<int64_t>(s.weights),
-                                         device.processors,
-                                         device.shared,
-                                         device.clusters,
-                                         s.aligned};
+  std::array<int64_t, 12 + kChoices> key{
+      device.index,      s.tokens,      s.hidden_size,   s.neurons,
+      s.gated,           s.indexed,     s.contextual,    static_cast<int64_t>(s.weights),
+      device.processors, device.shared, device.clusters, s.aligned};
   const int32_t choices[] = {chosen.algorithm, chosen.blocks, chosen.cluster,       chosen.teams,
                              chosen.step,      chosen.stages, chosen.splits,        chosen.evict_first,
                              chosen.overlap,   chosen.early,  chosen.dense_percent, chosen.bulk};
   static_assert(std::size(choices) == kChoices, "every choice is part of the key");
-  std::copy(std::begin(choices), std::end(choices), key.begin() + 11);
+  std::copy(std::begin(choices), std::end(choices), key.begin() + 12);
   std::lock_guard<std::mutex> lock(mutex);
   auto found = known.find(key);
   if (found == known.end()) found = known.emplace(key, make_plan(s, chosen, device, running)).first;
@@ -109,8 +102,9 @@ Plan plan_of(const Call& call, const Choice& chosen, const Device& device) {
 
 }  // namespace
 
-int running(const Sizes& sizes, int32_t tokens, const Grid& grid) {
-  return running_clusters(kernels(sizes.weights, tokens, sizes.gated).single_pass, grid);
+int running(const Sizes& sizes, const Plan& plan) {
+  Kernels compiled = kernels(sizes.weights, plan.tokens, sizes.gated);
+  return running_clusters(plan.bulk ? compiled.single_pass_bulk : compiled.single_pass, plan.single);
 }
 
 Failure run(const Call& call, const Choice& chosen, const Device& device, const Memory& memory, Stream stream) {
@@ -160,7 +154,7 @@ Failure run(const Call& call, const Choice& chosen, const Device& device, const 
     params.dense_above = call.rows * plan.dense_percent / 100;
   }
   Kernels compiled = kernels(p.weight_type, plan.tokens, p.gated);
-  if (single) return start(compiled.single_pass, plan.single, params, stream);
+  if (single) return start(plan.bulk ? compiled.single_pass_bulk : compiled.single_pass, plan.single, params, stream);
   if (auto f = start(compiled.hidden_pass, plan.hidden, params, stream)) return f;
   return start(compiled.down_pass, plan.down, params, stream);
 }

@@ -27,8 +27,8 @@ struct Memory {
   void* context;
 };
 
-// How many clusters of a grid the current device runs at once.
-int running(const Sizes& sizes, int32_t tokens, const Grid& grid);
+// How many clusters of a plan's single pass the current device runs at once.
+int running(const Sizes& sizes, const Plan& plan);
 
 // Starts the kernels of up to kMaxTokens tokens. Raises Refusal, or returns what CUDA said went wrong.
 Failure run(const Call& call, const Choice& chosen, const Device& device, const Memory& memory, Stream stream);

@@ -2,7 +2,8 @@
 // computes their dot products, their activations, and adds their down rows to sums in registers.
 //
 //     a thread of a team owns channels, the same of x, of gate and up rows, of down rows and of the sums
-//     copies of the next steps' weights are under way; a thread reads only what it copied itself
+//     copies of the next steps' weights are under way: each thread copies just what it reads itself, in pieces of 16
+//     bytes; or, in bulk, one thread of the team has whole neurons copied, each a run of memory, and all wait for them
 //     dots: sums over a thread's channels, over its warp, over the team's warps by way of shared memory
 //     rows of the record must begin on 16 bytes, and hold whole pieces of them
 //     narrow layers have several teams a block, which share nothing but its end
@@ -18,8 +19,10 @@
 namespace pyprune {
 
 // Until all but `stages - 1` groups of copies are complete.
-__device__ inline void wait_for_step(int stages) {
+__device__ inline void wait_for_group(int stages) {
   switch (stages) {
+    case 1:
+      return wait_for_copies<0>();
     case 2:
       return wait_for_copies<1>();
     case 3:
@@ -31,7 +34,7 @@ __device__ inline void wait_for_step(int stages) {
   }
 }
 
-template <Type W, int T, bool GATED>
+template <Type W, int T, bool GATED, bool BULK>
 struct SinglePass {
   static constexpr int kParts = GATED ? 3 : 2;
   static constexpr int kPiece = piece(W);
@@ -47,7 +50,7 @@ struct SinglePass {
   int32_t first, count;            // this team's neurons; `first` counts from the block's where there is an index
   int32_t width;                   // D
   uint32_t apart;                  // bytes from a thread's piece to its next, in the ring and in a part of the record
-  uint32_t own;                    // offset of this thread's first piece in the ring of its team
+  uint32_t ring;                   // offset of the ring of this team
   bool indexed;
   uint64_t policy;
   float x[T][kPieces][kPiece];
@@ -57,11 +60,12 @@ struct SinglePass {
     threads = blockDim.x / static_cast<uint32_t>(p.teams);
     team = threadIdx.x / threads;
     member = threadIdx.x % threads;
-    at = single_pass_layout(W, T, kParts, threads, p.teams, p.step, p.stages, p.share);
-    policy = weight_policy(p.evict_first);
     width = static_cast<int32_t>(p.problem.hidden_size);
+    at = single_pass_layout(W, T, kParts, threads, p.teams, p.step, p.stages, p.share, BULK,
+                            static_cast<uint32_t>(width));
+    policy = weight_policy(p.evict_first);
     apart = threads * 16;
-    own = at.ring + team * at.neuron * static_cast<uint32_t>(p.step * p.stages) + member * 16;
+    ring = at.ring + team * up_to_multiple(at.neuron * static_cast<uint32_t>(p.step * p.stages), 16);
   }
 
   __device__ int32_t channel(int i) const { return static_cast<int32_t>(i * threads + member) * kPiece; }
@@ -74,37 +78,64 @@ struct SinglePass {
     first = held * static_cast<int32_t>(team) / p.teams;
     count = held * static_cast<int32_t>(team + 1) / p.teams - first;
     indexed = all.index;
-    if (!indexed) {
-      first += begin;
-      return;
-    }
     auto* rows = reinterpret_cast<int32_t*>(memory + at.rows);
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < held; i += blockDim.x) rows[i] = all.index[begin + i];
-    __syncthreads();
+    if (!indexed) first += begin;
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); indexed && i < held; i += blockDim.x)
+      rows[i] = all.index[begin + i];
+    if (indexed || BULK) __syncthreads();
   }
 
   __device__ int32_t row(int32_t i) const {
     return indexed ? reinterpret_cast<const int32_t*>(memory + at.rows)[first + i] : first + i;
   }
 
-  // This thread's piece of one part of one neuron of the step whose weights begin `slot` bytes into the ring.
-  __device__ unsigned char* place(uint32_t slot, int neuron, int part, int i) const {
-    return memory + own + slot + static_cast<uint32_t>(neuron) * at.neuron +
-           static_cast<uint32_t>(part * kPieces + i) * apart;
+  // The neurons of step `step`; none behind the last.
+  __device__ int32_t active_in(int32_t step) const {
+    int32_t rest = count - step * p.step;
+    return rest < p.step ? rest : p.step;
   }
 
-  __device__ void copy_step(int32_t step, uint32_t slot) {
-    using Bits = typename Element<W>::Bits;
-    auto* record = static_cast<const char*>(p.problem.record) + member * 16;
-    auto rows = static_cast<uint32_t>(p.rows);
-    uint32_t part_bytes = static_cast<uint32_t>(width) * sizeof(Bits);
+  // Where one neuron lies of the step that has slot `slot` of the ring.
+  __device__ unsigned char* place(int32_t slot, int neuron) const {
+    return memory + ring + static_cast<uint32_t>(slot * p.step + neuron) * at.neuron;
+  }
+
+  // This thread's piece of one of its parts.
+  __device__ unsigned char* place(int32_t slot, int neuron, int part, int i) const {
+    return place(slot, neuron) + member * 16 + static_cast<uint32_t>(part) * at.part + static_cast<uint32_t>(i) * apart;
+  }
+
+  __device__ const char* record_of(int32_t neuron) const {
+    auto r = static_cast<uint32_t>(row(neuron));
+    if (indexed && r >= static_cast<uint32_t>(p.rows)) r = 0;  // its activation will be NaN
+    return static_cast<const char*>(p.problem.record) + static_cast<uint64_t>(r) * p.row_bytes;
+  }
+
+  __device__ void* barrier(int32_t slot) const {
+    return memory + kBarriers + (team * static_cast<uint32_t>(p.stages) + static_cast<uint32_t>(slot)) * 8;
+  }
+
+  __device__ void make_barriers() {
+    if (member != 0) return;
+    for (int32_t slot = 0; slot < p.stages; ++slot) make_copy_barrier(barrier(slot));
+    publish_copy_barriers();
+  }
+
+  // Ask for the weights of a step; nothing behind the last.
+  __device__ void copy_step(int32_t step, int32_t slot) {
+    int32_t active = active_in(step);
+    if constexpr (BULK) {
+      if (member != 0 || active <= 0) return;
+      expect_bytes(barrier(slot), static_cast<uint32_t>(active) * at.neuron);
+      for (int32_t n = 0; n < active; ++n)
+        copy_run(place(slot, n), record_of(step * p.step + n), at.neuron, barrier(slot), policy);
+      return;
+    }
+    uint32_t part_bytes = static_cast<uint32_t>(width) * sizeof(typename Element<W>::Bits);
 #pragma unroll
     for (int n = 0; n < kNeurons; ++n) {
-      int32_t i = step * p.step + n;
-      if (n >= p.step || i >= count) break;
-      auto r = static_cast<uint32_t>(row(i));
-      if (indexed && r >= rows) r = 0;  // its activation will be NaN
-      const char* from = record + static_cast<uint64_t>(r) * p.row_bytes;
+      if (n >= active) break;
+      const char* from = record_of(step * p.step + n) + member * 16;
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
 #pragma unroll
@@ -112,6 +143,14 @@ struct SinglePass {
           if (live(j)) copy_piece(place(slot, n, part, j), from + part * part_bytes + j * apart, policy);
     }
     commit_copies();
+  }
+
+  // Until the weights of the step in `slot` are there; `turn` counts how often the ring has been gone round.
+  __device__ void wait_for_step(int32_t slot, uint32_t turn) const {
+    if constexpr (BULK)
+      wait_for_bytes(barrier(slot), turn % 2);
+    else
+      wait_for_group(p.stages);
   }
 
   __device__ void begin_sums() {
@@ -126,7 +165,7 @@ struct SinglePass {
   }
 
   // Sums over this thread's channels, then over its warp, which it leaves in shared memory.
-  __device__ void dots(uint32_t slot, int active, float* warps) {
+  __device__ void dots(int32_t slot, int active, float* warps) {
     float values[kValues];
 #pragma unroll
     for (int v = 0; v < kValues; ++v) values[v] = 0.0f;
@@ -160,7 +199,7 @@ struct SinglePass {
     return sum + __shfl_xor_sync(kAll, sum, 16);
   }
 
-  __device__ void add_down_rows(uint32_t slot, int active, float hidden) {
+  __device__ void add_down_rows(int32_t slot, int active, float hidden) {
 #pragma unroll
     for (int n = 0; n < kNeurons; ++n) {
       if (n >= active) break;
@@ -180,11 +219,11 @@ struct SinglePass {
     }
   }
 
-  __device__ void take_step(int32_t step, uint32_t slot) {
+  __device__ void take_step(int32_t step, int32_t slot) {
     // Each lane has a pair of a neuron and a token, with its quarter of the warps; pairs repeat where they are four.
     uint32_t lane = threadIdx.x % kWarp, quarter = lane / 8;
     int pair = static_cast<int>(lane % 8 % kPairs);
-    int32_t rest = count - step * p.step, active = rest < p.step ? rest : p.step;
+    int32_t active = active_in(step);
     // Terms come from far: they are asked for before the dot products, and used after.
     Terms terms = load_terms<W, GATED>(p, pair / T < active ? row(step * p.step + pair / T) : 0);
     // Two buffers: a warp may be a step ahead of another that still reads.
@@ -192,6 +231,8 @@ struct SinglePass {
     auto* warps = reinterpret_cast<float*>(memory + at.sums) + (team * 2 + static_cast<uint32_t>(step) % 2) * held;
     dots(slot, active, warps);
     team_barrier(team + 1, threads);
+    // All of the team have done with the step before.
+    if (BULK && step > 0) copy_step(step - 1 + p.stages, slot == 0 ? p.stages - 1 : slot - 1);
     float up = sum_over_warps(warps, pair, quarter), gated = 0.0f;
     if constexpr (GATED) gated = sum_over_warps(warps, kPairs + pair, quarter);
     add_down_rows(slot, active, hidden_activation<W, GATED>(p, terms, pair % T, up, gated));
@@ -215,39 +256,45 @@ struct SinglePass {
 
   // Each block of a cluster adds up a slice of the channels over all teams of all of them.
   __device__ void add_cluster(int64_t begin, int64_t end) {
-    int64_t row = padded(p.problem), quads = (end - begin + 3) / 4, tokens = p.problem.tokens;
+    int64_t row = padded(p.problem), quads = (end - begin + 3) / 4;
     auto* partial = reinterpret_cast<const float*>(memory + at.ring);
-    float* out = p.partials + static_cast<int64_t>(blockIdx.x / cluster_size()) * tokens * row;
-    for (int64_t i = threadIdx.x; i < tokens * quads; i += blockDim.x) {
-      int64_t place = i / quads * row + begin + i % quads * 4;
-      float4 total{0.0f, 0.0f, 0.0f, 0.0f};
-      for (uint32_t rank = 0; rank < cluster_size(); ++rank)
-        for (int32_t other = 0; other < p.teams; ++other) {
-          float4 v = load_remote(reinterpret_cast<const float4*>(partial + other * T * row + place), rank);
-          total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
-        }
-      *reinterpret_cast<float4*>(out + place) = total;
+    float* out = p.partials + static_cast<int64_t>(blockIdx.x / cluster_size()) * p.problem.tokens * row;
+    int32_t addends = static_cast<int32_t>(cluster_size()) * p.teams;
+    uint32_t ways = threads_of_a_quad(quads, addends), own = threadIdx.x % ways;
+    int64_t count = p.problem.tokens * quads * ways;
+    for (int64_t base = 0; base < count; base += blockDim.x) {
+      int64_t i = base + threadIdx.x, place = i / ways / quads * row + begin + i / ways % quads * 4;
+      bool here = i < count;
+      auto load = [&](int g) {
+        float4 none{0.0f, 0.0f, 0.0f, 0.0f};
+        auto rank = static_cast<uint32_t>(g / p.teams);
+        return here ? load_remote(reinterpret_cast<const float4*>(partial + g % p.teams * T * row + place), rank)
+                    : none;
+      };
+      float sums[4];
+      add_up(addends, own, ways, load, sums);
+      if (here && own == 0) *reinterpret_cast<float4*>(out + place) = float4{sums[0], sums[1], sums[2], sums[3]};
     }
   }
 
   __device__ void run() {
     allow_next_kernel();
     if (!p.early) wait_for_previous_kernel();
+    if constexpr (BULK) make_barriers();
     find_neurons();
-    int32_t steps = (count + p.step - 1) / p.step;
-    uint32_t slot_bytes = at.neuron * static_cast<uint32_t>(p.step), ring = slot_bytes * p.stages, next = 0;
-    for (int s = 0; s < p.stages - 1; ++s, next += slot_bytes) copy_step(s, next);
+    int32_t steps = (count + p.step - 1) / p.step, slot = 0;
+    for (int32_t s = 0; s < p.stages; ++s) copy_step(s, s);
     if (p.early) wait_for_previous_kernel();
     begin_sums();
-    uint32_t slot = 0;
+    uint32_t turn = 0;
     for (int32_t step = 0; step < steps; ++step) {
-      copy_step(step + p.stages - 1, next);
-      wait_for_step(p.stages);
+      wait_for_step(slot, turn);
       take_step(step, slot);
-      slot = slot + slot_bytes == ring ? 0 : slot + slot_bytes;
-      next = next + slot_bytes == ring ? 0 : next + slot_bytes;
+      if (!BULK) copy_step(step + p.stages, slot);  // each thread overwrites only what it alone has read
+      slot = slot + 1 == p.stages ? 0 : slot + 1;
+      turn += slot == 0;
     }
-    wait_for_copies<0>();
+    if (!BULK) wait_for_copies<0>();
     __syncthreads();  // the ring becomes the place of partials, which are ordered otherwise
     store_partial();
     cluster_arrive();
@@ -255,7 +302,7 @@ struct SinglePass {
     int64_t quads = padded(p.problem) / 4, slices = cluster_size(), rank = cluster_rank();
     int64_t begin = quads * rank / slices * 4, end = quads * (rank + 1) / slices * 4;
     add_cluster(begin, end);
-    cluster_arrive();  // this block reads no other's memory any more
+    cluster_arrive_done();  // this block reads no other's memory any more
     auto* flag = reinterpret_cast<uint32_t*>(memory);
     if (is_last_block(p.tickets + rank, gridDim.x / static_cast<uint32_t>(slices), flag))
       finish(p, begin, end < width ? end : width);
@@ -265,7 +312,14 @@ struct SinglePass {
 
 template <Type W, int T, bool GATED>
 __global__ void __launch_bounds__(most_threads(T), 1) single_pass(const __grid_constant__ Params p) {
-  SinglePass<W, T, GATED>(p).run();
+  SinglePass<W, T, GATED, false>(p).run();
+}
+
+template <Type W, int T, bool GATED>
+__global__ void __launch_bounds__(most_threads(T), 1) single_pass_bulk(const __grid_constant__ Params p) {
+#ifdef PYPRUNE_BULK_COPIES
+  SinglePass<W, T, GATED, true>(p).run();
+#endif
 }
 
 }  // namespace pyprune

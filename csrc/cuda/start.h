@@ -25,14 +25,14 @@ inline Failure failure(cudaError_t code) { return code == cudaSuccess ? nullptr 
 
 using Kernel = void (*)(Params);
 
-// Shared memory beyond 48 KB must be asked for, once a kernel and device; asking again costs less than remembering.
+// Shared memory beyond 48 KB must be asked for: all that there is, once a kernel and device, so that no call takes from
+// another what it was given.
+Failure allow_shared_memory(const void* kernel);
+
 template <class Given>
 inline Failure start(void (*kernel)(Given), const Grid& grid, const Given& params, Stream stream) {
-  if (grid.shared > 48 * 1024) {
-    auto bytes = static_cast<int>(grid.shared);
-    if (auto f = failure(cudaFuncSetAttribute(address(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)))
-      return f;
-  }
+  if (grid.shared > 48 * 1024)
+    if (auto f = allow_shared_memory(address(kernel))) return f;
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = grid.blocks;
@@ -63,9 +63,7 @@ inline bool has_clusters(Kernel kernel) {
 
 // How many clusters of this grid run at the same time; 0 where it cannot run at all.
 inline int running_clusters(Kernel kernel, const Grid& grid) {
-  auto bytes = static_cast<int>(grid.shared);
-  if (cudaFuncSetAttribute(address(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
-    return 0;
+  if (allow_shared_memory(address(kernel))) return 0;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = grid.cluster;

@@ -38,23 +38,43 @@ __device__ inline float sum_over_warp(float (&values)[V]) {
 // Whether this block is the last of `expected` to come to `ticket`; it then sees what all others wrote before.
 // `flag` is 4 bytes of shared memory. All threads call it.
 __device__ inline bool is_last_block(uint32_t* ticket, uint32_t expected, uint32_t* flag) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    bool last = atomicAdd(ticket, 1u) == expected - 1;
+    bool last = count_block(ticket) == expected - 1;
     if (last) *ticket = 0;
     *flag = last;
   }
   __syncthreads();
-  __threadfence();
   return *flag;
 }
 
-// Adjacent threads that share out the partials of the same channels, a power of two; it must not depend on tokens.
-__device__ inline uint32_t threads_of_a_quad(int64_t quads, int32_t groups) {
+// Adjacent threads that share out the addends of the same channels, a power of two; it must not depend on tokens.
+__device__ inline uint32_t threads_of_a_quad(int64_t quads, int32_t addends) {
   uint32_t ways = 1;
-  while (ways < 8 && quads * ways * 2 <= blockDim.x && static_cast<int32_t>(ways) * 2 <= groups) ways *= 2;
+  while (ways < 8 && quads * ways * 2 <= blockDim.x && static_cast<int32_t>(ways) * 2 <= addends) ways *= 2;
   return ways;
+}
+
+constexpr int kAtOnce = 8;
+
+// The sum of the addends `own`, `own + ways`, ... below `addends`, in this order, and then over `ways` adjacent
+// threads. Addends come from far, so many are asked for before the first is used. Whole warps call it.
+template <class Load>
+__device__ inline void add_up(int32_t addends, uint32_t own, uint32_t ways, Load load, float (&sums)[4]) {
+  for (int j = 0; j < 4; ++j) sums[j] = 0.0f;
+  for (int base = static_cast<int>(own); base < addends; base += kAtOnce * static_cast<int>(ways)) {
+    float4 v[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      int g = base + i * static_cast<int>(ways);
+      v[i] = g < addends ? load(g) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sums[0] += v[i].x, sums[1] += v[i].y, sums[2] += v[i].z, sums[3] += v[i].w;
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    for (uint32_t offset = 1; offset < ways; offset *= 2) sums[j] += __shfl_xor_sync(kAll, sums[j], offset);
 }
 
 // Channels [first, last) of the output, from the partials of all groups; `first` is a multiple of 4. All threads call
@@ -66,24 +86,18 @@ __device__ inline void finish(const Params& p, int64_t first, int64_t last) {
   int64_t count = problem.tokens * quads * ways;
   for (int64_t base = 0; base < count; base += blockDim.x) {
     int64_t i = base + threadIdx.x, t = i / ways / quads, d = first + i / ways % quads * 4;
-    bool here = i < count;
+    int64_t at = t * problem.hidden_size + d;
+    bool here = i < count, stores = here && own == 0;
     auto* partial = reinterpret_cast<const float4*>(p.partials + t * width + d);
-    float sums[4] = {};
-#pragma unroll 8
-    for (int g = static_cast<int>(own); g < p.groups; g += ways) {
-      float4 v{0.0f, 0.0f, 0.0f, 0.0f};
-      if (here) v = load_shared_by_blocks(partial + g * stride);
-      sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      for (uint32_t offset = 1; offset < ways; offset *= 2) sums[j] += __shfl_xor_sync(kAll, sums[j], offset);
-      if (!here || own != 0 || d + j >= last) continue;
-      float sum = sums[j];
-      if (problem.down_bias) sum += load_value(problem.x_type, problem.down_bias, d + j);
-      if (problem.residual) sum += load_value(problem.x_type, problem.residual, t * problem.hidden_size + d + j);
-      store_value(problem.x_type, problem.out, t * problem.hidden_size + d + j, sum);
-    }
+    float bias[4] = {}, residual[4] = {}, sums[4];
+    if (stores && problem.down_bias) load_four(problem.x_type, problem.down_bias, d, last - d, bias);
+    if (stores && problem.residual) load_four(problem.x_type, problem.residual, at, last - d, residual);
+    add_up(
+        p.groups, own, ways,
+        [&](int g) { return here ? load_shared_by_blocks(partial + g * stride) : float4{0.0f, 0.0f, 0.0f, 0.0f}; },
+        sums);
+    for (int j = 0; j < 4; ++j) sums[j] = sums[j] + bias[j] + residual[j];
+    if (stores) store_four(problem.x_type, problem.out, at, last - d, sums);
   }
 }
 

@@ -10,7 +10,8 @@ namespace pyprune {
 template <Type W, int T, bool GATED>
 Kernels kernels_of() {
   Kernels found{};
-  if constexpr (most_threads(T) > 0) found.single_pass = single_pass<W, T, GATED>;
+  if constexpr (most_threads(T) > 0)
+    found.single_pass = single_pass<W, T, GATED>, found.single_pass_bulk = single_pass_bulk<W, T, GATED>;
   if constexpr (two_pass_tokens(T) == T)
     found.hidden_pass = hidden_pass<W, T, GATED>, found.down_pass = down_pass<W, T>;
   return found;

@@ -75,6 +75,46 @@ __device__ inline void store_value(Type type, void* values, int64_t i, float val
     static_cast<uint16_t*>(values)[i] = type == Type::bf16 ? to_bfloat(value) : to_half(value);
 }
 
+// Four values from element `at`, of which `left` exist: at once where they lie well, and all four exist.
+__device__ inline bool lies_well(Type type, const void* values, int64_t at, int64_t left) {
+  return left >= 4 && (reinterpret_cast<uintptr_t>(values) + at * bytes_of(type)) % (4 * bytes_of(type)) == 0;
+}
+
+__device__ inline void load_four(Type type, const void* values, int64_t at, int64_t left, float (&out)[4]) {
+  if (!lies_well(type, values, at, left)) {
+    for (int i = 0; i < 4; ++i) out[i] = i < left ? load_value(type, values, at + i) : 0.0f;
+    return;
+  }
+  if (type == Type::f32) {
+    float4 v = *reinterpret_cast<const float4*>(static_cast<const float*>(values) + at);
+    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+    return;
+  }
+  uint2 v = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(values) + at);
+  const uint32_t words[] = {v.x, v.y};
+  for (int i = 0; i < 4; ++i) {
+    uint32_t bits = words[i / 2] >> (i % 2 * 16) & 0xffffu;
+    out[i] = type == Type::bf16 ? __uint_as_float(bits << 16) : from_half(bits);
+  }
+}
+
+__device__ inline void store_four(Type type, void* values, int64_t at, int64_t left, const float (&given)[4]) {
+  if (!lies_well(type, values, at, left)) {
+    for (int i = 0; i < 4; ++i)
+      if (i < left) store_value(type, values, at + i, given[i]);
+    return;
+  }
+  if (type == Type::f32) {
+    auto* to = reinterpret_cast<float4*>(static_cast<float*>(values) + at);
+    *to = float4{given[0], given[1], given[2], given[3]};
+    return;
+  }
+  uint32_t bits[4];
+  for (int i = 0; i < 4; ++i) bits[i] = type == Type::bf16 ? to_bfloat(given[i]) : to_half(given[i]);
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(values) + at) =
+      uint2{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+}
+
 template <Type X, int N>
 __device__ inline void load_pieces(const void* values, int64_t at, float (&out)[N]) {
   constexpr int n = piece(X);

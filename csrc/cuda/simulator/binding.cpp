@@ -1,5 +1,6 @@
 // The simulator for tests: the kernels' own code on tensors of the CPU, in buffers that hold NaN.
 
+#include <algorithm>
 #include <memory>
 
 #include "../call.h"
@@ -7,19 +8,18 @@
 namespace pyprune {
 namespace {
 
-// Scratch memory and tickets of one call.
+// Scratch memory and tickets of calls on one stream: each gets what those before it have left.
 class Session {
  public:
+  void next_call() { next_ = 0; }
+
   Memory memory() {
     return {[](void* self, int64_t bytes) { return static_cast<Session*>(self)->allocate(bytes); },
             [](void* self, int32_t count) { return static_cast<Session*>(self)->take_tickets(count); }, this};
   }
 
   bool tickets_are_zero() const {
-    for (auto& t : tickets_)
-      for (uint32_t n : t)
-        if (n) return false;
-    return true;
+    return std::all_of(tickets_.begin(), tickets_.end(), [](uint32_t n) { return n == 0; });
   }
 
  private:
@@ -29,17 +29,22 @@ class Session {
 
   void* allocate(int64_t bytes) {
     auto size = static_cast<size_t>(bytes);
-    held_.emplace_back(std::aligned_alloc(256, size));
-    return std::memset(held_.back().get(), 0xff, size);
+    if (next_ < held_.size() && held_[next_].second >= size) return held_[next_++].first.get();
+    std::unique_ptr<void, Free> made(std::aligned_alloc(256, size));
+    std::memset(made.get(), 0xff, size);
+    auto place = held_.emplace(held_.begin() + static_cast<std::ptrdiff_t>(next_++), std::move(made), size);
+    return place->first.get();
   }
 
+  // Those of one call are those of all: tickets belong to the stream.
   uint32_t* take_tickets(int32_t count) {
-    tickets_.emplace_back(static_cast<size_t>(count), 0u);
-    return tickets_.back().data();
+    check(static_cast<size_t>(count) <= tickets_.size(), "plan", "count on fewer tickets");
+    return tickets_.data();
   }
 
-  std::vector<std::unique_ptr<void, Free>> held_;
-  std::vector<std::vector<uint32_t>> tickets_;
+  size_t next_ = 0;
+  std::vector<std::pair<std::unique_ptr<void, Free>, size_t>> held_;
+  std::vector<uint32_t> tickets_ = std::vector<uint32_t>(kMostChannels / 128, 0u);
 };
 
 // `numbers` are [processors, bytes of shared memory, clusters or not, seed of the order of execution].
@@ -48,7 +53,7 @@ Device pretended(const std::vector<int64_t>& numbers) {
   auto processors = static_cast<int32_t>(numbers[0]);
   auto shared = static_cast<uint32_t>(numbers[1]);
   simulator::device() = {processors, shared, static_cast<uint32_t>(numbers[3])};
-  return {processors, shared, numbers[2] != 0};
+  return {0, processors, shared, numbers[2] != 0};
 }
 
 Tensor ffn_simulated(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& count, const Maybe& scales,
@@ -57,10 +62,31 @@ Tensor ffn_simulated(const Tensor& x, const Tensor& record, const Maybe& index, 
                      const std::vector<int64_t>& device) {
   Device as = pretended(device);
   Session session;
-  Tensor out = compute(Place::cpu, x, record, index, count, scales, neuron_bias, down_bias, residual, gated, activation,
-                       plan, as, session.memory(), nullptr);
+  Tensor out = compute(kCpu, x, record, index, count, scales, neuron_bias, down_bias, residual, gated, activation, plan,
+                       as, session.memory(), nullptr);
   STD_TORCH_CHECK(session.tickets_are_zero(), "tickets were left behind");
   return out;
+}
+
+// Two layers in turn, `calls` in all, each on what the one before gives: one call after another, or as a stream, where
+// kernels that overlap do.
+Tensor ffn_chain_simulated(const Tensor& x, const Tensor& first, const Tensor& second, const Maybe& index, bool gated,
+                           const std::string& activation, int64_t calls, bool as_stream,
+                           const std::vector<int64_t>& plan, const std::vector<int64_t>& device) {
+  Device as = pretended(device);
+  Session session;
+  std::vector<Tensor> given{x};
+  if (as_stream) simulator::begin_stream();
+  for (int64_t i = 0; i < calls; ++i) {
+    session.next_call();
+    given.push_back(compute(kCpu, given.back(), i % 2 ? second : first, index, Maybe(), Maybe(), Maybe(), Maybe(),
+                            Maybe(), gated, activation, plan, as, session.memory(), nullptr));
+    Tensor& out = given.back();
+    if (as_stream) std::memset(out.mutable_data_ptr(), 0xff, static_cast<size_t>(out.numel()) * out.element_size());
+  }
+  if (as_stream) simulator::end_stream();
+  STD_TORCH_CHECK(session.tickets_are_zero(), "tickets were left behind");
+  return given.back();
 }
 
 // The plan for these sizes, as JSON; `device` as above.
@@ -79,12 +105,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyprune, m) {
       "ffn_simulated(Tensor x, Tensor record, Tensor? index, Tensor? count, Tensor? scales, Tensor? neuron_bias, "
       "Tensor? down_bias, Tensor? residual, bool gated, str activation, int[] plan, int[] device) -> Tensor");
   m.def(
+      "ffn_chain_simulated(Tensor x, Tensor first, Tensor second, Tensor? index, bool gated, str activation, int "
+      "calls, "
+      "bool as_stream, int[] plan, int[] device) -> Tensor");
+  m.def(
       "plan_simulated(int tokens, int hidden_size, int neurons, bool gated, bool indexed, bool contextual, str "
       "weights, "
       "int[] plan, int[] device) -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) { m.impl("ffn_simulated", TORCH_BOX(&ffn_simulated)); }
+STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) {
+  m.impl("ffn_simulated", TORCH_BOX(&ffn_simulated));
+  m.impl("ffn_chain_simulated", TORCH_BOX(&ffn_chain_simulated));
+}
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CompositeExplicitAutograd, m) {
   m.impl("plan_simulated", TORCH_BOX(&plan_simulated));
 }

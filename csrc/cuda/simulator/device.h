@@ -30,19 +30,18 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+
 struct Piece {
   uint32_t word[4];
 };
 
 inline void __syncthreads() { simulator::block_barrier(); }
-inline void __threadfence() {}
 inline void team_barrier(uint32_t number, uint32_t threads) { simulator::team_barrier(number, threads); }
 
-inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
-  uint32_t old = *address;
-  *address += value;
-  return old;
-}
+inline uint32_t count_block(uint32_t* counter) { return (*counter)++; }
 
 inline uint32_t atomicOr(uint32_t* address, uint32_t value) {
   uint32_t old = *address;
@@ -112,13 +111,23 @@ inline float __uint_as_float(uint32_t bits) { return from_bits(bits); }
 inline uint32_t cluster_rank() { return simulator::here().rank; }
 inline uint32_t cluster_size() { return simulator::here().cluster; }
 inline void cluster_arrive() { simulator::cluster_arrive(); }
+inline void cluster_arrive_done() { simulator::cluster_arrive(); }
 inline void cluster_wait() { simulator::cluster_wait(); }
 
 inline float4 load_remote(const float4* own, uint32_t rank) {
   return *reinterpret_cast<const float4*>(simulator::remote(own, rank));
 }
 
-inline void wait_for_previous_kernel() {}
-inline void allow_next_kernel() {}
+inline void wait_for_previous_kernel() { simulator::wait_for_previous_kernel(); }
+inline void allow_next_kernel() { simulator::allow_next_kernel(); }
+
+#define PYPRUNE_BULK_COPIES
+inline void make_copy_barrier(void* shared) { simulator::make_copy_barrier(shared); }
+inline void publish_copy_barriers() {}
+inline void expect_bytes(void* barrier, uint32_t bytes) { simulator::expect_bytes(barrier, bytes); }
+inline void copy_run(void* shared, const void* global, uint32_t bytes, void* barrier, uint64_t) {
+  simulator::copy_run(shared, global, bytes, barrier);
+}
+inline void wait_for_bytes(void* barrier, uint32_t parity) { simulator::wait_for_bytes(barrier, parity); }
 
 }  // namespace pyprune

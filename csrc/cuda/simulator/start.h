@@ -12,17 +12,8 @@ using Kernel = void (*)(Params);
 
 template <class Given>
 inline Failure start(void (*kernel)(Given), const Grid& grid, const Given& params, Stream) {
-  struct Start {
-    void (*kernel)(Given);
-    Given params;
-  } given{kernel, params};
-  simulator::run(
-      {grid.blocks, grid.threads, grid.cluster, grid.shared},
-      [](void* context) {
-        auto* start = static_cast<Start*>(context);
-        start->kernel(start->params);
-      },
-      &given);
+  simulator::launch({grid.blocks, grid.threads, grid.cluster, grid.shared}, grid.overlap,
+                    [kernel, params] { kernel(params); });
   return nullptr;
 }
 
