@@ -216,11 +216,14 @@ def test_without_tokens_neurons_or_columns(types: tuple[torch.dtype, torch.dtype
 def test_repeats_to_the_bit_in_every_order_of_execution(
     types: tuple[torch.dtype, torch.dtype], plan: dict[str, int]
 ) -> None:
-    """Who comes last, and who is ahead of whom, changes nothing."""
-    case = make(3, 264, 61, types, form="gather", kept=47)
-    want = simulate(case, plan, processors=16)
-    for order in range(1, 9):
-        assert torch.equal(simulate(case, plan, processors=16, order=order), want)
+    """Who comes last, and who is ahead of whom, changes nothing: in a cluster, in a team of several warps."""
+    ring = {"teams": 1, "step": 1, "stages": 2} if plan["algorithm"] == 0 else {}
+    for width, processors, more in ((264, 16, {}), (1040, 2, ring)):
+        case = make(3, width, 61, types, form="gather", kept=47 if processors == 16 else 13)
+        want = simulate(case, plan | more, processors=processors)
+        ffn_cases.check_error(case, lambda c, want=want: want)
+        for order in range(1, 9 if processors == 16 else 5):
+            assert torch.equal(simulate(case, plan | more, processors=processors, order=order), want)
 
 
 BITS = [
