@@ -69,8 +69,8 @@ bench-all: bench
 	$(BIN)/python bench/run.py
 	$(BIN)/python bench/readme_tables.py
 
-# On a machine with a GPU: build, test and bench in 9 minutes, by any Python that has torch; bench/results/gpu.json.
-# Where there is no GPU it says so and does nothing.
+# On a machine with a GPU: build, measure and test in 9 minutes, by any Python that has torch; bench/results/gpu.json.
+# Where there is no GPU it says so and does nothing. Without make: python3 bench/gpu.py [--quick].
 gpu:
 	$(GPU_PYTHON) bench/gpu.py
 

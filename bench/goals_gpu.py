@@ -141,13 +141,19 @@ MODEL = {
 }
 
 
+def _overlapping(row: Row, variant: str) -> str:
+    """What must be said of a time in which each call began before the one before it had ended."""
+    plan = row["variants"].get(variant, {}).get("plan") or {}
+    return ", overlapping its own next call" if plan.get("overlap") else ""
+
+
 def _best(goal: Goal, row: Row, result: Result, form: str) -> dict[str, Any] | None:
     values = {v: goal.value(row, result, v) for v in row["variants"] if v == form or v.startswith(f"{form}:")}
     found = {name: value for name, value in values.items() if value is not None}
     if not goal.best or not found:
         return None
     name = (min if goal.at_most else max)(found, key=found.__getitem__)
-    return {"variant": name, "value": found[name], "met": goal.met(found[name])}
+    return {"variant": name + _overlapping(row, name), "value": found[name], "met": goal.met(found[name])}
 
 
 def _cases(goal: Goal, result: Result) -> list[dict[str, Any]]:
@@ -156,6 +162,7 @@ def _cases(goal: Goal, result: Result) -> list[dict[str, Any]]:
         for form in goal.forms if goal.where(row) else ():
             value = goal.value(row, result, form)
             name = row["case"] if len(goal.forms) == 1 else f"{row['case']} {form}"
+            name += _overlapping(row, form)
             if value is not None:
                 best = _best(goal, row, result, form)
                 cases.append({"case": name, "value": value, "met": goal.met(value), "best": best})

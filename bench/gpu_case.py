@@ -14,6 +14,7 @@ from gpu_rivals import RIVALS, Unavailable
 from gpu_timing import Replay, Timer
 
 from pyprune import dispatch
+from pyprune.backends import cuda
 from pyprune.quantisation import WEIGHTS
 from pyprune.timing import quantiles
 
@@ -21,6 +22,9 @@ ROUNDS, PER_ROUND = 6, 4
 # Our error against float64 may be twice torch's in the same dtype; the floor is for sums that torch gets exactly.
 WORSE, FLOOR = 2.0, 1e-6
 CLOSE = 1e-2
+# Most tokens of what models call once a token, where launches count.
+FEW = 16
+_APART, _BETWEEN = " apart", "between"
 
 Build = Callable[[], Variant]
 
@@ -44,8 +48,9 @@ def _ours(layer: Layer, form: str, gather: bool, weights: torch.dtype) -> Iterat
         if backend.why_not(problem) is not None:
             continue
         yield f"{form}:{name}", lambda name=name: layer.module(gather, weights, name)
+        most = layer.case.plans if name == cuda.NAME else layer.case.configs
         try:
-            configs = backend.candidate_configs(problem)[1 : 1 + layer.case.configs] if layer.case.configs else []
+            configs = backend.candidate_configs(problem)[1 : 1 + most] if most else []
         except Exception as problem_of_it:
             yield f"{form}:{name} configurations", _raising(problem_of_it)
             continue
@@ -99,8 +104,8 @@ def verify(variant: Variant) -> dict[str, float]:
 
 
 def verify_replay(timer: Timer, layer: Layer, variant: Variant, replay: Replay) -> None:
-    """A replay must compute on what x holds now what the call computes outside of a graph: to the bit, but for cuBLAS,
-    which may choose otherwise under capture.
+    """A replay's first and last call must compute on what x holds now what they compute outside of a graph: to the bit,
+    but for cuBLAS, which may choose otherwise under capture.
     """
     if variant.truth is None or timer.device.type != "cuda" or variant.backend == "rival":
         return
@@ -108,13 +113,16 @@ def verify_replay(timer: Timer, layer: Layer, variant: Variant, replay: Replay) 
     layer.x.normal_()
     replay.run()
     timer.synchronize()
-    wanted = variant.calls[0]()
-    same = torch.equal(replay.first, wanted)
-    if not same and variant.backend in ("torch", "cublas"):
-        same = error(replay.first, wanted.double()) < CLOSE
+    last = (replay.calls - 1) % len(variant.calls)
+    for found, call in ((replay.first, variant.calls[0]), (replay.last, variant.calls[last])):
+        wanted = call()
+        same = torch.equal(found, wanted)
+        if not same and variant.backend in ("torch", "cublas"):
+            same = error(found, wanted.double()) < CLOSE
+        if not same:
+            layer.x.copy_(before)
+            raise WrongResult("a replay of the CUDA graph differs from the call")
     layer.x.copy_(before)
-    if not same:
-        raise WrongResult("a replay of the CUDA graph differs from the call")
 
 
 def _facts(timer: Timer, case: Case, variant: Variant, replay: Replay, checked: dict[str, float]) -> dict[str, Any]:
@@ -126,10 +134,24 @@ def _facts(timer: Timer, case: Case, variant: Variant, replay: Replay, checked: 
         "calls": replay.calls,
         **checked,
     }
-    if case.tokens <= 16:
+    if variant.plan is not None:
+        facts["plan"] = variant.plan
+    if case.tokens <= FEW:
         eager, host = timer.eager(variant.calls)
-        facts |= {"eager_us": eager * 1e6, "host_us": host * 1e6, "launches": timer.launches(variant.calls[0])}
+        one = timer.nodes(variant.calls[:1])
+        facts |= {"eager_us": eager * 1e6, "host_us": host * 1e6, "launches": one and one[0]}
     return facts
+
+
+def _apart(timer: Timer, layer: Layer, name: str, variant: Variant) -> Replay | None:
+    """The calls with another kernel before each: of the native kernels as they are, and wherever they overlap.
+
+    In a graph of nothing but these calls one begins before the one before it has ended. A model has that between two
+    kernels of ours only, so this is what overlapping is worth behind anything else.
+    """
+    native = variant.backend == layer.x.device.type
+    wanted = native and (name.endswith(f":{variant.backend}") or (variant.config or {}).get("overlap"))
+    return timer.capture(layer.separated(variant.calls)) if wanted and layer.case.tokens <= FEW else None
 
 
 Say = Callable[[str], None]
@@ -160,22 +182,36 @@ def measure(case: Case, arena: Arena, timer: Timer, skip: set[str], say: Say, ro
             checked = verify(variant)
             replay = timer.capture(variant.calls)
             verify_replay(timer, layer, variant, replay)
-            facts[name], replays[name] = _facts(timer, case, variant, replay, checked), replay
+            known = _facts(timer, case, variant, replay, checked)
+            apart = _apart(timer, layer, name, variant)
+            if apart is not None:
+                replays[name + _APART] = apart
+                two = timer.nodes([*variant.calls, *variant.calls][:2])
+                known["programmatic_edges"] = two and two[1]
+            facts[name], replays[name] = known, replay
         except Unavailable as reason:
             failed[name] = str(reason)
         except Exception as problem:  # one variant must not cost the others
             failed[name] = " ".join(f"{type(problem).__name__}: {problem}".split())[:400]
             timer.synchronize()  # raises where the device itself is lost: the process must end then
     say("timing")
+    if any(name.endswith(_APART) for name in replays):
+        replays[_BETWEEN] = timer.capture(layer.separated([lambda: layer.x] * 64))
     samples: dict[str, list[float]] = {name: [] for name in replays}
+    clocks: dict[str, list[int]] = {}
     for i in range(rounds + 1):
         for name, replay in replays.items():
             found = timer.sample(replay, PER_ROUND if i else 1)
             samples[name] += found if i else []
+        for name, mhz in timer.clocks().items():
+            clocks.setdefault(name, []).append(mhz)
     for name, entry in facts.items():
         spread = quantiles(samples[name], 1e6)
         entry |= {"us": spread["p50"], "us_quantiles": spread, "samples": len(samples[name])}
         entry["gb_s"] = entry["bytes"] / entry["us"] / 1e3
+        if apart_samples := samples.get(name + _APART):
+            entry["apart_us"] = quantiles(apart_samples, 1e6)["p50"]
+    between = {"between_us": quantiles(samples[_BETWEEN], 1e6)["p50"]} if _BETWEEN in samples else {}
     problems = {"compact": (False, arena.dtype), "gather": (True, arena.dtype), "int8": (False, torch.int8)}
     unusable = {
         f"{form}:{name}": reason
@@ -197,6 +233,8 @@ def measure(case: Case, arena: Arena, timer: Timer, skip: set[str], say: Say, ro
         "tokens": case.tokens,
         "keep": case.neurons / shape.intermediate_size,
         "flops_dense": 2 * case.tokens * shape.hidden_size * shape.intermediate_size * (3 if shape.gated else 2),
+        **between,
+        "clocks": {name: [min(values), max(values)] for name, values in clocks.items()},
         "variants": facts,
         "failed": failed,
         "unusable": unusable,

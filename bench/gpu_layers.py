@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyprune import KeepIndex, PrunedMLP, dispatch, reference, roofline
 from pyprune.backends import Call as Operands
-from pyprune.backends import Problem
+from pyprune.backends import Problem, cuda
 from pyprune.patterns import PATTERNS
 
 ARENA = 4 << 30
@@ -67,6 +67,7 @@ class Variant:
         backend: who computes.
         truth: the result of the first call in float64, and of torch in the same dtype; None for rivals.
         config: the backend's, where it is not its default.
+        plan: what the native CUDA kernels make of it.
     """
 
     calls: Sequence[Call]
@@ -74,6 +75,7 @@ class Variant:
     backend: str
     truth: Callable[[], tuple[Tensor, Tensor]] | None = None
     config: dict[str, Any] | None = None
+    plan: dict[str, int] | None = None
 
 
 def torch_ffn(case: Case) -> Callable[..., Tensor]:
@@ -87,6 +89,10 @@ def torch_ffn(case: Case) -> Callable[..., Tensor]:
         return F.linear(act(F.linear(x, gate)) * F.linear(x, up), down)
 
     return gated if case.shape.gated else plain
+
+
+def _plan(problem: Problem, backend: str, config: dict[str, Any] | None = None) -> dict[str, int] | None:
+    return cuda._planned(problem, config) if backend == cuda.NAME else None
 
 
 @dataclass
@@ -113,6 +119,16 @@ class Layer:
         if not self.case.shape.bias:
             return None
         return torch.randn(*shape, device=self.arena.device).mul_(0.01).to(self.arena.dtype)
+
+    def separated(self, calls: Sequence[Call]) -> list[Call]:
+        """Each call behind a small kernel of torch, as other layers stand between two FFNs of a model."""
+        other = torch.empty_like(self.x)
+
+        def both(call: Call) -> Tensor:
+            torch.mul(self.x, 1.0, out=other)
+            return call()
+
+        return [lambda c=call: both(c) for call in calls]
 
     def bytes(self, neurons: int, dtype: torch.dtype, gather: bool = False) -> int:
         """Of weights that a call over `neurons` neurons reads."""
@@ -213,11 +229,13 @@ class Layer:
             for call in operands
         ]
         problem = self.problem(gather, weights)
+        name = dispatch.choose(problem, backend).backend.NAME
         return Variant(
             [lambda m=module: m(self.x) for module in modules],
             self.bytes(self.case.neurons, weights, gather),
-            dispatch.choose(problem, backend).backend.NAME,
+            name,
             lambda: self.truth(operands[0]),
+            plan=_plan(problem, name),
         )
 
     def configured(self, gather: bool, weights: torch.dtype, backend: str, config: dict[str, Any]) -> Variant:
@@ -229,4 +247,5 @@ class Layer:
             backend,
             lambda: self.truth(operands[0]),
             dict(config),
+            _plan(self.problem(gather, weights), backend, config),
         )

@@ -57,12 +57,13 @@ class Step:
         self.path, self.reason = "graph", ""
         try:
             self.replay = timer.capture([self._step])
-            if self.replay.calls > CACHE - PROMPT:
+            if 2 * self.replay.calls > CACHE - PROMPT:  # a sample is two replays
                 raise RuntimeError(f"{self.replay.calls} steps in one graph would leave the cache")
         except Exception as problem:
             timer.synchronize()
             self.path, self.reason = "eager", " ".join(f"{type(problem).__name__}: {problem}".split())[:400]
-            self.replay = Replay(self._step, 1, self._step())
+            out = self._step()
+            self.replay = Replay(self._step, 1, out, out)
 
     def _step(self) -> torch.Tensor:
         out = self.model(

@@ -1,4 +1,7 @@
-"""A pytest plugin: every test's outcome as a line of JSON in the file that PYPRUNE_OUTCOMES names, as soon as known."""
+"""A pytest plugin: every test's outcome as a line of JSON in the file that PYPRUNE_OUTCOMES names, as soon as known.
+
+PYPRUNE_SHARE, two numbers `i of`, leaves of all tests every `of`-th, from the i-th on: so several processes share them.
+"""
 
 import json
 import os
@@ -11,7 +14,7 @@ def _say(**facts):
 
 
 class _Outcomes:
-    """Registered where all reports arrive: in a run by several processes that is the one which gives out the tests."""
+    """Tells every report."""
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
@@ -23,6 +26,13 @@ class _Outcomes:
             _say(id=report.nodeid, outcome="not collected", seconds=0.0, message=str(report.longrepr)[-600:])
 
 
+def pytest_collection_modifyitems(config, items):
+    first, of = map(int, os.environ.get("PYPRUNE_SHARE", "0 1").split())
+    left_out = [item for i, item in enumerate(items) if i % of != first]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = items[first::of]
+
+
 def pytest_configure(config):
-    if os.environ.get("PYPRUNE_OUTCOMES") and not hasattr(config, "workerinput"):
+    if os.environ.get("PYPRUNE_OUTCOMES"):
         config.pluginmanager.register(_Outcomes(), "pyprune-outcomes")

@@ -1,37 +1,38 @@
-"""The stages of `make gpu` before the bench: what each runs, and what is recorded of it. Standard library only."""
+"""What `bench/gpu.py` does before it measures: a look at this Python, the libraries, Triton's cache, plans.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from boxed import TIMED_OUT, Box, tail
+import gpu_output
+from boxed import Box, tail
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# Most seconds of each stage.
-PROBE, BUILD, WARM, TESTS, SANITIZER = 60.0, 170.0, 100.0, 150.0, 100.0
-WARMERS, TESTERS = 6, 8
-SANITIZER_FOUND = 9
-_ARCHITECTURES = {8: "80", 9: "90a", 10: "100a"}
+# Most seconds of each. An import of torch on a machine that never did it takes a minute and more.
+PROBE, BUILD, WARM, PLANS = 150.0, 170.0, 75.0, 60.0
+WARMERS = 8
 
 _ASK = """
 import importlib.util, json, sys
 facts = {"python": sys.version.split()[0]}
-for name in ("pytest", "xdist", "pytest_timeout", "hypothesis", "triton", "transformers"):
+for name in ("pytest", "pytest_timeout", "hypothesis", "triton", "transformers"):
     facts[name] = importlib.util.find_spec(name) is not None
 try:
     import torch
     facts["torch"] = torch.__version__
     facts["sees"] = torch.cuda.is_available()
     facts["capability"] = torch.cuda.get_device_capability() if facts["sees"] else None
+    facts["device"] = torch.cuda.get_device_name() if facts["sees"] else None
 except Exception as error:
     facts["torch"], facts["why"] = None, f"{type(error).__name__}: {error}"
 try:
@@ -74,126 +75,85 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(places), "PYTHONUNBUFFERED": "1", **more}
 
 
-# With the result's, as many files as machines that lend a GPU may hand back.
-_HANDED = ("bench.log", "build.log", "tests.log", "sanitizer.log", "outcomes.jsonl", "warm.log")
-
-
-def fresh_logs() -> Path:
-    """The folder of the logs, without those of an earlier run."""
-    logs = ROOT / "build" / "gpu"
+def fresh_logs(dry: bool) -> Path:
+    """The folder of the logs, without those of an earlier run; a rehearsal has its own."""
+    logs = gpu_output.WORK.with_name("gpu-dry") if dry else gpu_output.WORK
     logs.mkdir(parents=True, exist_ok=True)
     for file in logs.iterdir():
         file.unlink()
     return logs
 
 
-def hand_over(logs: Path, outside: str | None) -> None:
-    """Copy the logs that there are into the folder `outside`, if there is one."""
-    for name in _HANDED if outside else ():
-        if (logs / name).is_file():
-            shutil.copyfile(logs / name, Path(str(outside)) / name)
+def probe(logs: Path) -> Box:
+    """Start to ask what this Python has: versions, whether torch sees the GPU, which of pytest's plugins there are."""
+    return Box.start([sys.executable, "-c", _ASK], logs / "probe.log", PROBE, environment())
 
 
-def probe(logs: Path) -> dict[str, Any]:
-    """What this Python has: versions, whether torch sees the GPU, which of pytest's plugins there are."""
-    log = logs / "probe.log"
-    code = Box.start([sys.executable, "-c", _ASK], log, PROBE, environment()).wait()
-    for line in reversed(tail(log, 5).splitlines()):
+def probe_facts(box: Box, code: int) -> dict[str, Any]:
+    """What it answered."""
+    for line in reversed(tail(box.log, 5).splitlines()):
         if line.startswith("{"):
             return dict(json.loads(line))
-    return {"torch": None, "pyprune": False, "why": f"the probe ended with {code}: {tail(log, 2)}"}
+    return {"torch": None, "pyprune": False, "why": f"the probe ended with {code}: {tail(box.log, 2)}"}
+
+
+def architecture(capability: list[int] | None) -> str | None:
+    """The name in build_cuda.ARCHITECTURES whose machine code a device of this compute capability runs, or None."""
+    sys.path.insert(0, str(ROOT / "csrc"))
+    from build_cuda import ARCHITECTURES
+
+    found = None
+    for name in ARCHITECTURES:
+        number = int(name.rstrip("af"))
+        if capability and number // 10 == capability[0] and number % 10 <= capability[1]:
+            found = name
+    return found
 
 
 def build(logs: Path, capability: list[int] | None) -> Box:
-    """Both native libraries; the CUDA one, which is required, for this device alone unless told otherwise."""
-    more = {"PYPRUNE_CUDA": "require"}
-    if capability and not os.environ.get("PYPRUNE_CUDA_ARCHS") and capability[0] in _ARCHITECTURES:
-        more["PYPRUNE_CUDA_ARCHS"] = _ARCHITECTURES[capability[0]]
-    os.chdir(ROOT)
+    """Take the libraries that were built beforehand, or build them: the CUDA one, which is required, for this device
+    alone unless told otherwise. Those beforehand lie in the package or where PYPRUNE_PREBUILT says.
+    """
+    more = {"PYPRUNE_CUDA": "require", "PYPRUNE_PREBUILT": os.environ.get("PYPRUNE_PREBUILT") or str(ROOT / "pyprune")}
+    if not os.environ.get("PYPRUNE_CUDA_ARCHS") and (name := architecture(capability)):
+        more["PYPRUNE_CUDA_ARCHS"] = name
     return Box.start([sys.executable, "-c", _BUILD], logs / "build.log", BUILD, environment(**more))
 
 
 def build_facts(box: Box, code: int) -> dict[str, Any]:
-    """What is recorded of the build."""
+    """What is recorded of the build; `taken` tells for each library whether it was built beforehand."""
     try:
-        record = json.loads((ROOT / "pyprune" / "native.json").read_text(encoding="utf-8")).get("cuda", {})
+        record = json.loads((ROOT / "pyprune" / "native.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = {}
-    record.pop("sources", None)
+    taken = {name: bool(facts.get("taken")) for name, facts in record.items()}
+    cuda = {name: value for name, value in record.get("cuda", {}).items() if name != "sources"}
     log = ROOT / "pyprune" / "native_cuda.log"
     said = tail(log, 30) if log.is_file() else tail(box.log)
-    return {"code": code, "seconds": box.seconds, "cuda": record, **({"said": said} if code else {})}
+    refused = [line for line in tail(box.log, 40).splitlines() if "not taken" in line]
+    return {"code": code, "taken": taken, "not_taken": refused, "cuda": cuda, **({"said": said} if code else {})}
 
 
-def warm(logs: Path, dry: bool) -> list[Box]:
-    """Processes that compile the bench's Triton kernels into Triton's cache."""
-    boxes = []
-    for i in range(WARMERS if not dry else 1):
-        plan = logs / f"warm-{i}.plan"
-        plan.write_text(json.dumps({"dry": dry, "share": i, "of": WARMERS if not dry else 1}), encoding="utf-8")
+def warm(logs: Path, dry: bool, kinds: tuple[str, ...], name: str, limit: float = WARM) -> list[Box]:
+    """Processes that compile the Triton kernels of the cases of these kinds into Triton's cache."""
+    boxes, of = [], 1 if dry else WARMERS
+    for i in range(of):
+        plan = logs / f"{name}-{i}.plan"
+        plan.write_text(json.dumps({"dry": dry, "share": i, "of": of, "kinds": kinds}), encoding="utf-8")
         command = [sys.executable, str(HERE / "gpu_warm.py"), str(plan)]
-        boxes.append(Box.start(command, logs / "warm.log", WARM, environment()))
+        boxes.append(Box.start(command, logs / f"{name}.log", limit, environment()))
     return boxes
 
 
-def test_files(dry: bool) -> list[str]:
-    """Files that hold tests for a GPU, the backends' own first."""
-    if dry:
-        return ["tests/test_gpu.py"]
-    own = ["tests/test_gpu.py"]
-    found = (p for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8"))
-    return [*own, *(f"tests/{p.name}" for p in found if f"tests/{p.name}" not in own and p.name != "test_bench_gpu.py")]
+def plans(logs: Path) -> Box:
+    """The plans of every case, where there is no GPU: by the simulator."""
+    command = [sys.executable, str(HERE / "gpu_plans.py"), str(logs / "plans.json")]
+    return Box.start(command, logs / "plans.log", PLANS, environment())
 
 
-def tests(logs: Path, facts: dict[str, Any], dry: bool) -> Box:
-    """All tests marked `gpu`, in several processes where pytest can."""
-    outcomes = logs / "outcomes.jsonl"
-    command = [sys.executable, "-m", "pytest", *test_files(dry), "-m", "not gpu" if dry else "gpu", "-q"]
-    command += ["-p", "no:cacheprovider", "-p", "gpu_outcomes", "--continue-on-collection-errors", "--tb=short"]
-    command += ["--timeout=90", "--timeout-method=thread"] if facts.get("pytest_timeout") else []
-    command += ["-n", str(1 if dry else TESTERS)] if facts.get("xdist") else []
-    return Box.start(command, logs / "tests.log", TESTS, environment(PYPRUNE_OUTCOMES=str(outcomes)))
-
-
-def tests_facts(box: Box, code: int) -> dict[str, Any]:
-    """How many passed, and which did not; of a run that was ended, as far as it came."""
-    lines = []
-    file = box.log.with_name("outcomes.jsonl")
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        lines.append(json.loads(line))
-    wrong = [line for line in lines if line["outcome"] in ("failed", "not collected")]
-    skipped = Counter(line["message"].splitlines()[-1][:160] for line in lines if line["outcome"] == "skipped")
-    return {
-        "code": code,
-        "timed_out": code == TIMED_OUT,
-        "seconds": box.seconds,
-        "counts": dict(Counter(line["outcome"] for line in lines)),
-        "failed": [{key: line[key] for key in ("id", "message")} for line in wrong][:40],
-        "skipped": dict(skipped),
-        "slowest": [[line["id"], line["seconds"]] for line in sorted(lines, key=lambda x: -x["seconds"])[:8]],
-    }
-
-
-def sanitizer(logs: Path) -> Box | None:
-    """memcheck over the tests named `sanitized`; None where there is no such tool."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None:
-        return None
-    command = [tool, "--tool", "memcheck", "--error-exitcode", str(SANITIZER_FOUND), sys.executable, "-m", "pytest"]
-    command += ["tests/test_gpu.py", "-m", "gpu", "-k", "sanitized", "-q", "-p", "no:cacheprovider"]
-    # Without torch's cache every tensor is an allocation of its own, so that a read behind its end shows.
-    return Box.start(command, logs / "sanitizer.log", SANITIZER, environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
-
-
-def sanitizer_facts(box: Box | None, code: int | None) -> dict[str, Any]:
-    """The verdict: clean, errors, or none, with the reason."""
-    if box is None or code is None:
-        return {"verdict": "none", "why": "there is no compute-sanitizer here"}
-    said = tail(box.log, 25)
-    if code == 0:
-        return {"verdict": "clean", "seconds": box.seconds, "said": tail(box.log, 3)}
-    if code == TIMED_OUT:
-        return {"verdict": "none", "why": f"ended after {box.limit:.0f} s", "said": said}
-    if "not supported" in said.lower():
-        return {"verdict": "none", "why": "compute-sanitizer does not work on this device", "said": said}
-    return {"verdict": "errors", "code": code, "seconds": box.seconds, "said": said}
+def plans_facts(box: Box, code: int) -> dict[str, Any]:
+    """The plans by case, or why there are none."""
+    file = box.log.with_name("plans.json")
+    if code or not file.is_file():
+        return {"code": code, "why": tail(box.log, 3)}
+    return {"code": code, "cases": json.loads(file.read_text(encoding="utf-8"))}

@@ -21,6 +21,7 @@ HEADER = (
     ">of read",
 )
 MODEL_HEADER = ("model", ">kept", ">FFN share", ">dense, ms", ">narrow, ms", ">ms", ">ratio", ">ceiling", ">of ceiling")
+OVERLAP_HEADER = ("case", "variant", "way", ">us in turn", ">us with a kernel between", ">that kernel", ">early edges")
 _FEW_TOKENS = 16
 
 
@@ -76,6 +77,23 @@ def model_cells(row: dict[str, Any]) -> list[str]:
     steps = [f"{row['models'][name]['step_ms']:.3f}" for name in ("dense", "narrow", "accelerated")]
     ratios = [f"{row['ratio']:.2f}x", f"{row['ceiling']:.2f}x", f"{row['share_of_ceiling']:.0%}"]
     return [f"LLaMA, {row['layers']} layers", f"{row['keep']:.0%}", f"{row['ffn_share']:.0%}", *steps, *ratios]
+
+
+def overlap_rows(result: dict[str, Any]) -> list[list[str]]:
+    """What overlapping gains between calls of nothing but this FFN, and behind another kernel, as in a model."""
+    rows = []
+    for row in result["rows"]:
+        for name, entry in row["variants"].items():
+            if "apart_us" not in entry:
+                continue
+            plan = entry.get("plan") or entry.get("config") or {}
+            ways = [way for way in ("overlap", "early", "bulk") if plan.get(way)]
+            edges = entry.get("programmatic_edges")
+            rows.append(
+                [row["case"], name, ", ".join(ways) or "default", f"{entry['us']:.2f}", f"{entry['apart_us']:.2f}"]
+            )
+            rows[-1] += [f"{row['between_us']:.2f}", "-" if edges is None else str(edges)]
+    return rows
 
 
 def ceilings_line(result: dict[str, Any]) -> str:

@@ -7,31 +7,31 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+from gpu_clocks import Clocks
 from torch import Tensor
 
 Call = Callable[[], Tensor]
 
 # A graph runs at least so long, so that its own launch and the events' resolution count for little.
 GRAPH_SECONDS = 2e-3
-MOST_CALLS = 512
+MOST_CALLS = 1024
 EAGER_CALLS = 64
 
 
 @dataclass
 class Replay:
-    """Calls ready to be timed: `run()` makes `calls` of them; `first` is where the first one's result lies."""
+    """Calls ready to be timed: `run()` makes `calls` of them; `first` and `last` are where those two's results lie."""
 
     run: Callable[[], object]
     calls: int
     first: Tensor
-    nodes: int | None = None
+    last: Tensor
 
 
 class Timer(Protocol):
@@ -54,8 +54,16 @@ class Timer(Protocol):
     def seconds(self, run: Callable[[], object], count: int) -> list[float]:
         """Seconds of `run`, each of `count` times, without a graph."""
 
-    def launches(self, call: Call) -> int | None:
-        """Nodes of the graph of one call: kernels, copies and fills; None where that cannot be told."""
+    def nodes(self, calls: Sequence[Call]) -> tuple[int, int | None] | None:
+        """Nodes of a graph of these calls (kernels, copies, fills), and how many edges are programmatic: those by which
+        a kernel begins before the one before it has ended. None where that cannot be told.
+        """
+
+    def spin(self, seconds: float) -> None:
+        """Keep the device busy for so long, that its clocks are up."""
+
+    def clocks(self) -> dict[str, int]:
+        """MHz now, see `gpu_clocks.Clocks`."""
 
 
 def repeats(calls: int, seconds_a_call: float) -> int:
@@ -64,11 +72,26 @@ def repeats(calls: int, seconds_a_call: float) -> int:
     return max(1, min(int(-(-wanted // calls)), MOST_CALLS // calls))
 
 
+class _Edge(ctypes.Structure):
+    """CUgraphEdgeData."""
+
+    _fields_ = (
+        ("from_port", ctypes.c_ubyte),
+        ("to_port", ctypes.c_ubyte),
+        ("type", ctypes.c_ubyte),
+        ("_", ctypes.c_ubyte * 5),
+    )
+
+
+_PROGRAMMATIC, _MOST_EDGES = 1, 256
+
+
 class CudaTimer:
     """CUDA graphs and events on the current device."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.clocks = Clocks().read
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -87,10 +110,10 @@ class CudaTimer:
     def _graph(self, calls: Sequence[Call], times: int) -> Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            first = calls[0]()
-            for call in itertools.islice(itertools.chain.from_iterable(itertools.repeat(calls)), 1, times * len(calls)):
-                call()
-        return Replay(graph.replay, times * len(calls), first)
+            first = last = calls[0]()
+            for call in itertools.islice(itertools.cycle(calls), 1, times * len(calls)):
+                last = call()
+        return Replay(graph.replay, times * len(calls), first, last)
 
     def capture(self, calls: Sequence[Call]) -> Replay:
         self._warm(calls)
@@ -115,6 +138,8 @@ class CudaTimer:
         return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
 
     def sample(self, replay: Replay, count: int) -> list[float]:
+        # One more before: while it runs the host gets ahead, so that no launch shows between two events.
+        replay.run()
         return [found / replay.calls for found in self.seconds(replay.run, count)]
 
     def eager(self, calls: Sequence[Call]) -> tuple[float, float]:
@@ -136,17 +161,31 @@ class CudaTimer:
         torch.cuda.synchronize()
         return whole / EAGER_CALLS, sorted(host)[2] / EAGER_CALLS
 
-    def launches(self, call: Call) -> int | None:
+    def nodes(self, calls: Sequence[Call]) -> tuple[int, int | None] | None:
         try:
             driver = ctypes.CDLL("libcuda.so.1")
             graph = torch.cuda.CUDAGraph(keep_graph=True)
             with torch.cuda.graph(graph):
-                call()
-            nodes = ctypes.c_size_t(0)
-            raw = ctypes.c_void_p(graph.raw_cuda_graph())
-            return None if driver.cuGraphGetNodes(raw, None, ctypes.byref(nodes)) else int(nodes.value)
+                for call in calls:
+                    call()
+            raw, nodes = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t(0)
+            if driver.cuGraphGetNodes(raw, None, ctypes.byref(nodes)):
+                return None
+            edges = ctypes.c_size_t(_MOST_EDGES)
+            ends, kinds = [(ctypes.c_void_p * _MOST_EDGES)() for _ in range(2)], (_Edge * _MOST_EDGES)()
+            if driver.cuGraphGetEdges_v2(raw, *ends, kinds, ctypes.byref(edges)):
+                return int(nodes.value), None
+            return int(nodes.value), sum(kind.type == _PROGRAMMATIC for kind in kinds[: edges.value])
         except (OSError, AttributeError, TypeError, RuntimeError):
             return None
+
+    def spin(self, seconds: float) -> None:
+        a = torch.randn(4096, 4096, device=self.device, dtype=torch.bfloat16)
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            for _ in range(20):
+                a @ a
+            torch.cuda.synchronize()
 
 
 class WallTimer:
@@ -159,7 +198,7 @@ class WallTimer:
         pass
 
     def capture(self, calls: Sequence[Call]) -> Replay:
-        return Replay(lambda: [call() for call in calls], len(calls), calls[0]())
+        return Replay(lambda: [call() for call in calls], len(calls), calls[0](), calls[-1]())
 
     def seconds(self, run: Callable[[], object], count: int) -> list[float]:
         found = []
@@ -176,39 +215,11 @@ class WallTimer:
         (whole,) = self.seconds(calls[0], 1)
         return whole, whole
 
-    def launches(self, call: Call) -> int | None:
+    def nodes(self, calls: Sequence[Call]) -> tuple[int, int | None] | None:
         return None
 
+    def spin(self, seconds: float) -> None:
+        pass
 
-_CLOCKS = (
-    *("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "temperature.gpu"),
-    *("power.draw", "power.limit", "clocks_event_reasons.active", "driver_version", "compute_mode", "mig.mode.current"),
-)
-
-
-def clocks() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU's clocks, heat and power, as it words it; empty where it cannot."""
-    for fields in (_CLOCKS, _CLOCKS[:2] + _CLOCKS[8:9]):  # a field that it does not know fails them all
-        command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True)
-        except (OSError, subprocess.SubprocessError):
-            continue
-        return dict(zip(fields, (word.strip() for word in done.stdout.partition("\n")[0].split(",")), strict=False))
-    return {}
-
-
-def device_facts(device: torch.device) -> dict[str, Any]:
-    """Name, capability, multiprocessors, L2 and memory of a CUDA device; of a CPU its type only."""
-    if device.type != "cuda":
-        return {"name": device.type}
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "name": found.name,
-        "capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
-        "l2_bytes": int(getattr(found, "L2_cache_size", 0)),
-        "memory_bytes": found.total_memory,
-        "cuda": torch.version.cuda,
-        "devices": torch.cuda.device_count(),
-    }
+    def clocks(self) -> dict[str, int]:
+        return {}

@@ -2,7 +2,8 @@
 
     python bench/gpu_warm.py PLAN
 
-PLAN is a JSON file: `share` and `of` (which part of the cases is this process'), `dry`. Nothing is timed.
+PLAN is a JSON file: `kinds` of the cases, `share` and `of` (which part of their variants is this process'), `dry`.
+Nothing is timed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ def main(plan: str) -> None:
     dry = wanted["dry"]
     device, dtype = torch.device("cpu" if dry else "cuda"), torch.float32 if dry else torch.bfloat16
     arena = Arena(device, dtype, 1 << 20 if dry else 1 << 30, 1)  # one set of weights is enough
-    cases = [case for case in (dry_cases() if dry else all_cases()) if case.kind not in ("model", "inductor")]
-    for case in cases[wanted["share"] :: wanted["of"]]:
+    cases = [case for case in (dry_cases() if dry else all_cases()) if case.kind in wanted["kinds"]]
+    number = 0
+    for case in cases:
         layer = Layer.make(case, arena)
         for name, build in builders(layer):
             if ":triton" not in name and name != "two-kernel gather":
+                continue
+            number += 1
+            if number % wanted["of"] != wanted["share"]:
                 continue
             try:
                 build().calls[0]()

@@ -51,7 +51,7 @@ class Worker:
     def machine(self) -> None:
         """Tell what this is measured on, and the ceilings."""
         from gpu_ceilings import gemm_rate, read_bandwidth
-        from gpu_timing import clocks, device_facts
+        from gpu_clocks import clocks, device_facts
 
         from pyprune import machine, native
 
@@ -59,6 +59,7 @@ class Worker:
         library = native.facts("cuda")
         library.pop("path", None)
         self.say(machine=machine.facts(), device=facts, native=library, clocks_before=clocks())
+        self.timer.spin(1.0)  # nothing is measured by cold clocks
         if not self.plan["ceilings"]:
             return
         self.say(doing=["ceilings", ""])
@@ -67,7 +68,7 @@ class Worker:
         self.say(
             ceilings={"read": read_bandwidth(self.timer, size, many), "gemm": gemm_rate(self.timer, self.dtype, n)}
         )
-        self.say(clocks_after_ceilings=clocks())
+        self.say(clocks_after_ceilings={**clocks(), **self.timer.clocks()})
 
     def case(self, case: Any) -> None:
         """Measure one case and tell its row."""
@@ -127,7 +128,7 @@ class Worker:
                     return LOST
             if self.timer.device.type == "cuda":
                 torch.cuda.empty_cache()
-        from gpu_timing import clocks
+        from gpu_clocks import clocks
 
         self.say(clocks_at_the_end=clocks())
         return 0
