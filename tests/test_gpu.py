@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyprune import KeepIndex, PrunedMLP, accelerate, dispatch, ops, reference
-from pyprune.backends import Problem
+from pyprune.backends import Call, Problem
 from pyprune.patterns import PATTERNS
 
 F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
@@ -355,6 +355,91 @@ def test_the_current_stream_is_used(backend: str, m: int) -> None:
         found = module(given.x)
     torch.cuda.current_stream().wait_stream(stream)
     assert same(found, wanted, backend)
+
+
+def _call(given: Layer, **changes: Any) -> Call:
+    """The backends' own operands of a layer."""
+    index = None if given.keep is None else given.keep.neurons.to(given.x.device)
+    biases = (given.neuron_bias, given.down_bias, given.residual)
+    return replace(Call(given.x, given.record, index, given.scales, *biases, given.gated, given.activation), **changes)
+
+
+@needs_gpu
+@pytest.mark.parametrize("form", ["compact", "gather"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("m", [1, 2, 4, 8])
+def test_every_plan_of_the_cuda_kernels(m: int, gated: bool, form: str) -> None:
+    """All that `pyprune tune` and the bench try, and bulk copies with every ring, where the device has them."""
+    cuda = dispatch.backends()["cuda"]
+    for weights, f, d in ((None, 352, 256), (INT8, 700, 1040)):
+        given = layer("cuda", m, f, d, dtype=BF16, weights=weights, gated=gated, form=form)
+        usable(given, "cuda")
+        plans = [dict(config) for config in cuda.candidate_configs(given.problem())]
+        if m <= 4 and torch.cuda.get_device_capability()[0] >= 9:
+            rings = ({"step": step, "stages": stages} for step in (1, 2) for stages in (2, 3, 6))
+            plans += [{"algorithm": "single_pass", "bulk": True, "teams": 1, **ring} for ring in rings]
+        for plan in plans:
+            meets(given, cuda.run(_call(given), plan))
+
+
+DEPENDENT = (
+    {"algorithm": "single_pass", "overlap": True},
+    {"algorithm": "single_pass", "overlap": True, "early": True},
+    {"algorithm": "single_pass", "overlap": True, "early": True, "bulk": True},
+    {"algorithm": "two_pass", "overlap": True},
+)
+
+
+@needs_gpu
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("plan", DEPENDENT, ids=str)
+def test_kernels_that_begin_before_the_one_before_has_ended(plan: dict[str, Any], captured: bool) -> None:
+    """Two layers in turn, 200 calls back to back, each on what the one before gives and over the same scratch memory,
+    are bitwise one call after another.
+    """
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("dependent launch needs compute capability 9.0")
+    cuda = dispatch.backends()["cuda"]
+    # A small layer, whose blocks share a multiprocessor with the next kernel's, and one that fills it.
+    for f, d in ((1536, 768), (5504, 2048)):
+        layers = [_call(layer("cuda", 2, f, d, dtype=BF16, bias=False)) for _ in range(2)]
+        layers[1] = replace(layers[1], record=layers[1].record.flip(0).contiguous())
+        starts = [torch.randn(2, d, device="cuda", dtype=BF16) for _ in range(50)]
+
+        def all_calls(config: dict[str, Any], wait: bool) -> list[Tensor]:
+            outs = []
+            for x in starts:  # noqa: B023 - called at once
+                for step in range(4):
+                    x = cuda.run(replace(layers[step % 2], x=x), config)  # noqa: B023
+                    outs.append(x)
+                    if wait:
+                        torch.cuda.synchronize()
+            return outs
+
+        alone = {"algorithm": plan["algorithm"]}
+        wanted = all_calls(alone, wait=True)
+        assert all(bool(out.isfinite().all()) for out in wanted) and bool(wanted[-1].any())
+        if not captured:
+            found = all_calls(plan, wait=False)
+        else:
+            all_calls(plan, wait=False)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = all_calls(plan, wait=False)
+            for _ in range(3):
+                graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@needs_gpu
+def test_what_doctor_says_of_the_device_is_what_the_library_plans() -> None:
+    given = layer("cuda", 1, 352, 256, dtype=BF16)
+    usable(given, "cuda")
+    planned = dispatch.backends()["cuda"].default_config(given.problem())
+    clusters = torch.cuda.get_device_capability()[0] >= 9
+    assert (planned["algorithm"] == "single_pass") == clusters and (int(planned.get("cluster", 1)) > 1) == clusters
 
 
 @devices

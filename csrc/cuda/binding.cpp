@@ -36,7 +36,7 @@ const Device& facts(int index) {
                cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess &&
                cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess;
   check(right && major >= 8, "device", "be a CUDA device of compute capability 8.0 or newer");
-  // A device without machine code of its own runs what was compiled for 8.0, whatever it could do.
+  // What the device runs decides, machine code or PTX, and not what it could do.
   bool clusters = major >= 9 && has_clusters(kernels(Type::bf16, 1, true).single_pass);
   return known.emplace(index, Device{index, processors, static_cast<uint32_t>(shared), clusters}).first->second;
 }
