@@ -31,7 +31,7 @@ def test_files(few: bool) -> list[str]:
     if few:
         return own
     found = (p for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8"))
-    return [*own, *(f"tests/{p.name}" for p in found if f"tests/{p.name}" not in own and p.name != "test_bench_gpu.py")]
+    return [*own, *(f"tests/{p.name}" for p in found if f"tests/{p.name}" not in own)]
 
 
 def tests(logs: Path, facts: dict[str, Any], dry: bool, limit: float, few: bool = False) -> list[Box]:
