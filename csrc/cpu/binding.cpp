@@ -19,7 +19,7 @@ Tensor ffn(const Tensor& x, const Tensor& record, const Maybe& index, const Mayb
            const std::string& backend, int64_t native_tokens) {
   if (!(backend == "cpu" || (backend == "auto" && few_tokens(x, native_tokens))))
     return by_dispatch(x, record, index, scales, neuron_bias, down_bias, residual, gated, activation, backend);
-  Operands operands(Place::cpu, x, record, index, scales, neuron_bias, down_bias, residual, gated, activation);
+  Operands operands(kCpu, x, record, index, scales, neuron_bias, down_bias, residual, gated, activation);
   Problem& problem = operands.problem();
   check((problem.weight_type == Type::i8) == scales.has_value(), "scales", "be given for int8 records only");
   Tensor out = output_like(x);
