@@ -118,12 +118,12 @@ def static_table(result: Result) -> list[str]:
             groups.setdefault((r["kernel"], by), []).append(r)
     lines = []
     for (kernel, by), rows in sorted(groups.items(), key=lambda group: group[0][::-1]):
-        of = {sm: [r for r in rows if r["architecture"].startswith(sm)] for sm in ("sm_80", "sm_90", "sm_100")}
+        of = {sm: [r for r in rows if r["architecture"].startswith(sm)] for sm in ("sm_80", "sm_90", "sm_100", "sm_120")}
         kinds = {kind for r in rows for kind in r.get("mma_kinds", "").split("+")} - {"", "none", "FFMA", "FFMA2"}
         spilling = sum(1 for r in rows if r["stack_bytes"] or r["ldl"] or r["stl"])
         registers = [_spans(found, "registers") for found in of.values()]
         lines.append([kernel, by, str(len(rows)), *registers, str(spilling), ", ".join(sorted(kinds))])
-    header = ["kernel", "by", ">variants", ">sm_80", ">sm_90", ">sm_100", ">spilling", "matrix instructions"]
+    header = ["kernel", "by", ">variants", ">sm_80", ">sm_90", ">sm_100", ">sm_120", ">spilling", "matrix instructions"]
     built = {**result["versions"], "nvcc": result.get("cuda_built", {}).get("nvcc", "none")}
     versions = ", ".join(f"{name} {version}" for name, version in built.items())
     return [f"Registers of a thread, by architecture. Compiled by {versions}.", "", *markdown(header, lines)]

@@ -37,13 +37,15 @@ SHARED_LIMIT = {
 REGISTERS = 64 * 1024  # of a multiprocessor
 
 _WEIGHTS = ("float32", "bfloat16", "float16", "int8")  # in the order of Type in csrc/common/problem.h
-_NAME = re.compile(r"pyprune\d+(single_pass|hidden_pass|down_pass|unite|widen)(?:ILNS_4TypeE(\d)ELi(\d)(?:ELb(\d))?)?")
+_NAME = re.compile(
+    r"pyprune\d+(single_pass_bulk|single_pass|hidden_pass|down_pass|unite|widen)(?:ILNS_4TypeE(\d)ELi(\d)(?:ELb(\d))?)?"
+)
 _OPCODE = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
 
 
 def most_threads(kernel: str, tokens: int) -> int:
     """Threads of a block for which the kernel is compiled, as in csrc/cuda/params.h, layout.h and before.h."""
-    if kernel != "single_pass":
+    if not kernel.startswith("single_pass"):
         return 1024 if kernel == "unite" else 256
     return 512 if tokens <= 2 else 256
 
@@ -83,6 +85,7 @@ def _row(name: str, architecture: str, opcodes: Counter[str], usage: dict[str, t
         "stl": _count(opcodes, r"STL\..*|STL"),
         "copies_128": _count(opcodes, r"LDGSTS\..*128.*"),
         "copies_narrow": _count(opcodes, r"LDGSTS\.(?!.*128).*"),
+        "copies_bulk": _count(opcodes, r"UBLKCP.*"),
         "loads_128": _count(opcodes, r"LDG\..*128.*"),
         "instructions": opcodes.total(),
     }
@@ -94,7 +97,7 @@ def rows(library: Path) -> list[dict[str, Any]]:
     Returns:
         kernel, architecture, weights, tokens, gated, threads (most of a block), registers (of a thread), stack_bytes,
         ldl and stl (spill loads and stores), copies_128 and copies_narrow (asynchronous copies to shared memory of 16
-        bytes, and of fewer), loads_128 (to registers), instructions.
+        bytes, and of fewer), copies_bulk (of whole neurons), loads_128 (to registers), instructions.
     """
     cuobjdump, nvdisasm = triton.knobs.nvidia.cuobjdump.path, triton.knobs.nvidia.nvdisasm.path
     table = []

@@ -72,11 +72,6 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield found
 
 
-def _bulk(problem: Problem) -> bool:
-    """Whether the library has bulk copies."""
-    return bool(cuda._fits(problem, {"algorithm": "single_pass", "bulk": True}))
-
-
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize(("model", "f", "gated"), [("llama-3-8b", 14336, True), ("opt-6.7b", 16384, False)])
@@ -90,9 +85,8 @@ def test_no_two_candidates_are_planned_alike(plans: Any, model: str, f: int, gat
     changes = [{k: v for k, v in entry["plan"].items() if base.get(k) != v} for entry in found]
     assert changes[1:3] == [{"overlap": 1}, {"overlap": 1, "early": 1}]
     assert changes[3]["cluster"] == 4 and changes[4]["algorithm"] == 1
-    if _bulk(wanted):
-        assert [(c["bulk"], c.get("overlap", 0)) for c in changes[5:7]] == [(1, 0), (1, 1)]
-    assert not any(c.get("bulk") for c in changes[7 if _bulk(wanted) else 5 :])
+    assert [(c["bulk"], c.get("overlap", 0)) for c in changes[5:7]] == [(1, 0), (1, 1)]
+    assert not any(c.get("bulk") for c in changes[7:])
 
 
 def test_candidates_where_the_default_is_another(plans: Any) -> None:
