@@ -11,18 +11,15 @@ from dataclasses import dataclass
 import torch
 
 from . import choices, native
-from .backends import Backend, Config, Problem, load_all
+from .backends import Backend, Config, Problem, costs, load_all
 from .choices import Entry
 from .errors import BackendError, check_choice
 
 # Where nothing was measured, `auto` follows predictions: on CUDA from the bytes and operations of each form, since no
 # kernel of ours has been timed there yet. Few tokens are bound by the weights' bytes, which a kernel of one pass reads
-# once; from five on its arithmetic takes longer, and matrix units are better. Many are bound by arithmetic, where
-# cuBLAS is near the ceiling; for a gather it must first copy the kept rows.
+# once; from five on its arithmetic takes longer, and matrix units are better. With more, see `backends.costs`.
 _DECODE_TOKENS = 4
 _CUDA_TOKENS = 8
-_MATRIX_TOKENS = 64
-_GATHER_TOKENS = 1024
 
 # Most tokens for which `auto` prefers the native kernel on a CPU, by dtype of the record and gather, for layers of at
 # most _NARROW and for wider ones: with more tokens arithmetic outweighs the bytes of the weights, and torch's matrix
@@ -145,9 +142,7 @@ def _order(problem: Problem) -> tuple[str, ...]:
         return ("cuda", "triton", "cublas", "torch")
     if problem.tokens <= _CUDA_TOKENS:
         return ("triton", "cuda", "cublas", "torch")
-    if problem.tokens <= (_GATHER_TOKENS if problem.gather else _MATRIX_TOKENS):
-        return ("triton", "cublas", "torch")
-    return ("cublas", "triton", "torch")
+    return (*costs.fastest_first(problem), "torch")
 
 
 def _text(config: Config) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor
 # Of a GPU's memory, and on a CPU, where only tests come here.
 _SHARE = 1 / 8
 _CPU_BYTES = 1 << 30
+# Layers of a model, which share the room: a guess, for whoever must predict before there is one.
+_LAYERS = 32
 
 _Key = tuple[object, ...]
 
@@ -27,9 +29,14 @@ _KEPT: dict[_Key, _Kept] = {}
 
 
 def _room(device: torch.device) -> int:
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return _CPU_BYTES
     return int(_SHARE * torch.cuda.get_device_properties(device).total_memory)
+
+
+def holds_a_model_of(rows_bytes: int, device: str) -> bool:
+    """Whether the rows of every layer can be kept, if one layer's are so many bytes, on a type of device."""
+    return _LAYERS * rows_bytes <= _room(torch.device(device))
 
 
 def kept_bytes(device: torch.device) -> int:
