@@ -78,8 +78,7 @@ inline void check_tensor(Place place, const Tensor& tensor, const char* argument
 class Operands {
  public:
   Operands(Place place, const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales,
-           const Maybe& neuron_bias, const Maybe& down_bias, const Maybe& residual, bool gated,
-           const std::string& activation)
+           const Maybe& neuron_bias, const Maybe& down_bias, bool gated, const std::string& activation)
       : place_(place) {
     p_.gated = gated;
     p_.activation = activation_of(activation);
@@ -90,7 +89,6 @@ class Operands {
     if (scales) p_.scales = static_cast<const float*>(dense(*scales, "scales", ScalarType::Float, {rows, p_.parts()}));
     if (neuron_bias) p_.neuron_bias = dense(*neuron_bias, "neuron_bias", x.scalar_type(), {rows, p_.parts() - 1});
     if (down_bias) p_.down_bias = dense(*down_bias, "down_bias", x.scalar_type(), {p_.hidden_size});
-    if (residual) set_residual(*residual, x);
   }
 
   Problem& problem() { return p_; }
@@ -150,18 +148,9 @@ class Operands {
     check(inside, "index", "hold rows of the record");
   }
 
-  void set_residual(const Tensor& residual, const Tensor& x) {
-    check_place(place_, residual, "residual");
-    check(residual.scalar_type() == x.scalar_type(), "residual", "have the dtype of x");
-    bool same = residual.dim() == x.dim();
-    for (int64_t i = 0; same && i < x.dim(); ++i) same = residual.size(i) == x.size(i);
-    check(same, "residual", "have the shape of x");
-    p_.residual = residual.is_contiguous() ? residual.const_data_ptr() : keep(torch::stable::contiguous(residual));
-  }
-
   Place place_;
   Problem p_{};
-  std::array<Maybe, 7> held_;
+  std::array<Maybe, 6> held_;
   int count_ = 0;
 };
 
@@ -187,11 +176,11 @@ inline Tensor output_like(const Tensor& x) {
 
 // What Python's dispatcher chooses.
 inline Tensor by_dispatch(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales,
-                          const Maybe& neuron_bias, const Maybe& down_bias, const Maybe& residual, bool gated,
-                          const std::string& activation, const std::string& backend) {
+                          const Maybe& neuron_bias, const Maybe& down_bias, bool gated, const std::string& activation,
+                          const std::string& backend) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 10> stack{from(x),         from(record),   from(index), from(scales),     from(neuron_bias),
-                                     from(down_bias), from(residual), from(gated), from(activation), from(backend)};
+  std::array<StableIValue, 9> stack{from(x),         from(record), from(index),      from(scales), from(neuron_bias),
+                                    from(down_bias), from(gated),  from(activation), from(backend)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("pyprune::ffn_by_dispatch", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -17,7 +17,7 @@ struct Problem {
   bool gated;
   Activation activation;
 
-  Type x_type;    // of x, neuron_bias, down_bias, residual and out
+  Type x_type;    // of x, neuron_bias, down_bias and out
   const void* x;  // [M, D], rows `x_stride` elements apart
   int64_t x_stride;
 
@@ -28,7 +28,6 @@ struct Problem {
   const float* scales;      // [F, P] for i8, else null
   const void* neuron_bias;  // [F, P-1] or null
   const void* down_bias;    // [D] or null
-  const void* residual;     // [M, D] contiguous, or null
   void* out;                // [M, D] contiguous
 
   int parts() const { return gated ? 3 : 2; }

@@ -15,11 +15,11 @@ void parallel_for(int64_t chunks, void (*body)(void*, int64_t), void* context) {
 }
 
 Tensor ffn(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales, const Maybe& neuron_bias,
-           const Maybe& down_bias, const Maybe& residual, bool gated, const std::string& activation,
-           const std::string& backend, int64_t native_tokens) {
+           const Maybe& down_bias, bool gated, const std::string& activation, const std::string& backend,
+           int64_t native_tokens) {
   if (!(backend == "cpu" || (backend == "auto" && few_tokens(x, native_tokens))))
-    return by_dispatch(x, record, index, scales, neuron_bias, down_bias, residual, gated, activation, backend);
-  Operands operands(kCpu, x, record, index, scales, neuron_bias, down_bias, residual, gated, activation);
+    return by_dispatch(x, record, index, scales, neuron_bias, down_bias, gated, activation, backend);
+  Operands operands(kCpu, x, record, index, scales, neuron_bias, down_bias, gated, activation);
   Problem& problem = operands.problem();
   check((problem.weight_type == Type::i8) == scales.has_value(), "scales", "be given for int8 records only");
   Tensor out = output_like(x);

@@ -34,17 +34,13 @@ inline void finish_columns(const Problem& p, const Workspace& ws, int64_t slabs,
   using Value = typename Values<X>::Element;
   constexpr int V = Weights<W>::kVectors;
   auto* bias = static_cast<const Value*>(p.down_bias);
-  auto* residual = static_cast<const Value*>(p.residual);
-  if (residual) residual += t * p.hidden_size;
   Value* out = static_cast<Value*>(p.out) + t * p.hidden_size;
   for (int64_t d = first; d < last; d += V * kLanes) {
     Vec sums[V];
     sum_block<W, V>(ws, slabs, ws.offset(t, d), sums);
-    const Value* terms[] = {bias, residual};
-    for (const Value* added : terms) {
-      if (!added) continue;
+    if (bias) {
       Vec values[V];
-      get_block<X, V>(added + d, last - d, values);
+      get_block<X, V>(bias + d, last - d, values);
       for (int v = 0; v < V; ++v) sums[v] = add(sums[v], values[v]);
     }
     Value rest[V * kLanes];

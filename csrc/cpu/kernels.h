@@ -67,7 +67,7 @@ struct Kernels {
   void (*pack)(const Problem&, const Workspace&, int64_t first, int64_t last);
   // Write `partial` (`[rows, padded]`) for neurons [first, last).
   void (*slab)(const Problem&, const Workspace&, int64_t first, int64_t last, float* partial);
-  // Add partials, bias and residual, and write pieces [first, last) of the output, of M * finish_pieces(D).
+  // Add partials and bias, and write pieces [first, last) of the output, of M * finish_pieces(D).
   void (*finish)(const Problem&, const Workspace&, int64_t slabs, int64_t first, int64_t last);
   // The sum of `count` floats, as fast as memory gives them.
   double (*read)(const float*, int64_t count);

@@ -139,7 +139,6 @@ void run(const Problem& problem, const Kernels& kernels, int64_t threads, Parall
     int64_t row = problem.hidden_size * size;
     part.x = static_cast<const char*>(problem.x) + first * problem.x_stride * size;
     part.out = static_cast<char*>(problem.out) + first * row;
-    if (problem.residual) part.residual = static_cast<const char*>(problem.residual) + first * row;
     run_pass(part, kernels, threads, parallel_for);
   }
 }

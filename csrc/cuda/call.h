@@ -10,33 +10,15 @@ namespace {
 // What `plan` gives, in the order of Choice; nothing given leaves all to the analysis.
 inline Choice choice_of(const std::vector<int64_t>& plan) {
   Choice c;
-  int32_t* members[] = {&c.algorithm, &c.blocks,      &c.cluster, &c.teams, &c.step,          &c.stages,
-                        &c.splits,    &c.evict_first, &c.overlap, &c.early, &c.dense_percent, &c.bulk};
+  int32_t* members[] = {&c.algorithm, &c.blocks,      &c.cluster, &c.teams, &c.step, &c.stages,
+                        &c.splits,    &c.evict_first, &c.overlap, &c.early, &c.bulk};
   static_assert(std::size(members) == kChoices, "every choice can be given");
-  check(plan.size() <= kChoices, "plan", "have at most twelve numbers");
+  check(plan.size() <= kChoices, "plan", "have at most eleven numbers");
   for (size_t i = 0; i < plan.size(); ++i) {
     check(plan[i] >= -1 && plan[i] < 1 << 24, "plan", "hold numbers from -1 to 2^24");
     *members[i] = static_cast<int32_t>(plan[i]);
   }
   return c;
-}
-
-// The lists of a contextual gather: index `[K]` with count `[1]`, or index `[M, K]` with count `[M]`.
-inline void set_lists(Place place, const Tensor& index, const Tensor& count, Call& call) {
-  Problem& p = call.problem;
-  for (const Tensor* t : {&index, &count}) {
-    const char* name = t == &index ? "index" : "count";
-    check_place(place, *t, name);
-    check(t->scalar_type() == ScalarType::Int && t->is_contiguous(), name, "be contiguous int32");
-  }
-  call.list_per_token = index.dim() == 2;
-  check(index.dim() == 1 || index.dim() == 2, "index", "have one or two dimensions");
-  check(!call.list_per_token || (p.tokens <= 4 && index.size(0) == p.tokens), "index",
-        "have a row for each of at most four tokens");
-  check(count.numel() == (call.list_per_token ? p.tokens : 1), "count", "have one element, or one for each token");
-  p.neurons = index.size(index.dim() - 1);
-  p.index = static_cast<const int32_t*>(index.const_data_ptr());
-  call.counts = static_cast<const int32_t*>(count.const_data_ptr());
 }
 
 inline Type type_named(const std::string& name) {
@@ -66,16 +48,12 @@ inline const void* after(const void* values, int64_t elements, Type type) {
 }
 
 // The FFN on `device`, in chunks of as many tokens as kernels take.
-inline Tensor compute(Place place, const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& count,
-                      const Maybe& scales, const Maybe& neuron_bias, const Maybe& down_bias, const Maybe& residual,
-                      bool gated, const std::string& activation, const std::vector<int64_t>& plan, const Device& device,
-                      const Memory& memory, Stream stream) {
-  check(!count || index, "index", "be given with count");
-  Operands operands(place, x, record, count ? Maybe() : index, scales, neuron_bias, down_bias, residual, gated,
-                    activation);
-  Call call{operands.problem(), record.size(0), nullptr, false};
+inline Tensor compute(Place place, const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales,
+                      const Maybe& neuron_bias, const Maybe& down_bias, bool gated, const std::string& activation,
+                      const std::vector<int64_t>& plan, const Device& device, const Memory& memory, Stream stream) {
+  Operands operands(place, x, record, index, scales, neuron_bias, down_bias, gated, activation);
+  Call call{operands.problem(), record.size(0)};
   check((call.problem.weight_type == Type::i8) == scales.has_value(), "scales", "be given for int8 records only");
-  if (count) set_lists(place, *index, *count, call);
   Choice choice = choice_of(plan);
   Tensor out = output_like(x);
   call.problem.out = out.mutable_data_ptr();
@@ -87,7 +65,6 @@ inline Tensor compute(Place place, const Tensor& x, const Tensor& record, const 
     part.tokens = whole.tokens - first < kMaxTokens ? whole.tokens - first : kMaxTokens;
     part.x = after(whole.x, first * whole.x_stride, whole.x_type);
     part.out = const_cast<void*>(after(whole.out, first * whole.hidden_size, whole.x_type));
-    if (whole.residual) part.residual = after(whole.residual, first * whole.hidden_size, whole.x_type);
     Failure failure = nullptr;
     try {
       failure = run(call, choice, device, memory, stream);

@@ -14,7 +14,7 @@ namespace pyprune {
 
 // `problem` and the buffers of the device that a call needs besides. Passed to kernels by value.
 struct Params {
-  Problem problem;     // `neurons` is K, or with `count` the longest K that can be
+  Problem problem;
   int64_t rows;        // F, rows of the record
   uint32_t row_bytes;  // from one row of the record to the next
   Type rounds_to;      // what pre-activations, activations and their products are rounded to
@@ -24,12 +24,6 @@ struct Params {
   const void* x;
   int64_t x_stride;
   Type x_form;
-
-  // Contextual gather, else null: the number of neurons, and which tokens each row of the record serves (bit t: token
-  // t). Above `dense_above` neurons the kernels walk the whole record instead of the index.
-  const int32_t* count;
-  const uint8_t* members;
-  int64_t dense_above;
 
   float* partials;    // [groups, tokens, padded]
   float* hidden;      // two passes: [neurons, kTokens]

@@ -6,13 +6,10 @@
 
 namespace pyprune {
 
-// A call's operands on the device. With `counts` it is a contextual gather: `problem.index` is `[longest]` and `counts`
-// `[1]`, or with `list_per_token` `[tokens, longest]` and `[tokens]`; `problem.neurons` is `longest`.
+// A call's operands on the device.
 struct Call {
   Problem problem;
   int64_t rows;  // F
-  const int32_t* counts;
-  bool list_per_token;
 };
 
 // Memory of the device, until the call's kernels have run.

@@ -72,16 +72,16 @@ struct SinglePass {
   __device__ bool live(int i) const { return channel(i) < width; }
 
   __device__ void find_neurons() {
-    Neurons all = neurons_of(p);
-    auto begin = static_cast<int32_t>(all.count * blockIdx.x / gridDim.x);
-    int32_t held = static_cast<int32_t>(all.count * (blockIdx.x + 1) / gridDim.x) - begin;
+    int64_t all = p.problem.neurons;
+    auto begin = static_cast<int32_t>(all * blockIdx.x / gridDim.x);
+    int32_t held = static_cast<int32_t>(all * (blockIdx.x + 1) / gridDim.x) - begin;
     first = held * static_cast<int32_t>(team) / p.teams;
     count = held * static_cast<int32_t>(team + 1) / p.teams - first;
-    indexed = all.index;
+    indexed = p.problem.index;
     auto* rows = reinterpret_cast<int32_t*>(memory + at.rows);
     if (!indexed) first += begin;
     for (int32_t i = static_cast<int32_t>(threadIdx.x); indexed && i < held; i += blockDim.x)
-      rows[i] = all.index[begin + i];
+      rows[i] = p.problem.index[begin + i];
     if (indexed || BULK) __syncthreads();
   }
 
@@ -235,7 +235,7 @@ struct SinglePass {
     if (BULK && step > 0) copy_step(step - 1 + p.stages, slot == 0 ? p.stages - 1 : slot - 1);
     float up = sum_over_warps(warps, pair, quarter), gated = 0.0f;
     if constexpr (GATED) gated = sum_over_warps(warps, kPairs + pair, quarter);
-    add_down_rows(slot, active, hidden_activation<W, GATED>(p, terms, pair % T, up, gated));
+    add_down_rows(slot, active, hidden_activation<W, GATED>(p, terms, up, gated));
   }
 
   __device__ void store_partial() {

@@ -19,7 +19,6 @@ constexpr int kAhead = 4;
 // The rows of the record that a warp visits: each lane looks up one of the next 32, and all get it in turn.
 struct Visits {
   const Params& p;
-  const Neurons neurons;
   int64_t first, stride, end;  // neurons first, first + stride, ... below end
 
   template <class Visit>
@@ -27,7 +26,7 @@ struct Visits {
     uint32_t lane = threadIdx.x % kWarp;
     for (int64_t base = first; base < end; base += stride * kWarp) {
       int64_t own = base + stride * lane, row = 0;
-      if (own < end) row = neurons.index ? neurons.index[own] : own;
+      if (own < end) row = p.problem.index ? p.problem.index[own] : own;
       for (uint32_t i = 0; i < kWarp && base + stride * i < end; ++i)
         visit(base + stride * i, __shfl_sync(kAll, row, i));
     }
@@ -74,11 +73,10 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1) hidden_pass(const __grid_c
   using Bits = typename Element<W>::Bits;
   allow_next_kernel();
   wait_for_previous_kernel();
-  Neurons neurons = neurons_of(p);
   uint64_t policy = weight_policy(p.evict_first);
   uint32_t lane = threadIdx.x % kWarp;
   int64_t warp = static_cast<int64_t>(blockIdx.x) * kTwoPassWarps + threadIdx.x / kWarp;
-  Visits visits{p, neurons, warp, static_cast<int64_t>(gridDim.x) * kTwoPassWarps, neurons.count};
+  Visits visits{p, warp, static_cast<int64_t>(gridDim.x) * kTwoPassWarps, p.problem.neurons};
   visits.each([&](int64_t neuron, int64_t row) {
     constexpr int count = (GATED ? 2 : 1) * T;
     Terms terms = load_terms<W, GATED>(p, row);
@@ -89,7 +87,7 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1) hidden_pass(const __grid_c
     uint32_t token = lane % T;
     float first = __shfl_sync(kAll, sum, token * kWarp / count);
     if constexpr (GATED) second = __shfl_sync(kAll, sum, (T + token) * kWarp / count);
-    float hidden = hidden_activation<W, GATED>(p, terms, static_cast<int>(token), first, second);
+    float hidden = hidden_activation<W, GATED>(p, terms, first, second);
     if (lane < T) p.hidden[neuron * T + lane] = hidden;
   });
 }
@@ -106,8 +104,7 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1) down_pass(const __grid_con
   int64_t first_channel = static_cast<int64_t>(blockIdx.x % tiles) * tile;
   int64_t channel = first_channel + threadIdx.x % kWarp * n;
   int parts = problem.gated ? 3 : 2;
-  Neurons neurons = neurons_of(p);
-  int64_t begin = neurons.count * split / p.groups, end = neurons.count * (split + 1) / p.groups;
+  int64_t begin = problem.neurons * split / p.groups, end = problem.neurons * (split + 1) / p.groups;
   uint64_t policy = weight_policy(p.evict_first);
   uint32_t warp = threadIdx.x / kWarp;
   float sums[T][n] = {};
@@ -118,7 +115,7 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1) down_pass(const __grid_con
     for (int i = 0; i < kAhead; ++i) {
       int64_t k = base + i * kTwoPassWarps;
       if (k >= end || channel >= d) continue;
-      int64_t row = neurons.index ? neurons.index[k] : k;
+      int64_t row = problem.index ? problem.index[k] : k;
       if (row < 0 || row >= p.rows) row = 0;
       auto* record = static_cast<const Bits*>(problem.record) + row * problem.record_stride;
       pieces[i] = load_weights_at<W>(record, (parts - 1) * d + channel, d - channel, p.aligned, policy);
