@@ -22,6 +22,28 @@ def round_width(width: float, multiple: int, intermediate_size: int) -> int:
     return intermediate_size if width >= intermediate_size else min(rounded, intermediate_size)
 
 
+def check_narrows(
+    sizes: Sequence[int], widths: Sequence[int], keep: float, multiple: int, protect: tuple[int, int] = (0, 0)
+) -> None:
+    """Raise `InputError` when `widths` remove nothing although `keep` is below 1, for want of a width that is near.
+
+    Args:
+        sizes: F of each layer.
+        widths: neurons that each is to keep.
+        keep: share of all neurons that should stay.
+        multiple: widths were rounded to it.
+        protect: how many of the first and of the last layers keep all neurons.
+    """
+    if keep >= 1 or list(widths) != list(sizes):
+        return
+    free = [size for size, whole in zip(sizes, _protected(sizes, protect), strict=True) if not whole]
+    size = max(free, default=0)
+    below = (size - 1) // multiple * multiple if size else 0
+    nearest = f"{below} or {size}" if below else f"{size} alone"
+    rule = f"leave a width near keep {keep} of {size} neurons (nearest possible: {nearest}), or nothing is removed"
+    check(not free, "multiple", rule, multiple)
+
+
 def standardise(scores: Tensor) -> Tensor:
     """z-scores within one layer, so that layers can be compared (FLAP, An et al. 2023, arXiv 2312.11983, section 3)."""
     deviation = scores.std(correction=0)
@@ -66,7 +88,7 @@ def uniform(
             2305.11627, leaves out the first and last layers like this).
 
     Raises:
-        InputError: NaN or infinite scores, or `protect` leaves no neurons to the others.
+        InputError: NaN or infinite scores, `protect` leaves no neurons to the others, or `multiple` no narrower width.
     """
     return _highest(scores, uniform_widths([s.numel() for s in scores], keep, multiple, protect))
 
@@ -77,9 +99,11 @@ def uniform_widths(
     """The widths of `uniform`, for layers of `sizes` neurons."""
     safe = _protected(sizes, protect)
     share = _share_left(sizes, keep, [min(multiple, size) for size in sizes], protect)
-    return [
+    widths = [
         size if whole else round_width(share * size, multiple, size) for size, whole in zip(sizes, safe, strict=True)
     ]
+    check_narrows(sizes, widths, keep, multiple, protect)
+    return widths
 
 
 def _highest(scores: Sequence[Tensor], widths: Sequence[int]) -> list[KeepIndex]:
@@ -109,7 +133,8 @@ def global_top(
         protect: how many of the first and of the last layers keep all neurons.
 
     Raises:
-        InputError: NaN or infinite scores, `floor` above `keep`, or `protect` leaves too little to the others.
+        InputError: NaN or infinite scores, `floor` above `keep`, `protect` leaves too little to the others, or
+            `multiple` no narrower width.
     """
     check(floor <= keep, "floor", f"be at most keep ({keep})", floor)
     for i, s in enumerate(scores):
@@ -135,6 +160,7 @@ def global_top(
             break
         widths[best] += step
         gains[best] = gain(best)
+    check_narrows(sizes, widths, keep, multiple, protect)
     return _highest(scores, widths)
 
 

@@ -183,6 +183,7 @@ def _remove_ffns(
     return Mask(tuple(keeps), fingerprint)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune_blocks(
     model: nn.Module, config: PruneConfig, ids: Tensor, progress: Progress = quiet, iterative: bool = False

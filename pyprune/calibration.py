@@ -32,7 +32,7 @@ class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass who
 
 
 def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def stack_batches(batches: Iterable[Tensor] | Tensor, vocabulary: int | None) -> Tensor:

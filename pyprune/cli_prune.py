@@ -162,7 +162,9 @@ def prune(
     seed: SeedOption = 0,
     mask: Annotated[Path | None, typer.Option(help="Keep the neurons of this mask file instead of scoring.")] = None,
     save_mask: Annotated[Path | None, typer.Option(help="Also write the mask to this file.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything but write the model; --save-mask is written.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option(help="Replace the folder if it exists; it stays whole until then.")
     ] = False,
@@ -221,9 +223,11 @@ def prune(
         report = prune_model(loaded, config, batches, mask=loaded_mask, progress=bars, provenance=facts)
     if not dry_run and out is not None:
         checkpoint.save(loaded, out, tokenizer, overwrite)
-    if save_mask is not None and not dry_run and report.mask is not None:
+    if save_mask is not None and report.mask is not None:
         report.mask.save(save_mask)
     written = "nothing (dry run)" if dry_run else str(out)
+    if save_mask is not None:
+        written = f"{save_mask} only (dry run)" if dry_run else f"{written} and {save_mask}"
     show(
         {"model": model, **report.to_json(), "text": text_name, "out": None if dry_run else str(out)},
         as_json,

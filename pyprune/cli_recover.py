@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from . import checkpoint, loading, machine
-from .errors import InputError, check
+from .errors import InputError, RecoverError, check
 from .evaluation import perplexity
 from .files import check_out_folder, new_file
 from .options import MODEL_HELP, DeviceOption, JsonOption, SeedOption, check_same_tokenizer, choose_device, text_windows
@@ -175,6 +175,13 @@ def recover(
             folder=None if dry_run else resume,
             provenance=facts,
         )
+        if report.held_out and report.best == 0:
+            tried = min(report.held_out[1:], key=lambda m: m["ce"])
+            raise RecoverError(
+                f"no state was better on the held-out text than the model as it came ({report.held_out[0]['ce']:.4f} "
+                f"nats a token; the best after it {tried['ce']:.4f}, at step {tried['step']}): nothing was written; "
+                f"try a lower --learning-rate than {learning_rate:g}, or more --steps than {steps}"
+            )
         for when, loaded in (("after", student), ("teacher", dense)):
             other[when] = perplexity(loaded, second, bars).perplexity
     found = {second_name: other}

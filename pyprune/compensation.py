@@ -65,7 +65,7 @@ def warn_of_dead(dead: Sequence[int], neurons: int) -> None:
         warnings.warn(
             f"{sum(dead)} of {neurons} neurons, in {sum(map(bool, dead))} layers, were never active on the calibration "
             "text: their scores are zero, and only the damping makes their fit well-posed",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

@@ -24,6 +24,10 @@ class CheckpointError(PypruneError):
     """A checkpoint is corrupt, foreign, or does not fit its own configuration."""
 
 
+class RecoverError(PypruneError):
+    """Training made a pruned model no better, so there is nothing to write."""
+
+
 class BackendError(PypruneError):
     """No backend, or not the forced one, can run a problem."""
 

@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from . import reference
 from .errors import UnsupportedModelError
-from .patterns import FFNWeights, Pattern, match, projections
+from .patterns import PATTERNS, FFNWeights, Pattern, match, projections
 from .probe import detect_activation
+from .weights import check_plain, check_there, leave_inference
 
 WIDTH_KEYS = ("n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size")
+
+# Of families without any of them.
+OWN_WIDTH_KEY = "intermediate_size"
 
 # Config keys that make a family's projections carry a bias where the dense model has none.
 BIAS_KEYS = ("mlp_bias",)
@@ -92,9 +97,25 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     outer = [(n, m) for n, m in fitting if not any(n.startswith(f"{o}.") for o, _ in fitting)]
     if len(outer) == 1:
         return outer[0]
+    if count is None:
+        raise UnsupportedModelError(_without_count(model))
     found = ", ".join(f"{n} ({len(m)})" for n, m in (outer or lists)[:5]) or "no nn.ModuleList"
     wanted = f"{'one' if outer else 'a'} list of {count} decoder layers (config.num_hidden_layers)"
     raise UnsupportedModelError(f"{type(model).__name__} does not have {wanted}; found {found}")
+
+
+def _without_count(model: nn.Module) -> str:
+    """Why a model has no `config.num_hidden_layers`, and what to pass instead, as a sentence."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    inner = getattr(model, "module", None)
+    if config is None and isinstance(getattr(inner, "config", None), PreTrainedConfig):
+        return f"{name} wraps a {type(inner).__name__}: pass what it wraps, model.module"
+    if not isinstance(config, PreTrainedConfig):
+        return f"{name} is no model of Transformers: it has no config that says how many decoder layers there are"
+    towers = [key for key in config.sub_configs if key != "text_config"]
+    if "text_config" in config.sub_configs and towers:
+        return f"{name} is not a language model alone ({', '.join(towers)}): its text tower is not supported yet"
+    return f"{name} has no number of decoder layers in its config (num_hidden_layers of {type(config).__name__})"
 
 
 def _wide_norm(layer: nn.Module, width: int, hidden_size: int) -> str | None:
@@ -120,27 +141,37 @@ def _describe(layer: nn.Module) -> str:
     return "; ".join(kinds)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def find_ffns(model: nn.Module) -> list[FFN]:
     """Find the FFN of every decoder layer.
 
+    Tensors of the model that were made in inference mode become ordinary ones, of the same values.
+
     Raises:
-        UnsupportedModelError: no decoder layers, a layer without a known FFN (a mixture of experts, an unknown
-            shape), or one whose output is not `down(act(up(x)))` or `down(act(gate(x)) * up(x))`.
+        UnsupportedModelError: no decoder layers, FFNs elsewhere too, weights that are not there or no ordinary floats
+            (see `weights`), a layer without a known FFN (a mixture of experts, an unknown shape), or one whose output
+            is not `down(act(up(x)))` or `down(act(gate(x)) * up(x))`.
     """
     list_name, layers = decoder_layers(model)
+    for i, layer in enumerate(layers):
+        if any(hasattr(m, "record") for m in layer.modules()):
+            raise UnsupportedModelError(
+                f"{list_name}.{i} is accelerated already; prune the loaded checkpoint first, then accelerate it"
+            )
+    check_there(model)
+    check_plain(model, layers, list_name)
+    _check_alone(model, list_name)
+    leave_inference(model)
     ffns = []
     for i, layer in enumerate(layers):
         prefix = f"{list_name}.{i}"
-        if any(hasattr(m, "record") for m in layer.modules()):
-            raise UnsupportedModelError(
-                f"{prefix} is accelerated already; prune the loaded checkpoint first, then accelerate it"
-            )
         candidates = [("", layer, True)] + [(f".{n}", m, False) for n, m in layer.named_modules() if n]
         found = [
             (name, module, pattern) for name, module, flag in candidates if (pattern := match(module, in_layer=flag))
         ]
         if len(found) != 1 or _describe(layer).startswith("a mixture"):
+            _check_adapted(model, layer, prefix)
             what = "more than one FFN" if len(found) > 1 else "no FFN that pyprune knows"
             raise UnsupportedModelError(f"{type(model).__name__}: {prefix} has {what}; found {_describe(layer)}")
         name, module, pattern = found[0]
@@ -158,6 +189,31 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     return ffns
 
 
+def _check_alone(model: nn.Module, list_name: str) -> None:
+    """Raise `UnsupportedModelError` when layers with FFNs stand in another list too, as beside a decoder an encoder."""
+    for name, module in model.named_modules():
+        inside = f"{name}.".startswith(f"{list_name}.") or f"{list_name}.".startswith(f"{name}.")
+        if not isinstance(module, nn.ModuleList) or inside:
+            continue
+        for inner, holder in module.named_modules():
+            if match(holder) or (inner.isdigit() and match(holder, in_layer=True)):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} has FFNs in {name} beside those in {list_name}; pyprune prunes and "
+                    "accelerates models with one list of decoder layers, and would leave these as they are"
+                )
+
+
+def _check_adapted(model: nn.Module, layer: nn.Module, prefix: str) -> None:
+    """Raise `UnsupportedModelError` when projections of an FFN in `layer` are wrapped by adapters."""
+    known = {name for pattern in PATTERNS for name in (*(n for n, _ in pattern.inputs), pattern.down)}
+    for name, module in layer.named_modules():
+        if hasattr(module, "base_layer") and name.rpartition(".")[2] in known:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {prefix}.{name} carries adapters ({type(module).__module__}): merge them "
+                "first (merge_and_unload), or adapt the attention only"
+            )
+
+
 def _check_shared(model: nn.Module, ffns: list[FFN]) -> None:
     owner: dict[int, str] = {}
     for ffn in ffns:
@@ -170,19 +226,19 @@ def _check_shared(model: nn.Module, ffns: list[FFN]) -> None:
 
 
 def width_key(config: Any) -> str:
-    """The config key that holds the FFN width of this family.
+    """The config key that holds the FFN width of this family, or that pyprune gives it (see `has_width`)."""
+    keys = config.to_dict()
+    return next((key for key in WIDTH_KEYS if key in keys), OWN_WIDTH_KEY)
 
-    Raises:
-        UnsupportedModelError: the family has none (its width is a fixed multiple of the hidden size).
+
+def has_width(config: Any) -> bool:
+    """Whether the family's config has an FFN width at all.
+
+    Where it is a fixed multiple of the hidden size (GPT-1, BLOOM), widths go into `per_layer_config` for every layer,
+    also where they are all the same.
     """
     keys = config.to_dict()
-    for key in WIDTH_KEYS:
-        if key in keys:
-            return key
-    raise UnsupportedModelError(
-        f"{type(config).__name__} has no FFN width in its config (looked for {', '.join(WIDTH_KEYS)}), "
-        "so a narrower FFN could not be loaded again"
-    )
+    return any(key in keys for key in WIDTH_KEYS)
 
 
 def bias_key(config: Any) -> str | None:

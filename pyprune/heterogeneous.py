@@ -24,22 +24,39 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
-def narrow(projection: Any, index: Tensor, side: str) -> None:
-    """Keep only the `index` outputs (`side="out"`) or inputs (`side="in"`) of a Linear or Conv1D, in place."""
+@torch.no_grad()
+def select(parameter: nn.Parameter, dim: int, index: Tensor) -> None:
+    """Keep only the slices `index` of `parameter` (and of its gradient) along `dim`.
+
+    It stays the same object, so that optimizers that were made for it go on training it.
+    """
+    new = parameter.detach().index_select(dim, index)
+    gradient = None if parameter.grad is None else parameter.grad.index_select(dim, index)
+    parameter.grad = None
+    # Autograd may remember the old shape, and forgets it only when the dtype changes.
+    other = torch.float16 if new.dtype != torch.float16 else torch.float32
+    parameter.data = new.new_empty(0, dtype=other)
+    parameter.data = new
+    parameter.grad = gradient
+
+
+def narrow(projection: Any, index: Tensor, side: str) -> list[tuple[nn.Parameter, int, Tensor, torch.Size]]:
+    """Keep only the `index` outputs (`side="out"`) or inputs (`side="in"`) of a Linear or Conv1D, in place.
+
+    Returns:
+        What became smaller: the parameter, along which dimension, the slices that stayed, and its shape before.
+    """
     transposed = isinstance(projection, Conv1D)  # weight [in, out] instead of [out, in]
-    weight = projection.weight
-    index = index.to(weight.device)
-    dim = int((side == "out") == transposed)
-
-    def replace(name: str, old: Tensor, dim: int) -> None:
-        new = old.detach().index_select(dim, index)
-        setattr(projection, name, nn.Parameter(new, requires_grad=old.requires_grad))
-
-    replace("weight", weight, dim)
+    cuts = [(projection.weight, int((side == "out") == transposed))]
     if side == "out" and projection.bias is not None:
-        replace("bias", projection.bias, 0)
+        cuts.append((projection.bias, 0))
+    index = index.to(projection.weight.device)
+    done = [(parameter, dim, index, parameter.shape) for parameter, dim in cuts]
+    for parameter, dim in cuts:
+        select(parameter, dim, index)
     names = {("out", True): "nf", ("in", True): "nx", ("out", False): "out_features", ("in", False): "in_features"}
     setattr(projection, names[side, transposed], len(index))
+    return done
 
 
 def layer_widths(config: Any) -> list[int] | None:
@@ -70,7 +87,7 @@ def resize(model: PreTrainedModel, ffn: dict[str, Any], widths: list[int]) -> No
             narrow(layer.get_submodule(path), stacked, "out")
 
 
-def _set_aside(config: Any, widths: list[int]) -> tuple[dict[str, Any], int]:
+def _set_aside(config: Any, widths: list[int]) -> tuple[dict[str, Any], int | None]:
     """Make the config homogeneous, at the widest width, while the model is built; return what `_put_back` needs."""
     key = config.pyprune["ffn"]["width_key"]
     limit = 1 << 24  # far above any real FFN; a hostile width must not become an allocation
@@ -79,15 +96,20 @@ def _set_aside(config: Any, widths: list[int]) -> tuple[dict[str, Any], int]:
             raise ValueError(f"per_layer_config[{i}].{key} must lie in [1, {limit}]; got {width!r}")
     overrides = config.to_dict()["per_layer_config"]
     config.per_layer_config = None
-    saved = overrides, getattr(config, key)
-    setattr(config, key, max(widths))
+    saved = overrides, getattr(config, key, None)
+    if hasattr(config, key):  # else the width is a fixed multiple of the hidden size, and all layers have it at first
+        setattr(config, key, max(widths))
     return saved
 
 
-def _put_back(config: Any, saved: tuple[dict[str, Any], int]) -> None:
+def _put_back(config: Any, saved: tuple[dict[str, Any], int | None]) -> None:
     overrides, width = saved
-    setattr(config, config.pyprune["ffn"]["width_key"], width)
+    key = config.pyprune["ffn"]["width_key"]
+    if hasattr(config, key):
+        setattr(config, key, width)
     config.per_layer_config = overrides
+    # Other code may ask for the one width: it gets the widest, as it stands in the config.
+    config.allow_global_per_layer_attribute_access = True
 
 
 def pruned_class(base: Any) -> type:

@@ -14,7 +14,7 @@ from .errors import InputError, UnsupportedModelError, check, check_choice
 from .families import FFN
 from .mask import KeepIndex
 from .memory import Room
-from .mlp_state import FamilyState
+from .mlp_state import FamilyState, Packed
 from .patterns import FFNWeights, Pattern, match
 from .probe import detect_activation
 from .quantisation import WEIGHTS, cast, check_fits
@@ -123,6 +123,9 @@ class PrunedMLP(FamilyState):
         self.register_buffer("index", None if keep is None else keep.neurons.to(record.device), persistent=False)
         self.register_buffer("plain_down", None, persistent=False)
         self.register_buffer("plain_scales", None, persistent=False)
+        for name, blocks in pattern.inputs:
+            self.add_module(name, Packed(self.hidden_size, blocks * self.intermediate_size))
+        self.add_module(pattern.down, Packed(self.intermediate_size, self.hidden_size))
         self._width = None
         self._set_dtype(self.dtype)
 
@@ -345,6 +348,9 @@ class PrunedMLP(FamilyState):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": None}  # a copy's record is another one
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"  # without the modules that only stand in for projections
 
     def extra_repr(self) -> str:
         kind = "gated" if self.gated else "plain"

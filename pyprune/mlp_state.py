@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import UnsupportedModelError
 from .patterns import Pattern
 from .quantisation import cast, dequantise
+
+_NO_PROJECTION = (
+    "the FFNs of an accelerated model have their projections in one record, which can be neither adapted nor quantised "
+    "by itself: add adapters to the model before pyprune.accelerate, and merge them; then accelerate it"
+)
 
 
 class FamilyState(nn.Module):
@@ -135,6 +141,37 @@ class FamilyState(nn.Module):
         self.record[:, columns], scales = (weight, None) if own else cast(weight, 1, self.record.dtype)
         if scales is not None and self.scales is not None:
             self.scales[:, part : part + 1] = scales
+
+
+class _NoProjectionError(UnsupportedModelError, AttributeError):
+    """To `hasattr` a projection in a record has no weight; whoever goes on without asking reads why."""
+
+
+class Packed(nn.Linear):
+    """Stands in a `PrunedMLP` for a projection of its family, whose weights are part of the record.
+
+    Adapters and quantisers look for linear modules by class and by name, and would pass over the FFN without a word.
+    Here they find one, and its error. It has no tensors, and nothing calls it.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            raise _NoProjectionError(_NO_PROJECTION)
+        return super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Never computes; raises `UnsupportedModelError`."""
+        raise _NoProjectionError(_NO_PROJECTION)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """The `PrunedMLP` loads what stands under this name, and says what does not fit."""
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, in the record"
 
 
 class DownStandIn(nn.Identity):

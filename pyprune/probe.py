@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -36,9 +37,27 @@ def _reference_output(weights: FFNWeights, x: Tensor, activation: str) -> Tensor
     return linear(hidden, weights.down.t(), weights.down_bias)
 
 
+def _copy(module: Any) -> Any:
+    """A shallow copy that computes with what is in the copy.
+
+    A forward that was set on the module itself, as the hooks of the package accelerate are, would go on computing with
+    the module's own weights, and move what it gets to their device.
+    """
+    small = copy.copy(module)
+    own: dict[str, Any] = small.__dict__
+    forward = own.pop("forward", None)
+    if own.pop("_hf_hook", None) is not None:
+        forward = own.pop("_old_forward", None)
+    if forward is not None and getattr(forward, "__self__", None) is not module:
+        own["forward"] = forward
+    elif forward is not None:
+        own["forward"] = MethodType(forward.__func__, small)
+    return small
+
+
 def _small_projection(projection: Any, inputs: int, outputs: int, generator: torch.Generator) -> Any:
     """A copy of a Linear or Conv1D, or of a subclass with its own forward, with small random float64 weights."""
-    small = copy.copy(projection)
+    small = _copy(projection)
     small._parameters = {}
     weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
     small.weight = nn.Parameter(weight.t().contiguous() if isinstance(projection, Conv1D) else weight)
@@ -52,8 +71,8 @@ def _miniature(holder: nn.Module, pattern: Pattern) -> nn.Module:
     """A shallow copy of an FFN module with small random projections; everything else in it is the module's own."""
     hidden, neurons = 8, 24
     generator = torch.Generator().manual_seed(0)
-    small = copy.copy(holder)
-    small._modules = dict(holder._modules)
+    small = _copy(holder)
+    small._modules = {name: _copy(module) for name, module in holder._modules.items()}
     for name, blocks in pattern.inputs:
         small._modules[name] = _small_projection(holder.get_submodule(name), hidden, blocks * neurons, generator)
     small._modules[pattern.down] = _small_projection(holder.get_submodule(pattern.down), neurons, hidden, generator)

@@ -21,6 +21,7 @@ from .memory import PeakMemory
 from .probe import evaluating
 from .pruner import LayerReport, Pruner
 from .sensitivity import SensitivityCurves
+from .weights import check_finite
 
 
 @dataclass
@@ -67,11 +68,6 @@ class PruneReport:
             "blocks": None if self.blocks is None else self.blocks.to_json(),
             **plain,
         }
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        check(bool(parameter.isfinite().all()), "model", "have finite weights", f"NaN or infinity in {name}")
 
 
 def _check_json(provenance: dict[str, Any] | None) -> None:
@@ -155,7 +151,7 @@ class _Run:
         if needed and batches is not None:
             self.ids = stack_batches(batches, getattr(model.config, "vocab_size", None))
             check_windows(model, self.ids, "batches")
-        _check_finite(model)
+        check_finite(model)
         if config.compensate == "bias":
             surgery.check_biases(model, self.ffns)
         self.fingerprint = families.fingerprint(model, self.ffns)
@@ -195,6 +191,7 @@ class _Run:
         )
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune(
     model: nn.Module,
@@ -247,6 +244,7 @@ def prune(
         return report
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def score(
     model: nn.Module,
@@ -263,6 +261,7 @@ def score(
         return Pruner(model, run.ffns, run.config, run.ids, progress).all_scores()
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def curves(
     model: nn.Module,

@@ -18,17 +18,24 @@ from .memory import Room, release
 from .mlp import MODES, PrunedMLP
 from .mlp_state import DownStandIn
 from .quantisation import WEIGHTS, check_fits
+from .weights import check_finite
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
-def cut(ffn: FFN, keep: KeepIndex, down: Tensor | None = None, bias_shift: Tensor | None = None) -> None:
-    """Remove the neurons outside `keep` from an FFN, in place; the model keeps its modules, only narrower.
+def cut(
+    ffn: FFN, keep: KeepIndex, down: Tensor | None = None, bias_shift: Tensor | None = None
+) -> list[tuple[nn.Parameter, int, Tensor, torch.Size]]:
+    """Remove the neurons outside `keep` from an FFN, in place; modules and parameters stay, only narrower.
 
     Args:
         ffn: the FFN.
         keep: the neurons that stay.
         down: `[K, D]` new down rows for them (from a compensation), or None to keep the old ones.
         bias_shift: `[D]` to add to the down bias, which must exist, or None.
+
+    Returns:
+        What became smaller, as `heterogeneous.narrow`.
 
     Raises:
         InputError: `keep` is of another width, or a new value is not finite in the dtype of the weights; the FFN is
@@ -42,10 +49,11 @@ def cut(ffn: FFN, keep: KeepIndex, down: Tensor | None = None, bias_shift: Tenso
             bad = int((~new.to(dtype).isfinite()).sum())
             check(bad == 0, f"{argument} of layer {ffn.layer}", f"be finite in {dtype}", f"{bad} values that are not")
     index = keep.neurons.long()
+    cuts = []
     for name, blocks in ffn.pattern.inputs:
         stacked = torch.cat([index + block * size for block in range(blocks)])
-        narrow(ffn.holder.get_submodule(name), stacked, "out")
-    narrow(ffn.down, index, "in")
+        cuts += narrow(ffn.holder.get_submodule(name), stacked, "out")
+    cuts += narrow(ffn.down, index, "in")
     if down is not None:
         ffn.weights().down.copy_(down)
     if bias_shift is not None:
@@ -55,8 +63,10 @@ def cut(ffn: FFN, keep: KeepIndex, down: Tensor | None = None, bias_shift: Tenso
     holder: Any = ffn.holder
     if hasattr(holder, "intermediate_size"):
         holder.intermediate_size = len(keep)
+    return cuts
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def set_inputs(ffn: FFN, rows: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
     """Write new weights into the projections that lead into an FFN.
@@ -80,6 +90,7 @@ def set_inputs(ffn: FFN, rows: Sequence[Tensor], biases: Sequence[Tensor | None]
             old.copy_(values)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def permute(ffn: FFN, order: Tensor) -> None:
     """Put the neurons of an FFN into another order, in place; it computes the same, up to the order of its sums.
@@ -147,6 +158,7 @@ def check_biases(model: nn.Module, ffns: list[FFN]) -> str | None:
     return key
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def give_biases(model: nn.Module, ffns: list[FFN]) -> None:
     """Make sure every down projection has a bias, with zeros where the family's format allows one to be added.
@@ -179,15 +191,21 @@ def set_widths(model: nn.Module, block: dict[str, Any], widths: list[int]) -> No
     config.per_layer_config = None
     for name, value in families.WIDTH_AS_IT_STANDS.get(config.model_type, {}).items():
         setattr(config, name, value)
-    setattr(config, key, max(widths))
+    told = families.has_width(config)
+    if told:
+        setattr(config, key, max(widths))
     forget_nested(model)
     provenance = {k: v for k, v in (getattr(config, "pyprune", None) or {}).items() if k != "ffn"}
-    if len(set(widths)) > 1:
+    config.__dict__.pop("allow_global_per_layer_attribute_access", None)
+    if len(set(widths)) > 1 or not told:
         config.per_layer_config = {i: {key: width} for i, width in enumerate(widths)}
+        # Code of others that asks for the one width gets the widest, not an error.
+        config.allow_global_per_layer_attribute_access = True
         provenance["ffn"] = block
     config.pyprune = provenance
 
 
+@torch.inference_mode(False)
 def drop_layers(model: nn.Module, keep: Sequence[int]) -> None:
     """Remove whole decoder layers, in place; those that stay are numbered anew, in the model and in its config.
 
@@ -216,6 +234,7 @@ def drop_layers(model: nn.Module, keep: Sequence[int]) -> None:
     release()
 
 
+@torch.inference_mode(False)
 def accelerate(
     model: nn.Module,
     mode: str = "compact",
@@ -225,6 +244,8 @@ def accelerate(
     batch_invariant: bool = False,
 ) -> nn.Module:
     """Swap every FFN of a loaded model, pruned or not, for a `PrunedMLP`, layer by layer, freeing the originals.
+
+    The FFNs' parameters are others afterwards: an optimizer or adapters made before do not know them.
 
     Args:
         model: a causal LM of Transformers; changed in place.
@@ -240,8 +261,8 @@ def accelerate(
         `model`.
 
     Raises:
-        InputError: unknown mode, backend or weights, a mask that is missing or belongs to another model, or a weight
-            that is not finite in the dtype asked for; the model is unchanged then.
+        InputError: unknown mode, backend or weights, a mask that is missing or belongs to another model, weights that
+            are not finite, or not in the dtype asked for; the model is unchanged then.
         UnsupportedModelError: an FFN that pyprune does not know, or a model that is accelerated already.
     """
     check_choice(mode, "mode", MODES)
@@ -251,6 +272,7 @@ def accelerate(
     ffns = families.find_ffns(model)
     if mask is not None:
         mask.check_fits([f.intermediate_size for f in ffns], families.fingerprint(model, ffns))
+    check_finite(model)
     if weights is not None:
         _check_finite(ffns, WEIGHTS[weights])
     if mask is not None and mode == "compact":

@@ -117,6 +117,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 64,
     },
+    # no width in the config: 4 x hidden, which is WIDTH here
+    "openai-gpt": {"n_embd": WIDTH // 4, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY},
     "lfm2": {**_MODERN, "block_auto_adjust_ff_dim": False, "layer_types": ["full_attention", "conv", "full_attention"]},
 }
 

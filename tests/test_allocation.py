@@ -41,6 +41,18 @@ def test_round_width_invariants(keep, multiple, full):
         assert abs(width - keep * full) <= multiple / 2
 
 
+@pytest.mark.parametrize(
+    ("keep", "multiple", "nearest"), [(0.7, 1000, "20 alone"), (0.7, 20, "20 alone"), (0.95, 12, "12 or 20")]
+)
+def test_a_multiple_that_leaves_no_narrower_width_is_refused(keep, multiple, nearest):
+    scores = [torch.rand(20) for _ in range(3)]
+    message = rf"multiple must leave a width near keep {keep} of 20 neurons \(nearest possible: {nearest}\), or nothing"
+    for allocate in (uniform, global_top):
+        with pytest.raises(InputError, match=message):
+            allocate(scores, keep, multiple)
+        assert [len(k) for k in allocate(scores, 1.0, multiple)] == [20] * 3
+
+
 def test_uniform_keeps_the_share_of_each_layer():
     scores = [torch.arange(10.0), torch.arange(20.0).flip(0)]
     keeps = uniform(scores, 0.3)
@@ -85,9 +97,14 @@ def test_global_budget_floor_and_multiples(data):
     multiple = data.draw(st.integers(1, 9))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     scores = [torch.rand(s, generator=generator) * 10 ** (i - 2) for i, s in enumerate(sizes)]
-    keeps = global_top(scores, keep, multiple, floor)
-    widths = [len(k) for k in keeps]
     least = [min(s, max(1, -(-(floor * s - 1e-9) // multiple)) * multiple) for s in sizes]
+    try:
+        keeps = global_top(scores, keep, multiple, floor)
+    except InputError:  # nothing would have been removed
+        assert keep < 1
+        assert least == sizes or round(keep * sum(sizes)) >= sum(sizes) - multiple / 2
+        return
+    widths = [len(k) for k in keeps]
     for width, size, low in zip(widths, sizes, least, strict=True):
         assert width == size or width % multiple == 0
         assert low <= width <= size

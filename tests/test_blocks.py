@@ -259,7 +259,7 @@ def test_every_family_drops_a_middle_layer(family, tiny, text, tmp_path):
     want = dense(text, use_cache=False).logits
     assert torch.equal(model(text, use_cache=False).logits, want)
     assert model.config.num_hidden_layers == 2
-    assert {number for _, number in numbers_of(model)} == {0, 1}
+    assert {number for _, number in numbers_of(model)} == ({0, 1} if numbers_of(dense) else set())
     checkpoint.save(model, tmp_path / "out")
     checkpoint.verify(tmp_path / "out")
     assert not (tmp_path / "out" / "modeling_pyprune.py").exists()

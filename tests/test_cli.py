@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from pyprune import checkpoint, roofline
+from pyprune import Mask, checkpoint, roofline
 from pyprune.cli import app
 from pyprune.text import default_text
 
@@ -116,7 +116,7 @@ def test_prune_writes_a_checkpoint(tiny_checkpoint: Path, pruned: Path, tmp_path
     assert str(tmp_path.parent) not in json.dumps(provenance), "a path of this machine went into the checkpoint"
 
 
-def test_prune_dry_run_writes_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_prune_dry_run_writes_the_mask_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
     facts = as_json(
         "prune",
         tiny_checkpoint,
@@ -130,7 +130,8 @@ def test_prune_dry_run_writes_nothing(tiny_checkpoint: Path, tmp_path: Path) -> 
         *SMALL,
     )
     assert facts["widths"] == [64, 64, 64] and facts["out"] is None
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "m"]
+    assert list(Mask.load(tmp_path / "m").widths) == [64, 64, 64]
 
 
 def test_prune_by_mask_gives_the_same_neurons(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pyprune import (
     PruneConfig,
     UnsupportedModelError,
+    accelerate,
     checkpoint,
     families,
     find_ffns,
@@ -56,9 +57,10 @@ def test_prune_save_reload_generate(family, widths, tiny, ids, random_mask, mask
 
 
 def test_every_layer_is_found_as_built(family, tiny):
-    ffns = find_ffns(tiny(family))
+    model = tiny(family)
+    ffns = find_ffns(model)
     assert [f.layer for f in ffns] == [0, 1, 2]
-    assert {(f.hidden_size, f.intermediate_size) for f in ffns} == {(32, 96)}
+    assert {(f.hidden_size, f.intermediate_size) for f in ffns} == {(model.config.hidden_size, 96)}
 
 
 def test_weights_are_views_of_the_model(family, tiny):
@@ -215,6 +217,17 @@ def test_decoder_layers_are_never_guessed(tiny):
         find_ffns(model)
 
 
+@pytest.mark.parametrize(("encoder", "decoder"), [(3, 2), (2, 3), (3, 3)])
+def test_a_decoder_beside_an_encoder_is_refused(encoder, decoder):
+    small = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 64}
+    layers = {"encoder_layers": encoder, "decoder_layers": decoder, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **small, **layers))
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError, match=r"model\.(de|en)coder\.layers.* model\.(en|de)coder\.layers"):
+        accelerate(model)
+    assert [type(module) for module in model.modules()] == before
+
+
 def test_width_key_and_bias_key(tiny_config):
     assert families.width_key(tiny_config("gpt2")) == "n_inner"
     assert families.width_key(tiny_config("opt")) == "ffn_dim"
@@ -222,8 +235,10 @@ def test_width_key_and_bias_key(tiny_config):
     assert families.width_key(tiny_config("llama")) == "intermediate_size"
     assert families.bias_key(tiny_config("llama")) == "mlp_bias"
     assert families.bias_key(tiny_config("qwen2")) is None
-    with pytest.raises(UnsupportedModelError, match=r"BloomConfig has no FFN width.*n_inner, ffn_dim"):
-        families.width_key(AutoConfig.for_model("bloom"))
+    for model_type in ("bloom", "openai-gpt"):  # 4 x hidden: widths go into per_layer_config
+        config = AutoConfig.for_model(model_type)
+        assert families.width_key(config) == "intermediate_size" and not families.has_width(config)
+    assert families.has_width(tiny_config("gpt2"))
 
 
 def test_evaluating_restores_every_mode(tiny):

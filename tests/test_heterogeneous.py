@@ -1,5 +1,6 @@
 """Widths that differ by layer: in this process, with `import pyprune` only, and where pyprune cannot be imported."""
 
+import copy
 import gc
 import json
 import subprocess
@@ -8,10 +9,11 @@ import textwrap
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from pyprune import PruneConfig, checkpoint, find_ffns, heterogeneous, prune
+from pyprune import PruneConfig, checkpoint, families, find_ffns, heterogeneous, prune, surgery
 
 BARE = PruneConfig(compensate="none")
 WIDTHS = (40, 24, 96)
@@ -110,6 +112,33 @@ def test_config_is_the_same_after_a_model_was_built_from_it(config):
     assert [f.intermediate_size for f in find_ffns(model)] == list(WIDTHS)
     assert config.to_dict() == before == model.config.to_dict()
     json.dumps(before["pyprune"])
+
+
+def test_other_code_reads_the_widest_width(tiny, random_mask, ids, tmp_path):
+    """As Trainer, PEFT and lm-eval read configs: by name, with a default, all of them, as copies, compared."""
+    dense, model = tiny("llama"), tiny("llama")
+    prune(model, BARE, mask=random_mask(model, (64, 24, 80)))
+    checkpoint.save(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    alone = AutoConfig.from_pretrained(tmp_path / "out")
+    for config in (model.config, loaded.config, alone):
+        assert hasattr(config, "intermediate_size")
+        assert getattr(config, "intermediate_size", 0) == config.to_dict()["intermediate_size"] == 80
+        assert {key: getattr(config, key) for key in config.to_dict()}["intermediate_size"] == 80
+        twin = copy.deepcopy(config)
+        assert twin == config and config == twin and config != dense.config
+        assert [layer.intermediate_size for layer in twin.per_layer_config] == [64, 24, 80]
+    adapted = get_peft_model(loaded, LoraConfig(target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    Trainer(adapted, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids]).train()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    again = PeftModel.from_pretrained(again, tmp_path / "adapter").merge_and_unload()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    surgery.set_widths(model, families.ffn_block(model, find_ffns(model)), [64, 64, 64])
+    assert not model.config.is_heterogeneous and "allow_global" not in model.config.to_json_string()
 
 
 @pytest.mark.parametrize(

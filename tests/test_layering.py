@@ -14,7 +14,7 @@ KERNELS = PACKAGE.parent / "triton_kernels"
 # Bottom first. A module imports from lower rows only; a package counts as one module.
 LAYERS = (
     {"errors", "reference", "heterogeneous", "memory", "machine", "summary", "fresh", "native", "scratch"},
-    {"files", "text", "patterns", "quantisation", "roofline", "screen"},
+    {"files", "text", "patterns", "quantisation", "roofline", "screen", "weights"},
     {"figures"},
     {"report"},
     {"probe"},

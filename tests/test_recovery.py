@@ -381,15 +381,24 @@ def test_the_verb_writes_a_checkpoint(pruned: Path, tiny_checkpoint: Path, tmp_p
 
 def test_the_verb_dry_and_resumed(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    done = call(pruned, "--teacher", tiny_checkpoint, "--dry-run", "--resume", state, *QUICK)
+    quick = (*QUICK, "--learning-rate", 0.1)
+    done = call(pruned, "--teacher", tiny_checkpoint, "--dry-run", "--resume", state, *quick)
     assert done.exit_code == 0 and "nothing (dry run)" in done.stdout, done.output
     assert "held out" in done.stdout and "weights of step" in done.stdout
     assert list(tmp_path.iterdir()) == []
-    common = (pruned, "--teacher", tiny_checkpoint, "--resume", state, *QUICK, "--json")
+    common = (pruned, "--teacher", tiny_checkpoint, "--resume", state, *quick, "--json")
     first, second = (json.loads(call(*common, "--out", tmp_path / name).stdout) for name in "ab")
     assert first["train"] == second["train"]
     weights = [checkpoint.read_manifest(tmp_path / n)["files"]["model.safetensors"]["sha256"] for n in "ab"]
     assert weights[0] == weights[1]
+
+
+def test_the_verb_writes_nothing_that_is_no_better(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = call(pruned, "--teacher", tiny_checkpoint, "--out", tmp_path / "x", *QUICK, "--learning-rate", 0.01)
+    assert done.exit_code == 1 and list(tmp_path.iterdir()) == [], done.output
+    said = " ".join(done.stderr.split())
+    assert "no state was better on the held-out text than the model as it came" in said
+    assert "nothing was written; try a lower --learning-rate than 0.01" in said
 
 
 def test_the_verb_refuses_wrong_use(pruned: Path, tiny_checkpoint: Path, tmp_path: Path, tokenizer: Any) -> None:

@@ -185,6 +185,7 @@ def _check_config(config: PruneConfig) -> None:
     check(config.protect == (0, 0), "protect", f"be (0, 0) {rule}", config.protect)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune_nested(
     model: nn.Module,

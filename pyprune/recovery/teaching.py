@@ -18,6 +18,7 @@ from ..memory import PeakMemory
 from ..probe import evaluating
 from ..training.adapters import Adapters, check_peft, projections
 from ..training.distillation import check_pair
+from ..weights import check_plain, check_there, leave_inference
 from .config import RecoverConfig, RecoverReport
 from .lesson import Lesson
 from .run import Run
@@ -75,6 +76,8 @@ def _trainable(student: Any, config: RecoverConfig) -> Iterator[Adapters | None]
                 parameter.grad = None
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def recover(
     student: nn.Module,
     teacher: nn.Module,
@@ -90,7 +93,7 @@ def recover(
 
     Args:
         student: a causal LM of Transformers; its weights are float32 while they are trained, and get their dtypes back.
-        teacher: the dense model, of the same vocabulary, on the same device; it does not change.
+        teacher: the dense model, of the same vocabulary, on the same device; its weights do not change.
         windows: `[N, W]` token ids to train on.
         config: None for the defaults.
         held_out: `[M, W']` token ids to choose the best state by; None takes a share of `windows`.
@@ -103,10 +106,16 @@ def recover(
         InputError: a value breaks its rule; text too short; a teacher with another vocabulary; a state of another
             configuration, text or model; a loss that is not finite (the student has the best weights so far then).
         CheckpointError: a damaged state.
+        UnsupportedModelError: weights of the student that are quantised, offloaded or not loaded.
     """
     config = config or RecoverConfig()
     if config.mode == "lora":
         check_peft()
+    list_name, layers = families.decoder_layers(student)
+    check_there(student)
+    check_plain(student, layers, list_name)
+    for taught in (student, teacher):
+        leave_inference(taught)
     check_pair(student, teacher, config.distillation)
     model: Any = student
     vocabulary = model.config.get_text_config().vocab_size

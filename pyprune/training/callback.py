@@ -101,8 +101,13 @@ class PruningCallback(TrainerCallback):
         self._running().save(self._folder(args, state))
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """The cut."""
+        """The cut; the Trainer's optimizer goes on with the narrower FFNs when it trains again."""
         if self.finish:
-            self.mask = self._running().finish(self.provenance)
+            self.mask = self._running().finish(self.provenance, [] if optimizer is None else [optimizer])

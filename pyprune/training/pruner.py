@@ -8,12 +8,15 @@ for t in range(1000):
     optimizer.step()
     optimizer.zero_grad()
 mask = pruner.finish()         # the model is narrower now; `checkpoint.save` writes it
+
+The optimizer may go on afterwards: parameters stay the same objects, and its moments keep the rows that stay.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from . import methods, persist, selection
 from .config import TrainingConfig
 from .masks import NeuronMask
 from .methods import Gathered, Moment, State
+from .optimizers import Optimizers
 
 FILE = "pruning.safetensors"
 _FORMAT = "pyprune-training-1"
@@ -46,10 +50,11 @@ class TrainingPruner:
         done: optimizer steps taken.
 
     Raises:
-        InputError: the model is masked already.
+        InputError: the model is masked already, or the multiple leaves no narrower width.
         UnsupportedModelError: an FFN that pyprune does not know; the model is unchanged then.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         for name, module in model.named_modules():
             hooks = module._forward_pre_hooks.values()
@@ -58,6 +63,9 @@ class TrainingPruner:
         self.model, self.config, self.done = model, config, 0
         self._method = methods.get(config.method)(config)
         self._ffns = families.find_ffns(model)
+        if self._method.threshold(self._moment(0)) is None:
+            sizes = [ffn.intermediate_size for ffn in self._ffns]
+            selection.check_narrows(sizes, config.scope, config.keep, config.floor, config.multiple)
         self._block = families.ffn_block(model, self._ffns)
         self._fingerprint = families.fingerprint(model, self._ffns)
         self._states: list[State] = []
@@ -68,6 +76,7 @@ class TrainingPruner:
         needs = self._method.needs
         asked = needs & NEEDS.keys()
         self._masks = [NeuronMask(ffn, "gradient" in needs, "products" in needs, asked) for ffn in self._ffns]
+        self._optimizers = Optimizers()
         self._share: float | None = None  # v(t) of the masks in force
 
     @property
@@ -174,8 +183,10 @@ class TrainingPruner:
         for mask in self._masks:
             mask.remove()
         self._masks = []
+        self._optimizers.stop()
 
-    def finish(self, provenance: dict[str, Any] | None = None) -> Mask:
+    @torch.inference_mode(False)
+    def finish(self, provenance: dict[str, Any] | None = None, optimizers: Iterable[Any] = ()) -> Mask:
         """Cut the neurons that are masked out of the model, in place, and write the widths into its config.
 
         The masks are those the last step trained with, if that was in the cool-down; without one they are set once
@@ -183,6 +194,8 @@ class TrainingPruner:
 
         Args:
             provenance: facts about the run (text, versions) that go into the mask and the checkpoint.
+            optimizers: that keep state for the model's parameters and are to go on. Those that took a step since this
+                pruner was made need not be named; one that is neither fails at its next step, by shapes that differ.
 
         Returns:
             The mask, with the fingerprint of the model as it was before training.
@@ -191,7 +204,8 @@ class TrainingPruner:
             InputError: `provenance` holds something else than JSON values.
 
         Warns:
-            UserWarning: the schedule has not ended, or the scores of a layer never moved.
+            UserWarning: the schedule has not ended, the scores of a layer never moved, or an optimizer keeps something
+                that cannot be cut (see `optimizers`).
         """
         self._alive()
         try:
@@ -205,19 +219,19 @@ class TrainingPruner:
             warnings.warn(
                 f"training ended after {self.done} steps, the schedule ends at {schedule.end}: {self.keep:.3f} of the "
                 f"neurons are kept, not {self.config.keep}",
-                stacklevel=2,
+                stacklevel=3,
             )
         still = [i for i, moved in enumerate(self._moved) if not moved]
         if self._method.learned and still:
             warnings.warn(
                 f"the scores of layers {still} never moved, so their neurons were kept by their number alone",
-                stacklevel=2,
+                stacklevel=3,
             )
         kept = self.keep
         keeps = tuple(KeepIndex(mask.keep.nonzero().flatten(), mask.keep.numel()) for mask in self._masks)
         self.remove()
-        for ffn, keep in zip(self._ffns, keeps, strict=True):
-            surgery.cut(ffn, keep)
+        cuts = [cut for ffn, keep in zip(self._ffns, keeps, strict=True) for cut in surgery.cut(ffn, keep)]
+        self._optimizers.follow(cuts, optimizers)
         surgery.set_widths(self.model, self._block, [len(k) for k in keeps])
         facts = {"training": self.config.to_json(), "steps": self.done, "kept": kept, **(provenance or {})}
         config: Any = self.model.config

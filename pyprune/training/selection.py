@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import allocation
 from ..allocation import round_width
 
 
@@ -25,6 +26,15 @@ def layer_widths(scores: Sequence[Tensor], share: float, floor: float = 0.0, mul
     """The same share in every layer."""
     sizes = [s.numel() for s in scores]
     return [max(round_width(share * n, multiple, n), _least(n, floor, multiple)) for n in sizes]
+
+
+def check_narrows(sizes: Sequence[int], scope: str, share: float, floor: float, multiple: int) -> None:
+    """Raise `InputError` when no layer can become narrower at the final `share`, though that is below 1."""
+    if scope == "layer":
+        widths = layer_widths([torch.zeros(n) for n in sizes], share, floor, multiple)
+    else:
+        widths = [_least(n, floor, multiple) for n in sizes]
+    allocation.check_narrows(sizes, widths, share, multiple)
 
 
 def global_widths(scores: Sequence[Tensor], share: float, floor: float = 0.0, multiple: int = 1) -> list[int]:
