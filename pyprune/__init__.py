@@ -1,6 +1,6 @@
 """pyprune: structurally pruned feed-forward networks that really run faster, inside real GPT-type models."""
 
-from . import heterogeneous, importance
+from . import heterogeneous, importance, remote_code
 from .config import PruneConfig
 from .errors import BackendError, CheckpointError, InputError, PypruneError, UnsupportedModelError
 from .families import find_ffns
@@ -14,6 +14,7 @@ from .warming import warmup
 __version__ = "0.1.0"
 
 heterogeneous.install()
+remote_code.install()
 
 __all__ = [
     "BackendError",

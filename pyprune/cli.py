@@ -37,16 +37,18 @@ from .options import (
     WeightsOption,
     WidthOption,
     WindowOption,
+    as_text,
     choose_device,
     text_windows,
 )
 from .pruning import prune as prune_model
 from .quantisation import WEIGHTS
-from .screen import Bars, err, show, table, verb
+from .screen import EXIT_CODES, Bars, err, printable, show, table, verb
 from .summary import speeds
 
 app = typer.Typer(
     help="Structurally pruned feed-forward networks (FFNs) that really run faster, inside real GPT-type models.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -140,8 +142,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt, with one model or two side by side."""
-    place = choose_device(device)
-    texts = {}
+    place, prompt, texts = choose_device(device), as_text(prompt, "prompt"), {}
     for name in [n for n in (against, model) if n is not None]:
         loaded = _load(name, dtype, place, *((weights, width) if name == model else (None, None)))
         texts[name] = generate_text(loaded, loading.load_tokenizer(name), prompt, new_tokens, temperature, seed, chat)
@@ -268,7 +269,8 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: quiet libraries, then the verbs."""
+    """Entry point: quiet libraries, a screen that can show anything, then the verbs."""
+    printable()
     warnings.filterwarnings("ignore", module="torch")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

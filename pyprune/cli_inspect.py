@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from . import families, loading, machine
 from .analysis import neuron_redundancy
@@ -139,7 +140,7 @@ def inspect(
         "fingerprint": families.fingerprint(loaded, ffns),
         "ffns": rows,
     }
-    shown = [_ffn_table(f"{model}: {len(rows)} FFNs, {share:.1%} of {megabytes(total)}", rows)]
+    shown = [_ffn_table(f"{escape(model)}: {len(rows)} FFNs, {share:.1%} of {megabytes(total)}", rows)]
     if windows is not None:
         chosen = [word.strip() for word in criteria.split(",") if word.strip()]
         with Bars() as bars:

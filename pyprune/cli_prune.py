@@ -11,7 +11,6 @@ from rich.markup import escape
 from . import checkpoint, importance, loading, machine
 from .config import ALLOCATIONS, COMPENSATIONS, STRUCTURES, PruneConfig
 from .errors import InputError, check
-from .files import check_out_folder
 from .mask import Mask
 from .nested import NestedReport, prune_nested
 from .options import (
@@ -20,11 +19,13 @@ from .options import (
     JsonOption,
     ModelArgument,
     SeedOption,
+    ShardOption,
     TextOption,
     TokensOption,
     WindowOption,
     choose_device,
     text_windows,
+    tokenizer_to_save,
 )
 from .pruning import PruneReport
 from .pruning import prune as prune_model
@@ -64,7 +65,7 @@ def _show_nested(model: str, made: NestedReport, text: str | None, out: Path | N
         {"model": model, **made.to_json(), "text": text, "out": None if out is None else str(out)},
         as_json,
         table(
-            f"{model}: neurons sorted; mean output error of a layer at the fitted widths",
+            f"{escape(model)}: neurons sorted; mean output error of a layer at the fitted widths",
             ("share", ">widths", ">bare prefix", ">fitted"),
             rows,
         ),
@@ -166,8 +167,9 @@ def prune(
         bool, typer.Option("--dry-run", help="Do everything but write the model; --save-mask is written.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option(help="Replace the folder if it exists; it stays whole until then.")
+        bool, typer.Option(help="Replace a checkpoint that pyprune wrote; it stays whole until then.")
     ] = False,
+    max_shard_size: ShardOption = checkpoint.MAX_SHARD_SIZE,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -197,15 +199,17 @@ def prune(
     if out is None and not dry_run:
         raise InputError("out must be given, unless with --dry-run; got None")
     if out is not None:
-        check_out_folder(out, overwrite)
+        checkpoint.check_out(out, overwrite, max_shard_size)
     check(save_mask is None or structure != "layer", "save_mask", "be left out with whole layers", save_mask)
     loaded_mask = Mask.load(mask) if mask else None
     place = choose_device(device)
-    tokenizer = loading.load_tokenizer(model)
-    batches, text_name = None, None
+    batches, text_name, tokenizer = None, None, None
     if config.compensate != "none" or (loaded_mask is None and config.needs_text):
+        tokenizer = loading.load_tokenizer(model)
         batches, text_name = text_windows(tokenizer, text, "first", tokens, window)
     loaded = loading.load_model(model, dtype, place)
+    if tokenizer is None and not dry_run:
+        tokenizer = tokenizer_to_save(model)
     facts: dict[str, Any] = {
         "model": model if model == loading.DEMO else Path(model).name,
         "text": text_name,
@@ -216,13 +220,13 @@ def prune(
         with Bars() as bars:
             made = prune_nested(loaded, config, batches, _shares(shares), bars, facts)
         if not dry_run and out is not None:
-            checkpoint.save(loaded, out, tokenizer, overwrite)
+            checkpoint.save(loaded, out, tokenizer, overwrite, max_shard_size=max_shard_size)
         _show_nested(model, made, text_name, None if dry_run else out, as_json)
         return
     with Bars() as bars:
         report = prune_model(loaded, config, batches, mask=loaded_mask, progress=bars, provenance=facts)
     if not dry_run and out is not None:
-        checkpoint.save(loaded, out, tokenizer, overwrite)
+        checkpoint.save(loaded, out, tokenizer, overwrite, max_shard_size=max_shard_size)
     if save_mask is not None and report.mask is not None:
         report.mask.save(save_mask)
     written = "nothing (dry run)" if dry_run else str(out)
@@ -231,7 +235,7 @@ def prune(
     show(
         {"model": model, **report.to_json(), "text": text_name, "out": None if dry_run else str(out)},
         as_json,
-        table(f"pruned {model}", ("what", ">dense", ">pruned"), _rows(report)),
+        table(f"pruned {escape(model)}", ("what", ">dense", ">pruned"), _rows(report)),
         *_notes(report),
         f"text {text_name or 'not needed'}, {report.tokens} tokens; {report.seconds:.1f} s; "
         f"peak memory +{megabytes(report.peak_bytes)}; wrote {escape(written)}",

@@ -12,8 +12,17 @@ from rich.markup import escape
 from . import checkpoint, loading, machine
 from .errors import InputError, RecoverError, check
 from .evaluation import perplexity
-from .files import check_out_folder, new_file
-from .options import MODEL_HELP, DeviceOption, JsonOption, SeedOption, check_same_tokenizer, choose_device, text_windows
+from .files import new_file
+from .options import (
+    MODEL_HELP,
+    DeviceOption,
+    JsonOption,
+    SeedOption,
+    ShardOption,
+    check_same_tokenizer,
+    choose_device,
+    text_windows,
+)
 from .recovery import DECAYS, MODES, PRECISIONS, TRAINED, RecoverConfig, split
 from .recovery import recover as recover_model
 from .screen import Bars, show, table, verb
@@ -120,8 +129,9 @@ def recover(
     figure: Annotated[Path | None, typer.Option(help="Draw the loss curves to this PNG file.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
     overwrite: Annotated[
-        bool, typer.Option(help="Replace the folder if it exists; it stays whole until then.")
+        bool, typer.Option(help="Replace a checkpoint that pyprune wrote; it stays whole until then.")
     ] = False,
+    max_shard_size: ShardOption = checkpoint.MAX_SHARD_SIZE,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -151,7 +161,7 @@ def recover(
     if out is None and not dry_run:
         raise InputError("out must be given, unless with --dry-run; got None")
     if out is not None:
-        check_out_folder(out, overwrite)
+        checkpoint.check_out(out, overwrite, max_shard_size)
     check(resume is not None or save_every == 0, "save_every", "be given with --resume", save_every)
     if figure is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError("figure needs matplotlib: pip install 'pyprune[plot]'")
@@ -188,7 +198,7 @@ def recover(
     if report.perplexities is not None:
         found = {f"{name}, held out": report.perplexities, **found}
     if not dry_run and out is not None:
-        checkpoint.save(student, out, tokenizer, overwrite)
+        checkpoint.save(student, out, tokenizer, overwrite, max_shard_size=max_shard_size)
     result = {
         "model": model,
         **report.to_json(),

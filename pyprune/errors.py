@@ -48,6 +48,11 @@ def check_choice(value: str, argument: str, choices: Iterable[str]) -> None:
     raise InputError(f"{argument} must be one of {', '.join(names)}; got {value!r}{hint}")
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error of another library says, as one line of at most `most` characters; its type if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def is_number(value: Any) -> bool:
     """Whether `value` is an int or a float; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)

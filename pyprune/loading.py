@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from . import checkpoint
-from .errors import CheckpointError, InputError, check, check_choice
+from . import checkpoint, manifest
+from .errors import CheckpointError, InputError, check, check_choice, one_line
+from .files import check_name, restore
 
 DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
@@ -38,7 +39,10 @@ def demo_file() -> Path:
 def _source(model: str) -> tuple[str, dict[str, str]]:
     """What to hand to `from_pretrained`: a folder or a name, and the GGUF file in it if it is one."""
     check(bool(model.strip()), "model", "be a folder, a hub name, a .gguf file or 'demo'", model)
+    check_name(model, "model")
     path = demo_file() if model == DEMO else Path(model).expanduser()
+    if not path.exists():
+        restore(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"model must be a folder, a hub name, a .gguf file or 'demo'; got the file {path}")
@@ -60,23 +64,20 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
 
     Raises:
         InputError: no such model.
-        CheckpointError: a folder whose config and tensors do not fit each other, or that cannot be read; or a
+        CheckpointError: a folder whose config and tensors do not fit each other, or a file that cannot be read; or a
             checkpoint without some of the model's tensors.
     """
     check_choice(dtype, "dtype", DTYPES)
     place, extra = _source(model)
-    local = Path(place).is_dir() and not extra
+    local = _is_checkpoint(place, extra)
     if local and any(Path(place).glob("*.safetensors")):
         checkpoint.check_fits(place)
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **extra
         )
-    except (OSError, ImportError) as error:
-        raise InputError(f"model {model!r} cannot be loaded: {_first_line(error)}") from error
     except Exception as error:  # whatever a reader makes of a damaged file
-        kind = CheckpointError if local else InputError
-        raise kind(f"model {model!r} cannot be loaded: {_first_line(error)}") from error
+        raise _failed(f"model {model!r}", error, local or bool(extra)) from error
     loaded, info = result
     if missing := sorted(info["missing_keys"]):  # Transformers only warns, and fills them at random
         raise CheckpointError(f"model {model!r} lacks {len(missing)} tensors, the first is {missing[0]}")
@@ -93,13 +94,31 @@ def load_tokenizer(model: str) -> Any:
 
     Raises:
         InputError: there is none.
+        CheckpointError: it, or the config beside it, cannot be read.
     """
     place, extra = _source(model)
+    local = _is_checkpoint(place, extra)
+    if local:
+        checkpoint.read_config(place)  # as it comes with the model, from which the kind of tokenizer is known
     try:
         return AutoTokenizer.from_pretrained(place, **extra)
-    except (OSError, ImportError, ValueError, KeyError) as error:
-        raise InputError(f"the tokenizer of {model!r} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # whatever a reader makes of what is there
+        if local and not has_tokenizer(model):
+            raise InputError(f"model {model!r} has no tokenizer, which is needed here: put its files there") from error
+        raise _failed(f"the tokenizer of {model!r}", error, local or bool(extra)) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+def has_tokenizer(model: str) -> bool:
+    """Whether a tokenizer comes with `model`, as far as the names of files in its folder tell."""
+    place, extra = _source(model)
+    folder = Path(place)
+    return not folder.is_dir() or bool(extra) or any(manifest.is_tokenizer(file.name) for file in folder.iterdir())
+
+
+def _is_checkpoint(place: str, extra: dict[str, str]) -> bool:
+    """Whether `place` is a local folder with a config: if it cannot be loaded then, it is broken."""
+    return not extra and (Path(place) / "config.json").is_file()
+
+
+def _failed(what: str, error: Exception, broken: bool) -> Exception:
+    return (CheckpointError if broken else InputError)(f"{what} cannot be loaded: {one_line(error)}")

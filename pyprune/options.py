@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.markup import escape
 from torch import Tensor
 
 from . import loading
-from .errors import InputError, check, check_choice
+from .errors import InputError, PypruneError, check, check_choice
 from .quantisation import WEIGHTS
+from .screen import err
 from .text import load_text, token_windows
 
 MODEL_HELP = "A local folder, a hub name, a GGUF file, or 'demo' (SmolLM2-135M-Instruct)."
@@ -46,6 +49,12 @@ WidthOption = Annotated[
         show_default=False,
     ),
 ]
+ShardOption = Annotated[
+    str,
+    typer.Option(
+        "--max-shard-size", help="Bytes of one file of weights at most, like 5GB or 500MB; more makes several."
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 
 
@@ -55,6 +64,28 @@ def choose_device(name: str) -> str:
     if chosen.startswith("cuda"):
         check(torch.cuda.is_available(), "device", "be cpu, for torch sees no CUDA device here", name)
     return chosen
+
+
+def as_text(word: str, argument: str) -> str:
+    """An argument that is text, not a name of a file: its bytes as UTF-8, where the locale could not decode them."""
+    try:
+        word.encode()
+        return word
+    except UnicodeEncodeError:  # Python keeps such bytes as surrogates
+        pass
+    try:
+        return os.fsencode(word).decode()
+    except UnicodeError as error:
+        raise InputError(f"{argument} must be UTF-8; got {word!r}") from error
+
+
+def tokenizer_to_save(model: str) -> Any:
+    """The model's tokenizer, or None with a note on standard error, for a verb that only saves it along."""
+    try:
+        return loading.load_tokenizer(model)
+    except PypruneError as error:
+        err.print(f"[yellow]note:[/] no tokenizer is saved: {escape(str(error))}", highlight=False, soft_wrap=True)
+        return None
 
 
 def text_windows(tokenizer: Any, text: str | None, part: str, tokens: int, window: int) -> tuple[Tensor, str]:

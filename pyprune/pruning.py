@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import allocation, families, latency, sensitivity, surgery
+from . import allocation, checkpoint, families, latency, sensitivity, surgery
 from .blocks import BlockReport, prune_blocks
 from .calibration import Progress, check_windows, quiet, stack_batches
 from .config import PruneConfig
@@ -128,6 +128,20 @@ def _plan(pruner: Pruner) -> tuple[list[KeepIndex] | list[int], float | None]:
     return widths, table.speedup(widths)
 
 
+def _check_rebuilds(model: nn.Module, ffns: list[families.FFN], config: PruneConfig, mask: Mask | None) -> None:
+    """Refuse before any work what could not be saved: with the widths there will be, or else with differing ones."""
+    if config.structure == "layer":
+        return  # `drop_layers` asks the config first
+    sizes = [ffn.intermediate_size for ffn in ffns]
+    if mask is not None:
+        widths = list(mask.widths)
+    elif config.structure == "neurons" and config.allocation == "uniform":
+        widths = allocation.uniform_widths(sizes, config.keep, config.multiple, config.protect)
+    else:
+        widths = [max(1, size - i % 2) for i, size in enumerate(sizes)]
+    checkpoint.check_narrows(model, families.ffn_block(model, ffns), widths)
+
+
 class _Run:
     """What both structures share: checks before anything changes, totals, provenance."""
 
@@ -138,6 +152,7 @@ class _Run:
         batches: Iterable[Tensor] | Tensor | None,
         mask: Mask | None,
         provenance: dict[str, Any] | None,
+        changes: bool = False,
     ) -> None:
         check(mask is None or config.structure == "neurons", "mask", "be None with whole blocks", config.structure)
         needed = config.needs_text if mask is None else config.compensate != "none"
@@ -157,6 +172,8 @@ class _Run:
         self.fingerprint = families.fingerprint(model, self.ffns)
         if mask is not None:
             mask.check_fits([f.intermediate_size for f in self.ffns], self.fingerprint)
+        if changes:
+            _check_rebuilds(model, self.ffns, config, mask)
         self.before = _totals(model)
         self.started = time.perf_counter()
 
@@ -222,11 +239,11 @@ def prune(
             mask belongs to another model; the model is unchanged then. Also where scores or activations are not
             finite: if that shows only after some layers were pruned, the message says so, and the model must be loaded
             again.
-        UnsupportedModelError: an FFN that pyprune does not know, or a compensation that its format cannot hold; the
-            model is unchanged then.
+        UnsupportedModelError: an FFN that pyprune does not know, a compensation that its format cannot hold, or widths
+            that its config cannot say; the model is unchanged then.
     """
     config = config or PruneConfig()
-    run = _Run(model, config, batches, mask, provenance)
+    run = _Run(model, config, batches, mask, provenance, changes=True)
     with evaluating(model), PeakMemory() as memory:
         if config.structure != "neurons":
             assert run.ids is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -11,10 +12,16 @@ from typing import Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .errors import InputError, PypruneError
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 a mistake in what was asked for (an argument, a file that is not there); 1 it could not be "
+    "done (a damaged or unsupported model, a full disk, a lack of memory). The reason is one line on standard error."
+)
 
 out = Console()
 err = Console(stderr=True)
@@ -78,18 +85,25 @@ def show(result: dict[str, Any], as_json: bool, *tables: Table | str) -> None:
         out.print(item)
 
 
+def printable() -> None:
+    """Let standard output replace what its encoding does not have, as standard error does, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
 def verb(function: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Turn a user's mistake into one line and an exit code: 2 for wrong use, 1 for failure; never a traceback."""
+    """Turn what goes wrong into one line and an exit code (see `EXIT_CODES`), never a traceback."""
 
     @functools.wraps(function)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         try:
             function(*args, **kwargs)
-        except (PypruneError, OSError) as error:
-            message = str(error) or type(error).__name__
+        except (PypruneError, OSError, MemoryError) as error:
+            message = str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
             if kwargs.get("as_json"):
                 sys.stdout.write(json.dumps({"error": {"kind": type(error).__name__, "message": message}}) + "\n")
-            err.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+            err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
             raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
 
     return wrapped

@@ -54,6 +54,9 @@ def test_uniform_config_differs_in_the_width_and_the_pyprune_block_only(family, 
     folder = make(tiny, random_mask, tmp_path / "out", family)
     dense, pruned = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "dense", folder))
     key = families.width_key(tiny(family).config)
+    if key not in dense:  # a multiple of the hidden size; narrower layers are told one by one
+        assert [layer[key] for layer in pruned["per_layer_config"].values()] == [40] * 3
+        return
     assert pruned.pop("pyprune").keys() == {"base_fingerprint", "provenance"}
     assert pruned == {**dense, key: 40}
     assert sorted(p.name for p in folder.iterdir()) == sorted(
@@ -89,8 +92,12 @@ def test_tokenizer_is_saved_along(tiny, tokenizer, tmp_path):
 def test_tied_weights_and_shards(name, tiny, random_mask, tmp_path, ids):
     folder = make(tiny, random_mask, tmp_path / "one", name, (40, 24, 96), tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    checkpoint.save(model, tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(checkpoint.tensor_shapes(folder)), "tied weights are written once"
+    assert set(index["weight_map"].values()) == {p.name for p in (tmp_path / "shards").glob("*.safetensors")}
+    assert "model.safetensors.index.json" in checkpoint.verify(tmp_path / "shards")["files"]
     assert checkpoint.check_fits(tmp_path / "shards") == [40, 24, 96]
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "shards")(ids).logits, model(ids).logits)
 
@@ -243,8 +250,12 @@ WIDTHS = [
     ({"intermediate_size": -40}, r"intermediate_size of layer 0 must lie in \[1, 16777216\]; got -40"),
     ({"intermediate_size": 10**12}, r"intermediate_size of layer 0 must lie in \[1, 16777216\]; got 1000000000000"),
     ({"intermediate_size": 1 << 24}, r"has shape \(32, 40\) in the file, but config.json says \(32, 16777216\)"),
-    ({"intermediate_size": "40"}, "not a usable config|must lie in"),
-    ({"intermediate_size": [40]}, "not a usable config|must lie in"),
+    ({"intermediate_size": "40"}, "config intermediate_size must be an integer; got '40'"),
+    ({"intermediate_size": 40.0}, "config intermediate_size must be an integer; got 40.0"),
+    ({"intermediate_size": True}, "config intermediate_size must be an integer; got True"),
+    ({"intermediate_size": {}}, "config intermediate_size must be an integer; got {}"),
+    ({"intermediate_size": None}, "not a usable config: .*intermediate_size"),
+    ({"intermediate_size": [40]}, "not a usable config: .*intermediate_size"),
     ({"num_hidden_layers": 10**9}, r"num_hidden_layers must lie in \[1, 1000\]; got 1000000000"),
     ({"num_hidden_layers": -1}, r"num_hidden_layers must lie in \[1, 1000\]; got -1"),
     ({"num_hidden_layers": 0}, r"num_hidden_layers must lie in \[1, 1000\]; got 0"),
@@ -276,10 +287,10 @@ PER_LAYER = [
 def refused_cheaply(folder, changes, message):
     edit_config(folder, **changes)
     started, before = time.perf_counter(), psutil.Process().memory_info().rss
-    with pytest.raises(CheckpointError, match=message):
-        checkpoint.check_fits(folder)
-    with pytest.raises(CheckpointError, match=message):
-        checkpoint.verify(folder)
+    for look in (checkpoint.check_fits, checkpoint.verify):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            look(folder)
+        assert "\n" not in str(caught.value)
     assert time.perf_counter() - started < 5
     assert psutil.Process().memory_info().rss - before < 100 << 20
 
@@ -341,12 +352,12 @@ def test_model_that_its_config_does_not_build_is_refused(tiny, tmp_path):
 def test_class_of_ones_own_is_refused(tiny, tmp_path):
     model = tiny("llama")
     model.__class__ = type("MyModel", (type(model),), {})
-    with pytest.raises(InputError, match="model must be of a class that Transformers has; got MyModel"):
+    with pytest.raises(InputError, match="model must be of a class that Transformers has; got 'MyModel'"):
         checkpoint.save(model, tmp_path / "out")
 
 
 def test_existing_folder_is_refused_before_anything(uniform, tiny, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_check_rebuilds", lambda model: pytest.fail("too late"))
+    monkeypatch.setattr(checkpoint, "check_rebuilds", lambda model: pytest.fail("too late"))
     with pytest.raises(
         InputError, match=r"out must not exist yet; .*out is not empty \(pass overwrite to replace it\)"
     ):
@@ -357,12 +368,27 @@ def test_existing_folder_is_refused_before_anything(uniform, tiny, monkeypatch):
 
 
 def test_overwrite_replaces_everything(uniform, tiny, ids):
-    (uniform / "stale.safetensors").write_bytes(b"old")
     model = tiny("gpt2")
     checkpoint.save(model, uniform, overwrite=True)
     assert checkpoint.verify(uniform)["model_type"] == "gpt2"
     assert torch.equal(AutoModelForCausalLM.from_pretrained(uniform)(ids).logits, model(ids).logits)
     assert [p.name for p in uniform.parent.iterdir()] == ["out"]
+
+
+def test_overwriting_shards_leaves_none_behind(tiny, tmp_path):
+    """One file instead of many, and many instead of one: no index or shard of before stays to be read."""
+    for size in ("20KB", 10**9, "20KB"):
+        checkpoint.save(tiny("llama"), tmp_path / "out", overwrite=True, max_shard_size=size)
+        checkpoint.verify(tmp_path / "out")
+        assert (tmp_path / "out" / "model.safetensors").exists() == (size == 10**9)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", ["", "5", "GB", "-5GB", "0GB", "5 PB", 0, -1, 1.5, True, None])
+def test_shard_size_is_checked_before_anything(size, tiny, tmp_path):
+    with pytest.raises(InputError, match="max_shard_size must be a number of bytes, or one with KB, MB, GB or TB"):
+        checkpoint.save(tiny("llama"), tmp_path / "out", max_shard_size=size)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_copied_checkpoint_verifies(uniform, tmp_path):

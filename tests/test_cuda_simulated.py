@@ -466,7 +466,7 @@ def test_what_does_not_fit_is_refused() -> None:
         planned(8, 64, 99, algorithm=0)
     with pytest.raises(RuntimeError, match="plan must have clusters of 1 block on this device"):
         planned(1, 4096, 14336, algorithm=0, cluster=2, blocks=8, clusters=False)
-    with pytest.raises(RuntimeError, match="plan must have a step .* that fit in"):
+    with pytest.raises(RuntimeError, match=r"plan must have a step .* that fit in"):
         planned(1, 4096, 14336, algorithm=0, stages=1, bulk=1)
     case = make(3, 64, 9)
     with pytest.raises(RuntimeError, match="index must have a row for each of at most four tokens"):

@@ -1,5 +1,6 @@
 """Safe writing: a kill, a full disk or an exception loses nothing, and a failing save leaves nothing behind."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -8,11 +9,16 @@ import textwrap
 
 import pytest
 
-from pyprune import InputError, checkpoint, files
+from pyprune import InputError, checkpoint, files, loading
 
 
 def listing(folder):
     return sorted(p.name for p in folder.iterdir())
+
+
+def none(folder):
+    """No strangers: everything there may be replaced."""
+    return []
 
 
 def test_new_file_replaces_when_the_block_succeeds(tmp_path):
@@ -35,7 +41,7 @@ def test_new_folder_that_fails_leaves_the_old_one(error, tmp_path):
     target = tmp_path / "out"
     with files.new_folder(target) as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(error), files.new_folder(target, overwrite=True) as folder:
+    with pytest.raises(error), files.new_folder(target, True, none) as folder:
         (folder / "a").write_text("half")
         raise error
     assert (target / "a").read_text() == "old"
@@ -55,7 +61,7 @@ def test_interruption_between_the_two_renames_puts_the_old_folder_back(error, tm
         return rename(self, to)
 
     monkeypatch.setattr(type(target), "rename", failing)
-    with pytest.raises(error), files.new_folder(target, overwrite=True) as folder:
+    with pytest.raises(error), files.new_folder(target, True, none) as folder:
         (folder / "a").write_text("new")
     assert (target / "a").read_text() == "old"
     assert listing(tmp_path) == ["out"]
@@ -64,11 +70,10 @@ def test_interruption_between_the_two_renames_puts_the_old_folder_back(error, tm
 def test_new_folder_replaces_the_whole_folder(tmp_path):
     target = tmp_path / "out"
     for name in ("a", "b"):
-        with files.new_folder(target, overwrite=True) as folder:
+        with files.new_folder(target, True, none) as folder:
             (folder / name).write_text(name)
     assert listing(target) == ["b"]
     assert listing(tmp_path) == ["out"]
-    assert target.stat().st_mode & 0o777 == 0o755
 
 
 def test_out_folder_rules(tmp_path):
@@ -80,7 +85,56 @@ def test_out_folder_rules(tmp_path):
         files.check_out_folder(tmp_path, overwrite=False)
     assert files.check_out_folder(tmp_path / "empty", overwrite=False) == tmp_path / "empty"
     assert files.check_out_folder(tmp_path / "new", overwrite=False) == tmp_path / "new"
-    assert files.check_out_folder(tmp_path, overwrite=True) == tmp_path
+    with pytest.raises(InputError, match=r"out must hold nothing but what pyprune wrote, .* holds empty, file: name"):
+        files.check_out_folder(tmp_path, overwrite=True)
+    assert files.check_out_folder(tmp_path, True, none) == tmp_path
+
+
+def test_places_that_cannot_be_replaced_are_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for place in (".", "..", tmp_path, "/"):
+        with pytest.raises(InputError, match="out must not be the working folder or hold it"):
+            files.check_out_folder(place, True, none)
+    with pytest.raises(InputError, match=r"out must not be a mount point, .*/proc is one"):
+        files.check_out_folder("/proc", True, none)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"out must lie in a folder that can be written; .*file is a file"):
+        files.check_out_folder(tmp_path / "file" / "deep" / "out", False)
+    monkeypatch.setattr(files.os, "access", lambda place, mode: False)  # as root may write everywhere
+    with pytest.raises(InputError, match=r"out must lie in a folder that can be written; .* cannot"):
+        files.check_out_folder(tmp_path / "new", False)
+
+
+def test_through_a_link_its_target_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name, target in (("link", tmp_path / "disk" / "real"), ("again", tmp_path / "link")):
+        (tmp_path / name).symlink_to(target)
+    for text in ("new", "newer"):
+        with files.new_folder(tmp_path / "again", True, none) as folder:
+            assert folder.parent == tmp_path / "disk"
+            (folder / "a").write_text(text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "again").is_symlink()
+        assert (tmp_path / "disk" / "real" / "a").read_text() == text
+    assert listing(tmp_path / "disk") == ["real"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        with files.new_folder(tmp_path / "out") as folder:
+            (folder / "deep").mkdir(mode=0o700)
+            for file in (folder / "a", folder / "deep" / "b"):
+                file.touch(mode=0o600)
+        with files.new_file(tmp_path / "file") as temporary:
+            temporary.unlink()
+            temporary.touch(mode=0o600)  # as writers that replace the file do
+    finally:
+        os.umask(before)
+    modes = {p.relative_to(tmp_path).as_posix(): p.stat().st_mode & 0o777 for p in tmp_path.rglob("*")}
+    file, folder = 0o666 & ~umask, 0o777 & ~umask
+    assert modes == {"out": folder, "out/deep": folder, "out/a": file, "out/deep/b": file, "file": file}
 
 
 SAVE_OVER = """
@@ -97,6 +151,11 @@ SAVE_OVER = """
         checkpoint._write_manifest = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
     elif way == "syncing":
         files._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+    elif way == "renaming":
+        rename = files.Path.rename
+        files.Path.rename = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if ".new-" in str(a) else rename(a, b)
+    elif way == "removing":
+        files.shutil.rmtree = lambda *rest, **how: os.kill(os.getpid(), signal.SIGKILL)
     try:
         checkpoint.save(model, out, overwrite=True)
     except Exception as error:
@@ -129,10 +188,35 @@ def test_full_disk_leaves_the_old_checkpoint_and_nothing_else(saved):
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     result = save_over(saved, "disk")
     assert result.returncode == 3, result.stderr
+    assert f"OSError {saved} could not be written, and nothing was changed: " in result.stdout
     assert "File too large" in result.stdout
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
     assert listing(saved.parent) == ["out"]
     checkpoint.verify(saved)
+
+
+@pytest.mark.parametrize(
+    "use", [checkpoint.verify, lambda folder: loading.load_model(str(folder)), lambda folder: save_over(folder, "not")]
+)
+def test_kill_between_the_renames_loses_nothing(use, saved, tmp_path):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    (tmp_path / "link").symlink_to(saved)
+    assert save_over(tmp_path / "link", "renaming").returncode == -signal.SIGKILL
+    assert not saved.exists()
+    (aside,) = tmp_path.glob(".out.old-*")
+    assert {p.name: p.read_bytes() for p in (aside / "out").iterdir()} == before
+    use(tmp_path / "link")
+    checkpoint.verify(saved)
+    assert not list(tmp_path.glob(".out.old-*"))
+
+
+def test_kill_before_the_old_folder_is_removed(saved):
+    assert save_over(saved, "removing").returncode == -signal.SIGKILL
+    new = checkpoint.verify(saved)["files"]
+    assert list(saved.parent.glob(".out.old-*"))
+    with pytest.raises(InputError, match="is not empty"):
+        checkpoint.check_out(saved, overwrite=False)
+    assert checkpoint.verify(saved)["files"] == new and not list(saved.parent.glob(".out.old-*"))
 
 
 def test_undisturbed_save_over_succeeds(saved):

@@ -14,8 +14,8 @@ KERNELS = PACKAGE.parent / "triton_kernels"
 # Bottom first. A module imports from lower rows only; a package counts as one module.
 LAYERS = (
     {"errors", "reference", "heterogeneous", "memory", "machine", "summary", "fresh", "native", "scratch"},
-    {"files", "text", "patterns", "quantisation", "roofline", "screen", "weights"},
-    {"figures"},
+    {"files", "remote_code", "text", "patterns", "quantisation", "roofline", "screen", "weights"},
+    {"figures", "manifest"},
     {"report"},
     {"probe"},
     {"families"},

@@ -63,7 +63,7 @@ def test_pickled_weights_are_never_read(tiny, tmp_path):
     model = tiny("llama")
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"cannot be loaded: .*model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: .*model\.safetensors"):
         loading.load_model(str(tmp_path))
 
 
@@ -91,9 +91,16 @@ def test_files_that_are_no_model_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"got the file .*model\.bin"):
         loading.load_model(str(tmp_path / "model.bin"))
     (tmp_path / "model.gguf").write_bytes(b"GGUF, or so it says")
-    with pytest.raises(InputError, match=r"model\.gguf' cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"model\.gguf' cannot be loaded"):
         loading.load_model(str(tmp_path / "model.gguf"))
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match=r"cannot be loaded: ."):
+        loading.load_tokenizer(str(tmp_path))
+
+
+def test_a_model_without_a_tokenizer_says_so(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    assert not loading.has_tokenizer(str(tmp_path))
+    with pytest.raises(InputError, match="has no tokenizer, which is needed here: put its files there"):
         loading.load_tokenizer(str(tmp_path))
 
 

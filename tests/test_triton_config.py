@@ -7,6 +7,7 @@ import json
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -70,10 +71,7 @@ def test_wrong_json_is_refused_by_key(name: str) -> None:
         kernels.from_json(values)
 
 
-def test_tiles_that_do_not_fit_together_are_refused() -> None:
-    values = {**kernels.to_json(PREFILL), "hidden_block_n": 64, "down_block_k": 128}
-    with pytest.raises(ValueError, match=r"config\['down_block_k'\] must divide hidden_block_n, 64; got 128"):
-        kernels.from_json(values)
+def test_a_flag_is_no_number() -> None:
     with pytest.raises(ValueError, match=r"config\['descriptors'\] must be true or false; got 1"):
         kernels.from_json({**kernels.to_json(PREFILL), "descriptors": 1})
 
@@ -105,8 +103,18 @@ def test_candidates_are_few_distinct_and_valid() -> None:
             assert found[0] == backend.default_config(problem(m, k, d, dtype, gather=gather, weights=weights))
 
 
+def product_in_order(a: np.ndarray, b: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+    """As matrix units do; numpy's, which the interpreter takes, orders its sums by the shapes."""
+    a, b = a.astype(dtype or np.float32), b.astype(dtype or np.float32)
+    total = np.zeros((a.shape[0], b.shape[1]), a.dtype)
+    for i in range(a.shape[1]):
+        total += a[:, i, None] * b[i]
+    return total
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_batch_invariance_from_one_token_to_many(dtype: torch.dtype) -> None:
+def test_batch_invariance_from_one_token_to_many(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np, "matmul", product_in_order)
     whole = call(150, dtype, batch_invariant=True)
     out = backend.run(whole)
     for rows in (slice(0, 1), slice(3, 12), slice(64, 97), slice(20, 90)):

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -539,9 +538,7 @@ def test_configurations_are_few_and_fit_together(dtype: torch.dtype, aligned: bo
     prefill = set()
     for m, k, gated, gather in itertools.product((1, 17, 40, 300, 5000), widths, (False, True), (False, True)):
         config = kernels.prefill_config(m, k, 4096, dtype, gated, gather, aligned)
-        # The first product zeroes whole blocks of neurons; the second must not read past them.
-        assert config.hidden.block_n % config.down.block_k == 0
-        prefill.add(replace(config, splits=1))
+        prefill |= {("hidden", gated, config.hidden), ("down", config.down)}
     assert len(prefill) <= 64
     assert "block_m=" in repr(config)
 

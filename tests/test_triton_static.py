@@ -105,7 +105,7 @@ def test_a_row_is_made_of_the_same_instructions_beside_few_tokens_and_many(rows:
     tokens: dict[str, set[int]] = {}
     for row in rows:
         tile = {name: size for name, size in row["blocks"].items() if name != "BLOCK_M"}
-        if row["kernel"] == "slab_kernel" or row["blocks"].get("BLOCK_N") == 64:
+        if row["kernel"] == "slab_kernel" or row["blocks"].get("BLOCK_N") in (32, 64):
             key = json.dumps([*(row[name] for name in about), tile])
             found.setdefault(key, set()).add(row["mma_kinds"])
             tokens.setdefault(key, set()).add(row["blocks"]["BLOCK_M"])
@@ -124,6 +124,16 @@ def test_decode_reads_weights_by_16_bytes(rows: list[dict[str, Any]]) -> None:
     assert all(row["loads_narrow"] == 0 for row in bare)
     described = [row for row in rows if "descriptor" in row["kernel"]]
     assert described and all(row["copies_narrow"] == 0 for row in described)
+
+
+def test_few_tokens_bring_weights_in_asynchronously(rows: list[dict[str, Any]]) -> None:
+    kernels = ("hidden_kernel", "down_kernel")
+    bare = [row for row in rows if row["kernel"] in kernels and not row["extras"]]
+    assert {row["architecture"] for row in bare} == SHARED_LIMIT.keys()
+    assert {row["blocks"]["BLOCK_N"] for row in bare} == {32, 64, 128}
+    for row in bare:
+        assert row["loads_narrow"] == row["copies_narrow"] == 0, row
+        assert row["copies_128"] == row["loads_128"] > 0, row
 
 
 def test_float32_is_not_rounded_to_tf32(rows: list[dict[str, Any]]) -> None:

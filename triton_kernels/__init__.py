@@ -15,20 +15,10 @@ from . import decode, descriptors, prefill
 from .activations import ACTIVATIONS
 from .candidates import candidates
 from .checks import INTERPRETED, check_problem, require, require_device, why_no_int8, why_unavailable
-from .config import (
-    DECODE_MAX_TOKENS,
-    MAX_TOKENS,
-    Config,
-    DecodeConfig,
-    PrefillConfig,
-    TileConfig,
-    decode_config,
-    default_config,
-    from_json,
-    prefill_config,
-    to_json,
-)
+from .config import Config, DecodeConfig, PrefillConfig, TileConfig, from_json, to_json
+from .defaults import DECODE_MAX_TOKENS, MAX_TOKENS, decode_config, default_config, prefill_config
 from .elementwise import act_mul
+from .hardware import architecture
 from .launch import Problem, device_of
 
 __all__ = [
@@ -40,6 +30,7 @@ __all__ = [
     "PrefillConfig",
     "TileConfig",
     "act_mul",
+    "architecture",
     "candidates",
     "decode_config",
     "default_config",
@@ -105,6 +96,7 @@ def _call(kind: str | None, config: Config | None, p: Problem, batch_invariant: 
         down_bias=None if p.down_bias is None else p.down_bias.contiguous(),
         index=None if p.index is None else p.index.contiguous(),
         count=None if p.count is None else p.count.contiguous(),
+        architecture=architecture(x.device),
     )
     if config is None:
         config = p.default_config(kind, batch_invariant)

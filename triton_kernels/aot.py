@@ -27,13 +27,11 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .checks import INTERPRETED
+from .hardware import has_descriptors
 from .launch import Launch
 from .variants import Variant, offered, variants
 
 ARCHITECTURES = (80, 90, 100)
-
-# Most shared memory that a block may ask for, in bytes (CUDA programming guide, technical specifications).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 _TYPES = {
     torch.float32: "fp32",
@@ -49,14 +47,13 @@ _LOAD = re.compile(r"\s(LDG|LDGSTS|UTMALDG|UBLKCP)((?:\.\w+)*)[\s;]")
 
 
 def _loads(assembly: str) -> dict[str, int]:
-    """Counts of load instructions by bits: `loads_128` with those of tiles, `loads_narrow` and `copies_narrow`."""
+    """Counts of load instructions: `loads_128` (tiles among them), `loads_narrow`, `copies_128` and `copies_narrow`."""
     counts: Counter[str] = Counter()
     for opcode, suffixes in _LOAD.findall(assembly):
-        if ".128" in suffixes or opcode in ("UTMALDG", "UBLKCP"):
-            counts["loads_128"] += 1
-        else:
-            counts["copies_narrow" if opcode == "LDGSTS" else "loads_narrow"] += 1
-    return {name: counts[name] for name in ("loads_128", "loads_narrow", "copies_narrow")}
+        wide = ".128" in suffixes or opcode in ("UTMALDG", "UBLKCP")
+        counts[f"{'loads' if opcode == 'LDG' else 'copies'}_{'128' if wide else 'narrow'}"] += 1
+    counts["loads_128"] += counts["copies_128"]
+    return {name: counts[name] for name in ("loads_128", "loads_narrow", "copies_128", "copies_narrow")}
 
 
 def _source(launch: Launch) -> ASTSource:
@@ -95,8 +92,8 @@ def machine_code(launch: Launch, architecture: int) -> dict[str, Any]:
     Returns:
         registers, stack_bytes, ldl and stl (spill loads and stores), mma (most frequent kind of matrix instruction,
         FFMA where there are none), mma_count, mma_kinds (all of them), shared_bytes; loads_128 (loads from global
-        memory of 16 bytes, or of tiles), loads_narrow (narrower ones into registers), copies_narrow (into shared
-        memory).
+        memory of 16 bytes, or of tiles), loads_narrow (narrower ones into registers), copies_128 (those of loads_128
+        that go to shared memory, past the registers), copies_narrow (narrower ones that do).
     """
     compiled = triton.compile(_source(launch), target=GPUTarget("cuda", architecture, 32), options=launch.options())
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +153,7 @@ def described(variant: Variant, launch: Launch, architecture: int) -> dict[str, 
 def distinct_rows(variants: Iterable[Variant], architecture: int) -> list[tuple[Variant, Launch]]:
     """`distinct_launches` without descriptors where the hardware has none."""
     found = distinct_launches(variants)
-    return [row for row in found if architecture >= 90 or "descriptor" not in row[1].kernel.__name__]
+    return [row for row in found if has_descriptors(architecture) or "descriptor" not in row[1].kernel.__name__]
 
 
 def static_table(variants: Iterable[Variant], architecture: int) -> list[dict[str, Any]]:
@@ -183,7 +180,9 @@ def main() -> None:
     parser.add_argument("--offered", action="store_true", help="what is offered for tuning, not every branch")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    rows = static_table(offered(given.architecture) if given.offered else variants(), given.architecture)
+    rows = static_table(
+        offered(given.architecture) if given.offered else variants(given.architecture), given.architecture
+    )
     if given.json:
         print(json.dumps(rows, indent=1))
         return

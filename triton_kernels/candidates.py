@@ -6,17 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from .config import (
-    MAX_TOKENS,
-    Config,
-    DecodeConfig,
-    PrefillConfig,
-    TileConfig,
-    decode_config,
-    default_config,
-    least_tokens,
-    prefill_config,
-)
+from .config import Config, DecodeConfig, PrefillConfig, TileConfig
+from .defaults import MAX_TOKENS, decode_config, default_config, fits, least_tokens, prefill_config
+from .hardware import INTERPRETER, has_descriptors, multiplies_from_shared
 
 # Single pass and two products both make sense up to so many tokens.
 _EITHER = 16
@@ -47,22 +39,27 @@ def _deeper(base: PrefillConfig, gather: bool) -> PrefillConfig:
     )
 
 
-def _few(base: PrefillConfig, gather: bool) -> list[Config]:
-    """Up to 64 tokens: more splits or fewer, deeper pipelines."""
-    deeper = _deeper(base, gather)
+def _few(base: PrefillConfig, gather: bool, widths: bool) -> list[Config]:
+    """Up to 64 tokens: deeper pipelines, more splits or fewer, and with `widths` the other one of each tile."""
     splits = [s for s in (base.splits * 2, base.splits // 2) if 1 <= s <= _MOST_SPLITS]
-    return [base, deeper, *(replace(c, splits=s) for s in splits for c in (base, deeper))]
+    found = [base, _deeper(base, gather), *(replace(base, splits=s) for s in splits)]
+    if widths:
+        block_n, warps = {64: (128, 8), 128: (64, 4)}[base.down.block_n]
+        found.append(replace(base, down=replace(base.down, block_n=block_n, num_warps=warps)))
+        block_n = {64: 32, 32: 64}[base.hidden.block_n]
+        found.append(replace(base, hidden=replace(base.hidden, block_n=block_n)))
+    return list(found)
 
 
-def _many(base: PrefillConfig, gated: bool, recent: bool) -> list[Config]:
+def _many(base: PrefillConfig, gated: bool, tallest: bool) -> list[Config]:
     """More tokens: the tiles that use the matrix units well."""
     shapes = [(128, 64, 8), (64, 64, 4)] if gated else [(128, 128, 8), (128, 64, 8)]
     found: list[Config] = [base]
     for block_m, block_n, warps in shapes:
         for stages in (3, 4):
             found.append(replace(base, hidden=TileConfig(block_m, block_n, base.hidden.block_k, warps, stages)))
-    if recent:
-        # 128 accumulators a thread: on sm_80, where operands pass through registers too, these spill.
+    if tallest:
+        # 128 accumulators a thread: where operands pass through registers too, these spill.
         hidden = TileConfig(128 if gated else 256, 128, base.hidden.block_k, 8, 3)
         found.append(replace(base, hidden=hidden, down=TileConfig(256, 128, base.down.block_k, 8, 3)))
     return found
@@ -79,17 +76,18 @@ def candidates(
     per_token: bool = False,
     batch_invariant: bool = False,
     int8: bool = False,
-    recent: bool = False,
+    architecture: int = INTERPRETER,
 ) -> list[Config]:
     """At most 12 configurations to time, the analytic one first; arguments as in `default_config`.
 
     Args:
         batch_invariant: there is one answer for every `m`, so nothing to time.
         int8: the record is int8, which takes other tiles through registers.
-        recent: for compute capability 9.0 and newer, which have descriptors, and matrix units that read shared memory.
+        architecture: see `hardware`; nothing is offered that does not fit there.
     """
     half = dtype != torch.float32
-    first = default_config(m, k, d, dtype, gated, gather, aligned, per_token, batch_invariant, int8)
+    form = (k, d, dtype, gated, gather, aligned)
+    first = default_config(m, *form, per_token, batch_invariant, int8, architecture)
     found: list[Config] = [first]
     if batch_invariant or k == 0:
         return found
@@ -98,14 +96,17 @@ def candidates(
         single = decode_config(1 if per_token else m, k, d, dtype, gated, aligned, int8)
         found += _decode(single, d, int8) if wide else [single]
     if not per_token:
-        base = prefill_config(m, k, d, dtype, gated, gather, aligned)
+        base = prefill_config(m, *form, int8=int8, architecture=architecture)
+        from_shared = multiplies_from_shared(architecture)
         if not wide:
             more: list[Config] = [base]
         elif m <= MAX_TOKENS:
-            more = _few(base, gather)
+            more = _few(base, gather, from_shared and not int8)
+        elif int8:
+            more = [base, _deeper(base, gather)]
         else:
-            more = [base, _deeper(base, gather)] if int8 else _many(base, gated, recent and not gather)
-        if recent and wide and not gather and not int8:
+            more = _many(base, gated, from_shared and not gather)
+        if has_descriptors(architecture) and wide and not gather and not int8:
             more += [replace(c, descriptors=True) for c in more if isinstance(c, PrefillConfig)]
         found += more
-    return list(dict.fromkeys(found))[:12]
+    return list(dict.fromkeys(c for c in found if fits(c, gated, gather, dtype, architecture)))[:12]

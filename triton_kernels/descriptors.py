@@ -15,21 +15,21 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import PrefillConfig
+from .hardware import has_descriptors
 from .launch import Problem
 from .products import split_of, store_down, tile_of
 from .tile import finish
 
-_CAPABILITY = (9, 0)
 
-
-@triton.jit(do_not_specialize=["M", "K"])
+@triton.jit(do_not_specialize=["M", "K", "width"])
 def hidden_descriptor_kernel(
     x,  # descriptor of tokens [M, D], blocks [BLOCK_M, BLOCK_D]
     first,  # descriptor of the first part of the records, [F, D], blocks [BLOCK_N, BLOCK_D]
     second,  # descriptor of the up part of gated records, or None
     neuron_bias,  # [F, P-1] or None
     bias_stride,  # elements between bias rows
-    hidden,  # out, descriptor of [M, width], blocks [BLOCK_M, BLOCK_N], width = K rounded up to BLOCK_N
+    hidden,  # out, descriptor of [M, width], blocks [BLOCK_M, BLOCK_N]
+    width,  # K rounded up to whole blocks, of this product and of the next
     M,  # number of tokens
     K,  # number of kept neurons, F
     D,  # hidden_size
@@ -41,7 +41,7 @@ def hidden_descriptor_kernel(
     BLOCK_D: tl.constexpr,  # channels of x taken at once
     GROUP: tl.constexpr,  # see tile_of
 ):
-    row_block, column_block = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP)
+    row_block, column_block = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), width // BLOCK_N, GROUP)
     row, column = row_block * BLOCK_M, column_block * BLOCK_N
     one = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     two = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
@@ -96,7 +96,7 @@ def why_not(p: Problem) -> str | None:
         return "descriptors are for records in the dtype of x, and this record is int8"
     if not p.aligned:
         return "descriptors need record parts on 16-byte boundaries"
-    if p.x.device.type == "cuda" and torch.cuda.get_device_capability(p.x.device) < _CAPABILITY:
+    if not has_descriptors(p.architecture):
         return "descriptors need compute capability 9.0 or newer"
     return None
 
@@ -136,6 +136,7 @@ def arguments(
         "neuron_bias": p.neuron_bias,
         "bias_stride": 0 if p.neuron_bias is None else p.neuron_bias.stride(0),
         "hidden": hidden_rows([up.block_m, up.block_n]),
+        "width": hidden.shape[1],
         "M": p.m,
         "K": p.k,
         "D": d,

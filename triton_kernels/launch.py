@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import Config, decode_config, default_config, prefill_config
+from .config import Config
+from .defaults import decode_config, default_config, prefill_config
+from .hardware import INTERPRETER
 
 
 class Launch(NamedTuple):
@@ -57,6 +59,7 @@ class Problem(NamedTuple):
         scales: `[F, P]` float32 with an int8 record, else None.
         count: `[1]` int32, or `[M]` with one list a token, or None.
         bf16_bits: the tensors hold bfloat16 values in float32, see `round_like`.
+        architecture: where it runs, see `hardware`.
     """
 
     x: Tensor
@@ -70,6 +73,7 @@ class Problem(NamedTuple):
     scales: Tensor | None = None
     count: Tensor | None = None
     bf16_bits: bool = False
+    architecture: int = INTERPRETER
 
     @property
     def m(self) -> int:
@@ -104,8 +108,9 @@ class Problem(NamedTuple):
         if kind == "decode":
             return decode_config(1 if self.per_token else self.m, *sizes, self.aligned, int8)
         if kind == "prefill":
-            return prefill_config(self.m, *sizes, gather, self.aligned, batch_invariant)
-        return default_config(self.m, *sizes, gather, self.aligned, self.per_token, batch_invariant, int8)
+            return prefill_config(self.m, *sizes, gather, self.aligned, batch_invariant, int8, self.architecture)
+        per_token, architecture = self.per_token, self.architecture
+        return default_config(self.m, *sizes, gather, self.aligned, per_token, batch_invariant, int8, architecture)
 
     def weights(self) -> dict[str, Any]:
         """Arguments of the kernels that compute hidden activations."""

@@ -18,12 +18,13 @@ import triton.language as tl
 
 from . import descriptors, reduce
 from .config import PrefillConfig
+from .hardware import multiplies_from_shared
 from .launch import Launch, Problem
 from .products import split_of, store_down, tile_of
 from .tile import hidden_tile, kept_neurons, record_rows
 
 
-@triton.jit(do_not_specialize=["M", "K"])
+@triton.jit(do_not_specialize=["M", "K", "width"])
 def hidden_kernel(
     x,  # [M, D] tokens
     x_stride,  # elements between tokens
@@ -35,8 +36,9 @@ def hidden_kernel(
     bias_stride,  # elements between bias rows
     index,  # [K] int32 kept neurons, or None
     count,  # [1] int32, how many of index are used, or None for all
-    hidden,  # out [M, width], width = K rounded up to BLOCK_N
+    hidden,  # out [M, width]
     hidden_stride,  # elements between hidden rows
+    width,  # K rounded up to whole blocks, of this product and of the next
     M,  # number of tokens
     K,  # number of kept neurons; length of the index
     D,  # hidden_size
@@ -46,12 +48,13 @@ def hidden_kernel(
     BLOCK_M: tl.constexpr,  # tokens of a program
     BLOCK_N: tl.constexpr,  # neurons of a program
     BLOCK_D: tl.constexpr,  # channels of x taken at once
+    WHOLE: tl.constexpr,  # neurons of a whole block of this product and of the next: behind K it is filled with zeros
     GROUP: tl.constexpr,  # see tile_of
 ):
-    row_block, column_block = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP)
+    row_block, column_block = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), width // BLOCK_N, GROUP)
     K = kept_neurons(count, K)
     if count is not None:  # noqa: SIM102 - one is decided when the kernel is compiled
-        if column_block * BLOCK_N >= K:
+        if column_block * BLOCK_N >= tl.cdiv(K, WHOLE) * WHOLE:
             return
     tokens = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     neurons = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -85,6 +88,7 @@ def down_kernel(
     BLOCK_M: tl.constexpr,  # tokens of a program
     BLOCK_N: tl.constexpr,  # channels of a program
     BLOCK_K: tl.constexpr,  # neurons taken at once; divides the width of hidden
+    TOKENS_LEFT: tl.constexpr,  # tokens are the left operand, not the weights
     GROUP: tl.constexpr,  # see tile_of
 ):
     split = tl.program_id(0) % splits
@@ -95,21 +99,33 @@ def down_kernel(
     d = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     hidden_tiles = hidden + tokens.to(tl.int64)[:, None] * hidden_stride + k[None, :]
-    total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    # Weights stand on the left where matrix instructions read them from shared memory. Where those read registers,
+    # Triton brings a turned left operand in through registers too, and copies it asynchronously on the right only.
+    if TOKENS_LEFT:
+        total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for start in range(begin, end, BLOCK_K):
         neurons = start + k
         rows = record_rows(index, neurons, K)
         hs = tl.load(hidden_tiles + start, mask=(tokens < M)[:, None], other=0.0)
         mask = (neurons < K)[:, None] & (d < D)[None, :]
         ws = tl.load(down + rows[:, None] * record_stride + d[None, :], mask=mask, other=0)
-        total = tl.dot(tl.trans(ws.to(hidden.dtype.element_ty)), tl.trans(hs), total, input_precision="ieee")
+        ws = ws.to(hidden.dtype.element_ty)
+        if TOKENS_LEFT:
+            total = tl.dot(hs, ws, total, input_precision="ieee")
+        else:
+            total = tl.dot(tl.trans(ws), tl.trans(hs), total, input_precision="ieee")
+    if TOKENS_LEFT:
+        total = tl.trans(total)
     store_down(total, tokens, d, split, scales, down_bias, residual, residual_stride, partial, out, M, D)
 
 
 def launches(p: Problem, out: torch.Tensor, config: PrefillConfig) -> list[Launch]:
     """The launches that write `out` `[M, D]`; needs at least one kept neuron."""
     up, down = config.hidden, config.down
-    width = triton.cdiv(p.k, up.block_n) * up.block_n
+    whole = max(up.block_n, down.block_k)
+    width = triton.cdiv(p.k, whole) * whole
     hidden = torch.empty((p.m, width), dtype=p.x.dtype, device=p.x.device)
     partial = None
     if config.splits > 1:
@@ -134,15 +150,16 @@ def launches(p: Problem, out: torch.Tensor, config: PrefillConfig) -> list[Launc
         arguments = descriptors.arguments(p, hidden, config, blocks, down_arguments)
     else:
         kernels = (hidden_kernel, down_kernel)
-        first = {**p.weights(), "hidden": hidden, "hidden_stride": hidden.stride(0), **blocks}
+        rows = {"hidden": hidden, "hidden_stride": hidden.stride(0)}
+        first = {**p.weights(), **rows, "width": width, "WHOLE": whole, **blocks}
         second = {
-            "hidden": hidden,
-            "hidden_stride": hidden.stride(0),
+            **rows,
             "down": p.record[:, -p.d :],
             "record_stride": p.record.stride(0),
             "scales": p.scales,
             "index": p.index,
             "count": p.count,
+            "TOKENS_LEFT": p.x.dtype != torch.float32 and not multiplies_from_shared(p.architecture),
             **down_arguments,
         }
         arguments = (first, second)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import decode, elementwise, prefill
 from .candidates import candidates
-from .config import Config, DecodeConfig, prefill_config
+from .config import Config, DecodeConfig
+from .defaults import prefill_config
 from .launch import Launch, Problem
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -30,6 +31,7 @@ class Variant:
         lists: "none", "shared" with a count, or "own" for every token.
         extras: with biases and residual.
         config: None for the analytic one of `phase`.
+        architecture: for which the launches are planned.
     """
 
     m: int
@@ -44,6 +46,7 @@ class Variant:
     lists: str = "none"
     extras: bool = True
     config: Config | None = None
+    architecture: int = 90
 
     def problem(self) -> Problem:
         """The problem, on meta tensors."""
@@ -68,6 +71,7 @@ class Variant:
             index=index,
             scales=empty(self.k, parts, dtype=torch.float32) if self.int8 else None,
             count=None if self.lists == "none" else empty(self.m if own else 1, dtype=torch.int32),
+            architecture=self.architecture,
         )
 
     def launches(self) -> list[Launch]:
@@ -82,17 +86,21 @@ class Variant:
             return decode.launches(p, out, config)
         return prefill.launches(p, out, config)
 
-    def candidates(self, recent: bool) -> list[Variant]:
-        """This problem with every configuration that the kernels offer for it; `recent` as there."""
+    def candidates(self) -> list[Variant]:
+        """This problem with every configuration that the kernels offer for it."""
         offered = candidates(
             self.m, self.k, self.d, _DTYPES[self.dtype], self.gated, self.gather or self.lists != "none",
-            self.problem().aligned, self.lists == "own", int8=self.int8, recent=recent,
+            self.problem().aligned, self.lists == "own", int8=self.int8, architecture=self.architecture,
         )  # fmt: skip
         return [replace(self, config=config) for config in offered]
 
 
-def variants() -> Iterator[Variant]:
-    """Every branch, dtype and kind of tile at least once."""
+def variants(architecture: int) -> Iterator[Variant]:
+    """Every branch, dtype and kind of tile at least once, for sm_`architecture`."""
+    return (replace(variant, architecture=architecture) for variant in _variants())
+
+
+def _variants() -> Iterator[Variant]:
     for phase, m in (("decode", 1), ("prefill", 512)):
         for gated, activation in ((False, "gelu"), (True, "silu")):
             for gather in (False, True):
@@ -112,6 +120,9 @@ def variants() -> Iterator[Variant]:
         yield Variant(m, k, 4096, "bfloat16", True, True, "silu", "decode")
     yield Variant(16, 14336, 4096, "bfloat16", True, True, "silu", "prefill")
     yield Variant(64, 14336, 4096, "bfloat16", True, True, "silu", "prefill")
+    # Few tokens: every width of both products, from full layers and narrow ones.
+    for m, k, gated in itertools.product((16, 64), (7168, 3584), (False, True)):
+        yield Variant(m, k, 4096, "bfloat16", gated, False, "silu", "prefill", extras=False)
     yield Variant(64, 14335, 4097, "float16", True, True, "silu", "decode")
     yield Variant(33, 3072, 768, "float16", False, True, "relu2", "prefill")
     yield Variant(17, 587, 587, "float16", False, False, "relu", "prefill")
@@ -131,5 +142,7 @@ def offered(architecture: int) -> Iterator[Variant]:
     forms = ((False, False, False), (True, False, False), (True, True, False), (True, True, True))
     for m in (1, 16, 64, 4096):
         for gated, gather, int8 in forms:
-            base = Variant(m, 14336, 4096, "bfloat16", gated, gather, "silu", "prefill", int8)
-            yield from base.candidates(recent=architecture >= 90)
+            base = Variant(
+                m, 14336, 4096, "bfloat16", gated, gather, "silu", "prefill", int8, architecture=architecture
+            )
+            yield from base.candidates()

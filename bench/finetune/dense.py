@@ -118,7 +118,7 @@ def prepare(task: Task, model: str, recipe: Recipe, folder: Path, device: str = 
         "loss": curve,
         **evaluate(network, tokenizer, task, recipe),
     }
-    with new_folder(place, overwrite=True) as temporary:
+    with new_folder(place, overwrite=True, strangers=lambda folder: []) as temporary:
         network.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

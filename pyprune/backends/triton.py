@@ -16,8 +16,6 @@ from . import Config, Problem
 
 NAME = "triton"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# First compute capability with hardware for tensor descriptors.
-_RECENT = (9, 0)
 
 
 @functools.cache
@@ -69,7 +67,10 @@ def default_config(problem: Problem) -> Config:
     """The analytic configuration: `kind` is "decode" (a single pass) or "prefill" (two matrix products), and sizes."""
     kernels = _package()
     int8 = problem.weights == torch.int8
-    chosen = kernels.default_config(*_sizes(problem), batch_invariant=problem.batch_invariant, int8=int8)
+    place = kernels.architecture(torch.device(problem.device))
+    chosen = kernels.default_config(
+        *_sizes(problem), batch_invariant=problem.batch_invariant, int8=int8, architecture=place
+    )
     made: Config = kernels.to_json(chosen)
     return made
 
@@ -77,12 +78,11 @@ def default_config(problem: Problem) -> Config:
 def candidate_configs(problem: Problem) -> list[Config]:
     """At most 12 configurations, all compiled in tests without spills; batch-invariant problems have one."""
     kernels = _package()
-    device = problem.device == "cuda" and torch.cuda.is_available()
     found = kernels.candidates(
         *_sizes(problem),
         batch_invariant=problem.batch_invariant,
         int8=problem.weights == torch.int8,
-        recent=device and torch.cuda.get_device_capability() >= _RECENT,
+        architecture=kernels.architecture(torch.device(problem.device)),
     )
     return [kernels.to_json(config) for config in found]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..calibration import Progress, quiet
 from ..errors import InputError, check
 from .pruner import TrainingPruner
-from .resume import load_random_state, load_training, save_training
+from .resume import check_place, load_random_state, load_training, save_training
 from .schedule import check_whole
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -93,6 +93,8 @@ def train(
     check_whole(every, "every", 0)
     wanted = pruner.config.steps if pruner else steps
     check(steps >= wanted, "steps", f"be at least those of the pruner's schedule ({wanted})", steps)
+    if checkpoint is not None:
+        check_place(checkpoint)
     losses = load_training(resume, model, optimizer, scheduler, pruner) if resume is not None else []
     source = _endless(batches)
     for _ in range(len(losses) * accumulate):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, check
-from ..files import new_folder
+from ..files import check_out_folder, new_folder
 from . import persist
-from .pruner import TrainingPruner
+from .pruner import FILE, TrainingPruner
 
 _WEIGHTS, _OPTIMIZER, _RUN = "weights.safetensors", "optimizer.safetensors", "run.safetensors"
 _FORMAT = "pyprune-loop-1"
@@ -54,6 +54,16 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def _strangers(folder: Path) -> list[str]:
+    ours = {_WEIGHTS, _OPTIMIZER, _RUN, FILE}
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
+
+
+def check_place(folder: str | Path) -> None:
+    """Raise `InputError` unless `save_training` may write `folder`: it holds an older state, or nothing."""
+    check_out_folder(folder, True, _strangers)
+
+
 def save_training(
     folder: str | Path,
     model: nn.Module,
@@ -65,13 +75,13 @@ def save_training(
     """Write a checkpoint folder, replacing an older one as a whole.
 
     Raises:
-        InputError: the optimizer or the scheduler has state that is neither tensors nor JSON values.
+        InputError: the optimizer or the scheduler has state that is neither tensors nor JSON, or as `check_place`.
     """
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random.update({f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
     run = {"losses": losses, "scheduler": scheduler.state_dict() if scheduler is not None else None}
-    with new_folder(folder, overwrite=True) as new:
+    with new_folder(folder, True, _strangers) as new:
         persist.write(new / _WEIGHTS, _FORMAT, _weights(model), {})
         persist.write(new / _OPTIMIZER, _FORMAT, *_optimizer_state(optimizer))
         persist.write(new / _RUN, _FORMAT, random, run)

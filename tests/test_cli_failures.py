@@ -1,0 +1,169 @@
+"""When it cannot be done: one clear line, the right exit code, nothing half written, on any screen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from pyprune import checkpoint
+from pyprune.cli import app
+
+SMALL = ("--tokens", "256", "--window", "64", "--multiple", "8")
+NO_TEXT = ("--method", "magnitude-l2-product", "--compensate", "none", "--multiple", "8")
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(code: int, *arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code == code and isinstance(result.exception, SystemExit), result.output
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and result.stdout == "", result.output
+    return lines[0]
+
+
+def process(
+    *arguments: object, limit: int = 0, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """The installed command in a process of its own, whose files may not grow past `limit` KiB."""
+    command = [str(Path(sys.executable).with_name("pyprune")), *map(str, arguments)]
+    if limit:
+        command = ["sh", "-c", f'ulimit -f {limit * 2}; exec "$@"', "sh", *command]
+    return subprocess.run(
+        command, capture_output=True, timeout=300, check=False, env={**os.environ, **(environment or {})}
+    )
+
+
+def without_tokenizer(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder, ignore=shutil.ignore_patterns("tokenizer*")))
+
+
+def test_full_disk(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for out in (tmp_path / "new", tmp_path / "old"):
+        done = process("prune", tiny_checkpoint, "--out", out, *NO_TEXT, limit=16)
+        last = done.stderr.decode().splitlines()[-1]
+        assert done.returncode == 1 and b"Traceback" not in done.stderr and done.stdout == b""
+        assert last.startswith(f"error: {out} could not be written, and nothing was changed: ")
+        assert "File too large" in last
+    assert [p.name for p in tmp_path.iterdir()] == ["old"] and list((tmp_path / "old").iterdir()) == []
+
+
+@pytest.mark.parametrize("width", [None, "abc", 1.5, True, [96]])
+def test_config_with_a_width_that_is_none(width: object, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "bad"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": width}))
+    for verb in (
+        ("inspect",),
+        ("eval",),
+        ("generate", "--prompt", "x"),
+        ("prune", "--out", tmp_path / "x"),
+        ("bench",),
+    ):
+        message = refused(1, verb[0], folder, *verb[1:])
+        assert "intermediate_size" in message and repr(width) in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_broken_model_is_no_mistake_of_the_users(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """1 where there is a model that cannot be read, 2 where there is none."""
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "bad"))
+    (folder / "tokenizer.json").write_text("{")
+    assert "the tokenizer of" in refused(1, "eval", folder)
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors" in refused(1, "inspect", folder)
+    (folder / "config.json").write_text("{")
+    assert "config.json' is not a valid JSON file" in refused(1, "generate", folder, "--prompt", "x")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    assert "bad.gguf" in refused(1, "inspect", tmp_path / "bad.gguf")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(2, "inspect", tmp_path / "empty")
+
+
+def test_help_tells_the_exit_codes() -> None:
+    text = " ".join(call("--help").stdout.split())
+    assert "0 done" in text and "2 a mistake in what was asked for" in text and "1 it could not be done" in text
+
+
+ENCODINGS = ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"})
+
+
+@pytest.mark.parametrize("environment", ENCODINGS, ids=["ascii", "C"])
+def test_screens_that_cannot_show_everything(
+    environment: dict[str, str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Prompts, texts and folders with letters that the encoding lacks, tables too wide for the screen, error lines."""
+    narrow = {**environment, "COLUMNS": "40"}
+    names = "LC_ALL" not in environment  # else the command cannot know what the bytes of a name mean, and says so
+    place = Path(shutil.copytree(tiny_checkpoint, tmp_path / ("modèle-λ" if names else "model")))
+    out = tmp_path / ("é" if names else "out")
+    runs = [
+        (process("generate", place, "--prompt", "naïve λ 語", "--new-tokens", "4", environment=narrow), 0),
+        (process("prune", place, "--out", out, *SMALL, environment=narrow), 0),
+        (process("inspect", place, environment=narrow), 0)
+        if names
+        else (process("prune", place, "--out", tmp_path / "ö", environment=narrow), 2),
+    ]
+    for done, code in runs:
+        assert done.returncode == code and b"Traceback" not in done.stderr, done.stderr.decode()[-2000:]
+        done.stdout.decode("ascii")
+    generated, _, last = (done for done, _ in runs)
+    assert b"na?ve ? ?" in generated.stdout
+    assert names or b"out must be a path in UTF-8, and the locale of UTF-8" in last.stderr
+    assert checkpoint.verify(out)["widths"] == [64] * 3
+
+
+def test_a_prompt_that_is_no_text(tiny_checkpoint: Path) -> None:
+    assert "prompt must be UTF-8" in refused(2, "generate", tiny_checkpoint, "--prompt", "a\udcffb")
+
+
+def test_names_in_brackets_are_no_markup(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(tiny_checkpoint, tmp_path / "a[/bold]"))
+    assert "a[/bold]" in "".join(call("inspect", place).stdout.split())
+    assert call("prune", place, "--out", tmp_path / "x", *SMALL).exit_code == 0
+    assert "x[bold]" in refused(2, "eval", place, "--text", "x[bold]")
+
+
+def test_a_tokenizer_is_asked_for_only_by_what_reads_text(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    place = without_tokenizer(tiny_checkpoint, tmp_path / "bare")
+    result = call("prune", place, "--out", tmp_path / "out", *NO_TEXT)
+    assert result.exit_code == 0, result.output
+    assert "note: no tokenizer is saved: model" in result.stderr and "has no tokenizer" in result.stderr
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    message = refused(2, "prune", place, "--out", tmp_path / "y", *SMALL)
+    assert "has no tokenizer, which is needed here: put its files there" in message
+    call("prune", tiny_checkpoint, "--out", tmp_path / "with", *NO_TEXT)
+    AutoTokenizer.from_pretrained(tmp_path / "with")  # what is there is saved along
+
+
+def test_out_is_checked_before_any_work(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyprune.loading.load_model", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr("pyprune.loading.load_tokenizer", lambda *a, **k: pytest.fail("too late"))
+    (tmp_path / "notes.txt").write_text("x")
+    for verb in (("prune",), ("recover", "--teacher", tiny_checkpoint)):
+        start = (verb[0], tiny_checkpoint, *verb[1:], "--overwrite", "--out")
+        assert "holds notes.txt" in refused(2, *start, tmp_path)
+        assert "max_shard_size must be" in refused(2, *start, tmp_path / "x", "--max-shard-size", "5")
+        with monkeypatch.context() as inside:
+            inside.chdir(tmp_path)
+            assert "out must not be the working folder" in refused(2, *start, ".")
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_shards(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = call("prune", tiny_checkpoint, "--out", tmp_path / "x", *NO_TEXT, "--max-shard-size", "100KB")
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "x").glob("model-*.safetensors"))) > 1
+    assert (tmp_path / "x" / "model.safetensors.index.json").is_file()
+    assert call("verify", tmp_path / "x").exit_code == 0
