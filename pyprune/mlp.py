@@ -74,8 +74,8 @@ class PrunedMLP(FamilyState):
     """
 
     index: Tensor | None
-    # Of `set_width`: neurons that run, or None for all; and what inference keeps: the whole record, its address, and the
-    # views of it that run.
+    # Of `set_width`: neurons that run, or None for all; and what inference keeps: the whole record, its address, and
+    # the views of it that run.
     _width: int | None = None
     _views: tuple[Record, int, Record] | None = None
 
@@ -93,7 +93,12 @@ class PrunedMLP(FamilyState):
         super().__init__()
         check_choice(backend, "backend", dispatch.names())
         self.pattern = pattern
-        check(record.gated == pattern.gated, "record", f"be {'' if pattern.gated else 'not '}gated, as its pattern is", record.gated)
+        check(
+            record.gated == pattern.gated,
+            "record",
+            f"be {'' if pattern.gated else 'not '}gated, as its pattern is",
+            record.gated,
+        )
         self.gated = record.gated
         self.activation = record.activation
         self.transposed = transposed

@@ -65,7 +65,7 @@ class Record:
             check(index.dtype == torch.int32, "index", "have dtype torch.int32", index.dtype)
             if len(index) and not index.is_meta:
                 low, high = (int(n) for n in index.aminmax())
-                check(0 <= low and high < f, "index", f"lie in [0, {f})", (low, high))
+                check(low >= 0 and high < f, "index", f"lie in [0, {f})", (low, high))
 
     @classmethod
     def unchecked(
@@ -127,12 +127,10 @@ class Record:
             )  # fmt: skip
         scales = None if self.scales is None else self.scales[:neurons]
         neuron_bias = None if self.neuron_bias is None else self.neuron_bias[:neurons]
-        return Record.unchecked(
-            self.rows[:neurons], self.gated, self.activation, scales, neuron_bias, self.down_bias
-        )
+        return Record.unchecked(self.rows[:neurons], self.gated, self.activation, scales, neuron_bias, self.down_bias)
 
     def check_dtype(self, dtype: torch.dtype, argument: str) -> None:
-        """Raise `InputError` naming `argument` unless x may have `dtype`: the biases', and one that mixes with the rows.
+        """Raise `InputError` naming `argument` unless x may have `dtype`, given the biases and the rows.
 
         float32, bfloat16 and float16 mix with each other, and any floating dtype with int8.
         """

@@ -2,7 +2,7 @@
 // source file, inside that file's own namespace.
 
 template <Type W, Type X>
-inline void pack_as(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+inline void pack_as(const Call& p, const Workspace& ws, int64_t first, int64_t last) {
   constexpr int V = Weights<W>::kVectors;
   for (int64_t t = first; t < last; ++t) {
     auto* x = static_cast<const typename Values<X>::Element*>(p.x) + t * p.x_stride;
@@ -29,7 +29,7 @@ inline void sum_block(const Workspace& ws, int64_t slabs, int64_t offset, Vec (&
 }
 
 template <Type W, Type X>
-inline void finish_columns(const Problem& p, const Workspace& ws, int64_t slabs, int64_t t, int64_t first,
+inline void finish_columns(const Call& p, const Workspace& ws, int64_t slabs, int64_t t, int64_t first,
                            int64_t last) {
   using Value = typename Values<X>::Element;
   constexpr int V = Weights<W>::kVectors;
@@ -51,7 +51,7 @@ inline void finish_columns(const Problem& p, const Workspace& ws, int64_t slabs,
 }
 
 template <Type W, Type X>
-inline void finish_as(const Problem& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
+inline void finish_as(const Call& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
   int64_t pieces = finish_pieces(p.hidden_size);
   for (int64_t i = first; i < last; ++i) {
     int64_t d = i % pieces * kFinishColumns;

@@ -1,6 +1,6 @@
 // What PyTorch sees: the CUDA kernel of the operator `pyprune::ffn`, and `ffn_cuda`, which takes a plan.
 
-#include "call.h"
+#include "compute.h"
 #include "kernels.h"
 #include "tickets.h"
 
@@ -78,21 +78,16 @@ class Session {
   std::vector<Tensor> held_;
 };
 
-Tensor ffn_cuda(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales,
-                const Maybe& neuron_bias, const Maybe& down_bias, bool gated, const std::string& activation,
-                const std::vector<int64_t>& plan) {
-  check(x.is_cuda(), "x", "be on a CUDA device");
-  Session session(x);
-  return compute({true, x.get_device_index()}, x, record, index, scales, neuron_bias, down_bias, gated, activation,
-                 plan, session.device(), session.memory(), session.stream());
+Tensor ffn_cuda(const Given& given, const std::vector<int64_t>& plan) {
+  check(given.x.is_cuda(), "x", "be on a CUDA device");
+  Session session(given.x);
+  Place place{true, given.x.get_device_index()};
+  return compute(place, given, plan, session.device(), session.memory(), session.stream());
 }
 
-Tensor ffn(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales, const Maybe& neuron_bias,
-           const Maybe& down_bias, bool gated, const std::string& activation, const std::string& backend,
-           int64_t native_tokens) {
-  if (!(backend == "auto" && few_tokens(x, native_tokens)))
-    return by_dispatch(x, record, index, scales, neuron_bias, down_bias, gated, activation, backend);
-  return ffn_cuda(x, record, index, scales, neuron_bias, down_bias, gated, activation, {});
+Tensor ffn(const Given& given, const std::string& backend, int64_t native_tokens, bool batch_invariant) {
+  bool own = backend == "auto" && few_tokens(given.x, native_tokens);
+  return own && !batch_invariant ? ffn_cuda(given, {}) : by_dispatch(given, backend, batch_invariant);
 }
 
 // What the analysis plans on device `device` for these sizes, with what `plan` chooses, as JSON.
@@ -110,16 +105,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyprune, m) {
   m.def(
       "cuda_plan(int device, int tokens, int hidden_size, int neurons, bool gated, bool indexed, "
       "str weights, int[] plan) -> str");
-  m.def(
-      "ffn_cuda(Tensor x, Tensor record, Tensor? index, Tensor? scales, Tensor? neuron_bias, "
-      "Tensor? down_bias, bool gated, str activation, int[] plan) -> Tensor");
+  m.def("ffn_cuda(" PYPRUNE_OPERANDS ", int[] plan) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CompositeExplicitAutograd, m) { m.impl("cuda_plan", TORCH_BOX(&cuda_plan)); }
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CUDA, m) {
-  m.impl("ffn", TORCH_BOX(&ffn));
-  m.impl("ffn_cuda", TORCH_BOX(&ffn_cuda));
+  m.impl("ffn", &Boxed<&ffn>::call);
+  m.impl("ffn_cuda", &Boxed<&ffn_cuda>::call);
 }
 
 }  // namespace pyprune

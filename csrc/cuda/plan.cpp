@@ -19,7 +19,7 @@ void require(bool condition, const char* argument, const std::string& rule) {
 // copies under way for its multiprocessor, and every block more is a partial more.
 struct SinglePassPlanner {
   const Sizes& sizes;
-  const Choice& chosen;
+  const PlanOptions& chosen;
   const Device& device;
   Plan& plan;
 
@@ -112,7 +112,7 @@ struct SinglePassPlanner {
   }
 };
 
-void check(const Choice& c, const Device& device) {
+void check(const PlanOptions& c, const Device& device) {
   require(c.algorithm >= -1 && c.algorithm <= 1, "plan", "have algorithm 0 (single pass) or 1 (two passes)");
   require(c.blocks >= 0 && c.blocks <= 65536, "plan", "have 0 to 65536 blocks");
   bool power = c.cluster >= 0 && c.cluster <= 8 && (c.cluster & (c.cluster - 1)) == 0;
@@ -127,7 +127,7 @@ void check(const Choice& c, const Device& device) {
 
 }  // namespace
 
-Plan make_plan(const Sizes& sizes, const Choice& chosen, const Device& device, Running running) {
+Plan make_plan(const Sizes& sizes, const PlanOptions& chosen, const Device& device, Running running) {
   check(chosen, device);
   require(sizes.tokens >= 1 && sizes.tokens <= kMaxTokens, "x", "hold 1 to 8 tokens");
   require(sizes.hidden_size >= 1 && sizes.hidden_size <= kMostChannels, "x",

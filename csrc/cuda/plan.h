@@ -10,7 +10,7 @@ namespace pyprune {
 enum class Algorithm { single_pass, two_pass };
 
 // Everything that a plan can choose. Zero, or less where zero means something, leaves a choice to the analysis.
-struct Choice {
+struct PlanOptions {
   int32_t algorithm = -1;  // of Algorithm
   int32_t blocks = 0;      // single pass: blocks; two passes: of the hidden pass
   int32_t cluster = 0;     // single pass: blocks of a cluster
@@ -24,7 +24,7 @@ struct Choice {
   int32_t bulk = -1;     // single pass: a neuron by one bulk copy, not by pieces of 16 bytes
 };
 
-constexpr int32_t kChoices = 11;  // members of Choice, in their order
+constexpr int32_t kPlanOptions = 11;  // members of PlanOptions, in their order
 
 struct Device {
   int32_t index;       // CUDA's number of it
@@ -60,7 +60,7 @@ struct Refusal {
 using Running = int (*)(const Sizes& sizes, const Plan& plan);
 
 // Raises Refusal when `chosen` does not fit the sizes or the device.
-Plan make_plan(const Sizes& sizes, const Choice& chosen, const Device& device, Running running);
+Plan make_plan(const Sizes& sizes, const PlanOptions& chosen, const Device& device, Running running);
 
 // The plan as JSON.
 std::string describe(const Plan& plan);

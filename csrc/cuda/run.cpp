@@ -14,17 +14,17 @@ bool on_16_bytes(const void* start, int64_t elements, Type type) {
   return reinterpret_cast<uintptr_t>(start) % 16 == 0 && elements * bytes_of(type) % 16 == 0;
 }
 
-bool aligned(const Problem& p) {
+bool aligned(const Call& p) {
   return on_16_bytes(p.record, p.record_stride, p.weight_type) && on_16_bytes(p.record, p.hidden_size, p.weight_type);
 }
 
 // As torch promotes: eager modules round to this.
-Type rounds_to(const Problem& p) {
+Type rounds_to(const Call& p) {
   if (p.weight_type == Type::i8) return p.x_type == Type::f16 ? Type::f32 : p.x_type;
   return p.x_type == p.weight_type ? p.x_type : Type::f32;
 }
 
-Sizes sizes_of(const Problem& p) {
+Sizes sizes_of(const Call& p) {
   return {p.tokens, p.hidden_size, p.neurons, p.gated, p.index != nullptr, p.weight_type, aligned(p)};
 }
 
@@ -43,16 +43,14 @@ class Carver {
 };
 
 // Whether kernels can read x where it is: see Params.
-bool needs_widening(const Problem& p) {
+bool needs_widening(const Call& p) {
   bool whole = p.hidden_size % piece(p.weight_type) == 0 && on_16_bytes(p.x, p.x_stride, p.x_type);
   return !whole || (p.weight_type == Type::f32 && p.x_type != Type::f32);
 }
 
-Params params_of(const Call& call, const Plan& plan) {
-  const Problem& p = call.problem;
+Params params_of(const Call& p, const Plan& plan) {
   Params params{};
-  params.problem = p;
-  params.rows = call.rows;
+  params.call = p;
   params.row_bytes = static_cast<uint32_t>(p.record_stride * bytes_of(p.weight_type));
   params.rounds_to = rounds_to(p);
   params.aligned = aligned(p);
@@ -69,18 +67,18 @@ Params params_of(const Call& call, const Plan& plan) {
   return params;
 }
 
-Plan plan_of(const Call& call, const Choice& chosen, const Device& device) {
+Plan plan_of(const Call& call, const PlanOptions& chosen, const Device& device) {
   // Asking the device how many clusters it runs takes longer than the kernels of a small layer.
   static std::mutex mutex;
-  static std::map<std::array<int64_t, 11 + kChoices>, Plan> known;
-  Sizes s = sizes_of(call.problem);
-  std::array<int64_t, 11 + kChoices> key{
+  static std::map<std::array<int64_t, 11 + kPlanOptions>, Plan> known;
+  Sizes s = sizes_of(call);
+  std::array<int64_t, 11 + kPlanOptions> key{
       device.index,      s.tokens,      s.hidden_size,   s.neurons, s.gated, s.indexed, static_cast<int64_t>(s.weights),
       device.processors, device.shared, device.clusters, s.aligned};
   const int32_t choices[] = {chosen.algorithm, chosen.blocks, chosen.cluster, chosen.teams,
                              chosen.step,      chosen.stages, chosen.splits,  chosen.evict_first,
                              chosen.overlap,   chosen.early,  chosen.bulk};
-  static_assert(std::size(choices) == kChoices, "every choice is part of the key");
+  static_assert(std::size(choices) == kPlanOptions, "every choice is part of the key");
   std::copy(std::begin(choices), std::end(choices), key.begin() + 11);
   std::lock_guard<std::mutex> lock(mutex);
   auto found = known.find(key);
@@ -95,12 +93,12 @@ int running(const Sizes& sizes, const Plan& plan) {
   return running_clusters(plan.bulk ? compiled.single_pass_bulk : compiled.single_pass, plan.single);
 }
 
-Failure run(const Call& call, const Choice& chosen, const Device& device, const Memory& memory, Stream stream) {
-  if (call.problem.record_stride * bytes_of(call.problem.weight_type) > UINT32_MAX)
+Failure run(const Call& call, const PlanOptions& chosen, const Device& device, const Memory& memory, Stream stream) {
+  if (call.record_stride * bytes_of(call.weight_type) > UINT32_MAX)
     throw Refusal{"record", "have rows less than 2^32 bytes apart"};
   Plan plan = plan_of(call, chosen, device);
   Params params = params_of(call, plan);
-  const Problem& p = params.problem;
+  const Call& p = params.call;
   bool single = plan.algorithm == Algorithm::single_pass;
 
   Carver carver;

@@ -6,12 +6,6 @@
 
 namespace pyprune {
 
-// A call's operands on the device.
-struct Call {
-  Problem problem;
-  int64_t rows;  // F
-};
-
 // Memory of the device, until the call's kernels have run.
 using Allocate = void* (*)(void* context, int64_t bytes);
 
@@ -28,6 +22,6 @@ struct Memory {
 int running(const Sizes& sizes, const Plan& plan);
 
 // Starts the kernels of up to kMaxTokens tokens. Raises Refusal, or returns what CUDA said went wrong.
-Failure run(const Call& call, const Choice& chosen, const Device& device, const Memory& memory, Stream stream);
+Failure run(const Call& call, const PlanOptions& chosen, const Device& device, const Memory& memory, Stream stream);
 
 }  // namespace pyprune

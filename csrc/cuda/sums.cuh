@@ -80,23 +80,23 @@ __device__ inline void add_up(int32_t addends, uint32_t own, uint32_t ways, Load
 // Channels [first, last) of the output, from the partials of all groups; `first` is a multiple of 4. All threads call
 // it.
 __device__ inline void finish(const Params& p, int64_t first, int64_t last) {
-  const Problem& problem = p.problem;
-  int64_t width = padded(problem), quads = (last - first + 3) / 4, stride = problem.tokens * width / 4;
+  const Call& call = p.call;
+  int64_t width = padded(call), quads = (last - first + 3) / 4, stride = call.tokens * width / 4;
   uint32_t ways = threads_of_a_quad(quads, p.groups), own = threadIdx.x % ways;
-  int64_t count = problem.tokens * quads * ways;
+  int64_t count = call.tokens * quads * ways;
   for (int64_t base = 0; base < count; base += blockDim.x) {
     int64_t i = base + threadIdx.x, t = i / ways / quads, d = first + i / ways % quads * 4;
-    int64_t at = t * problem.hidden_size + d;
+    int64_t at = t * call.hidden_size + d;
     bool here = i < count, stores = here && own == 0;
     auto* partial = reinterpret_cast<const float4*>(p.partials + t * width + d);
     float bias[4] = {}, sums[4];
-    if (stores && problem.down_bias) load_four(problem.x_type, problem.down_bias, d, last - d, bias);
+    if (stores && call.down_bias) load_four(call.x_type, call.down_bias, d, last - d, bias);
     add_up(
         p.groups, own, ways,
         [&](int g) { return here ? load_shared_by_blocks(partial + g * stride) : float4{0.0f, 0.0f, 0.0f, 0.0f}; },
         sums);
     for (int j = 0; j < 4; ++j) sums[j] += bias[j];
-    if (stores) store_four(problem.x_type, problem.out, at, last - d, sums);
+    if (stores) store_four(call.x_type, call.out, at, last - d, sums);
   }
 }
 

@@ -78,9 +78,7 @@ class Backend(Protocol):
     def candidate_configs(self, problem: Problem) -> list[Config]:
         """What `pyprune tune` times for a problem it can run; the first is the default."""
 
-    def run(
-        self, x: Tensor, record: Record, config: Config | None = None, batch_invariant: bool = False
-    ) -> Tensor:
+    def run(self, x: Tensor, record: Record, config: Config | None = None, batch_invariant: bool = False) -> Tensor:
         """The FFN of `x` `[M, D]`, by `config` (one of this backend's), or by the default."""
 
 

@@ -1,4 +1,4 @@
-// What one call of an FFN computes, in plain pointers; layouts as in pyprune/reference.py. Knows nothing of torch.
+// What one call of an FFN computes, in plain pointers; layouts as in pyprune/record.py. Knows nothing of torch.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,14 @@ namespace pyprune {
 
 enum class Type { f32, bf16, f16, i8 };
 
-// In the order of pyprune.reference.ACTIVATIONS.
+// In the order of pyprune.activations.
 enum class Activation { gelu, gelu_tanh, relu, relu2, silu, quick_gelu };
 
-struct Problem {
+struct Call {
   int64_t tokens;       // M
   int64_t hidden_size;  // D
   int64_t neurons;      // K, those that are computed
+  int64_t rows;         // F, those in memory
   bool gated;
   Activation activation;
 

@@ -7,13 +7,13 @@
 namespace pyprune {
 namespace {
 
-// What `plan` gives, in the order of Choice; nothing given leaves all to the analysis.
-inline Choice choice_of(const std::vector<int64_t>& plan) {
-  Choice c;
+// What `plan` gives, in the order of PlanOptions; nothing given leaves all to the analysis.
+inline PlanOptions options_of(const std::vector<int64_t>& plan) {
+  PlanOptions c;
   int32_t* members[] = {&c.algorithm, &c.blocks,      &c.cluster, &c.teams, &c.step, &c.stages,
                         &c.splits,    &c.evict_first, &c.overlap, &c.early, &c.bulk};
-  static_assert(std::size(members) == kChoices, "every choice can be given");
-  check(plan.size() <= kChoices, "plan", "have at most eleven numbers");
+  static_assert(std::size(members) == kPlanOptions, "every choice can be given");
+  check(plan.size() <= kPlanOptions, "plan", "have at most eleven numbers");
   for (size_t i = 0; i < plan.size(); ++i) {
     check(plan[i] >= -1 && plan[i] < 1 << 24, "plan", "hold numbers from -1 to 2^24");
     *members[i] = static_cast<int32_t>(plan[i]);
@@ -37,7 +37,7 @@ inline Type type_named(const std::string& name) {
 // The plan for these sizes, as JSON.
 inline std::string describe_plan(const Sizes& sizes, const std::vector<int64_t>& plan, const Device& device) {
   try {
-    return describe(make_plan(sizes, choice_of(plan), device, running));
+    return describe(make_plan(sizes, options_of(plan), device, running));
   } catch (const Refusal& refusal) {
     refuse(refusal);
   }
@@ -48,26 +48,22 @@ inline const void* after(const void* values, int64_t elements, Type type) {
 }
 
 // The FFN on `device`, in chunks of as many tokens as kernels take.
-inline Tensor compute(Place place, const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales,
-                      const Maybe& neuron_bias, const Maybe& down_bias, bool gated, const std::string& activation,
-                      const std::vector<int64_t>& plan, const Device& device, const Memory& memory, Stream stream) {
-  Operands operands(place, x, record, index, scales, neuron_bias, down_bias, gated, activation);
-  Call call{operands.problem(), record.size(0)};
-  check((call.problem.weight_type == Type::i8) == scales.has_value(), "scales", "be given for int8 records only");
-  Choice choice = choice_of(plan);
-  Tensor out = output_like(x);
-  call.problem.out = out.mutable_data_ptr();
-  Problem whole = call.problem;
+inline Tensor compute(Place place, const Given& given, const std::vector<int64_t>& plan, const Device& device,
+                      const Memory& memory, Stream stream) {
+  Operands operands(place, given);
+  PlanOptions options = options_of(plan);
+  Tensor out = output_like(given.x);
+  Call& whole = operands.call();
+  whole.out = out.mutable_data_ptr();
   if (whole.hidden_size == 0) return out;
   for (int64_t first = 0; first < whole.tokens; first += kMaxTokens) {
-    Problem& part = call.problem;
-    part = whole;
+    Call part = whole;
     part.tokens = whole.tokens - first < kMaxTokens ? whole.tokens - first : kMaxTokens;
     part.x = after(whole.x, first * whole.x_stride, whole.x_type);
     part.out = const_cast<void*>(after(whole.out, first * whole.hidden_size, whole.x_type));
     Failure failure = nullptr;
     try {
-      failure = run(call, choice, device, memory, stream);
+      failure = run(part, options, device, memory, stream);
     } catch (const Refusal& refusal) {
       refuse(refusal);
     }
