@@ -118,7 +118,9 @@ def static_table(result: Result) -> list[str]:
             groups.setdefault((r["kernel"], by), []).append(r)
     lines = []
     for (kernel, by), rows in sorted(groups.items(), key=lambda group: group[0][::-1]):
-        of = {sm: [r for r in rows if r["architecture"].startswith(sm)] for sm in ("sm_80", "sm_90", "sm_100", "sm_120")}
+        of = {
+            sm: [r for r in rows if r["architecture"].startswith(sm)] for sm in ("sm_80", "sm_90", "sm_100", "sm_120")
+        }
         kinds = {kind for r in rows for kind in r.get("mma_kinds", "").split("+")} - {"", "none", "FFMA", "FFMA2"}
         spilling = sum(1 for r in rows if r["stack_bytes"] or r["ldl"] or r["stl"])
         registers = [_spans(found, "registers") for found in of.values()]
