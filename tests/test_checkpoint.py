@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pyprune import CheckpointError, InputError, PruneConfig, accelerate, checkpoint, families, prune
+from pyprune import CheckpointError, InputError, PruneConfig, accelerate, prune
+from pyprune.model import checkpoint, families
 
 BARE = PruneConfig(compensate="none")
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pyprune import BackendError, InputError, backends, dispatch, operators, ops, reference
-from pyprune.quantisation import dequantise, quantise
+from pyprune import BackendError, InputError
+from pyprune.base import reference
+from pyprune.ffn import backends, dispatch, operators, ops
+from pyprune.ffn.quantisation import dequantise, quantise
 
 FORMS = list(itertools.product((False, True), (False, True)))  # gated, one list a token
 F, D, K = 12, 8, 6
