@@ -51,7 +51,7 @@ style: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(NATIVE),$(BIN)/clang-format --dry-run -Werror $(NATIVE))
-	$(BIN)/python bench/readme_tables.py --check
+	$(BIN)/python -m bench.tables.readme --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -60,19 +60,19 @@ format: $(READY)
 
 # FFNs on the CPU and one whole model, in about 3 minutes; the plot and README's tables from the result.
 bench: native
-	$(BIN)/python bench/bench_cpu.py
-	$(BIN)/python bench/figure_cpu.py
-	$(BIN)/python bench/readme_tables.py
+	$(BIN)/python -m bench.cpu.run
+	$(BIN)/python -m bench.tables.cpu_figure
+	$(BIN)/python -m bench.tables.readme
 
 # The suites of every backend and device as well.
 bench-all: bench
-	$(BIN)/python bench/run.py
-	$(BIN)/python bench/readme_tables.py
+	$(BIN)/python -m bench.model.run
+	$(BIN)/python -m bench.tables.readme
 
 # On a machine with a GPU: build, measure and test in 9 minutes, by any Python that has torch; bench/results/gpu.json.
-# Where there is no GPU it says so and does nothing. Without make: python3 bench/gpu.py [--quick].
+# Where there is no GPU it says so and does nothing. Without make: python3 -m bench.gpu.job [--quick].
 gpu:
-	$(GPU_PYTHON) bench/gpu.py
+	$(GPU_PYTHON) -m bench.gpu.job
 
 # torch first and pinned, so that nothing else chooses a build of it; the embedded model without its plugin's needs.
 $(READY): pyproject.toml constraints.txt setup.py

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # Plain `pytest` with importlib mode puts nothing on the path, and benches share `shapes`.
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,7 +17,7 @@ class Shape:
     Attributes:
         name: the model.
         hidden_size, intermediate_size: D and F.
-        activation: a key of `pyprune.reference.ACTIVATIONS`.
+        activation: a key of `pyprune.base.reference.ACTIVATIONS`.
         gated: `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
         bias: every projection has one.
         source: d, c or p, see above.

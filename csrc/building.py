@@ -132,7 +132,7 @@ def find_ninja() -> str:
 
 
 def hashes(root: Path, part: str) -> dict[str, str]:
-    """Path below csrc -> SHA-256 of every source in csrc/`part` and csrc/common; pyprune.native compares with it."""
+    """Path below csrc -> SHA-256 of every source in csrc/`part` and csrc/common; `ffn.native` compares with it."""
     csrc = root / "csrc"
     files = sorted(p for folder in (part, "common") for p in (csrc / folder).glob("*") if p.suffix in SOURCES)
     return {p.relative_to(csrc).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

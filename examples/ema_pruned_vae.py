@@ -21,10 +21,10 @@ from vae.experiment import Plan, run
 from vae.model import Loss, Sizes
 from vae.speed import encoder_speed
 
-from pyprune import machine
-from pyprune.errors import check
-from pyprune.files import new_file
-from pyprune.screen import Bars, show, verb
+from pyprune.base import machine
+from pyprune.base.errors import check
+from pyprune.base.files import new_file
+from pyprune.cli.screen import Bars, show, verb
 
 
 @verb

@@ -1,15 +1,16 @@
 """pyprune: structurally pruned feed-forward networks that really run faster, inside real GPT-type models."""
 
-from . import heterogeneous, importance, remote_code
-from .config import PruneConfig
-from .errors import BackendError, CheckpointError, InputError, PypruneError, UnsupportedModelError
-from .families import find_ffns
-from .mask import KeepIndex, Mask
-from .mlp import PrunedMLP
-from .nested import set_width
-from .pruning import PruneReport, prune
-from .surgery import accelerate
-from .warming import warmup
+from .base.errors import BackendError, CheckpointError, InputError, PypruneError, UnsupportedModelError
+from .ffn.accelerate import accelerate
+from .ffn.mlp import PrunedMLP
+from .ffn.warming import warmup
+from .model import heterogeneous, remote_code
+from .model.families import find_ffns
+from .model.mask import KeepIndex, Mask
+from .pruning import importance
+from .pruning.config import PruneConfig
+from .pruning.nested import set_width
+from .pruning.prune import PruneReport, prune
 
 __version__ = "0.1.0"
 

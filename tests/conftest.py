@@ -171,7 +171,8 @@ def more_ids() -> torch.Tensor:
 @pytest.fixture
 def random_mask() -> Callable[..., Any]:
     """`random_mask(model, widths, seed=0)` -> a mask that keeps `widths[i]` random neurons of layer i."""
-    from pyprune import KeepIndex, Mask, families
+    from pyprune import KeepIndex, Mask
+    from pyprune.model import families
 
     def make(model: Any, widths: Sequence[int], seed: int = 0) -> Mask:
         ffns = families.find_ffns(model)
@@ -189,7 +190,7 @@ def random_mask() -> Callable[..., Any]:
 @pytest.fixture
 def masked() -> Callable[..., Any]:
     """`masked(model, mask)` -> a copy of the dense model in which the removed neurons reach nothing."""
-    from pyprune import families
+    from pyprune.model import families
 
     @torch.no_grad()
     def make(model: Any, mask: Any) -> Any:
@@ -206,7 +207,7 @@ def masked() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 1024 tokens, trained here."""
-    from pyprune.text import default_text
+    from pyprune.base.text import default_text
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -232,7 +233,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrai
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
-        from pyprune import native
+        from pyprune.ffn import native
 
         names = ["none"] if native.load() else torch.ops.pyprune.cpu_isas().split(",")
         metafunc.parametrize("isa", names, indirect=True)

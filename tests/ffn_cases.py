@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune import operators
-from pyprune.quantisation import dequantise, quantise
+from pyprune.ffn import operators
+from pyprune.ffn.quantisation import dequantise, quantise
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TYPES = list(itertools.product(FLOATS, (*FLOATS, torch.int8)))  # of x, of weights

@@ -18,7 +18,7 @@ Load = Callable[[str], Any]
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    monkeypatch.syspath_prepend(str(BENCH))  # as when a script is run
+    monkeypatch.syspath_prepend(str(BENCH.parent))  # as when a script is run
     return importlib.import_module
 
 
@@ -28,7 +28,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    places = os.pathsep.join([str(BENCH / "checkout"), str(BENCH)])
+    places = os.pathsep.join([str(BENCH / "checkout"), str(BENCH.parent)])
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment(PYTHONPATH=places, **more), capture_output=True, text=True)
 

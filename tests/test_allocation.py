@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyprune import InputError
-from pyprune.allocation import candidate_widths, exact, global_top, round_width, standardise, uniform
+from pyprune.pruning.allocation.bounds import candidate_widths, round_width, standardise
+from pyprune.pruning.allocation.knapsack import exact
+from pyprune.pruning.allocation.ranked import global_top
+from pyprune.pruning.allocation.uniform import uniform
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import itertools
 import pytest
 import torch
 
-from pyprune import KeepIndex, PrunedMLP, accelerate, backends, dispatch
-from pyprune.backends import Call, Problem
-from pyprune.families import find_ffns
-from pyprune.quantisation import quantise
+from pyprune import KeepIndex, PrunedMLP, accelerate
+from pyprune.ffn import backends, dispatch
+from pyprune.ffn.backends import Call, Problem
+from pyprune.ffn.quantisation import quantise
+from pyprune.model.families import find_ffns
 
 FORMS = list(itertools.product((False, True), (False, True)))  # gated, gather
 PAIRS = [

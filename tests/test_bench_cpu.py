@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from pyprune import InputError, dispatch, reference, roofline
+from pyprune import InputError
+from pyprune.base import reference
+from pyprune.ffn import dispatch
+from pyprune.speed import roofline
 
 BENCH = Path(__file__).parent.parent / "bench"
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))  # as when the script is run
-    return importlib.import_module("bench_cpu")
+    monkeypatch.syspath_prepend(str(BENCH.parent))  # as when the script is run
+    return importlib.import_module("bench.cpu.run")
 
 
 def _row(bench: ModuleType, weights: str = "bfloat16", tokens: int = 1, keep: float = 0.5, **changes: Any) -> Any:
@@ -76,7 +79,7 @@ def test_quick_result(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
     assert result["suite"] == "cpu" and result["machine"]["cores"] >= 1 and "path" not in result["native"]
     assert result["bandwidth_gb_s"] == result["bandwidth"]["gb_s"] > 0 and result["bandwidth_end"]["gb_s"] > 0
     assert set(result["settings"]["huge_pages"]) == {"kernel", "THP_MEM_ALLOC_ENABLE"}
-    assert result["models"] == [] and len(result["goals"]) == len(importlib.import_module("goals_cpu").GOALS)
+    assert result["models"] == [] and len(result["goals"]) == len(importlib.import_module("bench.cpu.goals").GOALS)
     assert [(r["weights"], r["dtype"]) for r in result["rows"]] == [("bfloat16",) * 2, ("int8", "bfloat16")]
     for row in result["rows"]:
         assert (row["hidden_size"], row["intermediate_size"], row["tokens"], row["keep"]) == (576, 1536, 1, 0.5)
@@ -175,11 +178,11 @@ def test_large_layers_inductor_and_the_model_goal(bench: ModuleType) -> None:
 
 
 def test_table_for_readme_and_figure(bench: ModuleType, tmp_path: Path) -> None:
-    figure, tables = importlib.import_module("figure_cpu"), importlib.import_module("readme_tables")
+    figure, tables = importlib.import_module("bench.tables.cpu_figure"), importlib.import_module("bench.tables.readme")
     keeps = (0.25, 0.5, 0.75)
     rows = [_row(bench, "float32", keep=k, compact=400 * k, hidden_size=2048, inductor_dense=390.0) for k in keeps]
     rows.append(_row(bench, "int8", tokens=64))
-    facts = importlib.import_module("pyprune.machine").facts()
+    facts = importlib.import_module("pyprune.base.machine").facts()
     result = {"suite": "cpu", "machine": facts, "bandwidth_gb_s": 31.5, "rows": rows, "models": [_model_row(0.975)]}
     result["goals"] = bench.judge(result)
     (tmp_path / "cpu.json").write_text(json.dumps(result))

@@ -18,7 +18,7 @@ __all__ = ["load"]
 
 
 def test_every_goal_has_cases(load: Load) -> None:
-    cases, goals = load("gpu_cases").all_cases(), load("goals_gpu")
+    cases, goals = load("bench.gpu.cases").all_cases(), load("bench.gpu.goals")
     rows = [{"kind": c.kind, "keep": c.keep, "tokens": c.tokens, "case": c.name} for c in cases]
     for goal in goals.GOALS:
         assert any(goal.where(row) for row in rows), goal.name
@@ -29,12 +29,12 @@ def test_every_goal_has_cases(load: Load) -> None:
     assert {c.shape.name for c in cases if c.kind == "small"} == set(goals.SMALL)
     assert {"model", "inductor", "int8", "contextual"} <= {c.kind for c in cases}
     rivals = {name for case in cases for name in case.wants}
-    assert rivals == set(load("gpu_rivals").RIVALS)
-    assert {name for name, _ in load("gpu_cases").INDUCTOR} >= set(goals.SMALL)
+    assert rivals == set(load("bench.gpu.rivals").RIVALS)
+    assert {name for name, _ in load("bench.gpu.cases").INDUCTOR} >= set(goals.SMALL)
 
 
 def test_dry_cases_are_the_same_cases(load: Load) -> None:
-    cases = load("gpu_cases")
+    cases = load("bench.gpu.cases")
     assert len(cases.dry_cases()) == len(cases.all_cases())
     assert {c.kind for c in cases.choose("decode,gpt2", cases.all_cases())} == {"decode", "small"}
 
@@ -44,7 +44,7 @@ def test_dry_cases_are_the_same_cases(load: Load) -> None:
 
 def test_kernels_in_the_interpreter(load: Load, tmp_path: Path) -> None:
     """The Triton backend, the gather rival and the read loop, checked against float64 on the way."""
-    worker, lines = load("gpu_worker"), tmp_path / "lines.jsonl"
+    worker, lines = load("bench.gpu.worker"), tmp_path / "lines.jsonl"
     names = ["llama-3-8b M 1 keep 0.25", "opt-6.7b M 1 keep 0.25"]
     plan = {"cases": names, "skip": {}, "until": time.time() + 300, "dry": True, "ceilings": False}
     assert worker.Worker(lines, plan).run() == 0
@@ -59,7 +59,7 @@ def test_the_read_loop_reads_every_word(load: Load) -> None:
     import torch
 
     buffer = torch.randint(-(2**31), 2**31 - 1, (2 * 2 * 4 * 4096,), dtype=torch.int32)
-    sums, read = load("gpu_read").reader(buffer, 2)
+    sums, read = load("bench.gpu.read").reader(buffer, 2)
     wanted = [0, 0]
     for i, half in enumerate(buffer.view(2, -1).tolist()):
         for word in half:
@@ -70,7 +70,8 @@ def test_the_read_loop_reads_every_word(load: Load) -> None:
 _COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-import gpu_gather_rival as rival, gpu_read as read
+from bench.gpu import gather_rival as rival
+from bench.gpu import read
 
 def compiled(kernel, signature, constants):
     source = triton.compiler.ASTSource(fn=kernel, signature={**signature, **dict.fromkeys(constants, "constexpr")},
@@ -99,7 +100,7 @@ def test_the_benchs_own_kernels_compile_for_hopper() -> None:
 
 
 def _scheduled(load: Load, folder: Path, how: str, seconds: float = 60, words: str = "few") -> dict[str, Any]:
-    script, bench, cases = folder / "worker.py", load("bench_gpu"), load("gpu_cases")
+    script, bench, cases = folder / "worker.py", load("bench.gpu.run"), load("bench.gpu.cases")
     script.write_text(WORKER)
     report = bench.Report(folder / "gpu.json", {})
     chosen = cases.choose(words, cases.dry_cases())
@@ -125,7 +126,7 @@ def test_a_lost_device_costs_one_variant(load: Load, tmp_path: Path) -> None:
 
 
 def test_a_hang_costs_one_variant(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load("bench_gpu"), "PATIENCE", 0.5)
+    monkeypatch.setattr(load("bench.gpu.run"), "PATIENCE", 0.5)
     result = _scheduled(load, tmp_path, "hang")
     assert result["state"] == "complete" and len(result["rows"]) == 14
     assert "silent for" in json.dumps(result["broken"])
@@ -137,7 +138,7 @@ def test_a_budget_leaves_the_last_cases_out(load: Load, tmp_path: Path) -> None:
 
 
 def test_first_cases_first_then_what_they_had_no_time_for(load: Load, tmp_path: Path) -> None:
-    bench, cases = load("bench_gpu"), load("gpu_cases")
+    bench, cases = load("bench.gpu.run"), load("bench.gpu.cases")
     (tmp_path / "worker.py").write_text(WORKER)
     report = bench.Report(tmp_path / "gpu.json", {})
     command = lambda *files: [sys.executable, str(tmp_path / "worker.py"), *map(str, files), "well"]  # noqa: E731
@@ -153,7 +154,7 @@ def test_first_cases_first_then_what_they_had_no_time_for(load: Load, tmp_path: 
 
 
 def test_a_worker_that_cannot_start_is_not_tried_for_ever(load: Load, tmp_path: Path) -> None:
-    bench, cases = load("bench_gpu"), load("gpu_cases")
+    bench, cases = load("bench.gpu.run"), load("bench.gpu.cases")
     report = bench.Report(tmp_path / "gpu.json", {})
     plan = bench.Schedule(
         report,
@@ -166,7 +167,7 @@ def test_a_worker_that_cannot_start_is_not_tried_for_ever(load: Load, tmp_path: 
 
 
 def test_a_graph_is_as_long_as_it_must_be(load: Load) -> None:
-    timing = load("gpu_timing")
+    timing = load("bench.gpu.timing")
     assert timing.repeats(2, 80e-6) == 13 and timing.repeats(2, 1.0) == 1
     assert timing.repeats(114, 3e-6) == 6 and timing.repeats(600, 1e-6) == 1
 
@@ -218,7 +219,7 @@ def _result() -> dict[str, Any]:
 
 
 def test_goals_are_judged_by_their_worst_case(load: Load) -> None:
-    judged = load("goals_gpu").judge(_result())
+    judged = load("bench.gpu.goals").judge(_result())
     wide = _goal(judged, "decode M = 1, keep 1.0")
     assert wide["met"] is False and wide["worst"]["case"].endswith("gather") and len(wide["cases"]) == 3
     compact = next(c for c in wide["cases"] if c["case"] == "llama-3-8b decode M 1 keep 0.5 compact")
@@ -241,14 +242,14 @@ def test_a_time_that_overlaps_is_called_so(load: Load) -> None:
     row["variants"]["compact:cuda #2"] = {"us": 45.0, "gb_s": 3900.0, "apart_us": 57.5, "programmatic_edges": 1}
     row["variants"]["compact:cuda #2"]["plan"] = {"overlap": 1, "early": 0, "bulk": 1}
     result = _result() | {"rows": [row]}
-    best = _goal(load("goals_gpu").judge(result), "decode M = 1, keep 1.0")["cases"][0]["best"]
+    best = _goal(load("bench.gpu.goals").judge(result), "decode M = 1, keep 1.0")["cases"][0]["best"]
     assert best["variant"] == "compact:cuda #2, overlapping its own next call"
-    (cells,) = load("gpu_tables").overlap_rows(result)
+    (cells,) = load("bench.gpu.tables").overlap_rows(result)
     assert cells[1:] == ["compact:cuda #2", "overlap, bulk", "45.00", "57.50", "2.00", "1"]
 
 
 def test_goals_of_a_run_that_was_cut_short(load: Load) -> None:
-    goals = load("goals_gpu")
+    goals = load("bench.gpu.goals")
     judged = goals.judge({"rows": [], "models": []})
     assert all(goal["met"] is None and goals.cells(goal)[2] == "not measured" for goal in judged)
     row = _row(dense=100, gather=60)
@@ -260,10 +261,10 @@ def test_goals_of_a_run_that_was_cut_short(load: Load) -> None:
 
 
 def test_table_for_readme(load: Load, tmp_path: Path) -> None:
-    tables = load("readme_tables")
+    tables = load("bench.tables.readme")
     readme = "<!-- table:gpu -->\nold\n<!-- /table -->\n"
     assert tables.render(readme, tmp_path) == "<!-- table:gpu -->\n<!-- /table -->\n"
-    result = _result() | {"machine": load("pyprune.machine").facts(), "bandwidth_gb_s": 4000.0}
+    result = _result() | {"machine": load("pyprune.base.machine").facts(), "bandwidth_gb_s": 4000.0}
     (tmp_path / "gpu.json").write_text(json.dumps(result))
     made = tables.render(readme, tmp_path)
     assert (

@@ -12,8 +12,8 @@ BENCH = Path(__file__).parent.parent / "bench"
 
 
 def test_measures_resumes_and_draws(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))  # as when the script is run
-    bench, tables = importlib.import_module("bench_nested"), importlib.import_module("nested_table")
+    monkeypatch.syspath_prepend(str(BENCH.parent))  # as when the script is run
+    bench, tables = importlib.import_module("bench.model.nested"), importlib.import_module("bench.tables.nested")
     monkeypatch.setattr(bench, "SHARES", (1.0, 0.5))
     options = {
         "text": None,

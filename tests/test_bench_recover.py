@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from pyprune import InputError, PruneConfig, checkpoint, loading, prune
-from pyprune.text import default_text
+from pyprune import InputError, PruneConfig, prune
+from pyprune.base.text import default_text
+from pyprune.model import checkpoint, loading
 
 BENCH = Path(__file__).parent.parent / "bench"
 CPU = {"dtype": "float32", "device": "cpu", "name": "recover"}
@@ -18,8 +19,8 @@ CPU = {"dtype": "float32", "device": "cpu", "name": "recover"}
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    module = importlib.import_module("bench_recover")
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    module = importlib.import_module("bench.model.recover")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     return module
 
@@ -49,7 +50,7 @@ def test_a_whole_run(bench: ModuleType, tiny_checkpoint: Path, tmp_path: Path, m
     assert models["recovered"]["generation"]["divergence"] == 6 > models["pruned"]["generation"]["divergence"]
     assert models["recovered"]["wrote"] == models["dense"]["wrote"] != models["pruned"]["wrote"]
     assert result["dense"] == "tiny-llama" and str(tmp_path) not in json.dumps(result)
-    table = "\n".join(importlib.import_module("readme_tables").TABLES["recover"](result))
+    table = "\n".join(importlib.import_module("bench.tables.readme").TABLES["recover"](result))
     assert "+0.0% of dense" in table and "at most +15%: met" in table and "6.0 of 6" in table
     assert "of the dense model trained alike" in table and table.count("| control |") == 3
 

@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import json
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +15,11 @@ import pytest
 import torch
 import typer
 
-from pyprune import InputError, PruneConfig, accelerate, find_ffns, machine, native, prune, roofline, timing
-from pyprune.benchmark import benchmark, compare
+from pyprune import InputError, PruneConfig, accelerate, find_ffns, prune
+from pyprune.base import clock, machine
+from pyprune.ffn import native
+from pyprune.speed import roofline, timing
+from pyprune.speed.benchmark import benchmark, compare
 
 BENCH = Path(__file__).parent.parent / "bench"
 SETTINGS: dict[str, Any] = {
@@ -30,13 +32,9 @@ SETTINGS: dict[str, Any] = {
 
 
 def _load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of bench/, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    """A module of bench/."""
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    return importlib.import_module(name)
 
 
 @pytest.fixture
@@ -98,9 +96,9 @@ def test_bytes_of_an_int8_unit(tiny: Callable[..., Any]) -> None:
 
 
 def test_quantiles_by_hand() -> None:
-    found = timing.quantiles([5.0, 1.0, 4.0, 2.0, 3.0], scale=10)
+    found = clock.quantiles([5.0, 1.0, 4.0, 2.0, 3.0], scale=10)
     assert found == pytest.approx({"p10": 14, "p25": 20, "p50": 30, "p75": 40, "p90": 46})
-    assert timing.median([4.0, 1.0, 3.0, 2.0]) == 2.5
+    assert clock.median([4.0, 1.0, 3.0, 2.0]) == 2.5
 
 
 def test_timed_by_a_fake_clock() -> None:
@@ -110,21 +108,21 @@ def test_timed_by_a_fake_clock() -> None:
     def run() -> None:
         now.seconds += next(steps)
 
-    assert timing.timed(run, now, passes=2, share=3)() == [1.0, 2.0]
+    assert clock.timed(run, now, passes=2, share=3)() == [1.0, 2.0]
 
 
 def test_interleave_takes_turns_and_drops_the_first_round() -> None:
     order: list[str] = []
     steps: list[tuple[int, int]] = []
 
-    def job(name: str) -> timing.Job:
+    def job(name: str) -> clock.Job:
         def run() -> list[float]:
             order.append(name)
             return [float(len(order))]
 
         return run
 
-    found = timing.interleave({"dense": job("dense"), "a": job("a")}, 2, lambda *step: steps.append(step))
+    found = clock.interleave({"dense": job("dense"), "a": job("a")}, 2, lambda *step: steps.append(step))
     assert order == ["dense", "a"] * 3
     assert found == {"dense": [3.0, 5.0], "a": [4.0, 6.0]}
     assert steps == [(0, 3), (1, 3), (2, 3)]
@@ -288,7 +286,7 @@ def test_ceilings_of_weights_in_another_dtype_are_ratios_of_bytes(
     tiny: Callable[..., Any], small_buffer: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gated FFN of D 32: a dense neuron takes 3 * 32 * 4 bytes, one in int8 3 * 32 and three scales of 4."""
-    monkeypatch.setattr("pyprune.benchmark._FEW_TOKENS", 8)
+    monkeypatch.setattr("pyprune.speed.benchmark._FEW_TOKENS", 8)
     dense = tiny("llama")
     narrow = _forms(dense)["narrow"]
     candidates = {"int8": accelerate(copy.deepcopy(narrow), weights="int8"), "same": accelerate(narrow)}
@@ -336,9 +334,9 @@ def test_models_in_training_mode_and_a_second_dense_are_refused(tiny: Callable[.
 
 
 def test_shapes_are_sane(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyprune.reference import ACTIVATIONS
+    from pyprune.base.reference import ACTIVATIONS
 
-    shapes = _load("shapes", monkeypatch)
+    shapes = _load("bench.shapes", monkeypatch)
     assert len(shapes.BY_NAME) == len(shapes.SHAPES) >= 10
     assert set(shapes.DEFAULT) <= set(shapes.BY_NAME)
     assert all(s.activation in ACTIVATIONS and s.source in "dcp" for s in shapes.SHAPES)
@@ -366,7 +364,7 @@ def _results(folder: Path) -> Path:
 
 
 def test_readme_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = _load("readme_tables", monkeypatch)
+    tables = _load("bench.tables.readme", monkeypatch)
     readme, results = tmp_path / "README.md", _results(tmp_path / "results")
     text = "# Title\n\n<!-- table:ffn -->\nold\n<!-- /table -->\n\n<!-- table:model -->\n<!-- /table -->\nend\n"
     readme.write_text(text)
@@ -389,7 +387,7 @@ def test_readme_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_model_table_from_a_report(
     tiny: Callable[..., Any], small_buffer: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tables = _load("readme_tables", monkeypatch)
+    tables = _load("bench.tables.readme", monkeypatch)
     dense = tiny("llama")
     report = benchmark(dense, {"same": copy.deepcopy(dense)}, **SETTINGS).to_json()
     lines = tables.model_table({"machine": machine.facts(), "rows": [{"model": "toy", "report": report}]})
@@ -399,13 +397,13 @@ def test_model_table_from_a_report(
 
 
 def test_a_marker_without_a_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = _load("readme_tables", monkeypatch)
+    tables = _load("bench.tables.readme", monkeypatch)
     with pytest.raises(typer.BadParameter, match="'nothing'"):
         tables.render("<!-- table:nothing -->\n<!-- /table -->", tmp_path)
 
 
 def test_rows_of_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = _load("run", monkeypatch)
+    run = _load("bench.model.run", monkeypatch)
     case = {"extra_info": {"model": "toy", "calls": 2}, "stats": {"data": [2e-6, 4e-6, 6e-6]}, "machine_info": "no"}
     found = run.row(case)
     assert found["us"] == pytest.approx(2.0) and found["samples"] == 3 and found["model"] == "toy"

@@ -11,8 +11,11 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pyprune import InputError, PruneConfig, UnsupportedModelError, blocks, checkpoint, find_ffns, prune, surgery
-from pyprune.calibration import constant_output
+from pyprune import InputError, PruneConfig, UnsupportedModelError, find_ffns, prune
+from pyprune.ffn.accelerate import accelerate
+from pyprune.model import checkpoint, surgery
+from pyprune.pruning import blocks
+from pyprune.pruning.calibration import constant_output
 
 WINDOW = 24  # longer than every sliding or local window of the tiny models
 # A layer's norms stand elsewhere, its attention runs beside the FFN, or its config lists its layers.
@@ -414,7 +417,7 @@ def test_all_ffns_but_one_accelerated(tiny, text):
     blocks.prune_blocks(model, config("ffn", 0.001), text)
     want = model(text).logits
     with torch.no_grad():
-        assert_close(surgery.accelerate(model)(text).logits, want, rtol=1e-4, atol=1e-4)
+        assert_close(accelerate(model)(text).logits, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
@@ -470,7 +473,7 @@ def test_what_is_refused(tiny, text):
 
 @pytest.mark.parametrize("structure", ["ffn", "layer"])
 def test_accelerated_model_is_refused(structure, tiny, text):
-    model = surgery.accelerate(tiny("llama"))
+    model = accelerate(tiny("llama"))
     want = model(text).logits
     with pytest.raises(UnsupportedModelError, match="accelerated already"):
         blocks.prune_blocks(model, config(structure), text)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import InputError
+from pyprune.base.text import default_text
 from pyprune.evaluation import Choice, ChoiceItem, choice_accuracy, choice_difference, choice_items
 from pyprune.evaluation.choice import bootstrap, choice_scores
-from pyprune.text import default_text
 
 
 class Letters:

@@ -8,10 +8,11 @@ import warnings
 import pytest
 import torch
 
-from pyprune import PrunedMLP, backends, choices, dispatch
-from pyprune.choices import Entry
-from pyprune.errors import InputError
-from pyprune.families import find_ffns
+from pyprune import PrunedMLP
+from pyprune.base.errors import InputError
+from pyprune.ffn import backends, choices, dispatch
+from pyprune.ffn.choices import Entry
+from pyprune.model.families import find_ffns
 
 PROBLEM = backends.Problem("cpu", torch.float32, 1, 32, 96, 96, True, False, "silu")
 CPU, TORCH = Entry("cpu", {}, 2e-6), Entry("torch", {}, 1e-6)

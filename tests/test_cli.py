@@ -12,9 +12,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from pyprune import Mask, checkpoint, roofline
-from pyprune.cli import app
-from pyprune.text import default_text
+from pyprune import Mask
+from pyprune.base.text import default_text
+from pyprune.cli.commands import app
+from pyprune.model import checkpoint
+from pyprune.speed import roofline
 
 VERBS = (
     *(
@@ -80,7 +82,7 @@ def test_every_verb_explains_itself(verb: str) -> None:
 
 
 def test_help_names_every_criterion() -> None:
-    from pyprune import importance
+    from pyprune.pruning import importance
 
     text = "".join(call("prune", "--help").stdout.split()).replace("│", "")
     assert all(name in text for name in importance.names())

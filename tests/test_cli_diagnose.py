@@ -11,9 +11,10 @@ import pytest
 import torch
 from test_cli import as_json, call, refused
 
-from pyprune import PruneConfig, checkpoint, loading, prune
-from pyprune.diagnose import Budget, prompts_of
-from pyprune.errors import InputError
+from pyprune import PruneConfig, prune
+from pyprune.base.errors import InputError
+from pyprune.evaluation.diagnose import Budget, prompts_of
+from pyprune.model import checkpoint, loading
 
 SMALL = ("--tokens", 512, "--window", 64, "--prompts", 3, "--prompt-tokens", 8, "--new-tokens", 5, "--items", 4)
 

@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from pyprune import checkpoint
-from pyprune.cli import app
+from pyprune.cli.commands import app
+from pyprune.model import checkpoint
 
 SMALL = ("--tokens", "256", "--window", "64", "--multiple", "8")
 NO_TEXT = ("--method", "magnitude-l2-product", "--compensate", "none", "--multiple", "8")
@@ -148,8 +148,8 @@ def test_a_tokenizer_is_asked_for_only_by_what_reads_text(tiny_checkpoint: Path,
 
 
 def test_out_is_checked_before_any_work(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyprune.loading.load_model", lambda *a, **k: pytest.fail("too late"))
-    monkeypatch.setattr("pyprune.loading.load_tokenizer", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr("pyprune.model.loading.load_model", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr("pyprune.model.loading.load_tokenizer", lambda *a, **k: pytest.fail("too late"))
     (tmp_path / "notes.txt").write_text("x")
     for verb in (("prune",), ("recover", "--teacher", tiny_checkpoint)):
         start = (verb[0], tiny_checkpoint, *verb[1:], "--overwrite", "--out")

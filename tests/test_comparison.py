@@ -13,13 +13,13 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from pyprune import InputError, PruneConfig, comparison, prune
-from pyprune.cli_compare import compare as compare_verb
-from pyprune.comparison import GOALS, OURS, PUBLISHED, STAGE, Recipe, Setting, compare, goals, grid, settings
-from pyprune.evaluation import perplexity
-from pyprune.figures import apart, compare_figure
-from pyprune.summary import comparison_lines
-from pyprune.text import default_text
+from pyprune import InputError, PruneConfig, prune
+from pyprune.base.text import default_text
+from pyprune.cli.compare import compare as compare_verb
+from pyprune.evaluation import comparison, perplexity
+from pyprune.evaluation.comparison import GOALS, OURS, PUBLISHED, STAGE, Recipe, Setting, compare, goals, grid, settings
+from pyprune.evaluation.summary import comparison_lines
+from pyprune.report.figures import apart, compare_figure
 
 CALIBRATION = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
 TEXTS = {"a": CALIBRATION.flip(0, 1), "b": CALIBRATION.roll(3, 1)}
@@ -278,8 +278,8 @@ def test_figure_names_every_setting(tmp_path: Path) -> None:
 
 
 def test_readme_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
-    tables = importlib.import_module("readme_tables")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    tables = importlib.import_module("bench.tables.readme")
     result = _result(random_0=[100.0, 9.0, 9.0], random_1=[140.0, 9.0, 9.0], ours=[28.0, 31.0, 40.5])
     lines = tables.TABLES["compare"](result)
     assert "| random (2 seeds) | published | 120.00 (100.00 to 140.00) | 9.00 (9.00" in " ".join(lines).replace(

@@ -5,8 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from pyprune import InputError
-from pyprune.compensation import least_squares, mean_bias
-from pyprune.importance import ActivationStats
+from pyprune.base.statistics import ActivationStats
+from pyprune.pruning.repair.least_squares import least_squares
+from pyprune.pruning.repair.mean_bias import mean_bias
 
 
 def stats_of(a):

@@ -16,9 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyprune import KeepIndex, PrunedMLP, accelerate, dispatch, native, surgery
-from pyprune.families import find_ffns
-from pyprune.quantisation import quantise
+from pyprune import KeepIndex, PrunedMLP, accelerate
+from pyprune.ffn import dispatch, native
+from pyprune.ffn.quantisation import quantise
+from pyprune.model import surgery
+from pyprune.model.families import find_ffns
 
 pytestmark = pytest.mark.skipif(bool(native.load()), reason=native.load() or "the native library is there")
 
@@ -190,7 +192,7 @@ def test_the_variable_forces_an_instruction_set() -> None:
     last = torch.ops.pyprune.cpu_isas().split(",")[-1]
     code = f"""
 import os, torch
-from pyprune import native
+from pyprune.ffn import native
 assert native.load() is None
 try: torch.ops.pyprune.cpu_isa("")
 except RuntimeError as error: assert "{last}); got nonsense" in str(error), error

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyprune import native, reference
-from pyprune.quantisation import quantise
+from pyprune.base import reference
+from pyprune.ffn import native
+from pyprune.ffn.quantisation import quantise
 
 pytestmark = pytest.mark.skipif(bool(native.load()), reason=native.load() or "the native library is there")
 

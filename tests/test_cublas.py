@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 
-from pyprune import BackendError, backends, dispatch, reference, scratch
-from pyprune.backends import Call, Problem, cublas, torch_eager
+from pyprune import BackendError
+from pyprune.base import reference
+from pyprune.ffn import backends, dispatch, scratch
+from pyprune.ffn.backends import Call, Problem, cublas, torch_eager
 
 PROBLEM = Problem("cuda", torch.float32, 512, 8, 12, 12, True, False, "silu")
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pyprune import InputError, backends, native
-from pyprune.backends import Problem, cuda
+from pyprune import InputError
+from pyprune.ffn import backends, native
+from pyprune.ffn.backends import Problem, cuda
 
 BENCH = Path(__file__).parent.parent / "bench"
 PROBLEM = Problem("cuda", torch.bfloat16, 1, 4096, 14336, 14336, True, False, "silu")
@@ -64,8 +65,8 @@ def test_without_library_or_device_it_says_which(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The bench's planner, within which the backend plans for an H100."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    found = importlib.import_module("gpu_plans")
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    found = importlib.import_module("bench.gpu.plans")
     if found.simulator() is None:
         pytest.skip("the simulator of the CUDA kernels is not built")
     with found.planned_for():

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyprune import reference
+from pyprune.base import reference
 
 LIBRARY = Path(
     os.environ.get("PYPRUNE_SIMULATOR_LIBRARY")

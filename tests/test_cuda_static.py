@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from pyprune import native
-from pyprune.backends import cuda
+from pyprune.ffn import native
+from pyprune.ffn.backends import cuda
 
 BENCH = Path(__file__).parent.parent / "bench"
 pytest.importorskip("triton")
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(bool(native.load_cuda()), reason=native.load_cud
 @pytest.fixture(scope="module")
 def static() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        return importlib.import_module("static_cuda")
+        patch.syspath_prepend(str(BENCH.parent))
+        return importlib.import_module("bench.gpu.static_cuda")
 
 
 @pytest.fixture(scope="module")

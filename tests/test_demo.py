@@ -11,9 +11,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from pyprune import InputError, PypruneError, checkpoint, demo, loading, roofline
-from pyprune.calibration import quiet
-from pyprune.diagnose import Budget
+from pyprune import InputError, PypruneError
+from pyprune.base.progress import quiet
+from pyprune.cli import demo
+from pyprune.evaluation.diagnose import Budget
+from pyprune.model import checkpoint, loading
+from pyprune.speed import roofline
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyprune import InputError
-from pyprune.analysis.deviation import PROBABILITY, VECTOR, probability_deviation, vector_deviation
+from pyprune.evaluation.analysis.deviation import PROBABILITY, VECTOR, probability_deviation, vector_deviation
 
 
 def row(*values: float) -> Tensor:
@@ -168,7 +168,7 @@ def test_rows_are_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(4)
     a, b = torch.randn(9, 20), torch.randn(9, 20)
     whole = probability_deviation(a, b)
-    monkeypatch.setattr("pyprune.analysis.deviation._BLOCK", 40)
+    monkeypatch.setattr("pyprune.evaluation.analysis.deviation._BLOCK", 40)
     assert all(torch.equal(whole[name], value) for name, value in probability_deviation(a, b).items())
     order = torch.randperm(20)  # renaming tokens changes nothing
     for name, value in probability_deviation(a[:, order], b[:, order]).items():

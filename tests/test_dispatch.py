@@ -6,8 +6,9 @@ import importlib
 import pytest
 import torch
 
-from pyprune import BackendError, InputError, backends, dispatch, native, ops, scratch
-from pyprune.backends import costs
+from pyprune import BackendError, InputError
+from pyprune.ffn import backends, dispatch, native, ops, scratch
+from pyprune.ffn.backends import costs
 
 PROBLEM = backends.Problem("cpu", torch.float32, 1, 8, 12, 12, True, False, "silu")
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pyprune import InputError, PruneConfig, prune
-from pyprune.analysis import generation_drift
-from pyprune.analysis.deviation import probability_deviation
 from pyprune.evaluation import likeness
+from pyprune.evaluation.analysis import generation_drift
+from pyprune.evaluation.analysis.deviation import probability_deviation
 from pyprune.evaluation.decode import decode, end_tokens
 
 Tiny = Callable[..., Any]

@@ -3,7 +3,7 @@
 import pytest
 
 from pyprune import BackendError, CheckpointError, InputError, PypruneError, UnsupportedModelError
-from pyprune.errors import check, check_choice
+from pyprune.base.errors import check, check_choice
 
 
 def test_every_error_has_one_base():

@@ -9,18 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from pyprune import (
-    PruneConfig,
-    UnsupportedModelError,
-    accelerate,
-    checkpoint,
-    families,
-    find_ffns,
-    patterns,
-    probe,
-    prune,
-    reference,
-)
+from pyprune import PruneConfig, UnsupportedModelError, accelerate, find_ffns, prune
+from pyprune.base import reference
+from pyprune.model import checkpoint, families, patterns, probe
 
 BARE = PruneConfig(compensate="none")
 ACTIVATIONS = {

@@ -9,7 +9,9 @@ import textwrap
 
 import pytest
 
-from pyprune import InputError, checkpoint, files, loading
+from pyprune import InputError
+from pyprune.base import files
+from pyprune.model import checkpoint, loading
 
 
 def listing(folder):
@@ -140,7 +142,7 @@ def test_permissions_follow_the_umask(umask, tmp_path):
 SAVE_OVER = """
     import os, resource, signal, sys
     from transformers import AutoModelForCausalLM
-    from pyprune import checkpoint, files
+    from pyprune.model import checkpoint; from pyprune.base import files
     out, way = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(out)
     model.model.embed_tokens.weight.data.zero_()

@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 
-from pyprune.diagnose import Budget
+from pyprune.evaluation.diagnose import Budget
 
 BENCH = Path(__file__).parent.parent / "bench"
 
 
 @pytest.fixture
 def text(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("findings_text")
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    return importlib.import_module("bench.experiments.findings_text")
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: ModuleType) -> ModuleType:
-    module = importlib.import_module("bench_findings")
+    module = importlib.import_module("bench.experiments.findings")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(module, "DOCUMENT", tmp_path / "docs" / "findings.md")
     monkeypatch.setattr(module, "WAYS", module.WAYS[:2])

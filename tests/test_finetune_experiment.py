@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyprune.errors import InputError
+from pyprune.base.errors import InputError
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -34,10 +34,12 @@ TEST = """"mr","ref"
 def finetune(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The modules of the experiment by name."""
     pytest.importorskip("sacrebleu")
-    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.syspath_prepend(str(BENCH.parent))
     names = ("answers", "batches", "dense", "evaluate", "figure", "intervals", "metrics", "models", "recipes")
     names += ("redundancy", "run", "runner", "settings", "table", "tasks", "tasks.e2e", "tasks.g2p")
-    return SimpleNamespace(**{n.replace(".", "_"): importlib.import_module(f"finetune.{n}") for n in names})
+    return SimpleNamespace(
+        **{n.replace(".", "_"): importlib.import_module(f"bench.experiments.finetune.{n}") for n in names}
+    )
 
 
 @pytest.fixture
@@ -409,7 +411,7 @@ def test_command(
 ) -> None:
     from typer.testing import CliRunner
 
-    bench = importlib.import_module("bench_finetune")
+    bench = importlib.import_module("bench.experiments.run_finetune")
     made = dataclasses.replace(tiny_recipe, steps=2)
     monkeypatch.setitem(finetune.recipes.RECIPES, ("e2e", "scratch", "cpu"), made)
     app = bench.typer.Typer()

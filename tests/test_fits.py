@@ -9,10 +9,10 @@ import torch
 from torch.testing import assert_close
 
 from pyprune import InputError, PruneConfig, UnsupportedModelError, find_ffns, prune
-from pyprune.calibration import LayerStream
-from pyprune.compensation import DAMPINGS, least_squares
-from pyprune.importance import ActivationStats
-from pyprune.reconstruction import refit
+from pyprune.base.statistics import ActivationStats
+from pyprune.pruning.calibration import LayerStream
+from pyprune.pruning.repair.least_squares import DAMPINGS, least_squares
+from pyprune.pruning.repair.refit import refit
 
 SMALL = {"multiple": 8, "keep": 0.5}
 
@@ -208,7 +208,7 @@ def test_protected_layers_stay_whole(tiny, text):
 
 
 def test_latency_keeps_its_promise_on_the_table(tiny, text, monkeypatch):
-    from pyprune import latency
+    from pyprune.speed import latency
 
     widths = tuple(range(8, 97, 8))
     alone = tuple(width / 8 for width in widths)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyprune import KeepIndex, PrunedMLP, accelerate, dispatch, ops, reference
-from pyprune.backends import Call, Problem
-from pyprune.patterns import PATTERNS
+from pyprune import KeepIndex, PrunedMLP, accelerate
+from pyprune.base import reference
+from pyprune.ffn import dispatch, ops
+from pyprune.ffn.backends import Call, Problem
+from pyprune.model.patterns import PATTERNS
 
 F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
 ON_CPU, ON_GPU = ("torch", "cpu"), ("torch", "triton", "cuda", "cublas")

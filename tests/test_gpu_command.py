@@ -1,4 +1,4 @@
-"""bench/gpu.py without a GPU: a rehearsal of the whole command, what comes back of it and when, its stages."""
+"""bench/gpu/job.py without a GPU: a rehearsal of the whole command, what comes back of it and when, its stages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["load"]
 
 def _command(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(BENCH / "gpu.py"), "--dry-run", *arguments],
+        [sys.executable, "-m", "bench.gpu.job", "--dry-run", *arguments],
         env=environment(OUT=str(folder)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -59,8 +59,10 @@ def test_the_rehearsal_goes_through_every_stage(rehearsed: tuple[list[dict[str, 
     assert began == sorted(began) and all(f["seconds"] >= 0 and f"  {name}: " in said for name, f in stages.items())
     assert seen[-1]["seconds"] == pytest.approx(began[-1] + stages["other cases"]["seconds"], abs=5)
     assert stages["tests"]["counts"] == {"passed": 4} and stages["warm"]["codes"] == [0]
-    if load("gpu_plans").simulator() is not None:
-        names = {c.name for c in load("gpu_cases").all_cases() if c.kind in ("decode", "small", "int8", "contextual")}
+    if load("bench.gpu.plans").simulator() is not None:
+        names = {
+            c.name for c in load("bench.gpu.cases").all_cases() if c.kind in ("decode", "small", "int8", "contextual")
+        }
         assert names <= set(stages["plans"]["cases"])
         assert all(len(plans) > 3 for plans in stages["plans"]["cases"].values())
     assert {"gpu.json", "tests.log", "outcomes.jsonl"} <= {file.name for file in folder.iterdir()}
@@ -103,14 +105,14 @@ def test_a_polite_end_is_recorded(tmp_path: Path) -> None:
 _KILLED = """
 import os, sys
 from pathlib import Path
-import gpu_output
+from bench.gpu import output as gpu_output
 Path.replace = lambda *_: os._exit(9)
 gpu_output.place("new", Path(sys.argv[1]) / "gpu.json", Path(sys.argv[2]))
 """
 
 
 def test_a_kill_between_writing_and_renaming(load: Load, tmp_path: Path) -> None:
-    out, work, output = tmp_path / "out", tmp_path / "work", load("gpu_output")
+    out, work, output = tmp_path / "out", tmp_path / "work", load("bench.gpu.output")
     output.place("old", out / "gpu.json", work)
     assert run("-c", _KILLED, str(out), str(work)).returncode == 9
     assert {p.name: p.read_text() for p in out.iterdir()} == {"gpu.json": "old"}
@@ -121,7 +123,7 @@ def test_a_kill_between_writing_and_renaming(load: Load, tmp_path: Path) -> None
 def test_on_another_file_system_it_is_written_beside(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, output, rename = tmp_path / "out", load("gpu_output"), Path.replace
+    out, output, rename = tmp_path / "out", load("bench.gpu.output"), Path.replace
 
     def replace(self: Path, target: Path) -> Path:
         if self.parent != target.parent:
@@ -139,7 +141,7 @@ def test_on_another_file_system_it_is_written_beside(
 
 
 def test_logs_come_back_without_their_middle(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = load("gpu_output")
+    output = load("bench.gpu.output")
     monkeypatch.setattr(output, "HEAD", 5)
     monkeypatch.setattr(output, "TAIL", 8)
     logs, out = tmp_path / "logs", tmp_path / "out"
@@ -161,7 +163,7 @@ def test_the_rehearsal_measures_every_case(rehearsed: tuple[list[dict[str, Any]]
     seen, said, _ = rehearsed
     result = seen[-1]
     assert result["state"] == "complete" and result["dry_run"] and result["left_out"] == [] and result["broken"] == {}
-    names = {c.name for c in load("gpu_cases").dry_cases() if c.kind not in ("model", "inductor")}
+    names = {c.name for c in load("bench.gpu.cases").dry_cases() if c.kind not in ("model", "inductor")}
     assert {row["case"] for row in result["rows"]} == names
     for row in result["rows"]:
         contextual, all_kept = row["kind"] == "contextual", row["keep"] == 1
@@ -178,7 +180,7 @@ def test_the_rehearsal_measures_every_case(rehearsed: tuple[list[dict[str, Any]]
             assert ("apart_us" in entry) == (name in separable)
             assert ("error" in entry) == (name.split(":")[0] == "compact" or name.split(":")[0].split()[0] in ours)
     assert any(entry["sets"] > 1 for entry in result["rows"][0]["variants"].values())
-    assert {len(result["inductor"]), len(load("gpu_cases").INDUCTOR)} == {4}
+    assert {len(result["inductor"]), len(load("bench.gpu.cases").INDUCTOR)} == {4}
     assert all(entry["us"] > 0 for entry in result["inductor"].values())
     (model,) = result["models"]
     assert set(model["models"]) == {"dense", "narrow", "accelerated"} and model["share_of_ceiling"] > 0
@@ -193,7 +195,7 @@ def test_the_rehearsal_measures_every_case(rehearsed: tuple[list[dict[str, Any]]
 def test_without_a_gpu_nothing_is_done(
     load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    driver, stages = load("gpu"), load("gpu_stages")
+    driver, stages = load("bench.gpu.job"), load("bench.gpu.stages")
     monkeypatch.setattr(stages, "devices", lambda: 0)
     for name in ("fresh_logs", "probe", "build", "warm"):
         monkeypatch.delattr(stages, name)
@@ -203,7 +205,7 @@ def test_without_a_gpu_nothing_is_done(
 
 
 def test_a_python_that_will_not_do_is_refused(load: Load) -> None:
-    unfit = load("gpu").unfit
+    unfit = load("bench.gpu.job").unfit
     assert "has none that can be imported (no torch)" in unfit({"torch": None, "why": "no torch"}, False)
     assert "does not" in unfit({"torch": "2.11", "sees": False, "pyprune": True}, False)
     assert "cannot be imported" in unfit({"torch": "2.11", "sees": True, "pyprune": False, "why": "x"}, False)
@@ -212,7 +214,9 @@ def test_a_python_that_will_not_do_is_refused(load: Load) -> None:
 
 def test_the_order_where_there_is_a_gpu(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command replaced by one that only says when it ran."""
-    driver, bench, stages, testing, boxed = map(load, ("gpu", "bench_gpu", "gpu_stages", "gpu_tests", "boxed"))
+    driver, bench, stages, testing, boxed = map(
+        load, ("bench.gpu.job", "bench.gpu.run", "bench.gpu.stages", "bench.gpu.tests", "bench.boxed")
+    )
     logs = tmp_path / "logs"
     logs.mkdir()
     (tmp_path / "worker.py").write_text(WORKER)
@@ -242,15 +246,15 @@ def test_the_order_where_there_is_a_gpu(load: Load, tmp_path: Path, monkeypatch:
         ran.clear()
         report = bench.Report(tmp_path / "gpu.json", {})
         whole = driver.Run(report, logs, None, 300, False)
-        assert whole.all(load("gpu_cases").all_cases(), quick) is None
+        assert whole.all(load("bench.gpu.cases").all_cases(), quick) is None
         assert list(whole.stages) == wanted and not driver.failures(whole.stages)
         assert ran == ["probe", "warm", "build", "tests", *([] if quick else ["sanitizer", "warm"])]
         kinds = {row["case"] for row in report.result["rows"]}
-        assert len(kinds) == (8 if quick else len(load("gpu_cases").all_cases()))
+        assert len(kinds) == (8 if quick else len(load("bench.gpu.cases").all_cases()))
 
 
 def test_an_unfit_python_leaves_the_last_result(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver, bench, stages = load("gpu"), load("bench_gpu"), load("gpu_stages")
+    driver, bench, stages = load("bench.gpu.job"), load("bench.gpu.run"), load("bench.gpu.stages")
     result = tmp_path / "results" / "gpu.json"
     result.parent.mkdir()
     result.write_text("the last one")
@@ -264,7 +268,7 @@ def test_an_unfit_python_leaves_the_last_result(load: Load, tmp_path: Path, monk
 
 
 def test_tests_and_sanitizer_are_recorded(load: Load, tmp_path: Path) -> None:
-    testing, boxed = load("gpu_tests"), load("boxed")
+    testing, boxed = load("bench.gpu.tests"), load("bench.boxed")
     log = tmp_path / "tests-0.log"
     outcomes = [
         {"id": "a", "outcome": "passed", "seconds": 1.0, "message": ""},
@@ -283,9 +287,9 @@ def test_tests_and_sanitizer_are_recorded(load: Load, tmp_path: Path) -> None:
     assert testing.sanitizer_facts(None, None)["verdict"] == "none"
     assert testing.sanitizer_facts(box, 0)["verdict"] == "clean"
     well = {"build": {"code": 0}, "tests": {"code": None}, "first cases": {"code": 0}, "sanitizer": {"verdict": "none"}}
-    assert load("gpu").failures(well) == []
+    assert load("bench.gpu.job").failures(well) == []
     wrong = {**well, "tests": facts, "sanitizer": {"verdict": "errors"}}
-    assert load("gpu").failures(wrong) == ["tests", "sanitizer"]
+    assert load("bench.gpu.job").failures(wrong) == ["tests", "sanitizer"]
     assert testing.test_files(True) == ["tests/test_gpu.py"]
     assert testing.test_files(False)[0] == "tests/test_gpu.py"
     assert "tests/test_triton_kernels.py" in testing.test_files(False)
@@ -304,7 +308,7 @@ def test_processes_share_the_tests(load: Load, tmp_path: Path) -> None:
             str(tmp_path),
             "-q",
             "-p",
-            "gpu_outcomes",
+            "bench.gpu.outcomes",
             "-c",
             os.devnull,
             "-p",
@@ -319,7 +323,7 @@ def test_processes_share_the_tests(load: Load, tmp_path: Path) -> None:
 def test_a_library_built_beforehand_is_told_from_a_compiled_one(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages, boxed, driver = load("gpu_stages"), load("boxed"), load("gpu")
+    stages, boxed, driver = load("bench.gpu.stages"), load("bench.boxed"), load("bench.gpu.job")
     monkeypatch.setattr(stages, "ROOT", tmp_path)
     monkeypatch.setattr(
         stages, "_BUILD", "import os; print(os.environ['PYPRUNE_PREBUILT'], os.environ['PYPRUNE_CUDA_ARCHS'])"
@@ -341,12 +345,12 @@ def test_a_library_built_beforehand_is_told_from_a_compiled_one(
 
 
 def test_the_architecture_of_a_device(load: Load) -> None:
-    find = load("gpu_stages").architecture
+    find = load("bench.gpu.stages").architecture
     assert (find([9, 0]), find([8, 7]), find([7, 5]), find(None)) == ("90", "80", None, None)
 
 
 def test_a_box_ends_what_runs_too_long(load: Load, tmp_path: Path) -> None:
-    boxed = load("boxed")
+    boxed = load("bench.boxed")
     box = boxed.Box.start(
         [sys.executable, "-c", "print('on', flush=True); import time; time.sleep(60)"], tmp_path / "a.log", 1
     )

@@ -9,8 +9,10 @@ from conftest import VOCABULARY, WIDTH, make_model
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from pyprune import InputError, families, gradients, importance
-from pyprune.importance import ActivationStats
+from pyprune import InputError
+from pyprune.base.statistics import ActivationStats
+from pyprune.model import families
+from pyprune.pruning import gradients, importance
 
 # Conv1D, gated, gated with biases, fused, in the decoder layer, plain with biases, w1/w3/w2.
 SPELLINGS = ("gpt2", "llama", "llama mlp_bias", "phi3", "opt", "gpt_neox", "lfm2")

@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from pyprune import PruneConfig, checkpoint, families, find_ffns, heterogeneous, prune, surgery
+from pyprune import PruneConfig, find_ffns, prune
+from pyprune.model import checkpoint, families, heterogeneous, surgery
 
 BARE = PruneConfig(compensate="none")
 WIDTHS = (40, 24, 96)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyprune import InputError, importance
-from pyprune.importance import ActivationStats, GradientStats, criterion
-from pyprune.patterns import FFNWeights
+from pyprune import InputError
+from pyprune.base.statistics import ActivationStats, GradientStats
+from pyprune.model.patterns import FFNWeights
+from pyprune.pruning import importance
+from pyprune.pruning.importance import criterion
 
 # Two neurons, D = 2.
 GATE = torch.tensor([[1.0, 0.0], [0.0, -2.0]])

@@ -7,10 +7,12 @@ import torch
 from conftest import make_model
 from torch.testing import assert_close
 
-from pyprune import InputError, families, gradients, importance
-from pyprune.importance import ActivationStats, GradientStats
-from pyprune.importance.uniqueness import similarity, uniqueness
-from pyprune.patterns import FFNWeights
+from pyprune import InputError
+from pyprune.base.statistics import ActivationStats, GradientStats
+from pyprune.model import families
+from pyprune.model.patterns import FFNWeights
+from pyprune.pruning import gradients, importance
+from pyprune.pruning.importance.uniqueness import similarity, uniqueness
 
 BY_GRADIENT = [n for n in importance.names() if importance.get(n).needs & {"gradients", "gradients2"}]
 

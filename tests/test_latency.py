@@ -13,10 +13,12 @@ import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyprune import InputError, accelerate, find_ffns, latency
-from pyprune.latency import LatencyTable, Workload, choose_widths, factors, measure, part, rising
-from pyprune.mlp import PrunedMLP
-from pyprune.sensitivity import SensitivityCurves
+from pyprune import InputError, accelerate, find_ffns
+from pyprune.ffn.mlp import PrunedMLP
+from pyprune.pruning.allocation.by_latency import choose_widths
+from pyprune.pruning.sensitivity import SensitivityCurves
+from pyprune.speed import latency
+from pyprune.speed.latency import LatencyTable, Workload, factors, measure, part, rising
 
 
 def make_table(sizes=(8, 8), widths=(2, 4, 6, 8), alone=(1.0, 2.0, 3.0, 4.0), step=20.0, **more):
@@ -288,8 +290,8 @@ def test_with_a_fake_clock_the_model_is_found_again(tiny, monkeypatch):
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))  # as when the script is run
-    return importlib.import_module("bench_latency_aware")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))  # as when the script is run
+    return importlib.import_module("bench.model.latency_aware")
 
 
 def test_promised_against_measured_by_hand(bench):
@@ -323,7 +325,7 @@ def test_the_bench_runs_and_its_table_can_be_made(bench, tiny_checkpoint, tmp_pa
     assert row["measured"] > 0
     assert row["keep"] == sum(row["widths"]) / 288
     LatencyTable.from_json(result["table"])
-    lines = importlib.import_module("latency_aware_table").latency_aware_table(result)
+    lines = importlib.import_module("bench.tables.latency_aware").latency_aware_table(result)
     assert lines[0].startswith("tiny-llama, decode, 2 at once, float32: a step of the accelerated dense model takes")
     assert lines[-1].startswith(f"| 1.00x | {row['promised']:.3f}x | {row['measured']:.3f}x (")
 

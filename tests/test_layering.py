@@ -1,4 +1,4 @@
-"""Imports point downward only, kernels know no framework, and nothing here can unpickle."""
+"""Folders import downward only, kernels know no framework, and nothing here can unpickle."""
 
 import ast
 import sys
@@ -9,45 +9,11 @@ import pytest
 import pyprune
 
 PACKAGE = Path(pyprune.__file__).parent
-KERNELS = PACKAGE.parent / "triton_kernels"
+ROOT = PACKAGE.parent
+KERNELS, CSRC = ROOT / "triton_kernels", ROOT / "csrc"
 
-# Bottom first. A module imports from lower rows only; a package counts as one module.
-LAYERS = (
-    {"errors", "reference", "heterogeneous", "memory", "machine", "summary", "fresh", "native", "scratch"},
-    {"files", "remote_code", "text", "patterns", "quantisation", "roofline", "screen", "weights"},
-    {"figures", "manifest"},
-    {"report"},
-    {"probe"},
-    {"families"},
-    {"mask", "importance"},
-    {"moments"},
-    {"config", "allocation", "compensation", "calibration", "depth", "backends"},
-    {"gradients", "reconstruction"},
-    {"choices"},
-    {"dispatch"},
-    {"operators"},
-    {"ops"},
-    {"mlp_state"},
-    {"mlp"},
-    {"surgery"},
-    {"checkpoint", "blocks", "sensitivity", "evaluation", "timing"},
-    {"analysis"},
-    {"tasks"},
-    {"loading", "trial", "warming", "latency", "benchmark"},
-    {"pruner"},
-    {"pruning", "tune"},
-    {"training", "nested", "comparison"},
-    {"recovery"},
-    {"options", "doctor", "diagnose"},
-    {"demo"},
-    {"cli_tune", "cli_prune", "cli_recover", "cli_compare", "cli_diagnose", "cli_inspect", "cli_report"},
-    {"cli"},
-)
-RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-
-
-def module_of(path):
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+# Top first. Imports, also those inside functions, go to folders further down; inside a folder they are free.
+FOLDERS = ("cli", "report", "evaluation", "training", "serving", "pruning", "speed", "ffn", "model", "base")
 
 
 def imports_of(path, package):
@@ -59,28 +25,35 @@ def imports_of(path, package):
         elif isinstance(node, ast.ImportFrom):
             parent = folder[: len(folder) - node.level + 1] if node.level else ()
             base = ".".join([*parent, *([node.module] if node.module else [])])
-            yield from ([base] if node.module else [f"{base}.{alias.name}" for alias in node.names])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 SOURCES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
 KERNEL_SOURCES = sorted(KERNELS.glob("*.py"))
+CSRC_SOURCES = sorted(CSRC.rglob("*.py"))
+
+
+def below(path, package):
+    return path.relative_to(package).as_posix()
 
 
 def test_the_package_is_this_checkout():
     assert len(SOURCES) > 20
-    assert len(KERNEL_SOURCES) > 3
+    assert len(KERNEL_SOURCES) > 3 and len(CSRC_SOURCES) > 3
 
 
-def test_every_module_has_its_place():
-    assert {module_of(p) for p in SOURCES} - {"__main__"} <= RANK.keys(), "give the new module a row in LAYERS"
+def test_every_module_lies_in_a_known_folder():
+    assert {below(p, PACKAGE).split("/")[0] for p in SOURCES} <= set(FOLDERS), (
+        "give the new folder its place in FOLDERS"
+    )
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_imports_point_downward(path):
-    own = module_of(path)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: below(p, PACKAGE))
+def test_folders_import_downward(path):
+    own = below(path, PACKAGE).split("/")[0]
+    allowed = {*FOLDERS[FOLDERS.index(own) :], "triton_kernels"}
     used = {name.split(".")[1] for name in imports_of(path, PACKAGE) if name.startswith("pyprune.")}
-    upward = sorted(m for m in used - {own} if RANK[m] >= RANK[own])
-    assert not upward, f"{own} imports {upward}, which are not below it"
+    assert used <= allowed, f"{own} imports {sorted(used - allowed)}, which are not below it"
 
 
 @pytest.mark.parametrize("path", KERNEL_SOURCES, ids=lambda p: p.name)
@@ -89,10 +62,17 @@ def test_kernels_import_torch_triton_and_siblings_only(path):
     assert roots <= {"torch", "triton", "triton_kernels"} | set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *KERNEL_SOURCES], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", CSRC_SOURCES, ids=lambda p: p.name)
+def test_builds_import_the_standard_library_and_siblings_only(path):
+    siblings = {p.stem for p in CSRC_SOURCES}
+    roots = {name.partition(".")[0] for name in imports_of(path, CSRC)}
+    assert roots <= {"ninja"} | siblings | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *KERNEL_SOURCES], ids=lambda p: below(p, ROOT))
 def test_nothing_unpickles(path):
     assert not {"pickle", "dill", "joblib", "marshal", "shelve"} & {
-        n.partition(".")[0] for n in imports_of(path, PACKAGE)
+        n.partition(".")[0] for n in imports_of(path, PACKAGE if PACKAGE in path.parents else KERNELS)
     }
     calls = [ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
     assert not {"torch.load", "eval", "exec", "np.load", "numpy.load"} & set(calls)

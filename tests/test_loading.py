@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyprune import CheckpointError, InputError, PruneConfig, checkpoint, loading, prune
+from pyprune import CheckpointError, InputError, PruneConfig, prune
+from pyprune.model import checkpoint, loading
 
 
 def test_folder(tiny_checkpoint):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyprune.memory import PeakMemory, Room, huge_pages, release
+from pyprune.base.memory import PeakMemory, Room, huge_pages, release
 
 MIB = 1 << 20
 

@@ -10,10 +10,11 @@ from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, find_ffns, patterns
-from pyprune.mlp import pack
-from pyprune.patterns import FFNWeights
-from pyprune.quantisation import WEIGHTS, dequantise, quantise
+from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, find_ffns
+from pyprune.ffn.mlp import pack
+from pyprune.ffn.quantisation import WEIGHTS, dequantise, quantise
+from pyprune.model import patterns
+from pyprune.model.patterns import FFNWeights
 
 KEEP = KeepIndex([0, 3, 4, 40, 77, 95], 96)
 MODULES = ("llama", "phi3", "gpt2", "gptj", "gpt_neox", "starcoder2", "nemotron", "lfm2", "falcon")

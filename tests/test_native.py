@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyprune import native
+from pyprune.ffn import native
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "csrc"))
 import build_cpu
@@ -100,7 +100,8 @@ def test_without_a_compiler_the_reason_is_recorded(root: Path, monkeypatch: pyte
 def test_doctor_and_load_tell_the_recorded_reason(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     line = f"native CPU library not built: {build(root)['reason']}"
-    code = "import sys; from pyprune import cli, native; print(native.load()); sys.argv[1:] = ['doctor']; cli.main()"
+    code = "import sys; from pyprune import cli; from pyprune.ffn import native; print(native.load()); "
+    code += "sys.argv[1:] = ['doctor']; cli.main()"
     said = " ".join(fresh(root / "pyprune" / build_cpu.LIBRARY, code).split())
     assert said.startswith(line)
     assert said.count(line) >= 2, said
@@ -111,7 +112,9 @@ def test_a_built_library_loads_in_a_fresh_process(root: Path) -> None:
     write(root, "one.cpp", OPERATOR)
     record = build(root)
     assert record["compiler"] and record["torch"] == torch.__version__ and record["isas"] == []
-    code = "import json; from pyprune import native; print(json.dumps([native.load(), native.load(), native.facts()]))"
+    code = (
+        "import json; from pyprune.ffn import native; print(json.dumps([native.load(), native.load(), native.facts()]))"
+    )
     first, second, facts = json.loads(fresh(root / "pyprune" / build_cpu.LIBRARY, code))
     assert (first, second) == (None, None)
     assert (facts["state"], facts["isa"], facts["compiler"]) == ("usable", "tiny", record["compiler"])

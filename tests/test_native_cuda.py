@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyprune import native
+from pyprune.ffn import native
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "csrc"))
 import build_cuda
@@ -187,7 +187,8 @@ def test_nothing_is_compiled_again_without_a_change(built: tuple[Path, dict[str,
 @needs_nvcc
 def test_it_loads_without_a_device_beside_the_cpu_library(built: tuple[Path, dict[str, Any]]) -> None:
     code = (
-        "import json, sys; from pyprune import cli, native, ops; import torch; torch.cuda.is_available = lambda: False;"
+        "import json, sys; from pyprune import cli; from pyprune.ffn import native, ops; import torch;"
+        "torch.cuda.is_available = lambda: False;"
         "print(json.dumps([native.load(), native.load_cuda(), native.load_cuda(), native.facts('cuda')])); "
         "print(torch.ops.pyprune.tiny_devices('')); sys.argv[1:] = ['doctor']; cli.main()"
     )

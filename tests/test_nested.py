@@ -19,16 +19,15 @@ from pyprune import (
     PruneConfig,
     PrunedMLP,
     accelerate,
-    checkpoint,
-    families,
     find_ffns,
     prune,
     set_width,
-    surgery,
-    timing,
     warmup,
 )
-from pyprune.nested import FILE, attach, compensate, load, narrowed, prune_nested, sort_neurons
+from pyprune.base import clock
+from pyprune.model import checkpoint, families, surgery
+from pyprune.pruning.nested import FILE, attach, compensate, load, narrowed, prune_nested, sort_neurons
+from pyprune.speed import timing
 
 BARE = PruneConfig(method="magnitude-l2-both", compensate="none")
 # What the checkpoint and `set_width` are told; 96 neurons a layer give 48 and 67.
@@ -280,7 +279,7 @@ def test_cuda_graph_of_a_narrow_module(tiny):
     x = torch.randn(1, 32, dtype=torch.bfloat16, device="cuda")
     warmup(module, (1,))
     out = torch.empty_like(x)
-    replay = timing.graphed(lambda: out.copy_(module(x)), "cuda")
+    replay = clock.graphed(lambda: out.copy_(module(x)), "cuda")
     for _ in range(2):
         x.normal_()
         replay()
@@ -448,7 +447,9 @@ def test_unsorted_gather_and_unattached_models_are_refused(made, tiny, random_ma
     with pytest.raises(InputError, match="be accelerated in mode 'compact'"):
         set_width(gather, 0.5, unsorted=True)
     stock = accelerate(AutoModelForCausalLM.from_pretrained(made[2]))
-    with pytest.raises(InputError, match=r"call pyprune.nested.attach\(model, the folder of nested.safetensors\)"):
+    with pytest.raises(
+        InputError, match=r"call pyprune.pruning.nested.attach\(model, the folder of nested.safetensors\)"
+    ):
         set_width(stock, 0.5)
     assert set_width(stock, 0.5, compensated=False) == [48] * 3
     with pytest.raises(CheckpointError, match=r"names nested.safetensors, which was not loaded.*nothing was written"):

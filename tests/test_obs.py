@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyprune import importance
-from pyprune.compensation import least_squares
-from pyprune.importance import ActivationStats
-from pyprune.importance.obs import DAMPING, removal_errors
-from pyprune.patterns import FFNWeights
+from pyprune.base.statistics import ActivationStats
+from pyprune.model.patterns import FFNWeights
+from pyprune.pruning import importance
+from pyprune.pruning.importance.obs import DAMPING, removal_errors
+from pyprune.pruning.repair.least_squares import least_squares
 
 
 def problem(f, d, tokens, seed=0):

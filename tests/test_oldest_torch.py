@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyprune import native
+from pyprune.ffn import native
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "csrc"))
 import building

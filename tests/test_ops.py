@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pyprune import BackendError, InputError, KeepIndex, operators, ops, reference
-from pyprune.mlp import pack
-from pyprune.patterns import FFNWeights
-from pyprune.quantisation import dequantise, quantise
+from pyprune import BackendError, InputError, KeepIndex
+from pyprune.base import reference
+from pyprune.ffn import operators, ops
+from pyprune.ffn.mlp import pack
+from pyprune.ffn.quantisation import dequantise, quantise
+from pyprune.model.patterns import FFNWeights
 
 FORMS = list(itertools.product((False, True), (False, True)))  # gated, gather
 PUBLIC = {

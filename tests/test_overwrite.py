@@ -5,7 +5,8 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pyprune import InputError, PruneConfig, checkpoint, prune, training
+from pyprune import InputError, PruneConfig, prune, training
+from pyprune.model import checkpoint
 
 BARE = PruneConfig(method="magnitude-l2-product", compensate="none", multiple=8, keep=0.5)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_native_cuda import BINDING, KERNEL, NO_COMPILER, NO_TOOLKIT, SHARED, write
 
-from pyprune import native
+from pyprune.ffn import native
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "csrc"))
 import build_cpu

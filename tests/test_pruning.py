@@ -9,7 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pyprune import InputError, PruneConfig, UnsupportedModelError, checkpoint, find_ffns, importance, prune
+from pyprune import InputError, PruneConfig, UnsupportedModelError, find_ffns, prune
+from pyprune.model import checkpoint
+from pyprune.pruning import importance
 
 NAN, INF = float("nan"), float("inf")
 SMALL = {"multiple": 8, "keep": 0.5}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyprune import InputError
-from pyprune.quantisation import WEIGHTS, cast, dequantise, quantise
+from pyprune.ffn.quantisation import WEIGHTS, cast, dequantise, quantise
 
 TINY = torch.finfo(torch.float32).tiny
 

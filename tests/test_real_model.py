@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyprune import PruneConfig, checkpoint, demo, families, loading, prune
+from pyprune import PruneConfig, prune
+from pyprune.base.text import load_text, token_windows
+from pyprune.cli import demo
 from pyprune.evaluation import perplexity
-from pyprune.text import load_text, token_windows
+from pyprune.model import checkpoint, families, loading
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
 
-from pyprune import PruneConfig, UnsupportedModelError, checkpoint, find_ffns, prune
+from pyprune import PruneConfig, UnsupportedModelError, find_ffns, prune
+from pyprune.model import checkpoint
 
 BARE = {"method": "magnitude-l2-product", "compensate": "none", "multiple": 1}
 SMALL = {
@@ -45,7 +46,7 @@ def refused(model, config, message, monkeypatch):
     """Before a layer is looked at, and with everything as it was."""
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = model.config.to_dict()
-    monkeypatch.setattr("pyprune.pruning._plan", lambda *a: pytest.fail("too late"))
+    monkeypatch.setattr("pyprune.pruning.prune._plan", lambda *a: pytest.fail("too late"))
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         prune(model, config)
     assert "\n" not in str(caught.value)

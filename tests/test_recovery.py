@@ -18,20 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from pyprune import (
-    CheckpointError,
-    InputError,
-    PruneConfig,
-    checkpoint,
-    families,
-    prune,
-)
-from pyprune import cli_recover as cli
+from pyprune import CheckpointError, InputError, PruneConfig, prune
+from pyprune.base.text import load_text, token_windows
+from pyprune.cli import recover as cli
 from pyprune.evaluation import perplexity
-from pyprune.recovery import STATE, RecoverConfig, lesson, order, recover
-from pyprune.text import load_text, token_windows
+from pyprune.model import checkpoint, families
 from pyprune.training import adapters
 from pyprune.training.distillation import DistillationConfig
+from pyprune.training.recovery import STATE, RecoverConfig, lesson, order, recover
 
 TEACH = DistillationConfig(kl_weight=1.0, ce_weight=0.0)
 SHORT = {"steps": 6, "batch": 2, "learning_rate": 1e-3, "held_out": 0.2, "every": 2, "precision": "float32"}

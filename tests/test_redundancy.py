@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyprune import InputError, families, importance
-from pyprune.analysis import neuron_redundancy
-from pyprune.analysis.redundancy import clusters
-from pyprune.importance.uniqueness import uniqueness
+from pyprune import InputError
+from pyprune.evaluation.analysis import neuron_redundancy
+from pyprune.evaluation.analysis.redundancy import clusters
+from pyprune.model import families
+from pyprune.pruning import importance
+from pyprune.pruning.importance.uniqueness import uniqueness
 
 Tiny = Callable[..., Any]
 

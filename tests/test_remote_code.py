@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from pyprune import PruneConfig, checkpoint, prune, remote_code
+from pyprune import PruneConfig, prune
+from pyprune.model import checkpoint, remote_code
 
 WIDTHS = (40, 24, 96)
 AUTO = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")

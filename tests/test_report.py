@@ -12,8 +12,9 @@ import pytest
 import report_cases as cases
 from test_cli import as_json, call, refused
 
-from pyprune import PruneConfig, checkpoint, loading, prune, report
-from pyprune.errors import InputError, PypruneError
+from pyprune import PruneConfig, prune, report
+from pyprune.base.errors import InputError, PypruneError
+from pyprune.model import checkpoint, loading
 from pyprune.report import facts, parts, svg, words
 from pyprune.report.shapes import SHAPES
 

@@ -12,7 +12,7 @@ import pytest
 import report_cases as cases
 
 from pyprune import report
-from pyprune.errors import InputError
+from pyprune.base.errors import InputError
 from pyprune.report import parts
 from pyprune.report.shapes import SHAPES
 

@@ -12,11 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pyprune import InputError, KeepIndex, families, find_ffns, importance, surgery
-from pyprune.calibration import LayerStream
-from pyprune.compensation import least_squares
+from pyprune import InputError, KeepIndex, find_ffns
+from pyprune.base import statistics
 from pyprune.evaluation import perplexity
-from pyprune.sensitivity import SensitivityCurves, choose_widths, curves, narrowed, output_gradients, second_order
+from pyprune.model import families, surgery
+from pyprune.model.narrowing import narrowed
+from pyprune.pruning import importance
+from pyprune.pruning.allocation.by_sensitivity import choose_widths
+from pyprune.pruning.calibration import LayerStream
+from pyprune.pruning.repair.least_squares import least_squares
+from pyprune.pruning.sensitivity import SensitivityCurves, curves, output_gradients, second_order
 
 WANDA = importance.get("wanda")
 
@@ -152,7 +157,7 @@ def test_second_order_against_every_width_by_itself(repaired):
         keep = order[:k]
         change = v.clone()
         if k and repaired:
-            stats = importance.ActivationStats(T, a.mean(0), a.abs().mean(0), a.square().sum(0), gram)
+            stats = statistics.ActivationStats(T, a.mean(0), a.abs().mean(0), a.square().sum(0), gram)
             change[keep] -= least_squares(v, stats, keep, 0.1).down
         elif k:
             change[keep] = 0.0

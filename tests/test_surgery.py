@@ -7,18 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyprune import (
-    BackendError,
-    InputError,
-    KeepIndex,
-    PrunedMLP,
-    UnsupportedModelError,
-    accelerate,
-    checkpoint,
-    families,
-    find_ffns,
-    surgery,
-)
+from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, accelerate, find_ffns
+from pyprune.ffn import accelerate as accelerate_module
+from pyprune.model import checkpoint, families, surgery
 
 IN_LAYER = ("opt", "biogpt", "xglm")
 
@@ -143,7 +134,7 @@ def test_originals_are_freed_layer_by_layer(name, mode, weights, tiny, random_ma
     def count():
         alive.append(sum(any(ref() is not None for ref in layer) for layer in originals))
 
-    monkeypatch.setattr(surgery, "release", count)
+    monkeypatch.setattr(accelerate_module, "release", count)
     accelerate(model, mode=mode, mask=mask, weights=weights)
     assert alive == [2, 1, 0]  # without waiting for the garbage collector
 

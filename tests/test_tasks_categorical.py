@@ -11,9 +11,9 @@ import torch
 from task_cases import Bigrams, Letters, Words
 
 from pyprune import InputError
-from pyprune.analysis.deviation import probability_deviation
-from pyprune.tasks import ChoiceRecord, categorical
-from pyprune.tasks.categorical import DEVIATIONS, answer_tokens, presented
+from pyprune.evaluation.analysis.deviation import probability_deviation
+from pyprune.evaluation.tasks import ChoiceRecord, categorical
+from pyprune.evaluation.tasks.categorical import DEVIATIONS, answer_tokens, presented
 
 CAPITAL = ChoiceRecord("The capital of France is", ("Rome", "Paris", "Oslo"), 1)
 QUESTION = ChoiceRecord("Is Rome in Peru?", ("yes", "no"), 1)

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from pyprune import InputError
-from pyprune.tasks import ChoiceRecord, GenerationRecord, RetrievalRecord, read_records, shipped
-from pyprune.tasks.categorical import presented
-from pyprune.tasks.records import SHIPPED, full_prompt, kind_of
+from pyprune.evaluation.tasks import ChoiceRecord, GenerationRecord, RetrievalRecord, read_records, shipped
+from pyprune.evaluation.tasks.categorical import presented
+from pyprune.evaluation.tasks.records import SHIPPED, full_prompt, kind_of
 
 CHOICE = {"prompt": "One and one is", "choices": ["two", "three"], "answer": 0}
 GENERATION = {"prompt": "One and one is", "answers": ["two", "2"]}
@@ -78,11 +78,13 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 def test_what_ships_is_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))  # as when the script is run
-    files = importlib.import_module("make_tasks").files()
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))  # as when the script is run
+    files = importlib.import_module("bench.experiments.make_tasks").files()
     assert sorted(files) == sorted(f"{name}.jsonl" for name in SHIPPED)
     for name in SHIPPED:
-        assert shipped(name).read_text(encoding="utf-8") == files[f"{name}.jsonl"], "run python bench/make_tasks.py"
+        assert shipped(name).read_text(encoding="utf-8") == files[f"{name}.jsonl"], (
+            "run python -m bench.experiments.make_tasks"
+        )
 
 
 def test_the_same_facts_are_asked_three_ways() -> None:

@@ -12,8 +12,9 @@ from task_cases import Bigrams, Letters, Marked, Merging, Says
 from torch import nn
 
 from pyprune import InputError
+from pyprune.base.text import default_text
 from pyprune.evaluation import generate_text
-from pyprune.tasks import (
+from pyprune.evaluation.tasks import (
     ChoiceRecord,
     GenerationRecord,
     RetrievalRecord,
@@ -24,11 +25,10 @@ from pyprune.tasks import (
     pairs_from_text,
     retrieval_scores,
 )
-from pyprune.tasks.choice import chance, option_deviations
-from pyprune.tasks.encoding import joined_ids, prompt_ids, start_ids
-from pyprune.tasks.generation import _written_lines, first_line, judge, words, written
-from pyprune.tasks.retrieval import chances, ranks
-from pyprune.text import default_text
+from pyprune.evaluation.tasks.choice import chance, option_deviations
+from pyprune.evaluation.tasks.encoding import joined_ids, prompt_ids, start_ids
+from pyprune.evaluation.tasks.generation import _written_lines, first_line, judge, words, written
+from pyprune.evaluation.tasks.retrieval import chances, ranks
 
 
 def codes(text: str) -> tuple[int, ...]:

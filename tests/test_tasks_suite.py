@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pyprune import InputError
-from pyprune.tasks import run_tasks, shipped
-from pyprune.tasks.estimates import Scores, metric, order
+from pyprune.evaluation.tasks import run_tasks, shipped
+from pyprune.evaluation.tasks.estimates import Scores, metric, order
 
 
 @pytest.fixture(scope="module")

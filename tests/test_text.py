@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyprune import InputError
-from pyprune.text import default_text, halves, load_text, read_text, token_windows
+from pyprune.base.text import default_text, halves, load_text, read_text, token_windows
 
 
 def test_default_text_is_long_and_always_the_same():

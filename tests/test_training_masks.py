@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyprune import CheckpointError, InputError, checkpoint, find_ffns
+from pyprune import CheckpointError, InputError, find_ffns
+from pyprune.model import checkpoint
 from pyprune.training import TrainingConfig, TrainingPruner, methods
 from pyprune.training.masks import NeuronMask
 

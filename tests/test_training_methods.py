@@ -8,8 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pyprune import InputError, find_ffns
-from pyprune.families import FFN
-from pyprune.patterns import PATTERNS
+from pyprune.model.families import FFN
+from pyprune.model.patterns import PATTERNS
 from pyprune.training import TrainingConfig, methods
 from pyprune.training.methods import Gathered, Moment
 from pyprune.training.methods.gum import similarity

@@ -10,7 +10,8 @@ from torch.optim import optimizer as torch_optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
-from pyprune import InputError, UnsupportedModelError, accelerate, checkpoint, find_ffns
+from pyprune import InputError, UnsupportedModelError, accelerate, find_ffns
+from pyprune.model import checkpoint
 from pyprune.training import PruningCallback, TrainingConfig, TrainingPruner, train
 
 STEPS = 6

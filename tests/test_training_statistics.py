@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from pyprune import InputError, find_ffns, gradients, importance
-from pyprune.calibration import LayerStream
-from pyprune.families import FFN
-from pyprune.importance import ActivationStats, GradientStats
-from pyprune.patterns import PATTERNS
+from pyprune import InputError, find_ffns
+from pyprune.base.statistics import ActivationStats, GradientStats
+from pyprune.model.families import FFN
+from pyprune.model.patterns import PATTERNS
+from pyprune.pruning import gradients, importance
+from pyprune.pruning.calibration import LayerStream
 from pyprune.training import EMA, TrainingConfig, TrainingPruner, methods
 from pyprune.training.masks import NeuronMask
 from pyprune.training.methods import Gathered, Moment

@@ -16,10 +16,10 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from pyprune import reference
 from pyprune import triton_kernels as kernels
-from pyprune.backends import Call, Problem
-from pyprune.backends import triton as backend
+from pyprune.base import reference
+from pyprune.ffn.backends import Call, Problem
+from pyprune.ffn.backends import triton as backend
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 pytestmark = [] if kernels.INTERPRETED else [pytest.mark.gpu]

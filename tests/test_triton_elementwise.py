@@ -13,8 +13,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from pyprune import reference
 from pyprune import triton_kernels as kernels
+from pyprune.base import reference
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 pytestmark = [] if kernels.INTERPRETED else [pytest.mark.gpu]

@@ -15,8 +15,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from pyprune import reference
 from pyprune import triton_kernels as kernels
+from pyprune.base import reference
 from pyprune.triton_kernels import defaults, hardware
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"

@@ -14,8 +14,9 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from pyprune import quantisation, reference
 from pyprune import triton_kernels as kernels
+from pyprune.base import reference
+from pyprune.ffn import quantisation
 from pyprune.triton_kernels import checks
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"

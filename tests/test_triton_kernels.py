@@ -23,8 +23,8 @@ if not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-from pyprune import reference
 from pyprune import triton_kernels as kernels
+from pyprune.base import reference
 from pyprune.triton_kernels import tile
 from pyprune.triton_kernels.activations import round_like
 

@@ -154,7 +154,9 @@ print(json.dumps([described(*row, a) for a in ARCHITECTURES for row in distinct_
     table = json.loads(STATIC.read_text())["kernels"]
     about = set(wanted[0])
     known = {json.dumps({k: v for k, v in row.items() if k in about}, sort_keys=True) for row in table}
-    assert [row for row in wanted if json.dumps(row, sort_keys=True) not in known] == [], "run bench/static_table.py"
+    assert [row for row in wanted if json.dumps(row, sort_keys=True) not in known] == [], (
+        "run bench/gpu/static_triton.py"
+    )
     assert spilling(table) == []
     assert too_large(table) == []
 

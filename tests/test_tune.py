@@ -9,10 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pyprune import PrunedMLP, backends, choices, dispatch, native, trial, tune
-from pyprune.cli import app
-from pyprune.errors import BackendError, InputError, UnsupportedModelError
-from pyprune.families import find_ffns
+from pyprune import PrunedMLP
+from pyprune.base.errors import BackendError, InputError, UnsupportedModelError
+from pyprune.cli.commands import app
+from pyprune.ffn import backends, choices, dispatch, native, trial, tune
+from pyprune.model.families import find_ffns
 
 PLAIN = {"gated": False, "activation": "relu", "dtype": torch.float32}
 GATED = {"gated": True, "activation": "silu", "dtype": torch.float32}

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pyprune import BackendError, InputError, accelerate, scratch, warmup
-from pyprune.backends import cublas
+from pyprune import BackendError, InputError, accelerate, warmup
+from pyprune.ffn import scratch
+from pyprune.ffn.backends import cublas
 
 
 def test_one_run_for_each_distinct_problem(tiny):

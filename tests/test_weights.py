@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn.utils import prune as unstructured
 from transformers import AutoModelForCausalLM
 
-from pyprune import InputError, PruneConfig, UnsupportedModelError, accelerate, checkpoint, find_ffns, prune, surgery
-from pyprune.recovery import RecoverConfig, recover
-from pyprune.weights import leave_inference
+from pyprune import InputError, PruneConfig, UnsupportedModelError, accelerate, find_ffns, prune
+from pyprune.model import checkpoint, surgery
+from pyprune.model.weights import leave_inference
+from pyprune.training.recovery import RecoverConfig, recover
 
 BARE = PruneConfig(keep=0.5, method="magnitude-l2-both", compensate="none", multiple=8)
 

@@ -1,4 +1,4 @@
-// What one call of an FFN computes, in plain pointers; layouts as in pyprune/record.py. Knows nothing of torch.
+// What one call of an FFN computes, in plain pointers; layouts as in pyprune/base/record.py. Knows nothing of torch.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace pyprune {
 
 enum class Type { f32, bf16, f16, i8 };
 
-// In the order of pyprune.activations.
+// In the order of pyprune.base.activations.
 enum class Activation { gelu, gelu_tanh, relu, relu2, silu, quick_gelu };
 
 struct Call {

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyprune.errors import check
-from pyprune.text import halves, load_text, read_text
+from pyprune.base.errors import check
+from pyprune.base.text import halves, load_text, read_text
 
 
 def byte_ids(text: str) -> Tensor:

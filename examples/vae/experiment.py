@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pyprune.errors import check
+from pyprune.base.errors import check
 from pyprune.training import TrainingPruner, train
 
 from .data import Batches, Data

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyprune.errors import check
-from pyprune.probe import evaluating
+from pyprune.base.errors import check
+from pyprune.model.probe import evaluating
 
 from .model import TextVAE, gaussian_kl
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import SiglipTextConfig, SiglipTextModel
 
-from pyprune.errors import check
+from pyprune.base.errors import check
 
 BYTES = 256
 START, DROPPED = BYTES, BYTES + 1  # what the decoder reads before the first byte, and in the place of a dropped one

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from pyprune.screen import table
+from pyprune.cli.screen import table
 
 from .data import Data
 from .experiment import AFTER, RECOVERED, Plan, Row, Run

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import accelerate, find_ffns
-from pyprune.errors import check
-from pyprune.roofline import amdahl, clock
-from pyprune.timing import ffn_pass, ffn_units, interleave, median, timed
+from pyprune.base.clock import clock, interleave, median, timed
+from pyprune.base.errors import check
+from pyprune.speed.roofline import amdahl
+from pyprune.speed.timing import ffn_pass, ffn_units
 
 DENSE, COMPACT, DENSE_FAST, FAST = "dense", "compact", "dense, PrunedMLP", "compact, PrunedMLP"
 WITHOUT = "without FFNs"

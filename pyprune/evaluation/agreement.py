@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import Progress, quiet
-from ..errors import check
+from ..base.errors import check
+from ..base.progress import Progress, quiet
 from .decode import decode
 from .likeness import distinct, divergence, repetition
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from ..calibration import Progress, quiet
-from ..errors import check, is_count, is_finite
+from ..base.errors import check, is_count, is_finite
+from ..base.progress import Progress, quiet
 
 _AT_ONCE = 32
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import check
+from ..base.errors import check
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-from ..errors import check
+from ..base.errors import check
 
 Tokens = Sequence[int]
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import Progress, check_windows, quiet
-from ..errors import check
+from ..base.errors import check
+from ..base.progress import Progress, quiet
+from ..base.windows import check_windows
 
 
 @dataclass(frozen=True)

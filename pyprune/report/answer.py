@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ..summary import Speed, comparison_lines
+from ..evaluation.summary import comparison_lines
+from ..speed.summary import Speed
 from .facts import Facts
 from .figures_compare import best, recovered
 from .figures_latency import narrowest, own
@@ -206,7 +207,7 @@ def _main_tiles(facts: Facts) -> Iterator[Tile]:
 
 
 def _dense_speeds(facts: Facts) -> list[Speed]:
-    from ..summary import speeds
+    from ..speed.summary import speeds
 
     return list(speeds(facts.bench, "dense")) if facts.bench is not None else []
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, check
+from ..base.errors import InputError, check
 from .shapes import SHAPES
 
 MANIFEST = "pyprune.json"

@@ -6,9 +6,9 @@ from math import log
 from textwrap import fill
 from typing import Any
 
-from ..figures import apart
-from ..summary import Line, comparison_lines
+from ..evaluation.summary import Line, comparison_lines
 from .facts import Facts
+from .figures import apart
 from .parts import Figure, Section, Table, figure
 from .plots import legend as add_legend
 from .plots import log_scale, mark, number_axis, percents

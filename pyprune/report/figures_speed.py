@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..summary import Speed, speeds
+from ..speed.summary import Speed, speeds
 from .facts import Facts
 from .parts import Figure, Section, Table, figure
 from .plots import ceilings, legend, mark

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import PypruneError
-from ..files import new_file
+from ..base.errors import PypruneError
+from ..base.files import new_file
 from . import (
     figures_compare,
     figures_drift,

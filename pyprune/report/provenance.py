@@ -186,7 +186,7 @@ def _experiments(facts: Facts) -> Iterator[str]:
         sizes = {key: nested.get(key) for key in ("method", "dtype", "evaluation_tokens", "prefill_tokens")}
         text, calibrate = _text(nested.get("evaluation"), half=":second"), "--calibrate FILE:first"
         both = _command(text, calibrate if text else "")
-        yield _command("python bench/bench_nested.py --model DENSE", both, _options(**sizes), "--results DIR")
+        yield _command("python -m bench.model.nested --model DENSE", both, _options(**sizes), "--results DIR")
     latency = facts.get("latency-aware")
     if latency is not None:
         load = latency["table"]["workload"]
@@ -196,7 +196,7 @@ def _experiments(facts: Facts) -> Iterator[str]:
         }
         kind = {"workload": load["kind"], "batch": load["tokens"], "weights": load.get("weights")}
         given = _options(targets=targets, **sizes, **kind)
-        yield _command("python bench/bench_latency_aware.py --model DENSE", _text(latency.get("evaluation")), given)
+        yield _command("python -m bench.model.latency_aware --model DENSE", _text(latency.get("evaluation")), given)
     compare = facts.get("compare")
     if compare is not None:
         keeps = sorted({row["keep"] for row in compare["rows"]}, reverse=True)
@@ -206,7 +206,7 @@ def _experiments(facts: Facts) -> Iterator[str]:
         yield _command("pyprune compare DENSE", _text(compare.get("text")), given, "--out DIR/compare.json")
     recover = facts.get("recover")
     if recover is not None and "models" in recover:
-        yield "python bench/bench_recover.py DENSE PRUNED RECOVERED --text FILE:second"
+        yield "python -m bench.model.recover DENSE PRUNED RECOVERED --text FILE:second"
     elif recover is not None:
         given = _options(steps=recover.get("steps"), window=recover.get("window"))
         command = _command("pyprune recover PRUNED --teacher DENSE --out RECOVERED", _text(recover.get("text")), given)

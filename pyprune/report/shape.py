@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import InputError, is_count, is_finite
+from ..base.errors import InputError, is_count, is_finite
 
 Shape = Callable[[str, Any], None]
 

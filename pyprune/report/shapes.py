@@ -4,21 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .shape import (
-    Shape,
-    anything,
-    at,
-    count,
-    counted,
-    many,
-    maybe,
-    named,
-    number,
-    only,
-    positive,
-    record,
-    text,
-)
+from .shape import Shape, anything, at, count, counted, many, maybe, named, number, only, positive, record, text
 from .shapes_diagnose import DIAGNOSE, MACHINE, REDUNDANCY, SETTINGS
 
 _TOKENS = record({"ratio": positive, "ceiling": positive, "path": text, "tokens_per_s": positive})
@@ -204,7 +190,7 @@ _RECOVER_BENCH = record(
 
 
 def _recover(place: str, value: Any) -> None:
-    """As `pyprune recover --json` writes it, or bench/bench_recover.py."""
+    """As `pyprune recover --json` writes it, or bench/model/recover.py."""
     if isinstance(value, dict) and "models" in value:
         _RECOVER_BENCH(place, value)
         three = dict.fromkeys(("dense", "pruned", "recovered"), anything)

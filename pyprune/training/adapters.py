@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import families
-from ..errors import InputError, check
+from ..base.errors import InputError, check
+from ..model import families
 
 
 def check_peft() -> None:

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import check
-from ..mask import Mask
+from ..base.errors import check
+from ..model.mask import Mask
 from .config import TrainingConfig
 from .pruner import TrainingPruner
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .. import importance
-from ..errors import check, check_choice
+from ..base.errors import check, check_choice
+from ..pruning import importance
 from . import methods
 from .ema import check_beta
 from .methods.gum import FORMS

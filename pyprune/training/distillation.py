@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import check
-from ..probe import evaluating
+from ..base.errors import check
+from ..model.probe import evaluating
 from .chunked_loss import IGNORED
 from .distillation_config import DistillationConfig
 from .distillation_loss import DistillationLoss, distillation_loss, distillation_loss_from_hidden

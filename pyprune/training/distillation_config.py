@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import check, is_finite
+from ..base.errors import check, is_finite
 
 
 @dataclass(frozen=True)

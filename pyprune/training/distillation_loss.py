@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import check
+from ..base.errors import check
 from .chunked_loss import IGNORED, FromHidden, FromLogits
 from .distillation_config import DistillationConfig
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import check
+from ..base.errors import check
 from .schedule import is_number
 
 

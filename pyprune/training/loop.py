@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Progress, quiet
-from ..errors import InputError, check
+from ..base.errors import InputError, check
+from ..base.progress import Progress, quiet
 from .pruner import TrainingPruner
 from .resume import check_place, load_random_state, load_training, save_training
 from .schedule import check_whole

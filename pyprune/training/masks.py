@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..families import FFN
-from ..importance import ActivationStats
+from ..base.statistics import ActivationStats
+from ..model.families import FFN
 from .statistics import StepStatistics
 
 

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, InputError, check
-from ..files import new_file
+from ..base.errors import CheckpointError, InputError, check
+from ..base.files import new_file
 
 
 def write(path: Path, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

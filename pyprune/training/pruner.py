@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import families, surgery
-from ..errors import CheckpointError, InputError, check
-from ..importance.base import NEEDS
-from ..mask import KeepIndex, Mask
+from ..base.errors import CheckpointError, InputError, check
+from ..model import families, surgery
+from ..model.mask import KeepIndex, Mask
+from ..pruning.importance.base import NEEDS
 from . import methods, persist, selection
 from .config import TrainingConfig
 from .masks import NeuronMask

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, check
-from ..files import check_out_folder, new_folder
+from ..base.errors import CheckpointError, check
+from ..base.files import check_out_folder, new_folder
 from . import persist
 from .pruner import FILE, TrainingPruner
 

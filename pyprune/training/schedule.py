@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import check, is_number
+from ..base.errors import check, is_number
 
 
 def check_whole(value: object, argument: str, least: int) -> None:

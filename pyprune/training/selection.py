@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import allocation
-from ..allocation import round_width
+from ..pruning.allocation import bounds
+from ..pruning.allocation.bounds import round_width
 
 
 def _least(size: int, floor: float, multiple: int) -> int:
@@ -34,7 +34,7 @@ def check_narrows(sizes: Sequence[int], scope: str, share: float, floor: float, 
         widths = layer_widths([torch.zeros(n) for n in sizes], share, floor, multiple)
     else:
         widths = [_least(n, floor, multiple) for n in sizes]
-    allocation.check_narrows(sizes, widths, share, multiple)
+    bounds.check_narrows(sizes, widths, share, multiple)
 
 
 def global_widths(scores: Sequence[Tensor], share: float, floor: float = 0.0, multiple: int = 1) -> list[int]:

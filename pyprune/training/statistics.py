@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import check
-from ..families import FFN
-from ..gradients import neuron_major
-from ..importance import ActivationStats, GradientStats
-from ..moments import Moments
+from ..base.errors import check
+from ..base.statistics import ActivationStats, GradientStats
+from ..model.families import FFN
+from ..pruning.gradients import neuron_major
+from ..pruning.moments import Moments
 
 
 class StepStatistics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from ...errors import check_choice
+from ...base.errors import check_choice
 from .base import METHODS, Gathered, Method, Moment, State, method
 
 for _module in pkgutil.iter_modules(__path__):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...families import FFN
-from ...importance import ActivationStats
+from ...base.statistics import ActivationStats
+from ...model.families import FFN
 
 if TYPE_CHECKING:
     from ..config import TrainingConfig

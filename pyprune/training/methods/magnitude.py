@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...families import FFN
+from ...model.families import FFN
 from .base import Gathered, Method, Moment, State, method
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import check
-from ...families import FFN
+from ...base.errors import check
+from ...model.families import FFN
 from ..ema import smoothed_score
 from .base import Gathered, Method, Moment, State, method
 

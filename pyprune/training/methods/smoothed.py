@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ... import importance
-from ...families import FFN
+from ...model.families import FFN
+from ...pruning import importance
 from ..ema import corrected
 from .base import Gathered, Method, Moment, State, method
 

@@ -1,0 +1,1 @@
+"""Benches and experiments; run from the checkout: `python -m bench.FOLDER.NAME`."""

@@ -1,0 +1,172 @@
+"""What pruning does to a model's representations, to its text and to its tasks: many ways to prune, each diagnosed.
+
+    python -m bench.experiments.findings --text FILE [--minutes 60]     run what is missing, write the document
+    python -m bench.experiments.findings --show                         write the document from what is there
+
+Calibrates on the first half of the text and diagnoses on the second. The result, NAME.json in bench/results, is written
+after every row: a run that was stopped goes on where it was. The document is docs/findings.md.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bench.experiments.findings_text import document
+from pyprune import PruneConfig, prune
+from pyprune.base import machine
+from pyprune.base.errors import check
+from pyprune.base.files import new_file
+from pyprune.base.text import load_text, token_windows
+from pyprune.cli.screen import Bars, err, out, verb
+from pyprune.evaluation.diagnose import Budget, diagnose
+from pyprune.model.loading import DEMO, load_model, load_tokenizer
+
+HERE = Path(__file__).parents[1]
+RESULTS = HERE / "results"
+DOCUMENT = HERE.parent / "docs" / "findings.md"
+# (label, settings of PruneConfig): several criteria, with and without compensation.
+WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("wanda", {"method": "wanda", "compensate": "none"}),
+    ("wanda + least squares", {"method": "wanda", "compensate": "least-squares"}),
+    ("flap", {"method": "flap", "compensate": "none", "allocation": "global"}),
+    ("flap + bias", {"method": "flap", "compensate": "bias", "allocation": "global"}),
+    ("taylor", {"method": "taylor-neuron", "compensate": "none"}),
+    ("taylor + least squares", {"method": "taylor-neuron", "compensate": "least-squares"}),
+    ("random + least squares", {"method": "random", "compensate": "least-squares"}),
+)
+KEEPS = (0.8, 0.7, 0.5)
+Facts = dict[str, Any]
+
+
+def rows() -> Iterator[tuple[str, PruneConfig]]:
+    """Every row, way by way: where a run is stopped, the ways that are there have all shares."""
+    for label, settings in WAYS:
+        for keep in KEEPS:
+            yield label, PruneConfig(keep=keep, multiple=16, **settings)
+
+
+def key_of(label: str, keep: float) -> str:
+    return f"{label} at {keep:g}"
+
+
+def _drift(found: Facts) -> Facts:
+    """A drift without its single steps: three of them tell enough in a file that is kept."""
+    steps = [found["steps"][i] for i in sorted({0, len(found["steps"]) // 2, len(found["steps"]) - 1})]
+    survival = found["survival"][:: max(1, len(found["survival"]) // 8)]
+    return {**{k: v for k, v in found.items() if k != "examples"}, "steps": steps, "survival": survival}
+
+
+def slim(facts: Facts) -> Facts:
+    """What of a diagnosis the findings are made of."""
+    hierarchy = facts["hierarchy"]
+    layers = [
+        {
+            "layer": layer["layer"],
+            **{s: layer[s]["cosine"] for s in ("hidden", "hidden_alone", "ffn_alone") if s in layer},
+        }
+        for layer in hierarchy["layers"]
+    ]
+    tasks = [
+        {
+            **{k: task[k] for k in ("name", "kind", "items", "main")},
+            "metric": task["metrics"][task["main"]],
+            "deviations": task.get("deviations"),
+        }
+        for task in facts["tasks"]["tasks"]
+    ]
+    return {
+        "hierarchy": {**hierarchy, "layers": layers},
+        "drift": {name: _drift(found) for name, found in facts["drift"].items()},
+        "tasks": {"tasks": tasks, "orders": facts["tasks"]["orders"]},
+        "seconds": facts["seconds"],
+        "peak_bytes": facts["peak_bytes"],
+    }
+
+
+def _load(path: Path, settings: Facts) -> Facts:
+    if not path.exists():
+        return {"settings": settings, "machine": machine.facts(), "rows": {}}
+    found: Facts = json.loads(path.read_text(encoding="utf-8"))
+    check(found["settings"] == settings, "settings", f"be those of {path.name}, or --name another", settings)
+    return found
+
+
+def _write(path: Path, facts: Facts) -> None:
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_document(facts: Facts) -> None:
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    with new_file(DOCUMENT) as temporary:
+        temporary.write_text(document(facts), encoding="utf-8")
+
+
+@verb
+def main(
+    model: Annotated[str, typer.Option(help="The dense model.")] = DEMO,
+    text: Annotated[str | None, typer.Option(help="A text; default: CPython's prose.")] = None,
+    tokens: Annotated[int, typer.Option(help="To calibrate on.")] = 16384,
+    window: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 1024,
+    diagnosed: Annotated[int, typer.Option(help="Tokens to compare representations on, in windows of 256.")] = 4096,
+    minutes: Annotated[float, typer.Option(help="Start no row later than this.")] = float("inf"),
+    name: Annotated[str, typer.Option(help="Of the results file.")] = "findings",
+    show: Annotated[bool, typer.Option("--show", help="Run nothing; write the document.")] = False,
+) -> None:
+    """Diagnose every way to prune, and say what holds."""
+    path = RESULTS / f"{name}.json"
+    if show:
+        check(path.is_file(), "name", "be that of a result", name)
+        _write_document(json.loads(path.read_text(encoding="utf-8")))
+        out.print(f"wrote {DOCUMENT.name}")
+        return
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(model)
+    (first, calibrated), (second, judged) = (load_text(text and f"{text}:{half}", half) for half in ("first", "second"))
+    calibration = token_windows(tokenizer, first, tokens, window)
+    windows = token_windows(tokenizer, second, diagnosed, 256)
+    budget = Budget(items=None)
+    settings = {
+        "model": "SmolLM2-135M-Instruct" if model == DEMO else Path(model).name,
+        "calibration": {"text": calibrated, "tokens": calibration.numel(), "window": window},
+        "text": {"text": judged, "tokens": windows.numel(), "window": 256},
+        "budget": vars(budget),
+    }
+    facts = _load(path, settings)
+    dense = load_model(model)
+    for label, config in rows():
+        key = key_of(label, config.keep)
+        if key in facts["rows"] or time.perf_counter() - started > 60 * minutes:
+            continue
+        err.print(key)
+        pruned = load_model(model)
+        begun = time.perf_counter()
+        with Bars() as bars:
+            report = prune(pruned, config, calibration, progress=bars)
+            seconds = time.perf_counter() - begun
+            found = diagnose(dense, pruned, tokenizer, windows, budget, progress=bars).to_json()
+        assert report.mask is not None
+        facts["rows"][key] = {
+            "label": label,
+            "keep": config.keep,
+            "kept": report.mask.keep,
+            "method": config.method,
+            "compensate": config.compensate,
+            "allocation": config.allocation,
+            "commit": machine.facts()["commit"],
+            "prune_seconds": seconds,
+            **slim(found),
+        }
+        _write(path, facts)
+        del pruned
+    _write_document(facts)
+
+
+if __name__ == "__main__":
+    typer.run(main)

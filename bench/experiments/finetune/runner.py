@@ -1,0 +1,130 @@
+"""Runs what a result lacks, in processes, and writes the result after each: whatever ends it, finished runs stay."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from pyprune.base.errors import InputError
+from pyprune.base.files import new_file
+
+from .settings import Setting
+
+Entry = dict[str, Any]
+Job = Callable[[Setting], Entry]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result, or an empty one where there is no file.
+
+    Raises:
+        InputError: the file is no result of this bench.
+    """
+    if not path.is_file():
+        return {"dense": {}, "runs": {}}
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"out must be a result of this bench; {path} is not JSON ({error})") from error
+    if not isinstance(result, dict) or not all(isinstance(result.get(key), dict) for key in ("dense", "runs")):
+        raise InputError(f"out must be a result of this bench, with 'dense' and 'runs'; {path} is not")
+    return result
+
+
+def save(path: Path, **parts: Any) -> None:
+    """Put `parts` into the result at `path`; `dense` and `runs` are added to those there, other keys replaced."""
+    result = load(path)
+    for name, part in parts.items():
+        result[name] = {**result[name], **part} if name in ("dense", "runs") else part
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def pending(settings: Sequence[Setting], runs: dict[str, Entry], recipe: dict[str, Any]) -> list[Setting]:
+    """Those without an entry that was made by the same recipe."""
+    return [s for s in settings if s.key not in runs or runs[s.key]["recipe"] != recipe]
+
+
+def quiet() -> None:
+    """Transformers says nothing in this process: its warnings and bars are not about the runs."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    quiet()
+
+
+def processes(jobs: int) -> Executor:
+    """`jobs` fresh processes of one thread each."""
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start)
+
+
+def drive(
+    settings: Sequence[Setting],
+    job: Job,
+    path: Path,
+    executor: Executor | None = None,
+    jobs: int = 1,
+    seconds: float = float("inf"),
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run every setting, and write each entry into the result at `path` when it is there.
+
+    Args:
+        settings: what to run, in this order.
+        job: a setting -> its entry; must be picklable where processes run it.
+        path: the result.
+        executor: where jobs run; None for here.
+        jobs: how many at a time.
+        seconds: no run is started later than this.
+        say: told about each run.
+
+    Returns:
+        How many were run.
+
+    Raises:
+        Exception: what the first job that failed raised, after all others.
+    """
+    started, done = time.perf_counter(), 0
+    failures: list[BaseException] = []
+    queue = list(settings)
+    running: dict[Future[Entry], Setting] = {}
+
+    def finish(setting: Setting, entry: Entry) -> None:
+        nonlocal done
+        done += 1
+        save(path, runs={setting.key: entry})
+        spent = time.perf_counter() - started
+        say(f"{done} of {len(settings)} in {spent / 60:.1f} min: {setting.key}, {entry.get('words', '')}")
+
+    while queue or running:
+        while queue and len(running) < jobs:
+            if time.perf_counter() - started > seconds:
+                say(f"out of time, runs left: {len(queue)}")
+                queue.clear()
+                break
+            setting = queue.pop(0)
+            if executor is None:
+                finish(setting, job(setting))
+            else:
+                running[executor.submit(job, setting)] = setting
+        for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+            setting = running.pop(future)
+            if (error := future.exception()) is None:
+                finish(setting, future.result())
+            else:
+                failures.append(error)
+                say(f"failed: {setting.key}, {error}")
+    if failures:
+        raise failures[0]
+    return done

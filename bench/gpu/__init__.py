@@ -1,0 +1,1 @@
+"""The GPU: `make gpu` and its parts."""

@@ -1,0 +1,1 @@
+"""FFNs and whole models, by what a user would do with them."""

@@ -1,0 +1,1 @@
+"""The tables of README and of the documents, and figures, from results."""

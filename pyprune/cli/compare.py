@@ -1,0 +1,206 @@
+"""`pyprune compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from ..base.errors import InputError, check, check_choice
+from ..evaluation.comparison import OURS, PUBLISHED, STAGE, Recipe, grid, settings
+from ..evaluation.comparison import compare as compare_settings
+from ..evaluation.summary import comparison_lines
+from ..model import loading
+from ..pruning import importance
+from ..pruning.config import ALLOCATIONS, COMPENSATIONS
+from ..report.figures import compare_figure
+from .options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    TextOption,
+    TokensOption,
+    WindowOption,
+    choose_device,
+    text_windows,
+)
+from .screen import err, show, table, verb
+
+PRESETS = ("published", "ours", "grid")
+DEFAULT = "default"
+
+
+class _RowBars:
+    """One bar for the rows, and one for what goes on in the row; a `progress.Progress` callback."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=err)
+        self._rows = self._progress.add_task(STAGE, total=None)
+        self._inner = self._progress.add_task("", total=None)
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == STAGE:
+            self._progress.update(self._rows, completed=done, total=total)
+            return
+        if stage != self._stage or done == 0:
+            self._stage = stage
+            self._progress.reset(self._inner, description=stage)
+        self._progress.update(self._inner, completed=done, total=total)
+
+    def __enter__(self) -> _RowBars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError as error:
+        raise InputError(f"keep must be numbers separated by commas; got {text!r}") from error
+
+
+def _recipes(presets: str, criteria: str, compensate: str, allocation: str) -> list[Recipe]:
+    given = {"preset": presets, "criteria": criteria, "compensate": compensate, "allocation": allocation}
+    known = {"preset": PRESETS, "criteria": importance.names(), "compensate": COMPENSATIONS, "allocation": ALLOCATIONS}
+    words = {name: _words(text) for name, text in given.items()}
+    for name, chosen in words.items():
+        check(0 < len(chosen) == len(set(chosen)), name, "be names that differ, separated by commas", given[name])
+        for word in chosen:
+            check_choice(word, name, known[name])
+    of = {
+        "published": PUBLISHED,
+        "ours": OURS,
+        "grid": grid(words["criteria"], words["compensate"], words["allocation"]),
+    }
+    return [recipe for name in words["preset"] for recipe in of[name]]
+
+
+def _evaluation(tokenizer: Any, text: str | None, also: list[str], tokens: int, window: int) -> dict[str, Tensor]:
+    """The second half of `text`, then each of `also`, by name."""
+    evaluation: dict[str, Tensor] = {}
+    for path in [text and f"{text}:second", *(None if path == DEFAULT else path for path in also)]:
+        windows, name = text_windows(tokenizer, path, "second", tokens, window)
+        twice = name in evaluation and path is not None
+        check(not twice, "also", "be texts with names that differ", name)
+        evaluation[name] = windows
+    return evaluation
+
+
+def _tables(result: dict[str, Any]) -> list[Table | str]:
+    """Settings by perplexity on the first text, one table for each share kept; then what failed, and the goals."""
+    first, *others = result["evaluation"]
+    lines = comparison_lines(result, first)
+    elsewhere = {
+        (name, line.label, point.keep): f"{point.perplexity:.2f}"
+        for name in others
+        for line in comparison_lines(result, name)
+        for point in line.points
+    }
+    columns = ("setting", "group", *(f">{escape(name)}" for name in (first, *others)), ">kept", ">pruning took")
+    shown: list[Table | str] = []
+    for keep in sorted({p.keep for line in lines for p in line.points}, reverse=True):
+        here = [(p.perplexity, line, p) for line in lines for p in line.points if p.keep == keep]
+        rows = []
+        for _, line, p in sorted(here, key=lambda entry: entry[0]):
+            spread = f" ({p.lowest:.2f} to {p.highest:.2f})" if p.seeds > 1 else ""
+            beside = [elsewhere[name, line.label, keep] for name in others]
+            cells = (escape(line.label), line.group, f"{p.perplexity:.2f}{spread}", *beside, f"{p.kept:.1%}")
+            rows.append((*cells, f"{p.seconds:.0f} s"))
+        shown.append(table(f"{1 - keep:.0%} of the neurons removed: token perplexity", columns, rows))
+    failed = [(row, escape(row["error"]["message"])) for row in result["rows"] if "error" in row]
+    shown += [f"[yellow]no row:[/] {escape(row['label'])} at {row['keep']}: {message}" for row, message in failed]
+    return shown + [_goal(goal) for goal in result["goals"] if goal["met"] is not None]
+
+
+def _goal(goal: dict[str, Any]) -> str:
+    ours, published = goal["ours"], goal["published"]
+    return escape(
+        f"{goal['text']}: {ours['label']} at {1 - goal['our_keep']:.0%} removed {ours['perplexity']:.2f}, "
+        f"best published ({published['label']}) at {1 - goal['published_keep']:.0%} {published['perplexity']:.2f}: "
+        f"{'not worse' if goal['met'] else 'worse'}"
+    )
+
+
+@verb
+def compare(
+    model: ModelArgument,
+    text: TextOption = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"A further evaluation text; repeat for more. '{DEFAULT}' is CPython's prose, which is taken if none "
+            "is given.",
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[str, typer.Option(help="Shares of neurons that stay.")] = "0.8,0.7,0.5",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help=f"Any of {', '.join(PRESETS)}: methods as published, what pyprune recommends, every combination of "
+            "the next three options."
+        ),
+    ] = "published,ours",
+    criteria: Annotated[str, typer.Option(help="Of the grid.")] = "wanda,obs",
+    compensate: Annotated[str, typer.Option(help=f"Of the grid: {', '.join(COMPENSATIONS)}.")] = "none,least-squares",
+    allocation: Annotated[str, typer.Option(help=f"Of the grid: {', '.join(ALLOCATIONS)}.")] = "uniform,sensitivity",
+    multiple: Annotated[int, typer.Option(help="Round widths to multiples of this many neurons.")] = 16,
+    seeds: Annotated[int, typer.Option(help="Runs of the random method.")] = 3,
+    tokens: TokensOption = 16384,
+    evaluation_tokens: Annotated[int, typer.Option(help="Tokens of each evaluation text at most; 0 for all.")] = 16384,
+    window: WindowOption = 1024,
+    out: Annotated[
+        Path, typer.Option("--out", help="The JSON file; rows that it has already are not measured again.")
+    ] = Path("compare.json"),
+    figure: Annotated[Path | None, typer.Option(help="Also draw this SVG file.", show_default=False)] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Prune MODEL in many ways and measure each on the same texts; stopped, it goes on where it was.
+
+    The first half of --text calibrates, its second half and every --also evaluate.
+    """
+    keeps = _shares(keep)
+    recipes = _recipes(preset, criteria, compensate, allocation)
+    settings(recipes, keeps, 1, multiple, seeds)  # complains before a long load
+    check(text is None or text not in (also or []), "also", "be other files than text, half of which calibrates", also)
+    check(figure is None or figure.suffix == ".svg", "figure", "be an .svg file", str(figure))
+    place = choose_device(device)
+    tokenizer = loading.load_tokenizer(model)
+    calibration, calibration_name = text_windows(tokenizer, text and f"{text}:first", "first", tokens, window)
+    evaluation = _evaluation(tokenizer, text, also or [DEFAULT], evaluation_tokens, window)
+    loaded = loading.load_model(model, dtype, place)
+    rows = settings(recipes, keeps, loaded.config.num_hidden_layers, multiple, seeds)
+    facts = {"model": model if model == loading.DEMO else Path(model).name, "text": calibration_name}
+    with _RowBars() as bars:
+        comparison = compare_settings(loaded, rows, calibration, evaluation, out, facts=facts, progress=bars)
+    result = comparison.to_json()
+    if figure is not None:
+        compare_figure(result, figure)
+    dense = ", ".join(f"{value:.2f} on {name}" for name, value in comparison.dense.items())
+    show(
+        result,
+        as_json,
+        *_tables(result),
+        escape(f"dense {dense}; calibrated on {calibration.numel()} tokens of {calibration_name}"),
+        escape(f"{len(rows)} rows, {comparison.found} of them measured before; written to {out}"),
+    )

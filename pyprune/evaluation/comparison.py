@@ -1,0 +1,411 @@
+"""The verb `compare`: many ways to prune one model, each measured on the same texts; rows survive a kill.
+
+A `Recipe` is a way to prune, as data; with a share of neurons to keep and a seed it is a `Setting`, one row of the
+result. Every row starts from a copy of the dense model, so two models are in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..base import machine
+from ..base.errors import InputError, check
+from ..base.files import new_file
+from ..base.memory import release
+from ..base.progress import Progress, quiet
+from ..base.windows import check_windows, stack_batches
+from ..model import families
+from ..pruning.config import PruneConfig
+from ..pruning.prune import prune
+from . import perplexity
+from .summary import Line, comparison_lines
+
+STAGE = "comparing settings"
+_FORMAT = 1
+# Calibration tokens of a recipe that asks for no other number: what the published methods used, or more.
+TOKENS = 16_384
+# What all rows of one file share.
+_SAME = ("fingerprint", "dtype", "device", "calibration", "evaluation")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to prune, but for how much and the seed.
+
+    Attributes:
+        label: for people; with keep and seed it names a row of the result.
+        options: fields of `PruneConfig` besides keep, multiple and seed.
+        group: `published`, `ours` or `grid`.
+        protected: how many first and last layers keep all neurons, and of how many layers that was published.
+        tokens: calibration tokens at most; 0 for all there are.
+    """
+
+    label: str
+    options: Mapping[str, Any]
+    group: str = "grid"
+    protected: tuple[int, int, int] | None = None
+    tokens: int = TOKENS
+
+    def fitted(self, layers: int) -> dict[str, Any]:
+        """The options for a model of so many layers: what is protected keeps its share of the depth, rounded."""
+        if self.protected is None:
+            return dict(self.options)
+        *ends, depth = self.protected
+        return {**self.options, "protect": tuple(round(end * layers / depth) for end in ends)}
+
+
+_PLAIN = {"allocation": "uniform", "compensate": "none"}
+
+# Every method with the allocation and the compensation that it was published with. All get the same calibration text
+# and only FFNs are pruned; the papers differ in both.
+PUBLISHED = (
+    Recipe("random", {"method": "random", **_PLAIN}, "published"),
+    # The L2 norm over all weights of a neuron.
+    Recipe("magnitude", {"method": "magnitude-l2-both", **_PLAIN}, "published"),
+    # Layer by layer, each scored on what the pruned ones before it give.
+    Recipe("Wanda-sp", {"method": "wanda", **_PLAIN, "sequential": True}, "published"),
+    # One ranking of standardised scores over all layers; every statistic is that of the dense model.
+    Recipe("FLAP", {"method": "flap", "allocation": "global", "compensate": "bias", "sequential": False}, "published"),
+    # In LLaMA-7B layers 4 to 29 of 32 are pruned, all by the same share.
+    Recipe("LLM-Pruner Taylor", {"method": "taylor-element", **_PLAIN}, "published", protected=(4, 2, 32)),
+    Recipe("Fisher of masks", {"method": "fisher", **_PLAIN}, "published"),
+    Recipe("OBD", {"method": "obd", **_PLAIN}, "published"),
+    # Whole layers by block influence, their attention with them.
+    Recipe("ShortGPT (whole layers)", {"structure": "layer", **_PLAIN}, "published"),
+)
+
+# What pyprune recommends.
+_BEST = {"method": "obs", "allocation": "sensitivity", "compensate": "least-squares", "target": 0.5}
+OURS = (Recipe("pyprune", _BEST, "ours"), Recipe("pyprune, all text", _BEST, "ours", tokens=0))
+
+# The best published method at the first share kept, against ours at the second: a step of sparsity for free.
+GOALS = ((0.8, 0.7), (0.7, 0.5))
+
+
+def grid(criteria: Iterable[str], compensations: Iterable[str], allocations: Iterable[str]) -> tuple[Recipe, ...]:
+    """Every combination. One that cannot be makes a row with the reason."""
+    return tuple(
+        Recipe(f"{m} | {c} | {a}", {"method": m, "compensate": c, "allocation": a})
+        for m, c, a in itertools.product(criteria, compensations, allocations)
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row to measure.
+
+    Attributes:
+        label, group, tokens: of the `Recipe`.
+        keep: share of neurons that stays.
+        seed: of everything random.
+        options: the other fields of `PruneConfig`.
+    """
+
+    label: str
+    keep: float
+    options: Mapping[str, Any]
+    group: str = "grid"
+    seed: int = 0
+    tokens: int = 0
+
+    @property
+    def published(self) -> bool:
+        return self.group == "published"
+
+    @property
+    def name(self) -> tuple[str, float, int]:
+        """What tells rows apart."""
+        return self.label, self.keep, self.seed
+
+    def config(self) -> PruneConfig:
+        """The configuration; made when its row is reached, so that options that break a rule cost one row.
+
+        Raises:
+            InputError: they do.
+        """
+        return PruneConfig(**{**self.options, "keep": self.keep, "seed": self.seed})
+
+
+def settings(
+    recipes: Iterable[Recipe], keeps: Sequence[float], layers: int, multiple: int = 16, seeds: int = 3
+) -> list[Setting]:
+    """The rows of recipes x keeps. The random method gets one for each seed from 0.
+
+    Args:
+        recipes: with labels that differ.
+        keeps: shares of neurons that stay, in (0, 1].
+        layers: of the model.
+        multiple: widths are rounded to it. The finer, the nearer are all methods to the same size.
+        seeds: how many.
+
+    Raises:
+        InputError: no recipe or keep, one given twice, a keep out of range, or no seed.
+    """
+    recipes = list(recipes)
+    labels = [r.label for r in recipes]
+    check(0 < len(labels) == len(set(labels)), "settings", "be some, with labels that differ", labels)
+    right = 0 < len(keeps) == len(set(keeps)) and all(0 < keep <= 1 for keep in keeps)
+    check(right, "keep", "be shares in (0, 1] that differ", list(keeps))
+    check(seeds >= 1, "seeds", "be at least 1", seeds)
+    return [
+        Setting(r.label, keep, {**r.fitted(layers), "multiple": multiple}, r.group, seed, r.tokens)
+        for r in recipes
+        for keep in keeps
+        for seed in range(seeds if r.options.get("method") == "random" else 1)
+    ]
+
+
+def _sha256(value: Any) -> str:
+    content = value.numpy().tobytes() if isinstance(value, Tensor) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _text_facts(windows: Tensor) -> dict[str, Any]:
+    return {"tokens": windows.numel(), "window": windows.shape[1], "sha256": _sha256(windows)}
+
+
+def _write(path: Path, result: Mapping[str, Any]) -> None:
+    """As JSON with one line a row, so that two results can be compared line by line."""
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in result["rows"])
+    head, tail = json.dumps({**result, "rows": ["@"]}, indent=2).split('    "@"')
+    with new_file(path) as temporary:
+        temporary.write_text(f"{head}{rows}{tail}\n", encoding="utf-8")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result that `compare` wrote.
+
+    Raises:
+        InputError: the file is none, or is damaged.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        known = result["format"] == _FORMAT and isinstance(result["evaluation"], dict)
+        names = [(str(row["label"]), float(row["keep"]), int(row["seed"])) for row in result["rows"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"out must be a result of compare; {path} is not ({type(error).__name__}: {error})") from error
+    check(known, "out", f"be a result of compare in format {_FORMAT}", str(path))
+    check(len(set(names)) == len(names), "out", "have every row once", str(path))
+    found: dict[str, Any] = result
+    return found
+
+
+def _check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to add rows to those of another model or of other texts."""
+    texts = {"calibration": "calibration text", "evaluation": "evaluation texts"}
+    for key in _SAME:
+        rule = f"be the one of {path}, or out another file; its {key} is {json.dumps(old.get(key))}"
+        check(old.get(key) == new[key], texts.get(key, "model"), rule, new[key])
+
+
+def _measure(model: nn.Module, evaluation: Mapping[str, Tensor], progress: Progress) -> dict[str, float]:
+    """Perplexity on every text.
+
+    Raises:
+        InputError: it is NaN or infinite.
+    """
+    found = {name: perplexity(model, windows, progress).perplexity for name, windows in evaluation.items()}
+    check(all(map(math.isfinite, found.values())), "perplexity", "be finite", found)
+    return found
+
+
+def _row(
+    model: nn.Module,
+    setting: Setting,
+    config: PruneConfig,
+    calibration: Tensor,
+    evaluation: Mapping[str, Tensor],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Prune a copy of the model, and measure it."""
+    windows = calibration[: setting.tokens // calibration.shape[1]] if setting.tokens else calibration
+    pruned = copy.deepcopy(model)
+    report = prune(pruned, config, windows, progress=progress)
+    blocks = report.blocks
+    kept = report.mask.keep if report.mask else len(blocks.kept) / len(blocks.influence) if blocks else 1.0
+    started = time.perf_counter()
+    found = _measure(pruned, evaluation, progress)
+    return {
+        "perplexity": found,
+        "kept": kept,
+        "parameters": report.parameters_after,
+        "widths": list(report.mask.widths) if report.mask else None,
+        "damping": [layer.damping for layer in report.layers],
+        "tokens": report.tokens,
+        "prune_seconds": report.seconds,
+        "evaluation_seconds": time.perf_counter() - started,
+        "peak_bytes": report.peak_bytes,
+    }
+
+
+@dataclass
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        facts: about the machine, the model (`fingerprint`, `dtype`, `device`) and the texts (`calibration`, and
+            `evaluation` by name).
+        dense: perplexity of the dense model on each evaluation text.
+        rows: one a setting. `perplexity` by text, `kept` (share of neurons, or of layers where whole ones went),
+            `parameters` (of the whole model), `widths`, `damping` by layer, `tokens` (of calibration, 0 where none was
+            needed), `prune_seconds`, `evaluation_seconds`, `peak_bytes` (growth of the process while pruning); or
+            `error` with `kind` and `message`.
+        found: rows that an earlier call had measured.
+    """
+
+    facts: dict[str, Any]
+    dense: dict[str, float]
+    rows: list[dict[str, Any]]
+    found: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        result = {"format": _FORMAT, **self.facts, "dense": self.dense, "rows": self.rows}
+        return {**result, "goals": goals(result)}
+
+
+class _Run:
+    """The rows measured so far, and their file."""
+
+    def __init__(self, facts: dict[str, Any], path: Path | None) -> None:
+        old = read_result(path) if path and path.exists() else None
+        if path and old:
+            _check_same(path, old, facts)
+        self.facts, self.path = facts, path
+        versions = facts["machine"]["versions"]
+        self._base = [facts[key] for key in _SAME] + [versions["pyprune"], versions["torch"]]
+        self._source = {key: facts["machine"][key] for key in ("commit", "dirty", "date")}
+        self.rows: dict[tuple[str, float, int], dict[str, Any]] = {
+            (row["label"], row["keep"], row["seed"]): row for row in (old["rows"] if old else [])
+        }
+        self.dense: dict[str, float] = old["dense"] if old and old.get("dense_key") == self.key(None) else {}
+
+    def key(self, config: PruneConfig | None, tokens: int = 0) -> str:
+        """Names a measurement: all that its numbers depend on."""
+        return _sha256([self._base, config and config.to_json(), tokens])
+
+    def add(self, setting: Setting, row: dict[str, Any]) -> None:
+        names = {"label": setting.label, "group": setting.group, "keep": setting.keep, "seed": setting.seed}
+        self.rows.pop(setting.name, None)
+        self.rows[setting.name] = {**names, **row, "source": self._source}
+
+    def result(self, found: int = 0) -> Comparison:
+        facts = {**self.facts, "dense_key": self.key(None)}
+        return Comparison(facts, self.dense, list(self.rows.values()), found)
+
+    def write(self) -> None:
+        if self.path:
+            _write(self.path, self.result().to_json())
+
+
+def compare(
+    model: nn.Module,
+    rows: Sequence[Setting],
+    calibration: Tensor,
+    evaluation: Mapping[str, Tensor],
+    path: str | Path | None = None,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    progress: Progress = quiet,
+) -> Comparison:
+    """Prune a model in many ways, and measure each.
+
+    Args:
+        model: a dense causal LM of Transformers; unchanged afterwards.
+        rows: what to measure, as `settings` makes them.
+        calibration: `[N, W]` token ids.
+        evaluation: `[N, W]` token ids by the text's name; goals are judged on each.
+        path: a JSON file, written again after every row. Rows that it has already are not measured again, unless the
+            configuration or the version of pyprune or torch is another, or they failed.
+        facts: JSON values for the result's head, such as the names of the model and of the calibration text.
+        progress: called as `(stage, done, total)`: with stage `STAGE` for the rows, else for what goes on in a row.
+
+    Raises:
+        InputError: no row, the same one twice, windows longer than the model's context, or a file of another model, of
+            other texts, or of another kind.
+        UnsupportedModelError: an FFN that pyprune does not know.
+    """
+    names = [row.name for row in rows]
+    check(0 < len(names) == len(set(names)), "rows", "be some, each once", len(names))
+    check(bool(evaluation), "evaluation", "hold at least one text", list(evaluation))
+    vocabulary = getattr(model.config, "vocab_size", None)
+    calibration = stack_batches(calibration, vocabulary)
+    evaluation = {name: stack_batches(windows, vocabulary) for name, windows in evaluation.items()}
+    for name, windows in {"calibration": calibration, **evaluation}.items():
+        check_windows(model, windows, name)
+    parameter = next(model.parameters())
+    run = _Run(
+        {
+            "machine": machine.facts(),
+            **(facts or {}),
+            "fingerprint": families.fingerprint(model, families.find_ffns(model)),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "device": parameter.device.type,
+            "calibration": _text_facts(calibration),
+            "evaluation": {name: _text_facts(windows) for name, windows in evaluation.items()},
+        },
+        Path(path) if path else None,
+    )
+    if not run.dense:
+        run.dense = _measure(model, evaluation, progress)
+        run.write()
+    found = 0
+    for done, setting in enumerate(rows):
+        progress(STAGE, done, len(rows))
+        key = None
+        try:
+            config = setting.config()
+            key = run.key(config, setting.tokens)
+            old = run.rows.get(setting.name, {})
+            if old.get("key") == key and "error" not in old:
+                found += 1
+                continue
+            row = _row(model, setting, config, calibration, evaluation, progress)
+            run.add(setting, {"config": config.to_json(), "key": key, **row})
+        except Exception as error:  # whatever a method makes of this model: the other rows still count
+            message = (str(error).strip() or "no message").splitlines()[0][:1000]
+            failure = {"kind": type(error).__name__, "message": message}
+            run.add(setting, {"options": dict(setting.options), "key": key, "error": failure})
+        release()
+        run.write()
+    progress(STAGE, len(rows), len(rows))
+    return run.result(found)
+
+
+def _best(lines: Sequence[Line], group: str, keep: float) -> dict[str, Any] | None:
+    points = [(point, line.label) for line in lines if line.group == group for point in line.points]
+    of = [(p.perplexity, label, p.kept) for p, label in points if p.keep == keep]
+    return dict(zip(("perplexity", "label", "kept"), min(of), strict=True)) if of else None
+
+
+def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Whether ours is as good as the best published method a step of sparsity earlier, on each evaluation text.
+
+    Args:
+        result: as `Comparison.to_json` gives it.
+
+    Returns:
+        For each text and pair of `GOALS`: `text`, `published_keep`, `our_keep`, `published` and `ours` (`label`,
+        `perplexity`, `kept`; None where nothing was measured), and `met` (None then).
+    """
+    judged = []
+    for text in result["evaluation"]:
+        best = functools.partial(_best, comparison_lines(result, text))
+        for published_keep, our_keep in GOALS:
+            published, ours = best("published", published_keep), best("ours", our_keep)
+            met = None if published is None or ours is None else ours["perplexity"] <= published["perplexity"]
+            keeps = {"text": text, "published_keep": published_keep, "our_keep": our_keep}
+            judged.append({**keeps, "published": published, "ours": ours, "met": met})
+    return judged

@@ -1,0 +1,106 @@
+"""The FFNs of a loaded model swapped for `PrunedMLP`, and the originals freed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..base.errors import check, check_choice
+from ..base.memory import Room, release
+from ..model import families
+from ..model.families import FFN
+from ..model.mask import Mask
+from ..model.surgery import set_widths
+from ..model.weights import check_finite
+from . import dispatch
+from .mlp import MODES, PrunedMLP
+from .mlp_state import DownStandIn
+from .quantisation import WEIGHTS, check_fits
+
+
+@torch.inference_mode(False)
+def accelerate(
+    model: nn.Module,
+    mode: str = "compact",
+    backend: str = "auto",
+    mask: Mask | None = None,
+    weights: str | None = None,
+    batch_invariant: bool = False,
+) -> nn.Module:
+    """Swap every FFN of a loaded model, pruned or not, for a `PrunedMLP`, layer by layer, freeing the originals.
+
+    The FFNs' parameters are others afterwards: an optimizer or adapters made before do not know them.
+
+    Args:
+        model: a causal LM of Transformers; changed in place.
+        mode: `compact`, or `gather`, which keeps all weights and reads those of the neurons in `mask`.
+        backend: `auto`, or a backend that is then used or refused.
+        mask: the neurons to keep; required by `gather`; with `compact` the others are removed for good.
+        weights: dtype to keep FFN weights in, a key of `quantisation.WEIGHTS`; None for as they are. The model saves
+            weights of its own dtype all the same, rounded as they are kept.
+        batch_invariant: make each FFN's result for a token independent, to the bit, of the tokens beside it; slower
+            where there are many.
+
+    Returns:
+        `model`.
+
+    Raises:
+        InputError: unknown mode, backend or weights, a mask that is missing or belongs to another model, weights that
+            are not finite, or not in the dtype asked for; the model is unchanged then.
+        UnsupportedModelError: an FFN that pyprune does not know, or a model that is accelerated already.
+    """
+    check_choice(mode, "mode", MODES)
+    check_choice(backend, "backend", dispatch.names())
+    check_choice(weights or "float32", "weights", WEIGHTS)
+    check(mask is not None or mode == "compact", "mask", "be given in gather mode", mask)
+    ffns = families.find_ffns(model)
+    if mask is not None:
+        mask.check_fits([f.intermediate_size for f in ffns], families.fingerprint(model, ffns))
+    check_finite(model)
+    if weights is not None:
+        _check_finite(ffns, WEIGHTS[weights])
+    if mask is not None and mode == "compact":
+        set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
+    room = Room(_record_bytes(ffns, mask if mode == "compact" else None, weights))
+    ffns.reverse()
+    while ffns:
+        ffn = ffns.pop()
+        keep = mask.layers[ffn.layer] if mask else None
+        _swap(model, ffn, PrunedMLP.from_dense(ffn, keep, mode, backend, weights, room, batch_invariant))
+        del ffn  # nothing else holds the original
+        release()
+    return model
+
+
+def _record_bytes(ffns: list[FFN], mask: Mask | None, weights: str | None) -> int:
+    """Bytes of the records of all layers on the CPU, each rounded up to whole cache lines."""
+    total = 0
+    for ffn in ffns:
+        dense = ffn.weights()
+        if dense.down.device.type != "cpu":
+            continue
+        rows = len(mask.layers[ffn.layer]) if mask else ffn.intermediate_size
+        dtype = WEIGHTS[weights] if weights else dense.down.dtype
+        total += Room.rounded(rows * len(dense.parts) * dense.down.shape[1] * dtype.itemsize)
+    return total
+
+
+def _check_finite(ffns: list[FFN], dtype: torch.dtype) -> None:
+    for ffn in ffns:
+        for part in ffn.weights().parts:
+            check_fits(part, dtype, f"weights of layer {ffn.layer}")
+
+
+def _swap(model: nn.Module, ffn: FFN, module: PrunedMLP) -> None:
+    if ffn.pattern.in_layer:
+        holder: Any = ffn.holder
+        setattr(holder, ffn.pattern.up, module)
+        holder.activation_fn = nn.Identity()
+        setattr(holder, ffn.pattern.down, DownStandIn(module))
+        if hasattr(holder, "activation_dropout"):
+            holder.activation_dropout = 0.0  # it would now fall on the FFN's output
+        return
+    parent, _, name = ffn.name.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

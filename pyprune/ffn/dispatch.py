@@ -1,0 +1,206 @@
+"""The one place that chooses a backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from ..base.errors import BackendError, check_choice
+from . import choices, native
+from .backends import Backend, Config, Problem, costs, load_all
+from .choices import Entry
+
+# Where nothing was measured, `auto` follows predictions: on CUDA from the bytes and operations of each form, since no
+# kernel of ours has been timed there yet. Few tokens are bound by the weights' bytes, which a kernel of one pass reads
+# once; from five on its arithmetic takes longer, and matrix units are better. With more, see `backends.costs`.
+_DECODE_TOKENS = 4
+_CUDA_TOKENS = 8
+
+# Most tokens for which `auto` prefers the native kernel on a CPU, by dtype of the record and gather, for layers of at
+# most _NARROW and for wider ones: with more tokens arithmetic outweighs the bytes of the weights, and torch's matrix
+# products are faster. Measured with AVX-512 and AMX, see bench/notes/cpu.md; a gather goes further, since torch must
+# first copy rows, and so does int8, which it must cast. `pyprune tune` measures them for a layer on this machine.
+_NARROW = 1024
+_NATIVE_TOKENS: dict[tuple[torch.dtype, bool], tuple[int, int]] = {
+    (torch.float32, False): (32, 24),
+    (torch.float32, True): (64, 128),
+    (torch.bfloat16, False): (128, 64),
+    (torch.bfloat16, True): (128, 512),
+    (torch.float16, False): (32, 16),
+    (torch.float16, True): (64, 128),
+    (torch.int8, False): (256, 256),
+    (torch.int8, True): (256, 256),
+}
+# At most so many where tokens are not multiplied by matrix tiles, which need bfloat16 tokens.
+_WITHOUT_TILES = {torch.bfloat16: 16, torch.int8: 64}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who runs a problem, and how.
+
+    Attributes:
+        backend: the backend.
+        config: what was measured to be its best, or None for what it takes by itself.
+        source: of the choice: `tuned` on this machine, or `predicted`.
+    """
+
+    backend: Backend
+    config: Config | None
+    source: str
+
+
+@functools.cache
+def backends() -> dict[str, Backend]:
+    """Every backend, by name."""
+    return load_all()
+
+
+def names() -> list[str]:
+    """`auto` and the name of every backend."""
+    return ["auto", *backends()]
+
+
+def _predicted_tokens(problem: Problem) -> int:
+    """Most tokens for which the native kernel of the problem's device is the best, as predicted."""
+    if problem.device == "cuda":
+        return _DECODE_TOKENS
+    weights = problem.weights or problem.dtype
+    most = _NATIVE_TOKENS[weights, problem.gather][problem.hidden_size > _NARROW]
+    tiles = problem.dtype == torch.bfloat16 and native.isa() == "amx"
+    return most if tiles else min(most, _WITHOUT_TILES.get(weights, most))
+
+
+def _native_best(problem: Problem) -> bool | None:
+    """Whether the native kernel, by itself, was measured to be the best; None where nothing was measured."""
+    entries = _measured(problem)
+    if not entries:
+        return None
+    best, default = entries[0], backends()[problem.device].default_config(choices.representative(problem))
+    return best.backend == problem.device and _text(best.config) == _text(default)
+
+
+def _crossover(problem: Problem) -> int:
+    """Most tokens for which the native kernel is the best: as predicted, within what was measured."""
+    low, high, below = 0, None, 0
+    for tokens in choices.TOKENS:
+        best = _native_best(dataclasses.replace(problem, tokens=tokens))
+        if best is False:
+            high = below
+            break
+        low, below = tokens if best else low, tokens
+    most = max(low, _predicted_tokens(problem))
+    return most if high is None else min(most, high)
+
+
+@functools.cache
+def native_tokens(
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    hidden_size: int,
+    gather: bool,
+    device: str = "cpu",
+    neurons: int = 1,
+    gated: bool = True,
+    activation: str = "silu",
+) -> int:
+    """Most tokens for which `auto` takes the native kernel of a device; 0 where there is none for these dtypes.
+
+    Args:
+        dtype: of x.
+        weights: of the record.
+        hidden_size: D.
+        gather: the form.
+        device: `cpu` or `cuda`.
+        neurons: K; with `gated` and `activation` it says which measurements count.
+    """
+    problem = Problem(device, dtype, 1, hidden_size, neurons, neurons, gated, gather, activation, weights)
+    own = backends().get(device)
+    return 0 if own is None or own.why_not(problem) is not None else _crossover(problem)
+
+
+def _native_tokens(problem: Problem) -> int:
+    weights = problem.weights or problem.dtype
+    layer = (problem.hidden_size, problem.gather, problem.device, problem.kept, problem.gated, problem.activation)
+    return native_tokens(problem.dtype, weights, *layer)
+
+
+def _order(problem: Problem) -> tuple[str, ...]:
+    """Whom `auto` asks, as predicted."""
+    if problem.device == "cpu":
+        return ("cpu", "torch") if problem.tokens <= _native_tokens(problem) else ("torch", "cpu")
+    if problem.device != "cuda":
+        return ("torch",)
+    if problem.tokens <= _DECODE_TOKENS:
+        return ("cuda", "triton", "cublas", "torch")
+    if problem.tokens <= _CUDA_TOKENS:
+        return ("triton", "cuda", "cublas", "torch")
+    return (*costs.fastest_first(problem), "torch")
+
+
+def _text(config: Config) -> str:
+    return json.dumps(dict(config), sort_keys=True)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once."""
+    warnings.warn(message, stacklevel=2)
+
+
+def _refused(problem: Problem, entry: Entry) -> bool:
+    """Whether what was measured cannot be used any more."""
+    backend = backends().get(entry.backend)
+    reason = "there is no backend of that name" if backend is None else backend.why_not(problem)
+    if backend is not None and reason is None:
+        offered = backend.candidate_configs(choices.representative(problem))
+        if _text(entry.config) in map(_text, offered):
+            return False
+        reason = f"it does not offer the configuration {_text(entry.config)}"
+    _warn(f"a tuned choice of backend {entry.backend} is skipped: {reason}")
+    return True
+
+
+def _measured(problem: Problem) -> list[Entry]:
+    return [entry for entry in choices.find(problem) if not _refused(problem, entry)]
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, backend: str = "auto") -> Choice:
+    """The backend that runs `problem`, and its configuration: as measured, else as predicted.
+
+    With `batch_invariant` neither depends on the number of tokens.
+
+    Args:
+        problem: what to compute.
+        backend: `auto`, or a name that is then used or refused, never replaced.
+
+    Raises:
+        InputError: no backend of that name.
+        BackendError: the forced backend cannot run the problem, or none can; with the reasons.
+    """
+    check_choice(backend, "backend", names())
+    if problem.batch_invariant:
+        problem = dataclasses.replace(problem, tokens=1)
+    entries = _measured(problem)
+    configs: dict[str, Config] = {}
+    for entry in entries:
+        configs.setdefault(entry.backend, entry.config)
+    reasons = []
+    # A dict has every name once, at its first place.
+    for name in dict.fromkeys([*configs, *_order(problem)]) if backend == "auto" else (backend,):
+        reason = backends()[name].why_not(problem)
+        if reason is None:
+            # A configuration may be meant for so many tokens; row by row, a backend takes its own.
+            config = None if problem.batch_invariant else configs.get(name)
+            return Choice(backends()[name], config, "tuned" if name in configs else "predicted")
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"no backend for {problem}: {'; '.join(reasons)}")
+
+
+choices.DEPENDENT.extend((choose.cache_clear, native_tokens.cache_clear, _warn.cache_clear))

@@ -1,0 +1,188 @@
+"""The `state_dict` of a `PrunedMLP`: the tensors of the module it stands for, under that one's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import UnsupportedModelError
+from ..model.patterns import Pattern
+from .quantisation import cast, dequantise
+
+_NO_PROJECTION = (
+    "the FFNs of an accelerated model have their projections in one record, which can be neither adapted nor quantised "
+    "by itself: add adapters to the model before pyprune.accelerate, and merge them; then accelerate it"
+)
+
+
+class FamilyState(nn.Module):
+    """What a `PrunedMLP` keeps, and how it is saved and loaded as its family's own projections; see there."""
+
+    record: nn.Parameter
+    neuron_bias: Tensor | None
+    down_bias: Tensor | None
+    scales: Tensor | None
+    plain_down: Tensor | None  # the record's own down rows while others are in their place (`PrunedMLP.set_width`)
+    plain_scales: Tensor | None
+    pattern: Pattern
+    transposed: bool
+    hidden_size: int
+    dtype: torch.dtype
+
+    def _projection_tensors(self) -> dict[str, Tensor]:
+        """Tensors under the family's own names; weights are views of the record where layout and dtype allow it."""
+        bias, scales = self.neuron_bias, self.scales
+        record = self.record.to(self.dtype) if scales is None else dequantise(self.record, scales, self.dtype)
+        *inputs, down = record.split(self.hidden_size, dim=1)
+        if self.plain_down is not None:
+            plain = self.plain_down
+            own = self.plain_scales
+            plain = plain.to(self.dtype) if own is None else dequantise(plain, own, self.dtype)
+            down = torch.cat([plain, down[len(plain) :]])
+        columns = [] if bias is None else list(bias.unbind(1))
+        names = [name for name, _ in self.pattern.inputs]
+        if self.pattern.fused:
+            inputs, columns = [torch.cat(inputs)], [torch.cat(columns)] if columns else []
+        tensors = {}
+        for name, weight in zip(names, inputs, strict=True):
+            tensors[f"{name}.weight"] = weight.t() if self.transposed else weight
+        tensors.update({f"{n}.bias": b for n, b in zip(names, columns, strict=False)})
+        tensors[f"{self.pattern.down}.weight"] = down if self.transposed else down.t()
+        if self.down_bias is not None:
+            tensors[f"{self.pattern.down}.bias"] = self.down_bias
+        return tensors
+
+    def _split(self, prefix: str) -> tuple[str, tuple[str, ...]]:
+        """Where the family's names start, and the projections to save or load under `prefix`.
+
+        An in-layer FFN sits in the place of `up`; a `DownStandIn` in the place of `down` answers for that one.
+        """
+        up, down = self.pattern.up, self.pattern.down
+        for name in (up, down) if self.pattern.in_layer else ():
+            if prefix.endswith(f"{name}."):
+                return prefix[: -len(name) - 1], (name,)
+        return prefix, (*(name for name, _ in self.pattern.inputs), down)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        root, projections = self._split(prefix)
+        for name, tensor in self._projection_tensors().items():
+            if name.partition(".")[0] in projections:
+                tensor = tensor if keep_vars else tensor.detach()
+                destination[root + name] = tensor.clone(memory_format=torch.contiguous_format)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        root, projections = self._split(prefix)
+        tensors: dict[str, Tensor] = {}
+        known = self._projection_tensors()
+        for name, old in known.items():
+            if name.partition(".")[0] not in projections:
+                continue
+            new = state_dict.get(root + name)
+            if new is None:
+                missing_keys.append(root + name)
+            elif new.shape != old.shape:
+                error_msgs.append(f"{root}{name} must have shape {tuple(old.shape)}; got {tuple(new.shape)}")
+            else:
+                tensors[name] = new.to(self.record.device)
+        if strict:
+            unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(root) :] not in known)
+        with torch.no_grad():
+            borrowed = self.plain_down is not None
+            if borrowed:
+                self._exchange_down()
+            self._assign(tensors)
+            if borrowed:
+                self._exchange_down()
+
+    def _exchange_down(self) -> None:
+        """Swap the first down rows of the record with `plain_down`."""
+        pairs = [(self.record.detach()[:, -self.hidden_size :], self.plain_down)]
+        if self.scales is not None:
+            pairs.append((self.scales[:, -1:], self.plain_scales))
+        for column, other in pairs:
+            assert other is not None
+            rows = column[: len(other)]
+            own = rows.clone()
+            rows.copy_(other)
+            other.copy_(own)
+
+    def _assign(self, tensors: dict[str, Tensor]) -> None:
+        """Take over those of the family's tensors that are there."""
+        part = 0
+        for name, blocks in self.pattern.inputs:
+            weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
+            for block in range(blocks):
+                if weight is not None:
+                    rows = weight.t() if self.transposed else weight
+                    self._set_part(part, rows.chunk(blocks)[block])
+                if bias is not None and self.neuron_bias is not None:
+                    self.neuron_bias[:, part] = bias.chunk(blocks)[block]
+                part += 1
+        down, bias = tensors.get(f"{self.pattern.down}.weight"), tensors.get(f"{self.pattern.down}.bias")
+        if down is not None:
+            self._set_part(part, down if self.transposed else down.t())
+        if bias is not None and self.down_bias is not None:
+            self.down_bias.copy_(bias)
+
+    def _set_part(self, part: int, weight: Tensor) -> None:
+        columns = slice(part * self.hidden_size, (part + 1) * self.hidden_size)
+        own = self.record.dtype == self.dtype
+        self.record[:, columns], scales = (weight, None) if own else cast(weight, 1, self.record.dtype)
+        if scales is not None and self.scales is not None:
+            self.scales[:, part : part + 1] = scales
+
+
+class _NoProjectionError(UnsupportedModelError, AttributeError):
+    """To `hasattr` a projection in a record has no weight; whoever goes on without asking reads why."""
+
+
+class Packed(nn.Linear):
+    """Stands in a `PrunedMLP` for a projection of its family, whose weights are part of the record.
+
+    Adapters and quantisers look for linear modules by class and by name, and would pass over the FFN without a word.
+    Here they find one, and its error. It has no tensors, and nothing calls it.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            raise _NoProjectionError(_NO_PROJECTION)
+        return super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Never computes; raises `UnsupportedModelError`."""
+        raise _NoProjectionError(_NO_PROJECTION)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """The `PrunedMLP` loads what stands under this name, and says what does not fit."""
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, in the record"
+
+
+class DownStandIn(nn.Identity):
+    """In the place of an in-layer FFN's down projection: hands on what its `PrunedMLP` computed, owns its names."""
+
+    def __init__(self, mlp: FamilyState) -> None:
+        super().__init__()
+        self.__dict__["mlp"] = mlp  # past nn.Module, whose child it is not
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.__dict__["mlp"]._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__["mlp"]._load_from_state_dict(*args)

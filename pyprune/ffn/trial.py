@@ -1,0 +1,207 @@
+"""Times every way to compute one problem on this machine, each compared with float64 first."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import reference
+from ..base.clock import Job, clock, graphed, interleave, median, timed
+from ..base.errors import BackendError
+from ..base.record import Record
+from . import choices, dispatch
+from .backends import Backend, Config, Problem
+from .choices import Entry
+from .quantisation import quantise, widened
+
+# Weights lie in copies that are read in turn, so that a call finds them where a model's step does: in memory.
+_COPY_BYTES = 256 << 20
+_MOST_COPIES = 64
+_CHECKED_ROWS = 8
+# A candidate this much slower than its backend's best at the first sample is not timed again.
+_HOPELESS = 1.5
+_ROUNDS = (3, 7)  # fewest and most, of all candidates in turn
+_SAMPLE_SECONDS = 2e-3
+_PROBLEM_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One problem's outcome.
+
+    Attributes:
+        problem: what was timed, the representative of its bucket.
+        entries: the best of each backend, the fastest first.
+        before: what `auto` took until now.
+        refused: candidates that failed or were wrong, and why, in one line each.
+    """
+
+    problem: Problem
+    entries: list[Entry]
+    before: Entry | None
+    refused: list[str]
+
+    @property
+    def speedup(self) -> float | None:
+        """Of the best over `before`; None where that did not run."""
+        return None if self.before is None else self.before.seconds / self.entries[0].seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "key": choices.key(self.problem),
+            "before": None if self.before is None else self.before.to_json(),
+            "entries": [entry.to_json() for entry in self.entries],
+            "speedup": self.speedup,
+            "refused": self.refused,
+        }
+
+
+def _operands(problem: Problem) -> tuple[Tensor, list[Record]]:
+    """Random x, and copies of one record; plain FFNs have biases, as the families' have."""
+    device, d, f, dtype = problem.device, problem.hidden_size, problem.intermediate_size, problem.dtype
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    parts = 3 if problem.gated else 2
+    rows, scales, index = randn(f, parts * d).mul_(d**-0.5), None, None
+    if problem.weights == torch.int8:
+        rows, scales = quantise(rows, parts)
+    rows = rows.to(problem.weights or dtype)
+    if problem.gather:
+        order = torch.randperm(f, generator=generator, device=device)
+        index = order[: problem.kept].sort().values.int()
+    bias, down_bias = (None, None) if problem.gated else (randn(f, 1).to(dtype), randn(d).to(dtype))
+    record = Record(rows, problem.gated, problem.activation, scales, bias, down_bias, index)
+    copies = 1 if problem.tokens > 256 else min(_MOST_COPIES, -(-_COPY_BYTES // max(rows.nbytes, 1)))
+    others = (dataclasses.replace(record, rows=rows.clone()) for _ in range(copies - 1))
+    return randn(problem.tokens, d).to(dtype), [record, *others]
+
+
+class _Judge:
+    """Compares some rows of a result with float64: at most twice the error of torch is allowed."""
+
+    def __init__(self, x: Tensor, record: Record) -> None:
+        rows = torch.linspace(0, len(x) - 1, min(_CHECKED_ROWS, len(x))).round().long().unique()
+        self.rows = rows.to(x.device)
+        few = x[self.rows]
+        self.exact = reference.ffn(few.double(), widened(record))
+        error = (reference.ffn(few, record).double() - self.exact).norm()
+        self.allowed = float(2 * error + 1e-6 * self.exact.norm())
+
+    def why_wrong(self, out: Tensor) -> str | None:
+        error = float((out[self.rows].double() - self.exact).norm())
+        return None if error <= self.allowed else f"error {error:.3g} where {self.allowed:.3g} is allowed"
+
+
+@dataclass
+class _Candidate:
+    backend: Backend
+    config: Config
+    run: Callable[[], object]  # one call of every copy
+    calls: int
+    seconds: float = 0.0  # of one call
+    again: int = 1  # runs in a sample
+
+    def sample(self, now: Callable[[], float]) -> list[float]:
+        def repeated() -> None:
+            for _ in range(self.again):
+                self.run()
+
+        return list(timed(repeated, now, share=self.again * self.calls)())
+
+    def entry(self) -> Entry:
+        return Entry(self.backend.NAME, self.config, self.seconds)
+
+
+def _candidate(
+    backend: Backend, config: Config, x: Tensor, records: Sequence[Record], batch_invariant: bool
+) -> _Candidate:
+    def run() -> None:
+        for record in records:
+            backend.run(x, record, config, batch_invariant)
+
+    return _Candidate(backend, config, graphed(run, x.device), len(records))
+
+
+def _candidates(
+    problem: Problem, x: Tensor, records: Sequence[Record], check_time: Callable[[], None]
+) -> tuple[list[_Candidate], list[str]]:
+    """Those that are right, each with a first time, and why the others are not there."""
+    judge, now = _Judge(x, records[0]), clock(problem.device)
+    found: list[_Candidate] = []
+    refused: list[str] = []
+    for name, backend in dispatch.backends().items():
+        if backend.why_not(problem) is not None:
+            continue
+        for config in backend.candidate_configs(problem):
+            check_time()
+            try:
+                reason = judge.why_wrong(backend.run(x, records[0], config, problem.batch_invariant))
+                if reason is None:
+                    candidate = _candidate(backend, config, x, records, problem.batch_invariant)
+                    candidate.run()
+                    candidate.seconds = candidate.sample(now)[0]
+                    found.append(candidate)
+                    continue
+            except Exception as error:  # whatever a compiler or a launch has against it
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            refused.append(f"{name} {dict(config)}: {reason}")
+    return found, refused
+
+
+def _used_now(problem: Problem) -> tuple[str, Config] | None:
+    try:
+        chosen = dispatch.choose(problem)
+    except BackendError:
+        return None
+    backend = chosen.backend
+    return backend.NAME, backend.default_config(problem) if chosen.config is None else chosen.config
+
+
+@torch.no_grad()
+def try_all(problem: Problem, check_time: Callable[[], None]) -> Tuned:
+    """Time every candidate of every backend that can run `problem`, the representative of its bucket.
+
+    Args:
+        problem: what to time.
+        check_time: called before every candidate; raises to stop.
+
+    Raises:
+        BackendError: nobody computes it rightly.
+    """
+    before = _used_now(problem)
+    found, refused = _candidates(problem, *_operands(problem), check_time)
+    if not found:
+        raise BackendError(f"no backend for {problem}: {'; '.join(refused)}")
+    fastest: dict[str, float] = {}
+    for one in found:
+        fastest[one.backend.NAME] = min(one.seconds, fastest.get(one.backend.NAME, one.seconds))
+    kept = {
+        str(i): one
+        for i, one in enumerate(found)
+        if one.seconds <= _HOPELESS * fastest[one.backend.NAME] or (one.backend.NAME, one.config) == before
+    }
+    check_time()
+    for one in kept.values():
+        one.again = max(1, min(200, round(_SAMPLE_SECONDS / max(one.seconds * one.calls, 1e-9))))
+    now = clock(problem.device)
+    round_seconds = sum(one.seconds * one.calls * one.again for one in kept.values())
+    fewest, most = _ROUNDS
+    rounds = max(fewest, min(most, int(_PROBLEM_SECONDS / max(round_seconds, 1e-9))))
+    jobs: dict[str, Job] = {i: functools.partial(one.sample, now) for i, one in kept.items()}
+    for i, samples in interleave(jobs, rounds).items():
+        kept[i].seconds = median(samples)
+    entries: dict[str, Entry] = {}
+    for one in sorted(kept.values(), key=lambda one: one.seconds):
+        entries.setdefault(one.backend.NAME, one.entry())
+    used = [one.entry() for one in kept.values() if (one.backend.NAME, one.config) == before]
+    return Tuned(problem, list(entries.values()), used[0] if used else None, refused)

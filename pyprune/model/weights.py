@@ -1,0 +1,131 @@
+"""What the weights of a model must be before anything is done to them: there, ordinary floats, finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..base.errors import UnsupportedModelError, check
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_KNOWN_AS = {"optimum": "quanto"}
+
+# What quantisers set on a module whose weight may still look like an ordinary one.
+_MARKS = ("quantization_scheme", "weight_qtype", "weight_fake_quantizer")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise `InputError` naming the first parameter that has NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        check(bool(parameter.isfinite().all()), "model", "have finite weights", f"NaN or infinity in {name}")
+
+
+def check_there(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` when a parameter has no values: on the meta device, or offloaded by hooks."""
+    name = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if name is None:
+        return
+    kind = type(model).__name__
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{kind}: layers carry accelerate hooks that keep weights elsewhere ({name} is offloaded): load the model "
+            "whole, with a device_map that names neither 'cpu' beside a GPU nor 'disk'"
+        )
+    raise UnsupportedModelError(
+        f"{kind}: {name} is on the meta device, where it has no values: load the weights first (from_pretrained, or "
+        "to_empty and load_state_dict)"
+    )
+
+
+def check_plain(model: nn.Module, layers: nn.Module, prefix: str) -> None:
+    """Raise `UnsupportedModelError` when weights in `layers` are quantised, sharded, or computed from others.
+
+    Told by the tensors and modules themselves, whatever wrote them: a dtype, a tensor class, what a quantiser marks.
+
+    Args:
+        model: the whole model, which the message names.
+        layers: the part of it that is looked at.
+        prefix: its path.
+    """
+    kind = type(model).__name__
+    for name, module in layers.named_modules():
+        where = f"{kind}: {prefix}.{name}"
+        if (what := _quantised(module)) is not None:
+            how = _maker(model, module)
+            raise UnsupportedModelError(
+                f"{where}: weights are {what} ({how}): load the model unquantised, prune it, then quantise"
+            )
+        for key, tensor in module._parameters.items():
+            if tensor is not None and type(tensor) is not nn.Parameter:
+                raise UnsupportedModelError(
+                    f"{where}.{key} is a {type(tensor).__name__}: load the model with plain tensors, whole in one "
+                    "process"
+                )
+        if isinstance(module, nn.Linear | Conv1D) and "weight" not in module._parameters:
+            raise UnsupportedModelError(
+                f"{where}.weight is computed from other tensors: make it permanent first (torch.nn.utils.prune.remove, "
+                "parametrize.remove_parametrizations)"
+            )
+
+
+def _kept_in(tensor: Tensor) -> torch.dtype:
+    """The dtype that a tensor is kept in: of one that wraps others, theirs, where that is no ordinary float."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            if (dtype := _kept_in(getattr(tensor, name))) not in _FLOATS:
+                return dtype
+    return tensor.dtype
+
+
+def _quantised(module: nn.Module) -> str | None:
+    """What the weights of `module` itself are kept in, where they are quantised, else None."""
+    named = [(n, t) for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None]
+    for name, tensor in named:
+        parameter = name in module._parameters
+        foreign = type(tensor).__module__.partition(".")[0] != "torch"
+        odd = _kept_in(tensor) not in _FLOATS or foreign
+        if odd and (parameter or "weight" in name):
+            return str(_kept_in(tensor)).removeprefix("torch.")
+    if hasattr(module, "_packed_params"):
+        return "packed"
+    return "quantised at every call" if any(getattr(module, mark, None) is not None for mark in _MARKS) else None
+
+
+def _maker(model: nn.Module, module: nn.Module) -> str:
+    """What quantised it: a package, or what the model's config says, and the class."""
+    marks = [getattr(module, mark, None) for mark in _MARKS]
+    things: list[Any] = [*module._parameters.values(), *module._buffers.values(), *marks, module]
+    for thing in things:
+        package = type(thing).__module__.partition(".")[0]
+        if thing is not None and package not in ("torch", "transformers", "builtins"):
+            return _KNOWN_AS.get(package, package)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    own = type(module)
+    return str(getattr(method, "value", method) or f"{own.__module__.partition('.')[0]} {own.__name__}")
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def leave_inference(model: nn.Module) -> None:
+    """Put ordinary tensors of the same values in the place of those that were made in inference mode.
+
+    Others can neither be changed outside that mode nor ever be trained. Tied ones stay tied.
+    """
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    places.setdefault(id(tensor), []).append((tensors, name))
+    for tied in places.values():
+        first, name = tied[0]
+        old = first[name]
+        new: Tensor = old.detach().clone()
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for owner, name in tied:
+            owner[name] = new

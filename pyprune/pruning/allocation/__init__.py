@@ -1,0 +1,1 @@
+"""How many neurons each layer keeps. One way a file."""

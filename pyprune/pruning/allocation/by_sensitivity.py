@@ -1,0 +1,40 @@
+"""The widths that cost least by curves of each layer."""
+
+from __future__ import annotations
+
+from ...base.errors import check
+from ..sensitivity.curve import SensitivityCurves
+from . import bounds
+from .knapsack import exact
+
+
+def choose_widths(
+    curves: SensitivityCurves,
+    keep: float,
+    multiple: int = 1,
+    floor: float = 0.0,
+    protect: tuple[int, int] = (0, 0),
+) -> list[int]:
+    """The widths that cost least by `curves` among those that keep at most the share `keep` of all neurons.
+
+    Losses of layers are taken to add up; the optimum of the sum is exact (`exact`).
+
+    Args:
+        curves: of the dense model.
+        keep: in (0, 1], of all neurons of all layers.
+        multiple: widths are multiples of it, or F.
+        floor: least share kept in any layer.
+        protect: how many of the first and of the last layers keep all neurons.
+
+    Raises:
+        InputError: the least widths allowed hold more neurons than `keep` does.
+    """
+    choices = bounds.candidate_widths(curves.sizes, multiple, floor, protect)
+    budget, least = round(keep * sum(curves.sizes)), sum(row[0] for row in choices)
+    rule = f"be at least {least / sum(curves.sizes):.3f} with this multiple, floor and protect"
+    check(least <= budget, "keep", rule, keep)
+    # The widest first: of equal losses it is taken, so a flat curve leaves no neurons unspent.
+    choices = [row[::-1] for row in choices]
+    losses = [curves.at(i, row) for i, row in enumerate(choices)]
+    chosen = exact(losses, choices, budget)
+    return [row[i] for row, i in zip(choices, chosen, strict=True)]

@@ -1,0 +1,302 @@
+"""Streamed calibration: hidden states of all windows move through the decoder one layer at a time.
+
+Only the hidden states of one point of the model are held (`[N, W, D]`), and the statistics of one layer, so memory
+stays near the size of the model whatever its depth. Knows no pruning method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import UnsupportedModelError, check
+from ..base.statistics import ActivationStats
+from ..model.families import FFN, decoder_layers
+from .moments import Moments
+
+
+class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest nobody needs
+    pass
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
+
+
+@contextmanager
+def constant_output(ffn: FFN, value: Tensor | None = None) -> Iterator[None]:
+    """Inside the block, `ffn` gives `value` (`[D]`) for every token; None for zeros."""
+
+    def substitute(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return torch.zeros_like(output) if value is None else value.to(output).expand_as(output)
+
+    handle = ffn.down.register_forward_hook(substitute)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def adds_output(module: nn.Module, forward: Callable[[], Tensor]) -> bool:
+    """Whether what `module` puts out is added to what `forward` gives as it is: no norm, no multiplier between.
+
+    Args:
+        module: a down projection.
+        forward: runs a layer that holds it; its hidden state, of the shape of the module's output but for batch
+            dimensions of 1.
+    """
+    plain = forward()
+    change = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)).to(plain)
+    handle = module.register_forward_hook(lambda module, args, out: out + change.view_as(out))
+    try:
+        changed = forward()
+    finally:
+        handle.remove()
+    return torch.allclose(changed - plain, change, atol=1e-2 * float(plain.abs().max().clamp_min(1)))
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """`[W]` float64 cosines between the rows of two `[W, D]`; 1 where both rows are zero, 0 where one is."""
+    a, b = a.double(), b.double()
+    norms = (a.square().sum(1) * b.square().sum(1)).sqrt()
+    return torch.where(norms == 0, (a == b).all(1).double(), (a * b).sum(1) / norms)
+
+
+class LayerStream:
+    """The hidden states of all windows in front of one decoder layer.
+
+    Args:
+        model: a causal LM of Transformers, in eval mode.
+        ffns: its FFNs, as `families.find_ffns` gives them; their order is the order of the layers.
+        ids: `[N, W]` token ids.
+        twin: also carry the hidden states that the dense model would have (see `advance_twin`).
+
+    Raises:
+        UnsupportedModelError: the layers do not simply hand one hidden state to the next.
+    """
+
+    def __init__(self, model: nn.Module, ffns: list[FFN], ids: Tensor, twin: bool = False) -> None:
+        self._model = model
+        self._layers: list[nn.Module] = list(decoder_layers(model)[1])
+        self._device = next(model.parameters()).device
+        self._position = 0
+        with torch.no_grad():
+            self._calls = self._record_calls(ids[:1])
+            other = (ids != ids[:1]).any(1).nonzero()
+            if len(other):
+                self._check_independent(self._record_calls(ids[int(other[0])][None]))
+            self._hidden = self._embed(ids)
+        self._twin = self._hidden.clone() if twin else None
+
+    def _run(self, ids: Tensor) -> None:
+        try:
+            self._model(input_ids=ids.to(self._device), use_cache=False)
+        except _Stop:
+            return
+        raise UnsupportedModelError(f"{type(self._model).__name__} never called its decoder layers")
+
+    def _record_calls(self, ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """With what each layer is called (masks, positions); each must get what the one before gave."""
+        previous: list[Tensor] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            check(bool(hidden.isfinite().all()), f"what enters layer {len(calls)}", "be finite", "NaN or infinity")
+            if previous and not torch.equal(hidden, previous[0]):
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__}: the input of decoder layer {len(calls)} is not the output "
+                    f"of layer {len(calls) - 1}, so the model cannot be calibrated layer by layer"
+                )
+            rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            calls.append((args[1:], rest))
+
+        def after(layer: nn.Module, args: Any, output: Any) -> None:
+            previous[:] = [_first(output)]
+            if layer is self._layers[-1]:
+                raise _Stop
+
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self._layers]
+        handles += [layer.register_forward_hook(after) for layer in self._layers]
+        try:
+            self._run(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+    def _check_independent(self, others: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        """What layers get beside the hidden state is noted once, so it must not depend on the tokens."""
+        for i, (call, other) in enumerate(zip(self._calls, others, strict=True)):
+            pairs = zip(_tensors(call), _tensors(other), strict=True)
+            if not all(torch.equal(a, b) for a, b in pairs):
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__}: decoder layer {i} gets more from the tokens than its hidden "
+                    "state, so the model cannot be calibrated layer by layer"
+                )
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """`[N, W, D]`: what the first layer gets, for every window."""
+        caught: list[Tensor] = []
+
+        def stop(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise _Stop
+
+        handle = self._layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            hidden = None
+            for i in range(len(ids)):
+                self._run(ids[i : i + 1])
+                window = caught.pop()
+                if hidden is None:
+                    hidden = window.new_empty((len(ids), *window.shape[1:]))
+                hidden[i] = window[0]
+            assert hidden is not None
+            return hidden
+        finally:
+            handle.remove()
+
+    def _layer_on(self, hidden: Tensor) -> Tensor:
+        args, kwargs = self._calls[self._position]
+        return _first(self._layers[self._position](hidden, *args, **kwargs))
+
+    def _forward(self, window: int) -> Tensor:
+        return self._layer_on(self._hidden[window : window + 1])
+
+    def _run_to(
+        self, module: nn.Module, see: Callable[[Tensor], None], window: int, stop: bool = True
+    ) -> Tensor | None:
+        """Run the layer on one window and show `see` what enters `module`; the layer's output unless it stops there."""
+
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(args[0].reshape(-1, args[0].shape[-1]))
+            if stop:
+                raise _Stop
+
+        handle = module.register_forward_pre_hook(before)
+        try:
+            return self._forward(window)
+        except _Stop:
+            return None
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def statistics(self, ffn: FFN, gram: bool, held_out: bool = False) -> ActivationStats:
+        """Moments of what enters `ffn`'s down projection, over all windows; the stream stays where it is.
+
+        Args:
+            ffn: the FFN of the layer the stream stands in front of.
+            gram: also collect the `[F, F]` second moment; float32 products within a window, float64 sums over windows.
+                With a twin, which must be one layer ahead, also the `[F, D]` cross moment with what it has more.
+            held_out: also give the second moments of the last quarter of the windows alone.
+
+        Raises:
+            InputError: activations that are not finite.
+        """
+        assert ffn.layer == self._position
+        moments = Moments(ffn.intermediate_size, ffn.hidden_size, self._device, gram, self._twin is not None)
+        count = len(self._hidden)
+        first = count - max(1, count // 4) if held_out else count
+        part: ActivationStats | None = None
+        for window in range(count):
+            if window == first:
+                part, moments.second = moments.to_stats(), moments.empty_second()
+            seen: list[Tensor] = []
+            out = self._run_to(ffn.down, seen.append, window, stop=self._twin is None)
+            more = None if self._twin is None or out is None else self._twin[window] - out[0]
+            moments.add(seen.pop().float(), more)
+        whole = moments.to_stats()
+        bad = (~whole.square_sum.isfinite()).nonzero()
+        message = f"be finite; {len(bad)} of {ffn.intermediate_size} neurons are not, the first is"
+        check(len(bad) == 0, f"activations of layer {ffn.layer}", message, bad[:1].flatten().tolist())
+        if part is None:
+            return whole
+        assert whole.gram is not None and part.gram is not None
+        cross = None if whole.cross is None or part.cross is None else whole.cross + part.cross
+        held = replace(whole, tokens=whole.tokens - part.tokens)
+        return replace(whole, gram=whole.gram + part.gram, cross=cross, held_out=held)
+
+    @torch.no_grad()
+    def inputs(self, ffn: FFN) -> tuple[Tensor, Tensor | None]:
+        """What enters `ffn` and, with a twin, what the twin's hidden state has more than the layer's output.
+
+        Returns:
+            `[T, D]` and `[T, D]` or None, float32; T tokens of all windows.
+        """
+        assert ffn.layer == self._position
+        entrance = ffn.holder.get_submodule(ffn.pattern.inputs[0][0])
+        entering: list[Tensor] = []
+        more: list[Tensor] = []
+        for window in range(len(self._hidden)):
+            out = self._run_to(entrance, lambda x: entering.append(x.float()), window, stop=self._twin is None)
+            if self._twin is not None and out is not None:
+                more.append((self._twin[window] - out[0]).float())
+        return torch.cat(entering), torch.cat(more) if more else None
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Move every window through the layer, with the weights it has now."""
+        for window in range(len(self._hidden)):
+            self._hidden[window] = self._forward(window)[0]
+        self._position += 1
+        self._calls[self._position - 1] = ((), {})
+
+    def skip(self) -> None:
+        """Leave the layer out: every window stays as it is."""
+        self._position += 1
+
+    @torch.no_grad()
+    def compare(self, ffn: FFN | None = None) -> float:
+        """Mean over tokens of the cosine between the layer's output and its input; moves every window through it.
+
+        Args:
+            ffn: instead of the layer's input, take what the layer would give if this FFN of it gave nothing.
+
+        Raises:
+            InputError: activations that are not finite.
+        """
+        total = 0.0
+        for window in range(len(self._hidden)):
+            before = self._hidden[window].clone()
+            if ffn is not None:
+                with constant_output(ffn):
+                    before = self._forward(window)[0]
+            self._hidden[window] = self._forward(window)[0]
+            total += float(_cosines(before, self._hidden[window]).sum())
+        check(math.isfinite(total), f"activations of layer {self._position}", "be finite", total)
+        self.skip()
+        return total / (self._hidden.shape[0] * self._hidden.shape[1])
+
+    @torch.no_grad()
+    def advance_twin(self) -> None:
+        """Move the twin's windows through the layer, with the weights it has now: to be called before it is cut."""
+        assert self._twin is not None
+        for window in range(len(self._twin)):
+            self._twin[window] = self._layer_on(self._twin[window : window + 1])[0]
+
+    @torch.no_grad()
+    def check_additive(self, ffn: FFN) -> None:
+        """Raise `UnsupportedModelError` unless what `ffn` puts out is added to the layer's output as it is."""
+        if not adds_output(ffn.down, lambda: self._forward(0)):
+            raise UnsupportedModelError(
+                f"target above 0 needs FFNs whose output is added to the hidden state as it is; in "
+                f"{type(self._model).__name__} something stands between (a norm or a multiplier); use target 0"
+            )

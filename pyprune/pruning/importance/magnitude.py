@@ -1,0 +1,32 @@
+"""Weight magnitude: the norm of a neuron's weights (Han et al. 2015, arXiv 1506.02626; group form over neurons).
+
+Fan-in is what leads into the neuron (up row, and gate row if there is one), fan-out its down row; `both` is the
+norm of all parts concatenated, `product` the product of the parts' norms.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...base.statistics import ActivationStats
+from ...model.patterns import FFNWeights
+from .base import criterion
+
+
+def _magnitude(
+    weights: FFNWeights, stats: ActivationStats | None, generator: torch.Generator, *, order: int, part: str
+) -> Tensor:
+    *fan_in, fan_out = (torch.linalg.vector_norm(p.double(), ord=order, dim=1) for p in weights.parts)
+    chosen = {"fan-in": fan_in, "fan-out": [fan_out]}.get(part, [*fan_in, fan_out])
+    norms = torch.stack(chosen)
+    return norms.prod(0) if part == "product" else torch.linalg.vector_norm(norms, ord=order, dim=0)
+
+
+for _order in (1, 2):
+    for _part in ("fan-in", "fan-out", "both", "product"):
+        criterion(
+            f"magnitude-l{_order}-{_part}",
+            summary=f"L{_order} norm of a neuron's weights, {_part}",
+            source="Han et al. 2015, arXiv 1506.02626, section 3",
+        )(partial(_magnitude, order=_order, part=_part))

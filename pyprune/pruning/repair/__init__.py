@@ -1,0 +1,1 @@
+"""What kept neurons take over from removed ones. One way a file."""

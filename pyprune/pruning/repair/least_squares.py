@@ -1,0 +1,159 @@
+"""Repairs of the down projection after neurons were removed.
+
+Symbols: V `[F, D]` down rows, H the second moment of the activations that enter the down projection, S kept, R removed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...base.errors import InputError, check
+from ...base.statistics import ActivationStats
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A new down projection for the kept neurons.
+
+    Attributes:
+        down: `[K, D]` float64 rows for the kept neurons.
+        error_before, error_after: squared error of the FFN's output over the calibration tokens, relative to the
+            squared dense output (both without the down bias), for the bare cut and for the repair.
+        damping: the ridge of the fit.
+    """
+
+    down: Tensor
+    error_before: float
+    error_after: float
+    damping: float
+
+
+# Of these the ridge is chosen where nobody gives it.
+DAMPINGS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+
+
+def _relative_error(gram: Tensor, change: Tensor, down: Tensor) -> float:
+    """tr(change^T C change) / tr(V^T C V): the squared output error relative to the squared dense output."""
+    dense = (down * (gram @ down)).sum()
+    return float((change * (gram @ change)).sum() / dense.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def check_tokens(ids: Tensor, width: int, damping: float | None) -> None:
+    """Raise `InputError` when `ids` (`[N, W]`) hold fewer tokens than the `width` neurons of a layer to fit.
+
+    Where the damping is chosen (None), the held-out quarter of the windows is not fitted.
+    """
+    seen = ids.numel() if damping is not None else ids.numel() - max(1, len(ids) // 4) * ids.shape[1]
+    needed = width if damping is not None else -(-4 * width // 3)
+    rule = f"hold at least {needed} tokens to fit {width} neurons a layer (least squares)"
+    check(seen >= width, "batches", rule, f"{ids.numel()} tokens")
+
+
+def warn_of_dead(dead: Sequence[int], neurons: int) -> None:
+    """Warn when neurons were never active: nothing can be fitted to them.
+
+    Args:
+        dead: how many in each layer.
+        neurons: of all layers.
+    """
+    if any(dead):
+        warnings.warn(
+            f"{sum(dead)} of {neurons} neurons, in {sum(map(bool, dead))} layers, were never active on the calibration "
+            "text: their scores are zero, and only the damping makes their fit well-posed",
+            stacklevel=6,
+        )
+
+
+def least_squares(
+    down: Tensor, stats: ActivationStats, keep: Tensor, damping: float | None, target: float = 0.0
+) -> Repair:
+    """Down rows of the kept neurons that minimise the output error over the calibration tokens, with a ridge.
+
+        V' = H_SS^-1 (H_S: V + target * X_S / T),    H = C / T + damping * mean(diag(C / T)) * I
+
+    so the ridge draws V' towards the old rows, not towards zero. Cholesky in float64. X is `stats.cross`: with `target`
+    above 0 the rows also make up for that share of what the dense model's hidden state has more.
+
+    Args:
+        down: `[F, D]` dense down rows.
+        stats: with `gram`; with `cross` where `target` is above 0, with `held_out` where `damping` is None.
+        keep: `[K]` kept neurons.
+        damping: lambda above; None takes that of `DAMPINGS` whose fit to the other windows is best on `held_out`.
+        target: share of the hidden state's difference to make up for.
+
+    Raises:
+        InputError: the activations are not finite, or `damping` is too small for them.
+    """
+    assert stats.gram is not None
+    v = down.double()
+    scale = float(stats.gram.diagonal().mean()) / stats.tokens
+    if not 0 <= scale < float("inf"):
+        raise InputError(f"activations must be finite for least squares; their mean square is {scale}")
+    chosen = _choose_damping(v, stats, keep, target) if damping is None else damping
+    if scale == 0:
+        return Repair(v[keep], 0.0, 0.0, chosen)  # dead neurons only: the bare cut changes nothing
+    new = _Fit(stats, keep, target).rows(v, chosen)
+    cut = v.clone()
+    cut[keep] = 0.0
+    left = _change(v, keep, new)
+    return Repair(new, _relative_error(stats.gram, cut, v), _relative_error(stats.gram, left, v), chosen)
+
+
+class _Fit:
+    """The normal equations of one set of kept neurons over some of the calibration tokens."""
+
+    def __init__(self, stats: ActivationStats, keep: Tensor, target: float) -> None:
+        assert stats.gram is not None
+        self.keep = keep
+        self.rows_of_h = stats.gram[keep] / stats.tokens
+        self.scale = float(stats.gram.diagonal().mean()) / stats.tokens
+        self.more = target * stats.cross[keep] / stats.tokens if target and stats.cross is not None else None
+
+    def rows(self, down: Tensor, damping: float) -> Tensor:
+        """`[K, D]`: the fitted down rows, for `down` `[F, D]` in float64."""
+        ridge = damping * self.scale
+        factor = self.rows_of_h[:, self.keep].clone()
+        factor.diagonal().add_(ridge)
+        wanted = self.rows_of_h @ down
+        wanted += ridge * down[self.keep]  # the ridge's share of H_S: V
+        if self.more is not None:
+            wanted += self.more
+        triangle, failed = torch.linalg.cholesky_ex(factor)
+        if failed:
+            raise InputError(f"damping must be large enough to make the second moment positive definite; got {damping}")
+        return torch.cholesky_solve(wanted, triangle)
+
+
+def _change(down: Tensor, keep: Tensor, new: Tensor) -> Tensor:
+    """`[F, D]`: by how much the down rows changed, where rows that are not kept went to zero."""
+    change = down.clone()
+    change[keep] -= new
+    return change
+
+
+def _choose_damping(down: Tensor, stats: ActivationStats, keep: Tensor, target: float) -> float:
+    """That of `DAMPINGS` whose fit to all but the held-out windows leaves the least error on those."""
+    held = stats.held_out
+    assert held is not None and held.gram is not None and stats.gram is not None
+    gram = held.gram
+    more = None
+    if target and stats.cross is not None and held.cross is not None:
+        more = stats.cross - held.cross
+    seen = replace(stats, tokens=stats.tokens - held.tokens, gram=stats.gram - held.gram, cross=more, held_out=None)
+    fit = _Fit(seen, keep, target)
+    if fit.scale <= 0:
+        return DAMPINGS[-1]
+
+    def error(damping: float) -> float:
+        change = _change(down, keep, fit.rows(down, damping))
+        total = (change * (gram @ change)).sum()
+        if target and held.cross is not None:
+            total += 2 * target * (change * held.cross).sum()
+        return float(total)
+
+    return min(DAMPINGS, key=error)

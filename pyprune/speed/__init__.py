@@ -1,0 +1,1 @@
+"""How fast a model is, how fast it could be, and what an FFN of each width costs."""

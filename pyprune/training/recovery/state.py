@@ -1,0 +1,104 @@
+"""What is kept of a run, so that a later call goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...base.errors import CheckpointError, InputError, check
+from .. import persist
+from .run import Run
+
+STATE = "recovery.safetensors"
+_FORMAT = "pyprune-recovery-1"
+
+
+def digest(*tensors: Tensor | None) -> str:
+    """One name for what the tensors hold."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(b"none" if tensor is None else repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+class State:
+    """A run's file in `folder`, if there is one.
+
+    Args:
+        run: what is written and read.
+        folder: None to keep nothing.
+        text: digest of its windows.
+    """
+
+    def __init__(self, run: Run, folder: Path | None, text: str) -> None:
+        self.run = run
+        self._file = None if folder is None else folder / STATE
+        self._text = text
+
+    def _facts(self) -> dict[str, Any]:
+        return {"config": self.run.config.to_json(), "text": self._text, "precision": self.run.report.precision}
+
+    def save(self) -> None:
+        """Write everything that another call needs to go on from here."""
+        if self._file is None:
+            return
+        run = self.run
+        tensors = {f"weight.{n}": p for n, p in run.named.items()}
+        tensors |= {f"best.{n}": t for n, t in (run.best or {}).items()}
+        for name, parameter in run.named.items():
+            tensors |= {f"{key}.{name}": value for key, value in run.optimizer.state[parameter].items()}
+        report = run.report
+        curves = {"train": report.train, "held_out": report.held_out}
+        numbers = {"steps": report.steps, "tokens": report.tokens, "best": report.best, "stale": run.stale}
+        lesson = run.lesson
+        seconds = [run.seconds, lesson.teacher_seconds, lesson.held_out_seconds]
+        facts = {**self._facts(), **curves, **numbers, "teacher_ce": report.teacher_ce, "seconds": seconds}
+        persist.write(self._file, _FORMAT, tensors, facts)
+
+    @torch.no_grad()
+    def load(self) -> bool:
+        """Go on from the state in the folder, if there is one.
+
+        Raises:
+            InputError: it is of another configuration, text or model.
+            CheckpointError: it is damaged.
+        """
+        if self._file is None or not self._file.is_file():
+            return False
+        run = self.run
+        tensors, facts = persist.read(self._file, _FORMAT)
+        try:
+            self._check_same(facts)
+            for name, parameter in run.named.items():
+                stored = tensors[f"weight.{name}"]
+                check(stored.shape == parameter.shape, f"{name} of the state to resume", "fit", tuple(stored.shape))
+                parameter.copy_(stored)
+                keys = ("step", "exp_avg", "exp_avg_sq") if facts["steps"] else ()
+                run.optimizer.state[parameter] = {
+                    key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" or parameter.is_cuda else "cpu")
+                    for key in keys
+                }
+            best = {n: tensors[f"best.{n}"] for n in run.named if f"best.{n}" in tensors}
+            run.best = best or None
+            report = run.report
+            report.train, report.held_out = list(facts["train"]), list(facts["held_out"])
+            report.steps, report.tokens, report.best = (int(facts[k]) for k in ("steps", "tokens", "best"))
+            report.teacher_ce = facts["teacher_ce"]
+            run.stale = int(facts["stale"])
+            run.before, run.lesson.teacher_seconds, run.lesson.held_out_seconds = map(float, facts["seconds"])
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self._file} is damaged, or of another model: {error}") from error
+        return True
+
+    def _check_same(self, facts: dict[str, Any]) -> None:
+        own = self._facts()
+        mine, theirs = ({**f["config"], "text": f["text"], "precision": f["precision"]} for f in (own, facts))
+        for key in sorted(mine.keys() | theirs.keys()):
+            a, b = mine.get(key), theirs.get(key)
+            check(a == b, f"{key} of the state to resume", f"be {a!r}, as asked for now", b)

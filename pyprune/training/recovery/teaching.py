@@ -1,0 +1,176 @@
+"""The pruned model's lessons from first to last, and the model as it was but for what it learnt."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...base.errors import check
+from ...base.memory import PeakMemory
+from ...base.progress import Progress, quiet
+from ...base.windows import check_windows, stack_batches
+from ...model import families
+from ...model.probe import evaluating
+from ...model.weights import check_plain, check_there, leave_inference
+from ..adapters import Adapters, check_peft, projections
+from ..distillation import check_pair
+from .config import RecoverConfig, RecoverReport
+from .lesson import Lesson
+from .run import Run
+from .state import State, digest
+
+
+def split(windows: Tensor, held_out: Tensor | None, config: RecoverConfig) -> tuple[Tensor, Tensor | None]:
+    """The windows to train on, and the held-out ones: those given, or the last of the text, or none.
+
+    Raises:
+        InputError: too few windows to train on.
+    """
+    if held_out is None and config.held_out:
+        count = max(1, round(config.held_out * len(windows)))
+        windows, held_out = windows[:-count], windows[-count:]
+    check(len(windows) >= config.batch, "text", f"hold at least {config.batch} windows (batch)", len(windows))
+    return windows, held_out
+
+
+def _freeze(student: nn.Module, config: RecoverConfig) -> None:
+    """Leave only those parameters trainable that `config.train` names."""
+    if config.train == "all":
+        chosen = list(student.parameters())
+    elif config.train == "layers":
+        chosen = list(families.decoder_layers(student)[1].parameters())
+    else:
+        chosen = [p for ffn in families.find_ffns(student) for p in ffn.parameters()]
+    student.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+
+
+@contextmanager
+def _trainable(student: Any, config: RecoverConfig) -> Iterator[Adapters | None]:
+    """float32 weights, the chosen ones trainable, in training mode; afterwards everything as it was, but trained."""
+    dtypes = {n: p.dtype for n, p in student.named_parameters()}
+    wanted = {n: p.requires_grad for n, p in student.named_parameters()}
+    adapters = None
+    with evaluating(student):
+        student.float()
+        try:
+            if config.mode == "lora":
+                names = projections(student, config.train == "ffn")
+                adapters = Adapters(student, names, config.rank, config.alpha)
+            else:
+                _freeze(student, config)
+            student.train()
+            yield adapters
+        finally:
+            if adapters is not None:
+                adapters.merge()
+            for name, parameter in student.named_parameters():
+                parameter.data = parameter.data.to(dtypes[name])
+                parameter.requires_grad_(wanted[name])
+                parameter.grad = None
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def recover(
+    student: nn.Module,
+    teacher: nn.Module,
+    windows: Tensor,
+    config: RecoverConfig | None = None,
+    *,
+    held_out: Tensor | None = None,
+    progress: Progress = quiet,
+    folder: str | Path | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> RecoverReport:
+    """Train a pruned model for a while, in place, taught by the dense one.
+
+    Args:
+        student: a causal LM of Transformers; its weights are float32 while they are trained, and get their dtypes back.
+        teacher: the dense model, of the same vocabulary, on the same device; its weights do not change.
+        windows: `[N, W]` token ids to train on.
+        config: None for the defaults.
+        held_out: `[M, W']` token ids to choose the best state by; None takes a share of `windows`.
+        progress: called as `(stage, done, total)`.
+        folder: where the state to resume from is written. A later call with the same model as it was at first, the same
+            text and configuration goes on from it, without a budget of minutes bit for bit.
+        provenance: facts about the run (teacher, text, versions) that go into the checkpoint.
+
+    Raises:
+        InputError: a value breaks its rule; text too short; a teacher with another vocabulary; a state of another
+            configuration, text or model; a loss that is not finite (the student has the best weights so far then).
+        CheckpointError: a damaged state.
+        UnsupportedModelError: weights of the student that are quantised, offloaded or not loaded.
+    """
+    config = config or RecoverConfig()
+    if config.mode == "lora":
+        check_peft()
+    list_name, layers = families.decoder_layers(student)
+    check_there(student)
+    check_plain(student, layers, list_name)
+    for taught in (student, teacher):
+        leave_inference(taught)
+    check_pair(student, teacher, config.distillation)
+    model: Any = student
+    vocabulary = model.config.get_text_config().vocab_size
+    windows = stack_batches(windows, vocabulary)
+    held = None if held_out is None else stack_batches(held_out, vocabulary)
+    for ids, name in ((windows, "windows"), (held, "held_out")):
+        if ids is not None:
+            check(ids.shape[1] >= 2, name, "have at least 2 tokens", ids.shape[1])
+            check_windows(student, ids, name)
+            check_windows(teacher, ids, name)
+    training, held = split(windows, held, config)
+    devices = [next(m.parameters()).device for m in (student, teacher)]
+    check(devices[0] == devices[1], "teacher", f"be on the student's device ({devices[0]})", devices[1])
+    report = RecoverReport(config, windows=len(training), window=training.shape[1])
+    report.held_out_windows = 0 if held is None else len(held)
+    with evaluating(teacher), torch.random.fork_rng(), PeakMemory() as memory, _trainable(student, config):
+        lesson = Lesson(student, teacher, training, held, config)
+        report.precision = str(lesson.dtype).removeprefix("torch.")
+        run = Run(lesson, report)
+        state = State(run, None if folder is None else Path(folder), digest(training, held))
+        report.trained = sum(p.numel() for p in run.named.values())
+        _train(run, state, progress)
+        report.seconds = run.seconds
+        report.teacher_seconds, report.held_out_seconds = lesson.teacher_seconds, lesson.held_out_seconds
+    report.peak_bytes = memory.growth
+    facts = {
+        "config": config.to_json(),
+        "steps": report.steps,
+        "best": report.best,
+        "tokens": report.tokens,
+        "window": report.window,
+        **(provenance or {}),
+    }
+    block = getattr(model.config, "pyprune", None) or {}
+    model.config.pyprune = {**block, "recovery": [*block.get("recovery", []), copy.deepcopy(facts)]}
+    return report
+
+
+def _train(run: Run, state: State, progress: Progress) -> None:
+    config, report = run.config, run.report
+    progress("recovering", 0, config.steps)
+    if not state.load():
+        if run.lesson.held_out is not None:
+            report.teacher_ce = run.lesson.measure(run.lesson.teacher)
+        run.measure()
+    try:
+        while (reason := run.finished()) is None:
+            run.step()
+            if report.steps % config.every == 0 or run.finished():
+                run.measure()
+            if config.save_every and report.steps % config.save_every == 0:
+                state.save()
+            progress("recovering", round(run.share() * config.steps), config.steps)
+        report.stopped = reason
+        state.save()
+    finally:
+        run.restore_best()
