@@ -57,9 +57,10 @@ inline Activation activation_of(const std::string& name) {
 struct Place {
   bool cuda;
   int32_t index;
+  bool reads_index;  // of neurons: on a device that would wait for it, so its maker has checked it
 };
 
-constexpr Place kCpu{false, -1};
+constexpr Place kCpu{false, -1, true};
 
 inline void check_place(Place place, const Tensor& tensor, const char* argument) {
   bool here = place.cuda ? tensor.is_cuda() && tensor.get_device_index() == place.index : tensor.is_cpu();
@@ -180,7 +181,7 @@ class Operands {
     check(index->dim() == 1, "index", "have one dimension");
     p_.neurons = index->size(0);
     p_.index = static_cast<const int32_t*>(dense(*index, "index", ScalarType::Int, {p_.neurons}));
-    if (place_.cuda) return;  // reading it would wait for the device: its maker has checked it
+    if (!place_.reads_index) return;
     bool inside = true;
     for (int64_t i = 0; i < p_.neurons; ++i) inside &= p_.index[i] >= 0 && p_.index[i] < p_.rows;
     check(inside, "index", "hold rows of the record");

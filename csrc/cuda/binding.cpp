@@ -81,7 +81,7 @@ class Session {
 Tensor ffn_cuda(const Given& given, const std::vector<int64_t>& plan) {
   check(given.x.is_cuda(), "x", "be on a CUDA device");
   Session session(given.x);
-  Place place{true, given.x.get_device_index()};
+  Place place{true, given.x.get_device_index(), false};
   return compute(place, given, plan, session.device(), session.memory(), session.stream());
 }
 

@@ -8,6 +8,9 @@
 namespace pyprune {
 namespace {
 
+// Tensors of the CPU, taken as those of a device are.
+constexpr Place kSimulated{false, -1, false};
+
 // Scratch memory and tickets of calls on one stream: each gets what those before it have left.
 class Session {
  public:
@@ -59,7 +62,7 @@ Device pretended(const std::vector<int64_t>& numbers) {
 Tensor ffn_simulated(const Given& given, const std::vector<int64_t>& plan, const std::vector<int64_t>& device) {
   Device as = pretended(device);
   Session session;
-  Tensor out = compute(kCpu, given, plan, as, session.memory(), nullptr);
+  Tensor out = compute(kSimulated, given, plan, as, session.memory(), nullptr);
   STD_TORCH_CHECK(session.tickets_are_zero(), "tickets were left behind");
   return out;
 }
@@ -76,7 +79,7 @@ Tensor ffn_chain_simulated(const Tensor& x, const Tensor& first, const Tensor& s
   for (int64_t i = 0; i < calls; ++i) {
     session.next_call();
     Given layer{given.back(), i % 2 ? second : first, index, {}, {}, {}, gated, activation};
-    given.push_back(compute(kCpu, layer, plan, as, session.memory(), nullptr));
+    given.push_back(compute(kSimulated, layer, plan, as, session.memory(), nullptr));
     Tensor& out = given.back();
     if (as_stream) std::memset(out.mutable_data_ptr(), 0xff, static_cast<size_t>(out.numel()) * out.element_size());
   }
