@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyprune import BackendError, InputError
+from pyprune.base.record import Record
 from pyprune.ffn import backends, dispatch, native, ops, scratch
 from pyprune.ffn.backends import costs
 
@@ -141,7 +142,7 @@ def test_forced_backend_is_used_or_refused_never_replaced(compiled_triton):
 
 def test_refusal_reaches_the_caller_of_the_operator(compiled_triton):
     with pytest.raises(BackendError, match="triton: needs a CUDA device"):
-        ops.plain_ffn(torch.randn(2, 4), torch.randn(6, 8), activation="relu", backend="triton")
+        ops.ffn(torch.randn(2, 4), Record(torch.randn(6, 8), False, "relu"), backend="triton")
 
 
 def test_triton_that_cannot_be_imported_is_a_reason(monkeypatch):
@@ -182,7 +183,6 @@ LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "kept": 7168, "dtype":
         (LARGE, 128, "cublas triton torch"),
         ({**LARGE, "gather": True}, 64, "triton cublas torch"),
         ({**LARGE, "gather": True}, 512, "cublas triton torch"),
-        ({"gather": True, "contextual": True}, 4096, "cuda triton torch"),
         ({"batch_invariant": True}, 4096, "cuda triton cublas torch"),
     ],
 )

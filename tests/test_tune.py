@@ -62,7 +62,7 @@ def native_library(monkeypatch):
     cpu, torch_backend = dispatch.backends()["cpu"], dispatch.backends()["torch"]
     monkeypatch.setattr(cpu, "why_not", lambda problem: "needs a CPU" if problem.device != "cpu" else None)
     run = torch_backend.run
-    monkeypatch.setattr(cpu, "run", lambda call, config=None: run(call))
+    monkeypatch.setattr(cpu, "run", lambda x, record, config=None, batch_invariant=False: run(x, record))
     choices.reload()
 
 
@@ -74,9 +74,9 @@ def test_problems_of_a_layer():
     one = tune.layer_problems(32, 96, **GATED, keep=0.5, tokens=[3], weights=torch.int8)
     assert one == [backends.Problem("cpu", torch.float32, 3, 32, 48, 48, True, False, "silu", torch.int8)]
     (one,) = tune.layer_problems(32, 96, **GATED, keep=0.5, tokens=[3], mode="gather")
-    assert (one.intermediate_size, one.kept, one.gather, one.contextual) == (96, 48, True, False)
-    (one,) = tune.layer_problems(32, 96, **GATED, keep=1e-9, tokens=[3], mode="contextual")
-    assert (one.intermediate_size, one.kept, one.gather, one.contextual) == (96, 1, True, True)
+    assert (one.intermediate_size, one.kept, one.gather) == (96, 48, True)
+    (one,) = tune.layer_problems(32, 96, **GATED, keep=1e-9, tokens=[3], mode="gather")
+    assert one.kept == 1
 
 
 def test_problems_of_a_model(tiny):
@@ -151,7 +151,7 @@ def test_what_is_wrong_or_fails_is_refused_and_named(fault, native_library, monk
 def test_real_timings_of_every_form(mode, weights, form, dtype):
     options = {**form, "dtype": dtype, "weights": weights, "mode": mode, "keep": 0.5}
     report = tune.tune(tune.layer_problems(40, 200, **options, tokens=[1, 33]))
-    expected = ["torch"] if native.load() or mode == "contextual" else ["cpu", "torch"]
+    expected = ["torch"] if native.load() else ["cpu", "torch"]
     for one in report.tuned:
         assert sorted(entry.backend for entry in one.entries) == expected, one.refused
         assert not one.refused
@@ -216,7 +216,7 @@ def test_the_module_follows_what_was_tuned(native_library, fake_clock, tiny):
         ({"keep": 0.0}, r"keep must be in \(0, 1\]; got 0\.0"),
         ({"keep": float("nan")}, r"keep must be in \(0, 1\]; got nan"),
         ({"activation": "swish"}, "activation must be one of gelu"),
-        ({"mode": "sparse"}, "mode must be one of compact, gather, contextual"),
+        ({"mode": "sparse"}, "mode must be one of compact, gather"),
         ({"device": "tpu"}, "device must be one of cpu, cuda"),
         ({"tokens": []}, r"tokens must be one or more numbers of at least 1; got \(\)"),
         ({"tokens": [1, 0]}, r"tokens must be one or more numbers of at least 1; got \(1, 0\)"),
@@ -268,7 +268,7 @@ def test_command_line(own_cache, tiny_checkpoint):
         ((), "MODEL, or hidden_size and intermediate_size, must be given; got neither"),
         (("--hidden-size", 8), "MODEL, or hidden_size and intermediate_size, must be given"),
         (("x/y", *SIZES), "hidden_size and intermediate_size must not be given with MODEL; got (32, 96)"),
-        (("x/y", "--mode", "dense", "--device", "cpu"), "mode must be one of compact, gather, contextual; got 'dense'"),
+        (("x/y", "--mode", "dense", "--device", "cpu"), "mode must be one of compact, gather; got 'dense'"),
         ((*SIZES, "--tokens", "1,two"), "tokens must be numbers separated by commas; got '1,two'"),
         ((*SIZES, "--tokens", "0"), "tokens must be one or more numbers of at least 1; got (0,)"),
         ((*SIZES, "--budget", "-1"), "budget must be more than 0 seconds; got -1.0"),
