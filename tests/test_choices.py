@@ -226,9 +226,7 @@ def test_a_configuration_reaches_its_backend(monkeypatch, all_usable):
     torch_backend, seen = dispatch.backends()["torch"], []
     run = torch_backend.run
     monkeypatch.setattr(torch_backend, "candidate_configs", lambda problem: [{}, {"fused": True}])
-    monkeypatch.setattr(
-        torch_backend, "run", lambda x, record, config=None, invariant=False: seen.append(config) or run(x, record)
-    )
+    monkeypatch.setattr(torch_backend, "run", lambda x, record, config, _: seen.append(config) or run(x, record))
     stored({choices.key(PROBLEM): [Entry("torch", {"fused": True}, 1e-9)]})
     record = Record(torch.randn(96, 96), True, "silu")
     for tokens, backend in ((1, "auto"), (1, "torch"), (9, "torch")):

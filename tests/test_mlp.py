@@ -11,8 +11,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, find_ffns
+from pyprune.base.record import Record
 from pyprune.ffn.mlp import pack
-from pyprune.ffn.quantisation import WEIGHTS, quantise
+from pyprune.ffn.quantisation import WEIGHTS, quantise, widened
 from pyprune.model import patterns
 from pyprune.model.patterns import FFNWeights
 
@@ -451,12 +452,13 @@ def test_inference_takes_the_lean_operator_and_training_does_not(backend, llama_
     x = torch.randn(3, 32)
     with torch.no_grad():
         assert calls_of(lean, lambda: pruned(x)) == 1
-    assert calls_of(lean, lambda: pruned(x)) == 0  # weights want a gradient
+    differentiable = 0 if backend == "auto" else 1  # plain torch, or what was forced
+    assert calls_of(lean, lambda: pruned(x)) == differentiable  # weights want a gradient
     assert pruned(x).requires_grad
     pruned.requires_grad_(False)
     assert calls_of(lean, lambda: pruned(x)) == 1
     x.requires_grad_()
-    assert calls_of(lean, lambda: pruned(x)) == 0
+    assert calls_of(lean, lambda: pruned(x)) == differentiable
     assert pruned(x).requires_grad
     x.requires_grad_(False)
     pruned.down_bias.requires_grad_()
