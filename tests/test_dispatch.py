@@ -151,7 +151,7 @@ def test_triton_that_cannot_be_imported_is_a_reason(monkeypatch):
     with pytest.raises(BackendError, match="triton: Triton cannot be imported"):
         dispatch.choose(PROBLEM, "triton")
     with pytest.raises(BackendError, match="Triton cannot be imported"):
-        triton.run(None)
+        triton.run(None, None)
     assert dispatch.choose(dataclasses.replace(PROBLEM, device="cuda", gather=True, tokens=9)).backend.NAME == "cublas"
 
 
@@ -238,7 +238,7 @@ def test_what_was_measured_comes_before_what_is_predicted(monkeypatch):
         monkeypatch.setattr(backend, "why_not", lambda problem: None)
     assert dispatch.choose(problem).backend.NAME == "cublas"
     slow = dispatch.choices.Entry("triton", dict(dispatch.backends()["triton"].default_config(problem)), 1.0)
-    monkeypatch.setattr(dispatch.choices, "find", lambda problem: ([slow], "tuned"))
+    monkeypatch.setattr(dispatch.choices, "find", lambda problem: [slow])
     forget()
     chosen = dispatch.choose(problem)
     assert (chosen.backend.NAME, chosen.config, chosen.source) == ("triton", slow.config, "tuned")

@@ -46,9 +46,9 @@ def fake_clock(monkeypatch):
         for name, backend in dispatch.backends().items():
             run = backend.run
 
-            def slow(call, config=None, name=name, run=run):
-                passed[0] += seconds(name, config, len(call.x))
-                return run(call, None)
+            def slow(x, record, config=None, batch_invariant=False, name=name, run=run):
+                passed[0] += seconds(name, config, len(x))
+                return run(x, record)
 
             monkeypatch.setattr(backend, "run", slow)
         monkeypatch.setattr(trial, "clock", lambda device: lambda: passed[0])
@@ -128,10 +128,10 @@ def test_the_best_configuration_is_found(native_library, fake_clock, monkeypatch
 def test_what_is_wrong_or_fails_is_refused_and_named(fault, native_library, monkeypatch):
     run = dispatch.backends()["torch"].run
 
-    def faulty(call, config=None):
+    def faulty(x, record, config=None, batch_invariant=False):
         if fault == "raises":
             raise RuntimeError("out of\nresources")
-        return run(call) * (1.001 if fault == "wrong" else float("nan"))
+        return run(x, record) * (1.001 if fault == "wrong" else float("nan"))
 
     monkeypatch.setattr(dispatch.backends()["cpu"], "run", faulty)
     (one,) = tune.tune(tune.layer_problems(32, 96, **GATED, tokens=[16])).tuned
@@ -159,18 +159,18 @@ def test_real_timings_of_every_form(mode, weights, form, dtype):
         assert [e.seconds for e in one.entries] == sorted(e.seconds for e in one.entries)
     with torch.no_grad():
         for one in report.tuned:
-            call = trial._calls(one.problem)[0]
+            x, records = trial._operands(one.problem)
             chosen = dispatch.choose(one.problem)
             assert chosen.source == "tuned"
-            assert chosen.backend.run(call, chosen.config).shape == call.x.shape
+            assert chosen.backend.run(x, records[0], chosen.config).shape == x.shape
 
 
 def test_every_refused_sum_is_seen_in_large_problems():
     """Only some rows are compared; the first and the last are among them."""
     problem = tune.layer_problems(16, 32, **GATED, tokens=[512])[0]
-    call = trial._calls(problem)[0]
-    judge = trial._Judge(call)
-    out = backends.torch_eager.run(call)
+    x, (record, *_) = trial._operands(problem)
+    judge = trial._Judge(x, record)
+    out = backends.torch_eager.run(x, record)
     assert judge.why_wrong(out) is None
     assert {0, 511} <= set(judge.rows.tolist()) and len(judge.rows) == 8
     out[511, 3] += 1

@@ -171,9 +171,10 @@ def _read(file: Path, device: str) -> dict[str, list[Entry]]:
     except (OSError, ValueError) as error:
         warnings.warn(f"choices in {file} are ignored: {error}", stacklevel=2)
         return {}
+    expected = identity(device)
     try:
         data = json.loads(text)
-        if data["format"] != _FORMAT or data["identity"] != (expected := identity(device)):
+        if data["format"] != _FORMAT or data["identity"] != expected:
             raise ValueError(f"not a table of format {_FORMAT} for {expected}")
         table = {str(name): [_entry(entry) for entry in found] for name, found in data["entries"].items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
