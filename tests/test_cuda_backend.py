@@ -21,7 +21,7 @@ def test_a_configuration_becomes_the_numbers_of_a_plan() -> None:
     unset = cuda.plan(None)
     assert unset == cuda.plan({}) == [-1, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1]
     given = {"algorithm": "two_pass", "splits": 16, "overlap": True, "evict_first": False}
-    assert cuda.plan(given) == [1, 0, 0, 0, 0, 0, 16, 0, 1, -1, -1, -1]
+    assert cuda.plan(given) == [1, 0, 0, 0, 0, 0, 16, 0, 1, -1, -1]
 
 
 @pytest.mark.parametrize(
