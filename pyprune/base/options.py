@@ -7,7 +7,6 @@ of that gives the text back. A value is read by the type of its field: whole or 
 
 from __future__ import annotations
 
-import functools
 import re
 import types
 import typing
@@ -99,7 +98,6 @@ def _read_all(kind: type[Option], what: str, values: Mapping[str, Any]) -> dict[
     return {k: _read(v, hints[k], f"{k} of {what}") if isinstance(v, str) else v for k, v in values.items()}
 
 
-@functools.cache
 def _hints(kind: type[Option]) -> dict[str, Any]:
     known = typing.get_type_hints(kind)
     return {f.name: known[f.name] for f in fields(kind) if f.init}
