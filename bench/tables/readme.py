@@ -1,10 +1,11 @@
-"""Make the tables of README.md from bench/results/*.json; no number is typed by hand.
+"""Make the tables of README.md, docs/ and examples/ from bench/results/*.json; no number is typed by hand.
 
     python -m bench.tables.readme            rewrites what stands between <!-- table:NAME --> and <!-- /table -->
-    python -m bench.tables.readme --check    exits with 1 when README.md is stale
+    python -m bench.tables.readme --check    exits with 1 when a file is stale
 
 A table is a function from its results to Markdown lines, and an entry of `TABLES`. The results of table NAME are
-NAME.json and NAME-*.json, by file name; the same table is made for each.
+NAME.json and NAME-*.json, by file name; the same table is made for each. What `_TOGETHER` names reads several results
+at once.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def model_name(name: str) -> str:
-    """What a model is called in the README, where the command line has a short name for it."""
+    """What a model is called in the tables, where the command line has a short name for it."""
     return "SmolLM2-135M-Instruct" if name == DEMO else name
 
 
@@ -272,8 +273,8 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "compare": _elsewhere("bench.tables.quality", "compare_table"),
     "cpu": cpu_table,
     "ffn": ffn_table,
-    "findings": _elsewhere("bench.experiments.findings_text", "findings_table"),
     "finetune": _elsewhere("bench.experiments.finetune.table", "finetune_table"),
+    "glance": _elsewhere("bench.tables.glance", "glance_table"),
     "gpu": gpu_table,
     "methods": methods_table,
     "latency-aware": _elsewhere("bench.tables.latency_aware", "latency_aware_table"),
@@ -285,21 +286,31 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
 }
 
 
-_READMES = (HERE.parent / "README.md", HERE.parent / "examples" / "README.md")
-# Tables that are made of what is registered, not of measurements.
+ROOT = HERE.parent
+# Tables that are made of what is registered, not of measurements; and those of several results, by file name.
 _OF_CODE = ("methods",)
+_TOGETHER = {"glance": ("compare", "model", "nested")}
+
+
+def texts() -> list[Path]:
+    """Every file that may hold tables."""
+    return [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
 
 
 def load_results(folder: Path, name: str) -> list[Result]:
     """The results of a table, by file name; one without any for a table that is made of the code alone."""
     if name in _OF_CODE:
         return [{}]
+    if name in _TOGETHER:
+        parts = {part: folder / f"{part}.json" for part in _TOGETHER[name]}
+        there = all(file.is_file() for file in parts.values())
+        return [{part: json.loads(file.read_text(encoding="utf-8")) for part, file in parts.items()}] if there else []
     files = sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}-*.json")])
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def render(readme: str, results: Path) -> str:
-    """The text of a README with its tables made anew from the folder `results`.
+def render(text: str, results: Path) -> str:
+    """The text of a file with its tables made anew from the folder `results`.
 
     Raises:
         typer.BadParameter: a marker without an entry in `TABLES`.
@@ -308,22 +319,24 @@ def render(readme: str, results: Path) -> str:
     def replace(match: re.Match[str]) -> str:
         opening, name, _, closing = match.groups()
         if name not in TABLES:
-            raise typer.BadParameter(f"README has a table {name!r}; known are {', '.join(TABLES)}")
+            raise typer.BadParameter(f"the text has a table {name!r}; known are {', '.join(TABLES)}")
         found = load_results(results, name)
         lines = [line for result in found for line in ["", *TABLES[name](result)]]
         return opening + "".join(f"{line}\n" for line in [*lines, ""] if found) + closing
 
-    return _MARKED.sub(replace, readme)
+    return _MARKED.sub(replace, text)
 
 
 def main(
     check: Annotated[bool, typer.Option(help="Change nothing; exit with 1 when a file is stale.")] = False,
-    readme: Annotated[list[Path] | None, typer.Option(help="Files with markers. Default: both READMEs.")] = None,
+    readme: Annotated[
+        list[Path] | None, typer.Option(help="Files with markers. Default: README, docs and examples.")
+    ] = None,
     results: Annotated[Path, typer.Option(help="The folder of the results.")] = HERE / "results",
 ) -> None:
     """Rewrite the tables, or check them."""
     stale = []
-    for file in readme or _READMES:
+    for file in readme or texts():
         old = file.read_text(encoding="utf-8")
         new = render(old, results)
         if new != old:
