@@ -89,6 +89,10 @@ def save(
 ) -> Path:
     """Write a pruned (or accelerated) model as a Hugging Face checkpoint.
 
+        >>> model, tokenizer = load("demo")
+        >>> save(model, "smol", tokenizer).name
+        'smol'
+
     Args:
         model: a causal LM of Transformers.
         path: the folder; made whole beside its place, then renamed. Through a symbolic link, what it names is written.
