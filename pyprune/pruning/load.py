@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model import loading
-from . import nested
+from .nested.chosen import attach, entry_of
 
 
 def load(model: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -30,6 +30,6 @@ def load(model: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[A
     """
     name = str(model)
     loaded = loading.load_model(name, dtype, device)
-    if Path(name).is_dir() and nested.entry_of(loaded) is not None:
-        nested.attach(loaded, name)
+    if Path(name).is_dir() and entry_of(loaded) is not None:
+        attach(loaded, name)
     return loaded, loading.load_tokenizer(name) if loading.has_tokenizer(name) else None
