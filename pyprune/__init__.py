@@ -5,8 +5,8 @@
     >>> folder = save(model, "smol-070", tokenizer)  # an ordinary Hugging Face checkpoint
     >>> model = accelerate(model)  # `PrunedMLP` in the place of every FFN
 
-Options of `prune`: how many neurons each layer keeps (`Uniform`, `Global`, `Sensitivity`, `Latency`), and how what stays is
-mended (`MeanBias`, `LeastSquares`, `Refit`). Everything that goes wrong is a `PypruneError`.
+Options of `prune`: how many neurons each layer keeps (`Uniform`, `Global`, `Sensitivity`, `Latency`), and how what
+stays is mended (`MeanBias`, `LeastSquares`, `Refit`). Everything that goes wrong is a `PypruneError`.
 
 Importing this package wraps the constructor of Transformers' `PreTrainedModel` and the saving of its configs, so that
 checkpoints whose FFN widths differ by layer load and save; every other model passes through untouched.

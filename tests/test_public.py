@@ -134,4 +134,4 @@ def test_cli_page_names_every_verb() -> None:
 
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert verbs == set(re.findall(r"^    pyprune (\w+)", page, re.M))
+    assert verbs == set(re.findall(r"^    pyprune ([\w-]+)", page, re.M))
