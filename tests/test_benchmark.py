@@ -15,7 +15,7 @@ import pytest
 import torch
 import typer
 
-from pyprune import InputError, PruneConfig, accelerate, find_ffns, prune
+from pyprune import InputError, accelerate, find_ffns, prune
 from pyprune.base import clock, machine
 from pyprune.ffn import native
 from pyprune.speed import roofline, timing
@@ -45,7 +45,7 @@ def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
 def _forms(dense: Any) -> dict[str, Any]:
     """The dense model pruned to half its neurons, in every form."""
     narrow = copy.deepcopy(dense)
-    mask = prune(narrow, PruneConfig(keep=0.5, method="random", compensate="none", multiple=16)).mask
+    mask = prune(narrow, keep=0.5, method="random", allocation="uniform:multiple=16", repair=None).mask
     return {
         "narrow": narrow,
         "compact": accelerate(copy.deepcopy(narrow)),

@@ -9,11 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from pyprune import PruneConfig, UnsupportedModelError, accelerate, find_ffns, prune
+from pyprune import UnsupportedModelError, accelerate, find_ffns, prune
 from pyprune.base import reference
 from pyprune.model import checkpoint, families, patterns, probe
 
-BARE = PruneConfig(compensate="none")
+BARE = {"repair": None}
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -34,7 +34,7 @@ def test_prune_save_reload_generate(family, widths, tiny, ids, random_mask, mask
     model = tiny(family)
     mask = random_mask(model, widths)
     want = masked(model, mask)(ids).logits
-    prune(model, BARE, mask=mask)
+    prune(model, **BARE, mask=mask)
     got = model(ids).logits
     torch.testing.assert_close(got, want)  # the default tolerance: float32 rounding
 
@@ -127,7 +127,7 @@ def test_unknown_shape_is_refused_by_what_was_found(model_type, config, message)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=64, **config))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UnsupportedModelError, match=message):
-        prune(model, PruneConfig(method="random", compensate="none"))
+        prune(model, method="random", repair=None)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
 
-from pyprune import PruneConfig, UnsupportedModelError, find_ffns, prune
+from pyprune import UnsupportedModelError, find_ffns, prune
 from pyprune.model import checkpoint
 
-BARE = {"method": "magnitude-l2-product", "compensate": "none", "multiple": 1}
+BARE = {"method": "magnitude-l2-product", "repair": None, "allocation": "uniform:multiple=1"}
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 96,
@@ -48,7 +48,7 @@ def refused(model, config, message, monkeypatch):
     before = model.config.to_dict()
     monkeypatch.setattr("pyprune.pruning.prune._plan", lambda *a: pytest.fail("too late"))
     with pytest.raises(UnsupportedModelError, match=message) as caught:
-        prune(model, config)
+        prune(model, **config)
     assert "\n" not in str(caught.value)
     assert model.config.to_dict() == before
     assert weights.keys() == model.state_dict().keys()
@@ -59,7 +59,7 @@ def test_a_width_that_is_half_of_what_the_config_says(monkeypatch):
     model = build(recurrent())
     assert [ffn.intermediate_size for ffn in find_ffns(model)] == [48] * 3
     message = r"RecurrentGemmaForCausalLM cannot be saved with a width of 34, so it is not pruned: .*config builds"
-    refused(model, PruneConfig(**BARE), message, monkeypatch)
+    refused(model, BARE, message, monkeypatch)
 
 
 @pytest.mark.parametrize("allocation", ["global", "sensitivity"])
@@ -67,15 +67,15 @@ def test_differing_widths_of_a_family_that_lists_them(allocation, ids, monkeypat
     model = build(gemma3n())
     message = r"Gemma3nForCausalLM cannot be saved with widths that differ by layer, so it is not pruned: "
     if allocation == "global":
-        refused(model, PruneConfig(**BARE, allocation=allocation), message, monkeypatch)
+        refused(model, {**BARE, "allocation": f"{allocation}:multiple=1"}, message, monkeypatch)
     else:
         with pytest.raises(UnsupportedModelError, match=message):
-            prune(model, PruneConfig(**BARE, allocation=allocation), ids)
+            prune(model, **{**BARE, "allocation": f"{allocation}:multiple=1"}, text=ids)
 
 
 def test_equal_widths_of_that_family_go_through(ids, tmp_path):
     model = build(gemma3n())
-    prune(model, PruneConfig(**BARE))
+    prune(model, **BARE)
     checkpoint.save(model, tmp_path / "out")
     assert checkpoint.verify(tmp_path / "out")["widths"] == [67] * 3
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -86,7 +86,7 @@ def test_a_class_of_ones_own_is_pruned_all_the_same(tiny):
     """It cannot be saved by pyprune, which is known; its user may have other plans."""
     model = tiny("llama")
     model.__class__ = type("MyModel", (type(model),), {})
-    prune(model, PruneConfig(**BARE))
+    prune(model, **BARE)
     assert [ffn.intermediate_size for ffn in find_ffns(model)] == [67] * 3
 
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from bench.cpu.goals import Row, judge
 from bench.shapes import BY_NAME, DEFAULT, Shape
 from bench.tables.readme import CPU_HEADER, CPU_MODEL_HEADER, GOAL_HEADER, cpu_cells, cpu_model_cells, goal_cells
-from pyprune import KeepIndex, PruneConfig, accelerate, prune
+from pyprune import KeepIndex, accelerate, prune
 from pyprune.base import machine, reference
 from pyprune.base.clock import Job, interleave, median, quantiles
 from pyprune.base.errors import check, check_choice
@@ -369,7 +369,7 @@ def measure_model(name: str, progress: Callable[[str, int, int], None]) -> tuple
     """Decode of a whole model at batch 1, stock against accelerated at keep 0.5: a row for each, and the report."""
     dense = load_model(name, "bfloat16", "cpu")
     narrow = copy.deepcopy(dense)
-    mask = prune(narrow, PruneConfig(keep=0.5, method="random", compensate="none")).mask
+    mask = prune(narrow, 0.5, "random", repair=None).mask
     candidates = {
         weights or "bfloat16": accelerate(copy.deepcopy(dense), mask=mask, weights=weights)
         for weights in (None, "int8")

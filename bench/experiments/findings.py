@@ -19,7 +19,7 @@ import typer
 
 from bench import rows as rows_of
 from bench.experiments.findings_text import document
-from pyprune import PruneConfig, prune
+from pyprune import prune
 from pyprune.base import machine
 from pyprune.base.errors import check
 from pyprune.base.files import new_file
@@ -31,15 +31,15 @@ from pyprune.model.loading import DEMO, load_model, load_tokenizer
 HERE = Path(__file__).parents[1]
 RESULTS = HERE / "results"
 DOCUMENT = HERE.parent / "docs" / "findings.md"
-# (label, settings of PruneConfig): several criteria, with and without compensation.
-WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("wanda", {"method": "wanda", "compensate": "none"}),
-    ("wanda + least squares", {"method": "wanda", "compensate": "least-squares"}),
-    ("flap", {"method": "flap", "compensate": "none", "allocation": "global"}),
-    ("flap + bias", {"method": "flap", "compensate": "bias", "allocation": "global"}),
-    ("taylor", {"method": "taylor-neuron", "compensate": "none"}),
-    ("taylor + least squares", {"method": "taylor-neuron", "compensate": "least-squares"}),
-    ("random + least squares", {"method": "random", "compensate": "least-squares"}),
+# (label, criterion, repair, allocation): several criteria, with and without repair.
+WAYS = (
+    ("wanda", "wanda", "none", "uniform"),
+    ("wanda + least squares", "wanda", "least-squares", "uniform"),
+    ("flap", "flap", "none", "global"),
+    ("flap + bias", "flap", "bias", "global"),
+    ("taylor", "taylor-neuron", "none", "uniform"),
+    ("taylor + least squares", "taylor-neuron", "least-squares", "uniform"),
+    ("random + least squares", "random", "least-squares", "uniform"),
 )
 KEEPS = (0.8, 0.7, 0.5)
 SPACES = ("embedding", "logits", "centred", "probabilities")
@@ -47,11 +47,13 @@ DRIFT = ("instantaneous", "accumulated", "exposure", "growth")
 Facts = dict[str, Any]
 
 
-def rows() -> Iterator[tuple[str, PruneConfig]]:
-    """Every row, way by way: where a run is stopped, the ways that are there have all shares."""
-    for label, settings in WAYS:
+def rows() -> Iterator[tuple[str, float, str, str, str]]:
+    """Label, share kept, criterion, repair and allocation of every row, way by way: where a run is stopped, the ways
+    that are there have all shares.
+    """
+    for label, *way in WAYS:
         for keep in KEEPS:
-            yield label, PruneConfig(keep=keep, multiple=16, **settings)
+            yield label, keep, *way
 
 
 def key_of(label: str, keep: float) -> str:
@@ -148,25 +150,25 @@ def main(
     }
     facts = _load(path, settings)
     dense = load_model(model)
-    for label, config in rows():
-        key = key_of(label, config.keep)
+    for label, keep, method, repair, allocation in rows():
+        key = key_of(label, keep)
         if key in facts["rows"] or time.perf_counter() - started > 60 * minutes:
             continue
         err.print(key)
         pruned = load_model(model)
         begun = time.perf_counter()
         with Bars() as bars:
-            report = prune(pruned, config, calibration, progress=bars)
+            spread = f"{allocation}:multiple=16"
+            report = prune(pruned, keep, method, allocation=spread, repair=repair, text=calibration, progress=bars)
             seconds = time.perf_counter() - begun
             found = diagnose(dense, pruned, tokenizer, windows, budget, progress=bars).to_json()
-        assert report.mask is not None
         facts["rows"][key] = {
             "label": label,
-            "keep": config.keep,
+            "keep": keep,
             "kept": report.mask.keep,
-            "method": config.method,
-            "compensate": config.compensate,
-            "allocation": config.allocation,
+            "method": method,
+            "compensate": repair,
+            "allocation": allocation,
             "commit": machine.facts()["commit"],
             "prune_seconds": seconds,
             **slim(found),

@@ -103,6 +103,17 @@ class Registry(Generic[T]):
             given[key] = text
         return option(**self._read(option, {**given, **more}))
 
+    def parse_all(self, text: str) -> list[T]:
+        """Several short forms with commas between, such as `none,least-squares:damping=auto,target=0.5`.
+
+        Raises:
+            InputError: as `parse`, none at all, or one twice.
+        """
+        forms = [form.strip() for form in re.split(r",(?=\s*[A-Za-z][\w-]*\s*(?:[:,]|$))", text) if form.strip()]
+        found = [self.parse(form) for form in forms]
+        check(0 < len(found) == len(set(found)), self.argument, "be names that differ, separated by commas", text)
+        return found
+
     def _read(self, option: type[T], given: dict[str, Any]) -> dict[str, Any]:
         for key in given:
             if key not in option.keywords():
