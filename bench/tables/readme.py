@@ -21,7 +21,6 @@ import typer
 
 from pyprune.base.files import new_file
 from pyprune.model.loading import DEMO
-from pyprune.pruning import importance
 
 HERE = Path(__file__).parents[1]
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -239,26 +238,6 @@ def gpu_table(result: Result) -> list[str]:
     return [*lines, "", "Goals.", "", *markdown(goals_gpu.HEADER, goals)]
 
 
-def methods_table(_: Result) -> list[str]:
-    """A line for each criterion of `pyprune.importance`; the forms of magnitude share one."""
-    lines = {}
-    for name in importance.names():
-        entry = importance.get(name)
-        of = (
-            "weights"
-            if not entry.needs
-            else "gradients"
-            if any("gradient" in n for n in entry.needs)
-            else "activations"
-        )
-        if name.startswith("magnitude-"):
-            name, summary = "magnitude-{l1,l2}-{fan-in,fan-out,both,product}", "L1 or L2 norm of a neuron's weights"
-        else:
-            summary = entry.summary
-        lines[name] = [f"`{name}`", summary.replace("|", "\\|"), of, entry.source]
-    return markdown(["method", "score of a neuron", "from", "source"], lines.values())
-
-
 def _elsewhere(module: str, function: str) -> Callable[[Result], list[str]]:
     """A table whose function stands elsewhere, in a module that is imported when the table is made."""
 
@@ -270,16 +249,18 @@ def _elsewhere(module: str, function: str) -> Callable[[Result], list[str]]:
 
 
 TABLES: dict[str, Callable[[Result], list[str]]] = {
+    "allocations": _elsewhere("bench.tables.methods", "allocations_table"),
     "compare": _elsewhere("bench.tables.quality", "compare_table"),
     "cpu": cpu_table,
     "ffn": ffn_table,
     "finetune": _elsewhere("bench.experiments.finetune.table", "finetune_table"),
     "glance": _elsewhere("bench.tables.glance", "glance_table"),
     "gpu": gpu_table,
-    "methods": methods_table,
+    "methods": _elsewhere("bench.tables.methods", "methods_table"),
     "latency-aware": _elsewhere("bench.tables.latency_aware", "latency_aware_table"),
     "model": model_table,
     "nested": _elsewhere("bench.tables.nested", "nested_table"),
+    "repairs": _elsewhere("bench.tables.methods", "repairs_table"),
     "recover": _elsewhere("bench.tables.quality", "recover_table"),
     "static": static_table,
     "vae": _elsewhere("bench.tables.vae", "vae_table"),
@@ -288,7 +269,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
 
 ROOT = HERE.parent
 # Tables that are made of what is registered, not of measurements; and those of several results, by file name.
-_OF_CODE = ("methods",)
+_OF_CODE = ("allocations", "methods", "repairs")
 _TOGETHER = {"glance": ("compare", "model", "nested")}
 
 
