@@ -13,7 +13,8 @@ import pytest
 import torch
 import typer
 
-from pyprune import InputError, find_ffns
+from pyprune import InputError
+from pyprune.model.families import find_ffns
 from pyprune.training import TrainingPruner, train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

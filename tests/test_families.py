@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from pyprune import UnsupportedModelError, accelerate, find_ffns, prune
+from pyprune import UnsupportedModelError, accelerate, prune
 from pyprune.base import reference
 from pyprune.model import checkpoint, families, patterns, probe
+from pyprune.model.families import find_ffns
 
 BARE = {"repair": None}
 ACTIVATIONS = {

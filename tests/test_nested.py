@@ -11,20 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pyprune import (
-    CheckpointError,
-    InputError,
-    KeepIndex,
-    Mask,
-    PrunedMLP,
-    accelerate,
-    find_ffns,
-    prune,
-    set_width,
-    warmup,
-)
+from pyprune import CheckpointError, InputError, KeepIndex, Mask, PrunedMLP, accelerate, prune, set_width
 from pyprune.base import clock
+from pyprune.ffn.warming import warmup
 from pyprune.model import checkpoint, families, surgery
+from pyprune.model.families import find_ffns
 from pyprune.pruning.nested import FILE, attach, compensate, load, narrowed, prune_nested, sort_neurons
 from pyprune.speed import timing
 

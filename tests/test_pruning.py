@@ -9,8 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pyprune import InputError, UnsupportedModelError, find_ffns, prune
+from pyprune import InputError, UnsupportedModelError, prune
 from pyprune.model import checkpoint
+from pyprune.model.families import find_ffns
 from pyprune.pruning import importance
 
 NAN, INF = float("nan"), float("inf")

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
 
-from pyprune import UnsupportedModelError, find_ffns, prune
+from pyprune import UnsupportedModelError, prune
 from pyprune.model import checkpoint
+from pyprune.model.families import find_ffns
 
 BARE = {"method": "magnitude-l2-product", "repair": None, "allocation": "uniform:multiple=1"}
 SMALL = {

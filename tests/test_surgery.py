@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, accelerate, find_ffns
+from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, accelerate
 from pyprune.ffn import accelerate as accelerate_module
 from pyprune.model import checkpoint, families, surgery
+from pyprune.model.families import find_ffns
 
 IN_LAYER = ("opt", "biogpt", "xglm")
 

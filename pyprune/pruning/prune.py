@@ -95,7 +95,7 @@ def prune(
     Args:
         model: a causal LM of Transformers, dense or pruned before.
         keep: share of all FFN neurons that stays, in (0, 1].
-        method: the importance criterion (`pyprune.importance.names()`).
+        method: the importance criterion (`pyprune.pruning.importance.names()`).
         allocation: how many neurons each layer keeps: one of `pruning.allocation`, or its short form, such as
             `sensitivity:floor=0.2`.
         repair: what kept neurons take over from removed ones: one of `pruning.repair`, or its short form, such as
