@@ -45,6 +45,7 @@ def public(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_checkpoint: Pat
         return found
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pyprune.pruning.text.TOKENS", 2048)
     monkeypatch.setattr(pyprune, "load", small)
     yield {"Path": Path, **{name: getattr(pyprune, name) for name in pyprune.__all__}}
 
