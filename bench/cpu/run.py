@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from bench import by_line
 from bench.cpu.goals import Row, judge
 from bench.shapes import BY_NAME, DEFAULT, Shape
 from bench.tables.readme import CPU_HEADER, CPU_MODEL_HEADER, GOAL_HEADER, cpu_cells, cpu_model_cells, goal_cells
@@ -495,7 +495,7 @@ def main(
     whole = not (quick or no_model or shapes or weights or tokens)
     if path := out_file or (RESULT if whole else None):
         with new_file(path) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(by_line.dumps(result, ("rows", "models", "goals")), encoding="utf-8")
     # Into a pipe rich would fold the columns at 80.
     out.width = max(out.width, 175)
     for item in tables(result):

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench import rows as rows_of
+from bench import by_line
 from bench.experiments.findings_text import document
 from pyprune import prune
 from pyprune.base import machine
@@ -109,7 +109,7 @@ def _load(path: Path, settings: Facts) -> Facts:
 
 def _write(path: Path, facts: Facts) -> None:
     with new_file(path) as temporary:
-        temporary.write_text(rows_of.dumps(facts, ("rows",)), encoding="utf-8")
+        temporary.write_text(by_line.dumps(facts, ("rows",)), encoding="utf-8")
 
 
 def _write_document(facts: Facts) -> None:
