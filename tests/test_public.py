@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from conftest import FAMILIES
 
 import pyprune
 from pyprune.cli.commands import app
@@ -41,10 +42,11 @@ def public(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_checkpoint: Pat
     load = pyprune.load
 
     def small(model: str, *args: Any, **kwargs: Any) -> Any:
-        found = load(str(tiny_checkpoint) if model in ("demo", "nested") else model, *args, **kwargs)
         if model == "nested":
-            prune_nested(found[0], shares=[0.5], text=None, tokenizer=found[1])
-        return found
+            made, tokenizer = load(str(tiny_checkpoint))
+            prune_nested(made, shares=[0.5], tokenizer=tokenizer)
+            pyprune.save(made, "nested", tokenizer)
+        return load(str(tiny_checkpoint) if model == "demo" else model, *args, **kwargs)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pyprune.pruning.text.TOKENS", 2048)
@@ -92,6 +94,11 @@ def test_readme_is_one_screen_and_links() -> None:
     assert all(
         any(word in line for line in first) for word in ("make demo", "make test", "make style", "pyprune.prune(")
     )
+
+
+def test_readme_counts_the_families_that_are_tested() -> None:
+    said = re.search(r"(\d+) model types are tested", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert said and int(said[1]) == len(FAMILIES)
 
 
 def _anchors(text: str) -> set[str]:
