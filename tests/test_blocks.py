@@ -429,7 +429,7 @@ def test_all_ffns_but_one_accelerated(tiny, text):
 def test_bias_takes_the_mean_output(name, sequential, tiny, text, tmp_path):
     model = tiny(name)
     dense = copy.deepcopy(model)
-    report = prune_blocks(model, "ffn", 0.4, "bias", sequential=sequential, text=text)
+    report = prune_blocks(model, "ffn", 0.4, repair="bias", sequential=sequential, text=text)
     means, stepped = {}, copy.deepcopy(dense)
     for gone in report.removed:
         ffn, rows = find_ffns(stepped)[gone], []

@@ -114,7 +114,7 @@ def test_prune_writes_a_checkpoint(tiny_checkpoint: Path, pruned: Path, tmp_path
     manifest = as_json("verify", pruned, "--base", tiny_checkpoint)
     assert manifest["verified"] and manifest["base_checked"] and manifest["widths"] == [48, 48, 48]
     provenance = json.loads((pruned / "config.json").read_text())["pyprune"]["provenance"]
-    assert provenance["config"]["method"] == "wanda" and provenance["tokens"] == 256
+    assert provenance["config"]["method"] == "obs" and provenance["tokens"] == 256
     assert str(tmp_path.parent) not in json.dumps(provenance), "a path of this machine went into the checkpoint"
 
 

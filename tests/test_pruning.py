@@ -277,7 +277,7 @@ def test_scores_that_are_not_finite_are_refused(tiny, ids, monkeypatch):
 
 
 def test_model_without_decoder_layers_is_refused(ids):
-    with pytest.raises(UnsupportedModelError, match="Linear does not have a list of None decoder layers"):
+    with pytest.raises(UnsupportedModelError, match="Linear is no model of Transformers"):
         prune(nn.Linear(2, 2), text=ids)
 
 
