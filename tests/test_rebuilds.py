@@ -47,7 +47,7 @@ def refused(model, config, message, monkeypatch):
     """Before a layer is looked at, and with everything as it was."""
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = model.config.to_dict()
-    monkeypatch.setattr("pyprune.pruning.prune._plan", lambda *a: pytest.fail("too late"))
+    monkeypatch.setattr("pyprune.pruning.prune.Pruner", lambda *a: pytest.fail("too late"))
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         prune(model, **config)
     assert "\n" not in str(caught.value)

@@ -104,7 +104,6 @@ def same(a, b):
 def test_the_model_is_as_before_also_after_an_error(kind, stage, tiny, ids, monkeypatch):
     model = tiny("gpt2")
     model.transformer.wpe.weight.requires_grad_(False)
-    ffns = find_ffns(model)
     before = state_of(model)
 
     def failing(ffn, stats):
