@@ -15,10 +15,11 @@ import pytest
 import torch
 import typer
 
-from pyprune import InputError, accelerate, find_ffns, prune
+from pyprune import InputError, accelerate, prune
 from pyprune.base import clock, machine
 from pyprune.base.record import described
 from pyprune.ffn import native
+from pyprune.model.families import find_ffns
 from pyprune.speed import roofline, timing
 from pyprune.speed.benchmark import benchmark, compare
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyprune import CheckpointError, InputError, find_ffns
+from pyprune import CheckpointError, InputError
 from pyprune.model import checkpoint
+from pyprune.model.families import find_ffns
 from pyprune.training import TrainingConfig, TrainingPruner, methods
 from pyprune.training.masks import NeuronMask
 

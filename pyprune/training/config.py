@@ -39,7 +39,7 @@ class TrainingConfig:
         similarity_beta: weight of the past in its running sums, in [0, 1).
         uniqueness_form: `penalty`, or `gradient`, which pushes the score gradient itself.
         inverted: `gum`'s ablation: push the neurons that are unlike the others.
-        criterion: of `smoothed`, an importance criterion (`pyprune.importance.names()`); None for the method's own.
+        criterion: of `smoothed`, an importance criterion (`pyprune.pruning.importance.names()`); None for the method's own.
         beta, uncertainty_beta: of `platon`, `ema` and `smoothed`: weight of the past in the smoothed score, and in its
             uncertainty.
         seed: of everything random.
