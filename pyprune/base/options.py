@@ -76,6 +76,9 @@ class Registry(Generic[T]):
         """Take a class out again."""
         del self._known[option.NAME]
 
+    def __getitem__(self, name: str) -> type[T]:
+        return self._known[name]
+
     def names(self) -> list[str]:
         """All names, sorted."""
         return sorted(self._known)
