@@ -245,7 +245,7 @@ def test_commands_name_no_path_and_no_file(tmp_path: Path) -> None:
     commands = " ".join(
         " ".join(cases.text_of(report.build(cases.fill(tmp_path / "b", diagnose=found)), "code")).split()
     )
-    assert "prune DENSE --out PRUNED --repair none --damping auto --keep 0.5 --no-sequential" in commands
+    assert "prune DENSE --out PRUNED --damping auto --keep 0.5 --repair none --no-sequential" in commands
 
 
 def test_which_manifest(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_bad_schedules(values, message):
     ("values", "message"),
     [
         ({"method": "movment"}, "method must be one of .*nearest: movement"),
-        ({"method": "gum:simlarity=1"}, "similarty is no option of method 'gum'; it has .*similarity"),
+        ({"method": "gum:simlarity=1"}, "simlarity is no option of method 'gum'; it has .*similarity"),
         ({"method": "random:beta=0.5"}, "beta is no option of method 'random'; it has none"),
         ({"method": methods.Gum}, "method must be an option or its short form"),
         ({"scope": "model"}, "scope must be one of layer, global"),

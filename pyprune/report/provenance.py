@@ -136,6 +136,7 @@ def _pruning(facts: Facts) -> Iterator[str]:
     verb = "prune"
     if config.get("structure", "neurons") != "neurons":
         verb, plain["structure"] = "prune-blocks", config["structure"]
+        plain.pop("seed", None)  # nothing is drawn there
     if "compensate" in plain:
         plain["repair"] = plain.pop("compensate")
     sizes = {"tokens": provenance.get("tokens") or None, "window": provenance.get("window") or None}
