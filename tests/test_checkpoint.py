@@ -287,12 +287,12 @@ PER_LAYER = [
 
 def refused_cheaply(folder, changes, message):
     edit_config(folder, **changes)
-    started, before = time.perf_counter(), psutil.Process().memory_info().rss
+    started, before = time.process_time(), psutil.Process().memory_info().rss
     for look in (checkpoint.check_fits, checkpoint.verify):
         with pytest.raises(CheckpointError, match=message) as caught:
             look(folder)
         assert "\n" not in str(caught.value)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert psutil.Process().memory_info().rss - before < 100 << 20
 
 

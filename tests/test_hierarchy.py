@@ -94,7 +94,7 @@ def test_the_first_layer_sees_the_same_and_later_ones_do_not(tiny: Tiny, family:
     if "rest" in first:
         assert first["rest"]["cosine"]["mean"] < 1e-6, "attention of layer 0 gets the same in both models"
     for space in ("hidden", "ffn"):
-        assert first[space]["cosine"]["mean"] == pytest.approx(first[f"{space}_alone"]["cosine"]["mean"], rel=1e-6)
+        assert first[space]["cosine"]["mean"] == pytest.approx(first[f"{space}_alone"]["cosine"]["mean"], rel=1e-4)
         assert first[space]["cosine"]["mean"] > 0
     assert any(e["hidden"]["cosine"]["mean"] != e["hidden_alone"]["cosine"]["mean"] for e in later)
 
