@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pyprune import InputError, find_ffns
-from pyprune.model.families import FFN
+from pyprune import InputError
+from pyprune.model.families import FFN, find_ffns
 from pyprune.model.patterns import PATTERNS
 from pyprune.training import methods
 from pyprune.training.methods import Gathered, Moment

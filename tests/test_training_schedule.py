@@ -59,9 +59,9 @@ def test_bad_schedules(values, message):
     ("values", "message"),
     [
         ({"method": "movment"}, "method must be one of .*nearest: movement"),
-        ({"method": "gum:simlarity=1"}, "option of method 'gum' must be one of .*nearest: similarity"),
-        ({"method": "random:beta=0.5"}, "method 'random' must have no options; got 'beta'"),
-        ({"method": methods.Gum}, "method must be an object of options"),
+        ({"method": "gum:simlarity=1"}, "simlarity is no option of method 'gum'; it has .*similarity"),
+        ({"method": "random:beta=0.5"}, "beta is no option of method 'random'; it has none"),
+        ({"method": methods.Gum}, "method must be an option or its short form"),
         ({"scope": "model"}, "scope must be one of layer, global"),
         ({"floor": 0.6}, r"floor must lie in \[0, keep\] = \[0, 0.5\]; got 0.6"),
         ({"multiple": 0}, "multiple must be an integer of at least 1"),
@@ -128,8 +128,7 @@ def test_every_method_says_what_it_does():
     assert methods.names() == [
         *("ema", "gum", "magnitude", "movement", "movement-soft", "platon", "random", "smoothed")
     ]
-    for name, kind in methods.METHODS.items():
-        assert name == kind.NAME
+    for kind in methods.METHODS:
         assert kind.SUMMARY
         assert "arXiv" in kind.SOURCE
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pyprune import InputError, find_ffns
+from pyprune import InputError
 from pyprune.base.statistics import ActivationStats, GradientStats
-from pyprune.model.families import FFN
+from pyprune.model.families import FFN, find_ffns
 from pyprune.model.patterns import PATTERNS
 from pyprune.pruning import gradients, importance
 from pyprune.pruning.calibration import LayerStream

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyprune import Mask, find_ffns
+from pyprune import Mask
+from pyprune.model.families import find_ffns
 from pyprune.training import TrainingConfig, TrainingPruner
 from pyprune.training.methods import Smoothed
 

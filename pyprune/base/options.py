@@ -1,132 +1,162 @@
-"""Options as objects: frozen dataclasses that check themselves, with strings as short forms, `NAME[:key=value,...]`.
-
-`parse("gum:similarity=0.5,optimizer=adam", METHODS, "method")` is `Gum(similarity=0.5, optimizer="adam")`, and `str`
-of that gives the text back. A value is read by the type of its field: whole or decimal numbers, `true`, `false`,
-`none`, plain text, or several of them with commas between (`protect=1,2`). Text may hold `:` and `=`, but no `,key=`.
-"""
+"""Options as objects: frozen dataclasses that check themselves, each with a short form `NAME:key=value,key=value`."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, replace
+from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
 
 from .errors import InputError, check, check_choice
 
-_PLAIN = {"none": None, "true": True, "false": False}
+_WORDS: dict[str, Any] = {"none": None, "true": True, "false": False}
 
 
-@dataclass(frozen=True)
 class Option:
-    """Base of options: a subclass is a frozen dataclass that checks its fields when it is made.
+    """Base of what the user can choose, a frozen dataclass; `str` gives its short form.
 
     Attributes:
-        NAME: what short forms call it.
+        NAME: in short forms and in files.
+        SUMMARY: what it does, in one line.
+        SOURCE: the paper, with section; empty where there is none.
     """
 
-    NAME: ClassVar[str] = ""
+    NAME: ClassVar[str]
+    SUMMARY: ClassVar[str]
+    SOURCE: ClassVar[str] = ""
+
+    def values(self) -> dict[str, Any]:
+        """Its fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        """The short form: the fields that differ from their defaults."""
-        return self._text([f.name for f in fields(self) if getattr(self, f.name) != f.default])
+        """The short form: what differs from the defaults."""
+        default = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
+        return self._form({name: value for name, value in self.values().items() if value != default[name]})
 
     @property
     def in_full(self) -> str:
         """The short form with every field, which later defaults do not change."""
-        return self._text([f.name for f in fields(self)])
+        return self._form(self.values())
 
-    def _text(self, names: list[str]) -> str:
-        values = [f"{name}={_written(getattr(self, name))}" for name in names]
-        return self.NAME + (":" + ",".join(values) if values else "")
+    def _form(self, values: dict[str, Any]) -> str:
+        parts = [f"{name}={_write(value)}" for name, value in values.items()]
+        return self.NAME + (":" + ",".join(parts) if parts else "")
+
+    @classmethod
+    def keywords(cls) -> list[str]:
+        """The names of its fields."""
+        return [field.name for field in fields(cls)]  # type: ignore[arg-type]
 
 
-AnOption = TypeVar("AnOption", bound=Option)
+T = TypeVar("T", bound=Option)
 
 
-def parse(text: str | AnOption, table: Mapping[str, type[AnOption]], what: str) -> AnOption:
-    """The option that the short form `text` means; an option is given back as it is.
+class Registry(Generic[T]):
+    """All options of one kind, by name.
 
     Args:
-        text: the short form.
-        table: the classes there are, by name.
-        what: what the option is for, in errors: `method`, `allocation`.
-
-    Raises:
-        InputError: an unknown name or key (with the nearest ones), no `key=value`, a key twice, a value that is not of
-            its field's type or breaks its rule.
+        argument: what errors call it, such as `allocation`.
     """
-    if isinstance(text, Option):
-        kinds = tuple(table.values())
-        check(isinstance(text, kinds), what, f"be one of {', '.join(sorted(table))}", text)
-        return text
-    check(isinstance(text, str), what, "be an object of options, or its short form NAME[:key=value,...]", text)
-    name, _, rest = text.partition(":")
-    check_choice(name, what, sorted(table))
-    values: dict[str, str] = {}
-    for item in re.split(r",(?=\w+=)", rest) if rest else ():
-        key, equals, value = item.partition("=")
-        check(bool(equals), f"{what} {text!r}", "be NAME[:key=value,...]", item)
-        check(key not in values, f"{what} {text!r}", "give each key once", key)
-        values[key] = value
-    kind = table[name]
-    read = _read_all(kind, what, values)
-    for field in fields(kind):
-        open_ = field.init and field.default is MISSING and field.default_factory is MISSING
-        check(not open_ or field.name in read, f"{what} {text!r}", f"be given {field.name}=...", text)
-    return kind(**read)
+
+    def __init__(self, argument: str) -> None:
+        self.argument = argument
+        self._known: dict[str, type[T]] = {}
+
+    def add(self, option: type[T]) -> type[T]:
+        """Register a class, as a decorator."""
+        if option.NAME in self._known:
+            raise RuntimeError(f"two options of {self.argument} are called {option.NAME!r}")
+        self._known[option.NAME] = option
+        return option
+
+    def remove(self, option: type[T]) -> None:
+        """Take a class out again."""
+        del self._known[option.NAME]
+
+    def __getitem__(self, name: str) -> type[T]:
+        return self._known[name]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._known)
+
+    def __iter__(self) -> Iterator[type[T]]:
+        return iter([self._known[name] for name in self.names()])
+
+    def help(self) -> str:
+        """One line: the names with their keys, as for `--help`."""
+        forms = [option.NAME + (f":{','.join(option.keywords())}" if option.keywords() else "") for option in self]
+        return "; ".join(forms) + "; as NAME or NAME:key=value,key=value"
+
+    def parse(self, value: T | str, /, **more: Any) -> T:
+        """The option that `value` says, an object or a short form.
+
+        Args:
+            value: an option, or its short form.
+            more: fields that win over those of `value`; text is read as in a short form.
+
+        Raises:
+            InputError: an unknown name or key, text that is no short form, or a value that breaks its rule.
+        """
+        if not isinstance(value, str):
+            check(type(value) in self._known.values(), self.argument, "be an option or its short form", value)
+            return replace(value, **self._read(type(value), more)) if more else value  # type: ignore[type-var]
+        name, colon, rest = value.partition(":")
+        check_choice(name, self.argument, self.names())
+        option = self._known[name]
+        given: dict[str, Any] = {}
+        for part in re.split(r",(?=\s*\w+=)", rest) if colon else []:
+            key, equals, text = part.strip().partition("=")
+            check(bool(equals and text), self.argument, "be like NAME:key=value,key=value", value)
+            check(key not in given, self.argument, f"give {key} once", value)
+            given[key] = text
+        return option(**self._read(option, {**given, **more}))
+
+    def parse_all(self, text: str) -> list[T]:
+        """Several short forms with commas between, such as `none,least-squares:damping=auto,target=0.5`.
+
+        Raises:
+            InputError: as `parse`, none at all, or one twice.
+        """
+        forms = [form.strip() for form in re.split(r",(?=\s*[A-Za-z][\w-]*\s*(?:[:,]|$))", text) if form.strip()]
+        found = [self.parse(form) for form in forms]
+        check(0 < len(found) == len(set(found)), self.argument, "be names that differ, separated by commas", text)
+        return found
+
+    def _read(self, option: type[T], given: dict[str, Any]) -> dict[str, Any]:
+        for key in given:
+            if key not in option.keywords():
+                has = ", ".join(option.keywords()) or "none"
+                raise InputError(f"{key} is no option of {self.argument} {option.NAME!r}; it has {has}")
+        kinds = get_type_hints(option)
+        return {k: _value(v) if isinstance(v, str) and kinds[k] is not str else v for k, v in given.items()}
 
 
-def with_values(option: AnOption, what: str, values: Mapping[str, Any]) -> AnOption:
-    """`option` with other `values` of its fields; strings are read as in short forms.
-
-    Raises:
-        InputError: it has no such field, or a value is not of the field's type or breaks its rule.
-    """
-    return replace(option, **_read_all(type(option), what, values))
+def import_all(path: Iterable[str], package: str) -> None:
+    """Import every module of a package, so that what registers itself there is found."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")
 
 
-def _read_all(kind: type[Option], what: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` as the fields of `kind` have them."""
-    hints = _hints(kind)
-    what = f"{what} {kind.NAME!r}"
-    for key in values:
-        check(bool(hints), what, "have no options", key)
-        check_choice(key, f"option of {what}", hints)
-    return {k: _read(v, hints[k], f"{k} of {what}") if isinstance(v, str) else v for k, v in values.items()}
-
-
-def _hints(kind: type[Option]) -> dict[str, Any]:
-    known = typing.get_type_hints(kind)
-    return {f.name: known[f.name] for f in fields(kind) if f.init}
-
-
-def _written(value: Any) -> str:
+def _write(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(map(_written, value))
-    return next((word for word, plain in _PLAIN.items() if value is plain), str(value))
+        return ",".join(map(_write, value))
+    return next((word for word, meaning in _WORDS.items() if value is meaning), str(value))
 
 
-def _read(text: str, hint: Any, argument: str) -> Any:
-    """`text` as the first of the types in `hint` that it can be; plain text comes last."""
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for kind in sorted(kinds, key=lambda k: k is str):
-        if kind in (bool, type(None)):
-            if text in _PLAIN and isinstance(_PLAIN[text], kind):
-                return _PLAIN[text]
-        elif typing.get_origin(kind) is tuple:
-            inner = typing.get_args(kind)
-            items = text.split(",")
-            if len(inner) == 2 and inner[1] is Ellipsis:
-                inner = (inner[0],) * len(items)
-            if len(items) == len(inner):
-                return tuple(_read(item, one, argument) for item, one in zip(items, inner, strict=True))
-        else:
-            try:
-                return kind(text)
-            except ValueError:
-                pass
-    named = " or ".join("none" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
-    raise InputError(f"{argument} must be {named}; got {text!r}")
+def _value(text: str) -> Any:
+    """A number, a word for None, True or False, several of them with commas between, or else the text itself."""
+    if "," in text:
+        return tuple(_value(part.strip()) for part in text.split(","))
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    kinds: tuple[Callable[[str], Any], ...] = (int, float)
+    for kind in kinds:
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

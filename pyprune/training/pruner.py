@@ -15,7 +15,6 @@ The optimizer may go on afterwards: parameters stay the same objects, and its mo
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from ..base.errors import CheckpointError, InputError, check
 from ..model import families, surgery
+from ..model import provenance as model_provenance
 from ..model.mask import KeepIndex, Mask
 from ..pruning.importance.base import NEEDS
 from . import methods, persist, selection
@@ -209,10 +209,7 @@ class TrainingPruner:
                 that cannot be cut (see `optimizers`).
         """
         self._alive()
-        try:
-            json.dumps(provenance)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"provenance must hold JSON values only; {error}") from error
+        given = model_provenance.check_json(provenance)
         schedule = self.config.schedule
         if self.done <= schedule.end:  # the last step did not train with final masks
             self._set_masks(final=True)
@@ -234,9 +231,8 @@ class TrainingPruner:
         cuts = [cut for ffn, keep in zip(self._ffns, keeps, strict=True) for cut in surgery.cut(ffn, keep)]
         self._optimizers.follow(cuts, optimizers)
         surgery.set_widths(self.model, self._block, [len(k) for k in keeps])
-        facts = {"training": self.config.to_json(), "steps": self.done, "kept": kept, **(provenance or {})}
-        config: Any = self.model.config
-        config.pyprune = {**config.pyprune, "base_fingerprint": self._fingerprint, "provenance": facts}
+        facts = {"training": self.config.to_json(), "steps": self.done, "kept": kept, **given}
+        model_provenance.write(self.model, self._fingerprint, facts)
         return Mask(keeps, self._fingerprint, facts)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,11 +7,8 @@ True
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
-from ...base import options
-from .base import METHODS, Gathered, Method, Moment, State, register
+from ...base.options import import_all
+from .base import METHODS, Gathered, Method, Moment, State
 from .ema import Ema
 from .gum import Gum
 from .magnitude import Magnitude
@@ -21,8 +18,7 @@ from .platon import Platon
 from .random import Random
 from .smoothed import Smoothed
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_all(__path__, __name__)
 
 __all__ = [
     "METHODS",
@@ -40,13 +36,12 @@ __all__ = [
     "State",
     "names",
     "parse",
-    "register",
 ]
 
 
 def names() -> list[str]:
     """The names of all methods, sorted."""
-    return sorted(METHODS)
+    return METHODS.names()
 
 
 def parse(method: str | Method) -> Method:
@@ -55,4 +50,4 @@ def parse(method: str | Method) -> Method:
     Raises:
         InputError: an unknown name or option (the message has the nearest ones), or a value that breaks its rule.
     """
-    return options.parse(method, METHODS, "method")
+    return METHODS.parse(method)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...base.errors import check, is_number
-from ...base.options import Option
+from ...base.options import Option, Registry
 from ...base.statistics import ActivationStats
 from ...model.families import FFN
 
@@ -56,7 +56,7 @@ class Gathered:
 class Method(Option):
     """A method: how scores start, and what one step does to them. The highest scores are kept.
 
-    A method is a frozen dataclass of its own options under `@register`; what it keeps from step to step is a `State`.
+    A method is a frozen dataclass of its own options under `@METHODS.add`; what it keeps between steps is a `State`.
 
     Attributes:
         NAME: as in the configuration.
@@ -92,16 +92,7 @@ class Method(Option):
         return None
 
 
-METHODS: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=type[Method])
-
-
-def register(kind: M) -> M:
-    """Put the decorated class into the table, under its NAME."""
-    if kind.NAME in METHODS:
-        raise RuntimeError(f"two methods are called {kind.NAME!r}")
-    METHODS[kind.NAME] = kind
-    return kind
+METHODS: Registry[Method] = Registry("method")
 
 
 def check_amount(value: object, argument: str, zero: bool = True) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ema import check_beta, smoothed_score
-from .base import Gathered, Method, Moment, State, register
+from .base import METHODS, Gathered, Method, Moment, State
 from .platon import sensitivity
 
 
-@register
+@METHODS.add
 @dataclass(frozen=True)
 class Ema(Method):
     """The highest smoothed sensitivity stays.

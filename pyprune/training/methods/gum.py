@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...base.errors import check, check_choice
 from ..ema import check_beta, smooth
-from .base import Gathered, Moment, State, check_amount, register
+from .base import METHODS, Gathered, Moment, State, check_amount
 from .movement import Movement, penalty_gradient
 
 FORMS = ("penalty", "gradient")
@@ -48,7 +48,7 @@ def similarity(products: Tensor, keep: float) -> Tensor:
     return cosines.sum(1) / (products.shape[0] * keep)
 
 
-@register
+@METHODS.add
 @dataclass(frozen=True)
 class Gum(Movement):
     """Movement of the whole model's neurons, those alike pushed down.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import check_choice
-from .base import Gathered, Method, Moment, State, check_amount, register
+from .base import METHODS, Gathered, Method, Moment, State, check_amount
 
 OPTIMIZERS = ("sgd", "adam")
 
@@ -27,7 +27,7 @@ def penalty_gradient(scores: Tensor, weight: float, layers: int) -> Tensor:
     return (weight / (scores.numel() * layers)) * soft * (1 - soft)
 
 
-@register
+@METHODS.add
 @dataclass(frozen=True)
 class Movement(Method):
     """Scores learned by descent; `gradient` is what the variants change.

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...base.errors import check, is_number
-from .base import Moment, register
+from .base import METHODS, Moment
 from .movement import Movement
 
 
-@register
+@METHODS.add
 @dataclass(frozen=True)
 class MovementSoft(Movement):
     """The penalty's weight decides how many neurons go; the schedule only says when.

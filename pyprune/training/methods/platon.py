@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ...base.errors import check
 from ...model.families import FFN
 from ..ema import check_beta, smoothed_score
-from .base import Gathered, Method, Moment, State, register
+from .base import METHODS, Gathered, Method, Moment, State
 
 
 def neuron_sums(ffn: FFN, value: Callable[[Tensor], Tensor]) -> Tensor:
@@ -58,7 +58,7 @@ def sensitivity(ffn: FFN) -> Tensor:
     return neuron_sums(ffn, product)
 
 
-@register
+@METHODS.add
 @dataclass(frozen=True)
 class Platon(Method):
     """The highest product of mean and uncertainty stays.

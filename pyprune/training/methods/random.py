@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 
 from ...model.families import FFN
-from .base import Gathered, Method, Moment, State, register
+from .base import METHODS, Gathered, Method, Moment, State
 
 
-@register
+@METHODS.add
 @dataclass(frozen=True)
 class Random(Method):
     """The baseline that every method has to beat."""

@@ -18,16 +18,16 @@ from ...base.errors import check_choice
 from ...model.families import FFN
 from ...pruning import importance
 from ..ema import check_beta, corrected
-from .base import Gathered, Method, Moment, State, register
+from .base import METHODS, Gathered, Method, Moment, State
 
 
-@register
+@METHODS.add
 @dataclass(frozen=True)
 class Smoothed(Method):
     """The highest smoothed score stays.
 
     Attributes:
-        criterion: the score, an importance criterion (`pyprune.importance.names()`).
+        criterion: the score, an importance criterion (`pyprune.pruning.importance.names()`).
         beta: weight of the past, in [0, 1).
     """
 
