@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune.ffn import operators
-from pyprune.ffn.quantisation import dequantise, quantise
+from pyprune.base import reference
+from pyprune.base.record import Record
+from pyprune.ffn.quantisation import quantise, widened
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TYPES = list(itertools.product(FLOATS, (*FLOATS, torch.int8)))  # of x, of weights
@@ -29,12 +30,16 @@ class Case:
     scales: Tensor | None = None
     neuron_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    residual: Tensor | None = None
     gated: bool = True
     activation: str = "silu"
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+
+    def own(self) -> Record:
+        """Its record."""
+        biases = (self.neuron_bias, self.down_bias)
+        return Record.unchecked(self.record, self.gated, self.activation, self.scales, *biases, self.index)
 
     def change(self, **changes: Any) -> Case:
         return dataclasses.replace(self, **changes)
@@ -47,17 +52,12 @@ class Case:
 
 def twin(case: Case) -> Tensor:
     """The case in plain torch, in its own dtypes."""
-    operands = [case.x, case.record, *(() if case.index is None else (case.index,))]
-    rest = (case.neuron_bias, case.down_bias, case.residual)
-    form = case.gated, case.index is not None
-    return operators.TWINS[form](*operands, *rest, scales=case.scales, activation=case.activation)
+    return reference.ffn(case.x, case.own())
 
 
 def exact(case: Case) -> Tensor:
     """The case in float64."""
-    record = case.record.double() if case.scales is None else dequantise(case.record, case.scales, torch.float64)
-    wide = {k: v.double() for k, v in case.tensors().items() if k not in ("index", "record", "scales")}
-    return twin(case.change(**wide, record=record, scales=None))
+    return reference.ffn(case.x.double(), widened(case.own()))
 
 
 def make(
@@ -67,7 +67,7 @@ def make(
     types: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
     gated: bool = True,
     activation: str = "silu",
-    extras: tuple[bool, bool, bool] = (True, True, True),
+    biases: tuple[bool, bool] = (True, True),
     form: str = "compact",
     kept: int | None = None,
     seed: int = 0,
@@ -84,8 +84,7 @@ def make(
     record = (randn(neurons, parts, hidden_size) * sizes[:, None]).flatten(1)
     record, scales = quantise(record, parts) if weights == torch.int8 else (record.to(weights), None)
     x, neuron_bias = randn(tokens, hidden_size).to(dtype), randn(neurons, parts - 1).to(dtype)
-    rest = [t.to(dtype) for t in (randn(hidden_size), randn(tokens, hidden_size))]
-    given = [t if e else None for t, e in zip((neuron_bias, *rest), extras, strict=True)]
+    given = [t if e else None for t, e in zip((neuron_bias, randn(hidden_size).to(dtype)), biases, strict=True)]
     case = Case(x, record, None, scales, *given, gated, activation)
     kept = (neurons + 1) // 2 if kept is None else kept
     if form == "gather":

@@ -13,6 +13,7 @@ import torch
 
 from pyprune import InputError
 from pyprune.base import reference
+from pyprune.base.record import Record
 from pyprune.ffn import dispatch
 from pyprune.speed import roofline
 
@@ -116,7 +117,7 @@ def test_torch_computes_the_ffn_of_the_reference(bench: ModuleType) -> None:
     arena = bench.Arena(1 << 25)
     x, gate, up, down, *_ = bench.variants(case, arena, None)["torch-compact"].copies[0]
     want = bench.torch_ffn(case.shape)(x, gate, up, down, None, None, None)
-    found = reference.gated_ffn(x, torch.cat([gate, up, down.t()], 1), activation="silu")
+    found = reference.ffn(x, Record(torch.cat([gate, up, down.t()], 1), True, "silu"))
     assert torch.allclose(found, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 

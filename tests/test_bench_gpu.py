@@ -27,7 +27,7 @@ def test_every_goal_has_cases(load: Load) -> None:
         points = {(c.tokens, c.keep) for c in cases if c.shape.name == name}
         assert {(1, 1.0), (1, 0.5), (1, 0.25), (4, 0.5), (16, 0.5), (64, 0.5), (512, 0.5), (4096, 0.5)} <= points
     assert {c.shape.name for c in cases if c.kind == "small"} == set(goals.SMALL)
-    assert {"model", "inductor", "int8", "contextual"} <= {c.kind for c in cases}
+    assert {"model", "inductor", "int8"} <= {c.kind for c in cases}
     rivals = {name for case in cases for name in case.wants}
     assert rivals == set(load("bench.gpu.rivals").RIVALS)
     assert {name for name, _ in load("bench.gpu.cases").INDUCTOR} >= set(goals.SMALL)
@@ -201,7 +201,6 @@ def _result() -> dict[str, Any]:
         _row("int8", keep=1.0, compact=100, int8=50),
         _row("prefill", tokens=4096, dense=100, compact_cublas=50, compact=51),
         _row("medium", tokens=512, compact=100, gather=120),
-        _row("contextual", gather=60, contextual=66),
     ]
     rows[1]["variants"]["compact:cuda"] = {"us": 52, "gb_s": 3850.0, "backend": "cuda"}
     models = [{"case": "whole model", "share_of_ceiling": 0.95, "in_graph": True, "ffn_share": 0.7, "ratio": 1.46}]
@@ -233,7 +232,6 @@ def test_goals_are_judged_by_their_worst_case(load: Load) -> None:
     assert _goal(judged, "gather, decode")["met"] is False and _goal(judged, "gather, M = 512")["met"] is False
     assert _goal(judged, "prefill", "never slower")["met"] is True and _goal(judged, "prefill", "dense")["met"] is True
     assert _goal(judged, "int8")["met"] is True
-    assert _goal(judged, "contextual")["met"] is None
     assert _goal(judged, "whole model")["met"] is True
 
 

@@ -15,9 +15,11 @@ import pytest
 import torch
 import typer
 
-from pyprune import InputError, accelerate, find_ffns, prune
+from pyprune import InputError, accelerate, prune
 from pyprune.base import clock, machine
+from pyprune.base.record import described
 from pyprune.ffn import native
+from pyprune.model.families import find_ffns
 from pyprune.speed import roofline, timing
 from pyprune.speed.benchmark import benchmark, compare
 
@@ -76,17 +78,20 @@ def test_amdahl_by_hand() -> None:
         roofline.amdahl(0.5, 0)
 
 
-def test_ffn_bytes_by_hand() -> None:
-    assert roofline.ffn_bytes(10, 7, gated=False, element_size=4) == 7 * 2 * 10 * 4
-    assert roofline.ffn_bytes(10, 7, gated=True, element_size=2) == 7 * 3 * 10 * 2
-    assert roofline.ffn_bytes(10, 7, gated=False, element_size=2, neuron_bias=True) == 7 * (2 * 10 + 1) * 2
-    assert roofline.ffn_bytes(10, 7, gated=True, element_size=2, neuron_bias=True) == 7 * (3 * 10 + 2) * 2
-    assert roofline.ffn_bytes(10, 7, gated=False, element_size=4, down_bias=True) == (7 * 2 * 10 + 10) * 4
-    assert roofline.ffn_bytes(10, 7, gated=True, element_size=2, gather=True) == 7 * 3 * 10 * 2 + 7 * 4
-    biased = {"neuron_bias": True, "down_bias": True, "bias_size": 2}
-    int8 = roofline.ffn_bytes(10, 7, gated=True, element_size=1, scales=True, **biased)
+def test_bytes_of_a_record_by_hand() -> None:
+    def nbytes(gated: bool, dtype: torch.dtype, **more: Any) -> int:
+        return described(10, 7, gated=gated, activation="relu", dtype=dtype, **more).nbytes
+
+    half, whole = torch.bfloat16, torch.float32
+    assert nbytes(False, whole) == 7 * 2 * 10 * 4
+    assert nbytes(True, half) == 7 * 3 * 10 * 2
+    assert nbytes(False, half, neuron_bias=True) == 7 * (2 * 10 + 1) * 2
+    assert nbytes(True, half, neuron_bias=True) == 7 * (3 * 10 + 2) * 2
+    assert nbytes(False, whole, down_bias=True) == (7 * 2 * 10 + 10) * 4
+    assert nbytes(True, half, kept=5) == 5 * 3 * 10 * 2 + 5 * 4
+    int8 = nbytes(True, half, weights=torch.int8, neuron_bias=True, down_bias=True)
     assert int8 == 7 * (3 * 10 + 3 * 4 + 2 * 2) + 10 * 2
-    assert roofline.ffn_bytes(10, 7, gated=False, element_size=1, scales=True) == 7 * (2 * 10 + 2 * 4)
+    assert nbytes(False, half, weights=torch.int8) == 7 * (2 * 10 + 2 * 4)
 
 
 def test_bytes_of_an_int8_unit(tiny: Callable[..., Any]) -> None:

@@ -11,9 +11,10 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pyprune import InputError, UnsupportedModelError, find_ffns, prune, prune_blocks
+from pyprune import InputError, UnsupportedModelError, prune, prune_blocks
 from pyprune.ffn.accelerate import accelerate
 from pyprune.model import checkpoint, surgery
+from pyprune.model.families import find_ffns
 from pyprune.pruning.blocks import kept_count
 from pyprune.pruning.calibration import constant_output
 from pyprune.pruning.influence import influence

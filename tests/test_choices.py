@@ -10,7 +10,8 @@ import torch
 
 from pyprune import PrunedMLP
 from pyprune.base.errors import InputError
-from pyprune.ffn import backends, choices, dispatch
+from pyprune.base.record import Record
+from pyprune.ffn import backends, choices, dispatch, ops
 from pyprune.ffn.choices import Entry
 from pyprune.model.families import find_ffns
 
@@ -84,7 +85,6 @@ DIFFERENT = [
     {"kept": 200, "intermediate_size": 200},
     {"gated": False},
     {"gather": True},
-    {"gather": True, "contextual": True},
     {"activation": "gelu"},
     {"batch_invariant": True},
 ]
@@ -107,19 +107,8 @@ def test_a_representative_stands_for_itself(changes):
 
 def test_nothing_is_known_at_first(own_cache):
     with silent():
-        assert choices.find(PROBLEM) == ([], "predicted")
+        assert choices.find(PROBLEM) == []
     assert not own_cache.exists()
-
-
-def test_shipped_tables_are_valid_and_named_after_their_architecture(monkeypatch):
-    files = list(choices.SHIPPED.glob("*.json"))
-    assert choices.SHIPPED / "sm_90.json" in files
-    for file in files:
-        monkeypatch.setattr(choices, "architecture", lambda device, name=file.stem: name)
-        choices.reload()
-        with silent():
-            table = choices.shipped("cuda")
-        assert len(table) == len(json.loads(file.read_text())["entries"])
 
 
 def test_tuned_choice_is_taken_and_the_forced_backend_keeps_its_name(all_usable):
@@ -136,18 +125,6 @@ def test_store_adds_to_what_is_there(own_cache):
     file = stored({"b": [TORCH], "c": []})
     assert set(choices.tuned("cpu")) == {"a", "b", "c"}
     assert [f.name for f in own_cache.iterdir()] == [file.name], "left something beside it"
-
-
-def test_user_comes_before_shipped(all_usable, monkeypatch, tmp_path):
-    monkeypatch.setattr(choices, "SHIPPED", tmp_path)
-    name = choices.architecture("cpu")
-    choices.write(tmp_path / f"{name}.json", "architecture", name, {choices.key(PROBLEM): [TORCH]})
-    choices.reload()
-    chosen = dispatch.choose(PROBLEM)
-    assert (chosen.backend.NAME, chosen.source) == ("torch", "shipped")
-    stored({choices.key(PROBLEM): [CPU]})
-    chosen = dispatch.choose(PROBLEM)
-    assert (chosen.backend.NAME, chosen.source) == ("cpu", "tuned")
 
 
 def test_another_machine_or_version_has_another_table(monkeypatch):
@@ -167,7 +144,7 @@ def test_another_machine_or_version_has_another_table(monkeypatch):
 def test_there_is_no_table_for_a_device_that_is_not_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     choices.reload()
-    assert choices.find(dataclasses.replace(PROBLEM, device="cuda")) == ([], "predicted")
+    assert choices.find(dataclasses.replace(PROBLEM, device="cuda")) == []
     with pytest.raises(InputError, match="device must be one that is here; got 'cuda'"):
         choices.path("cuda")
 
@@ -213,7 +190,7 @@ def test_a_corrupt_table_is_one_warning_and_no_choice(text):
     with pytest.warns(UserWarning, match="are ignored"):
         stored({choices.key(PROBLEM): [TORCH]})
     with silent():
-        assert choices.find(PROBLEM)[1] == "tuned"
+        assert choices.find(PROBLEM) == [TORCH]
 
 
 @pytest.mark.parametrize(
@@ -249,12 +226,11 @@ def test_a_configuration_reaches_its_backend(monkeypatch, all_usable):
     torch_backend, seen = dispatch.backends()["torch"], []
     run = torch_backend.run
     monkeypatch.setattr(torch_backend, "candidate_configs", lambda problem: [{}, {"fused": True}])
-    monkeypatch.setattr(torch_backend, "run", lambda call, config=None: seen.append(config) or run(call))
+    monkeypatch.setattr(torch_backend, "run", lambda x, record, config, _: seen.append(config) or run(x, record))
     stored({choices.key(PROBLEM): [Entry("torch", {"fused": True}, 1e-9)]})
-    op = torch.ops.pyprune.ffn_by_dispatch.default
-    for backend in ("auto", "torch"):
-        op(torch.randn(1, 32), torch.randn(96, 96), None, None, None, None, None, True, "silu", backend)
-    op(torch.randn(9, 32), torch.randn(96, 96), None, None, None, None, None, True, "silu", "torch")
+    record = Record(torch.randn(96, 96), True, "silu")
+    for tokens, backend in ((1, "auto"), (1, "torch"), (9, "torch")):
+        ops.ffn(torch.randn(tokens, 32), record, backend=backend)
     assert seen == [{"fused": True}, {"fused": True}, None]
 
 

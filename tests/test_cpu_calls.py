@@ -61,11 +61,11 @@ def operands(
         "scales": scales,
         "neuron_bias": randn(neurons, 2).to(dtype),
         "down_bias": randn(hidden_size).to(dtype),
-        "residual": randn(tokens, hidden_size).to(dtype),
         "gated": True,
         "activation": "silu",
         "backend": "cpu",
         "native_tokens": 0,
+        "batch_invariant": False,
     }
 
 
@@ -132,10 +132,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "x of float64": ({"x": torch.zeros(5, 24, dtype=torch.float64)}, "x must be float32, bfloat16 or float16"),
     "x of int8": ({"x": torch.zeros(5, 24, dtype=torch.int8)}, "x must be floating point"),
     "x a scalar": ({"x": torch.tensor(1.0)}, "x must have at least one dimension"),
-    "x of nine dimensions": (
-        {"x": torch.zeros(*[1] * 8, 24), "residual": None},
-        "x must have at most eight dimensions",
-    ),
+    "x of nine dimensions": ({"x": torch.zeros(*[1] * 8, 24)}, "x must have at most eight dimensions"),
     "x of another width": ({"x": torch.zeros(5, 23)}, "record must have two dimensions, the second of 2 .gated: 3."),
     "record of float64": ({"record": torch.zeros(12, 72, dtype=torch.float64)}, "record must be float32"),
     "record of uint8": ({"record": torch.zeros(12, 72, dtype=torch.uint8)}, "record must be float32"),
@@ -155,9 +152,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "neuron_bias of bfloat16": ({"neuron_bias": torch.zeros(12, 2).bfloat16()}, "neuron_bias must have the dtype"),
     "down_bias too long": ({"down_bias": torch.zeros(25)}, "down_bias must have the shape"),
     "down_bias of float64": ({"down_bias": torch.zeros(24).double()}, "down_bias must have the dtype"),
-    "residual too short": ({"residual": torch.zeros(4, 24)}, "residual must have the shape of x"),
-    "residual of one dimension": ({"residual": torch.zeros(24)}, "residual must have the shape of x"),
-    "residual of float16": ({"residual": torch.zeros(5, 24).half()}, "residual must have the dtype of x"),
     "index of int64": ({"index": torch.arange(3)}, "index must have the dtype that goes with"),
     "index of two dimensions": ({"index": torch.zeros(3, 1, dtype=torch.int32)}, "index must have one dimension"),
     "index past the record": ({"index": torch.tensor([0, 12]).int()}, "index must hold rows of the record"),

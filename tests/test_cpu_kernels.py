@@ -29,7 +29,7 @@ NEURONS = (1, 2, 3, 4, 5, 7, 13, 31, 32, 33, 37, 63, 65, 67, 97, 131, 257, 389)
 def kernel(case: Case) -> Tensor:
     """The case by the native kernel."""
     operands = [getattr(case, f.name) for f in dataclasses.fields(case)]
-    out: Tensor = torch.ops.pyprune.ffn.default(*operands, "cpu", 0)
+    out: Tensor = torch.ops.pyprune.ffn.default(*operands, "cpu", 0, False)
     assert (out.shape, out.dtype, out.is_contiguous()) == (case.x.shape, case.x.dtype, True)
     return out
 
@@ -52,7 +52,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from(TYPES)),
         draw(st.booleans()),
         draw(st.sampled_from(sorted(reference.ACTIVATIONS))),
-        draw(st.tuples(st.booleans(), st.booleans(), st.booleans())),
+        draw(st.tuples(st.booleans(), st.booleans())),
         draw(st.sampled_from(FORMS)),
         draw(st.sampled_from(sorted({1, max(1, neurons - 1), neurons, (neurons + 1) // 2}))),
         draw(st.integers(0, 1000)),
@@ -131,7 +131,7 @@ def test_rows_outside_the_index_are_not_read(isa: str, types: tuple[torch.dtype,
 
 @pytest.mark.parametrize("types", LAYOUT_TYPES, ids=str)
 def test_every_layout_gives_the_same_bits(isa: str, types: tuple[torch.dtype, torch.dtype]) -> None:
-    case = make(12, 35, 21, types, extras=(True, True, False))
+    case = make(12, 35, 21, types)
     want = kernel(case)
     x = case.x
     layouts = {
@@ -156,19 +156,18 @@ def test_every_layout_gives_the_same_bits(isa: str, types: tuple[torch.dtype, to
 
 def test_expanded_and_strided_operands(isa: str) -> None:
     case = make(1, 35, 21)
-    assert case.residual is not None
     for tokens in (3, 20):
-        copies = case.change(x=case.x.repeat(tokens, 1), residual=case.residual.repeat(tokens, 1))
-        expanded = case.change(x=case.x.expand(tokens, -1), residual=case.residual.expand(tokens, -1))
+        copies = case.change(x=case.x.repeat(tokens, 1))
+        expanded = case.change(x=case.x.expand(tokens, -1))
         assert torch.equal(kernel(expanded), kernel(copies))
-    single = case.change(x=case.x[0], residual=case.residual[0])
+    single = case.change(x=case.x[0])
     assert torch.equal(kernel(single), kernel(case)[0])
     spaced = case.x[0].repeat_interleave(2)[::2]
     assert torch.equal(kernel(single.change(x=spaced)), kernel(case)[0])
     gather = make(4, 35, 21, form="gather")
     assert gather.index is not None
     assert torch.equal(kernel(gather.change(index=gather.index.repeat_interleave(2)[::2])), kernel(gather))
-    eight = make(6, 35, 21, extras=(True, True, False))
+    eight = make(6, 35, 21)
     assert torch.equal(kernel(eight.change(x=eight.x.view(1, 2, 1, 3, 1, 1, 1, 35))).view(6, 35), kernel(eight))
 
 
@@ -261,9 +260,9 @@ def test_without_tokens_neurons_or_columns(isa: str, types: tuple[torch.dtype, t
     for tokens, form, width in itertools.product((1, 6, 20), FORMS, (1, 35, 600)):
         case = make(tokens, width, 21, types, gated, form=form, kept=0)
         case = case.rows(slice(0)) if form == "compact" else case
-        assert case.down_bias is not None and case.residual is not None
-        assert torch.equal(kernel(case), (case.down_bias.float() + case.residual.float()).to(types[0]))
-        assert not kernel(case.change(down_bias=None, residual=None)).any()
+        assert case.down_bias is not None
+        assert torch.equal(kernel(case), case.down_bias.expand(len(case.x), -1))
+        assert not kernel(case.change(down_bias=None)).any()
     check_error(make(7, 1, 1, types, gated))
 
 

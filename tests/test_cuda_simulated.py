@@ -37,9 +37,9 @@ ALGORITHMS = [
     pytest.param(BULK, id="single pass in bulk"),
     pytest.param(TWO, id="two passes"),
 ]
-# In the order of `Choice`, with what leaves each to the analysis.
+# In the order of `PlanOptions`, with what leaves each to the analysis.
 SIZES = {"blocks": 0, "cluster": 0, "teams": 0, "step": 0, "stages": 0, "splits": 0}
-UNSET = {"algorithm": -1, **SIZES, "evict_first": -1, "overlap": -1, "early": -1, "dense_percent": -1, "bulk": -1}
+UNSET = {"algorithm": -1, **SIZES, "evict_first": -1, "overlap": -1, "early": -1, "bulk": -1}
 SHARED = 227 * 1024
 
 WIDTHS = (1, 2, 7, 8, 9, 16, 31, 32, 33, 48, 64, 65, 112, 127, 129, 144, 255, 256, 257, 272, 528)
@@ -55,7 +55,6 @@ def simulate(
     case: Case,
     plan: dict[str, int] | None = None,
     *,
-    count: Tensor | None = None,
     processors: int = 4,
     shared: int = SHARED,
     clusters: bool = True,
@@ -65,7 +64,7 @@ def simulate(
     if plan and plan.get("algorithm") == 0 and not on_16_bytes(case):
         plan = None  # as chosen, which is two passes
     out: Tensor = torch.ops.pyprune.ffn_simulated(
-        case.x, case.record, case.index, count, case.scales, case.neuron_bias, case.down_bias, case.residual,
+        case.x, case.record, case.index, case.scales, case.neuron_bias, case.down_bias,
         case.gated, case.activation, numbers(plan or {}), [processors, shared, clusters, order],
     )  # fmt: skip
     assert (out.shape, out.dtype, out.is_contiguous()) == (case.x.shape, case.x.dtype, True)
@@ -75,7 +74,7 @@ def simulate(
 def planned(tokens: int, hidden_size: int, neurons: int, weights: str = "bfloat16", **given: Any) -> dict[str, int]:
     """The plan of a compact gated FFN on a device like an H100, as chosen by its sizes."""
     device = [given.pop("processors", 132), given.pop("shared", SHARED), given.pop("clusters", True), 0]
-    form = [given.pop(name, default) for name, default in (("gated", True), ("indexed", False), ("contextual", False))]
+    form = [given.pop(name, default) for name, default in (("gated", True), ("indexed", False))]
     found = torch.ops.pyprune.plan_simulated(tokens, hidden_size, neurons, *form, weights, numbers(given), device)
     return json.loads(found)
 
@@ -100,7 +99,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from(TYPES)),
         draw(st.booleans()),
         draw(st.sampled_from(sorted(reference.ACTIVATIONS))),
-        draw(st.tuples(st.booleans(), st.booleans(), st.booleans())),
+        draw(st.tuples(st.booleans(), st.booleans())),
         draw(st.sampled_from(ffn_cases.FORMS)),
         draw(st.sampled_from(sorted({1, max(1, neurons - 1), neurons, (neurons + 1) // 2}))),
         draw(st.integers(0, 1000)),
@@ -205,9 +204,9 @@ def test_without_tokens_neurons_or_columns(types: tuple[torch.dtype, torch.dtype
     for form, width in itertools.product(ffn_cases.FORMS, (1, 35, 64)):
         case = make(2, width, 21, types, form=form, kept=0)
         case = case.rows(slice(0)) if form == "compact" else case
-        assert case.down_bias is not None and case.residual is not None
-        assert torch.equal(simulate(case, plan), (case.down_bias.float() + case.residual.float()).to(types[0]))
-        assert not simulate(case.change(down_bias=None, residual=None), plan).any()
+        assert case.down_bias is not None
+        assert torch.equal(simulate(case, plan), case.down_bias.expand(len(case.x), -1))
+        assert not simulate(case.change(down_bias=None), plan).any()
     ffn_cases.check_error(make(3, 1, 1, types), lambda c: simulate(c, plan))
 
 
@@ -241,10 +240,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(
 ) -> None:
     for form, gated in itertools.product(("compact", "gather"), (False, True)):
         case = make(most, width, 53, types, gated, form=form)
-        assert case.residual is not None
         whole = simulate(case, plan, processors=8)
         for rows in (slice(0, 1), slice(1, 3), slice(0, most - 1), slice(most - 1, most)):
-            part = case.change(x=case.x[rows], residual=case.residual[rows])
+            part = case.change(x=case.x[rows])
             assert torch.equal(simulate(part, plan, processors=8), whole[rows]), (rows, form, gated)
 
 
@@ -332,73 +330,12 @@ def test_kernels_that_begin_before_the_one_before_has_ended(plan: dict[str, int]
                 assert torch.equal(chain(order, True, overlap=1), want), (order, dtype)
 
 
-def selected(case: Case, lists: list[list[int]]) -> Tensor:
-    """Each token over its own neurons, in float64."""
-    rows = []
-    for t, neurons in enumerate(lists):
-        one = case.change(x=case.x[t : t + 1], residual=None if case.residual is None else case.residual[t : t + 1])
-        rows.append(exact(one.rows(torch.tensor(sorted(neurons), dtype=torch.long))))
-    return torch.cat(rows)
-
-
-def lists_as_tensors(lists: list[list[int]], longest: int, fill: int) -> tuple[Tensor, Tensor]:
-    index = torch.full((len(lists), longest), fill, dtype=torch.int32)
-    for t, neurons in enumerate(lists):
-        index[t, : len(neurons)] = torch.tensor(neurons, dtype=torch.int32)
-    return index, torch.tensor([len(neurons) for neurons in lists], dtype=torch.int32)
-
-
-@pytest.mark.parametrize("plan", ALGORITHMS)
-@pytest.mark.parametrize("types", [(torch.float32, torch.float32), (torch.float32, torch.int8)], ids=str)
-def test_contextual_gather_of_one_list(types: tuple[torch.dtype, torch.dtype], plan: dict[str, int]) -> None:
-    case = make(3, 64 if plan["algorithm"] == 0 else 67, 41, types)
-    for kept in (0, 1, 17, 41):
-        neurons = torch.randperm(41, generator=torch.Generator().manual_seed(kept))[:kept].tolist()
-        for fill in (-7, 2**31 - 1):  # what lies behind the count is nobody's row
-            index, count = lists_as_tensors([neurons], 41, fill)
-            got = simulate(case.change(index=index[0]), plan, count=count)
-            torch.testing.assert_close(got.double(), selected(case, [neurons] * 3), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("plan", ALGORITHMS)
-@pytest.mark.parametrize("dense_percent", [0, 50, 100])
-@pytest.mark.parametrize("types", [(torch.float32, torch.float32), (torch.float32, torch.int8)], ids=str)
-def test_contextual_gather_of_a_list_for_each_token(
-    types: tuple[torch.dtype, torch.dtype], dense_percent: int, plan: dict[str, int]
-) -> None:
-    """The union of the lists is read once, and each token gets its own neurons of it; also when all rows are walked."""
-    generator = torch.Generator().manual_seed(0)
-    for tokens, rows in ((1, 41), (2, 43), (4, 64), (3, 1)):
-        case = make(tokens, 64 if plan["algorithm"] == 0 else 67, rows, types)
-        for share in (0.0, 0.2, 0.9):
-            lists = [
-                (torch.rand(rows, generator=generator) < share).nonzero().flatten().flip(0).tolist()
-                for _ in range(tokens)
-            ]
-            index, count = lists_as_tensors(lists, rows, 2**31 - 1)
-            chosen = plan | {"dense_percent": dense_percent}
-            got = simulate(case.change(index=index), chosen, count=count, order=5)
-            torch.testing.assert_close(got.double(), selected(case, lists), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("plan", ALGORITHMS)
 def test_a_row_that_is_none_gives_nan_and_reads_nothing(plan: dict[str, int]) -> None:
     case = make(2, 64, 41)
     for foreign in (-1, 41, 2**31 - 1):
-        one = torch.tensor([3, foreign, 5], dtype=torch.int32)
-        assert simulate(case.change(index=one), plan, count=torch.tensor([3], dtype=torch.int32)).isnan().all()
-        assert simulate(case.change(index=one), plan, count=torch.tensor([1], dtype=torch.int32)).isfinite().all()
-        index, count = lists_as_tensors([[3, 4, 5], [3, foreign, 6]], 3, 0)
-        assert simulate(case.change(index=index), plan, count=count).isnan().all()
-
-
-def test_counts_out_of_range_are_held_in_it() -> None:
-    case = make(2, 64, 41)
-    index = torch.arange(41, dtype=torch.int32)
-    whole = simulate(case.change(index=index), SINGLE, count=torch.tensor([41], dtype=torch.int32))
-    assert torch.equal(simulate(case.change(index=index), SINGLE, count=torch.tensor([99], dtype=torch.int32)), whole)
-    none = simulate(case.change(index=index), SINGLE, count=torch.tensor([0], dtype=torch.int32))
-    assert torch.equal(simulate(case.change(index=index), SINGLE, count=torch.tensor([-5], dtype=torch.int32)), none)
+        index = torch.tensor([3, foreign, 5], dtype=torch.int32)
+        assert simulate(case.change(index=index), plan).isnan().all()
 
 
 def test_plans_for_layers_of_real_models() -> None:
@@ -442,7 +379,6 @@ REFUSED = [
     ({"teams": 16}, "plan must have 0 to 15 teams"),
     ({"early": 1}, "plan must be early only with overlap"),
     ({"bulk": 1, "clusters": False}, "plan must not copy in bulk on this device"),
-    ({"dense_percent": 101}, "plan must have a dense_percent of 0 to 100"),
 ]
 
 
@@ -469,12 +405,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"plan must have a step .* that fit in"):
         planned(1, 4096, 14336, algorithm=0, stages=1, bulk=1)
     case = make(3, 64, 9)
-    with pytest.raises(RuntimeError, match="index must have a row for each of at most four tokens"):
-        simulate(case.change(index=torch.zeros(2, 4).int()), count=torch.ones(2).int())
-    with pytest.raises(RuntimeError, match="count must have one element"):
-        simulate(case.change(index=torch.zeros(4).int()), count=torch.ones(2).int())
+    with pytest.raises(RuntimeError, match="index must have one dimension"):
+        simulate(case.change(index=torch.zeros(2, 4).int()))
     with pytest.raises(RuntimeError, match="scales must be given for int8 records only"):
         simulate(case.change(scales=torch.ones(9, 3)))
-    with pytest.raises(RuntimeError, match="record must have at most"):
-        wide = Case(torch.ones(1, 1), torch.ones(SHARED + 1, 2), torch.zeros(1, 1).int(), gated=False)
-        simulate(wide, count=torch.ones(1).int())

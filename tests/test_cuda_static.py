@@ -86,7 +86,7 @@ def test_planned_shared_memory_fits(static: ModuleType, capability: str, weights
     device = [processors, shared, float(capability) >= 9, 0]
     unset = cuda.plan(None)
     for (width, neurons, gated), tokens in ((layer, tokens) for layer in LAYERS for tokens in range(1, 9)):
-        arguments = (tokens, width, neurons, gated, True, False, weights, unset, device)
+        arguments = (tokens, width, neurons, gated, True, weights, unset, device)
         plan = json.loads(torch.ops.pyprune.plan_simulated(*arguments))
         assert plan.get("shared_bytes", 0) <= shared
         assert plan["threads"] <= static.most_threads("single_pass", plan["tokens"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyprune import BackendError, InputError
+from pyprune.base.record import Record
 from pyprune.ffn import backends, dispatch, native, ops, scratch
 from pyprune.ffn.backends import costs
 
@@ -141,7 +142,7 @@ def test_forced_backend_is_used_or_refused_never_replaced(compiled_triton):
 
 def test_refusal_reaches_the_caller_of_the_operator(compiled_triton):
     with pytest.raises(BackendError, match="triton: needs a CUDA device"):
-        ops.plain_ffn(torch.randn(2, 4), torch.randn(6, 8), activation="relu", backend="triton")
+        ops.ffn(torch.randn(2, 4), Record(torch.randn(6, 8), False, "relu"), backend="triton")
 
 
 def test_triton_that_cannot_be_imported_is_a_reason(monkeypatch):
@@ -150,7 +151,7 @@ def test_triton_that_cannot_be_imported_is_a_reason(monkeypatch):
     with pytest.raises(BackendError, match="triton: Triton cannot be imported"):
         dispatch.choose(PROBLEM, "triton")
     with pytest.raises(BackendError, match="Triton cannot be imported"):
-        triton.run(None)
+        triton.run(None, None)
     assert dispatch.choose(dataclasses.replace(PROBLEM, device="cuda", gather=True, tokens=9)).backend.NAME == "cublas"
 
 
@@ -182,7 +183,6 @@ LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "kept": 7168, "dtype":
         (LARGE, 128, "cublas triton torch"),
         ({**LARGE, "gather": True}, 64, "triton cublas torch"),
         ({**LARGE, "gather": True}, 512, "cublas triton torch"),
-        ({"gather": True, "contextual": True}, 4096, "cuda triton torch"),
         ({"batch_invariant": True}, 4096, "cuda triton cublas torch"),
     ],
 )
@@ -238,7 +238,7 @@ def test_what_was_measured_comes_before_what_is_predicted(monkeypatch):
         monkeypatch.setattr(backend, "why_not", lambda problem: None)
     assert dispatch.choose(problem).backend.NAME == "cublas"
     slow = dispatch.choices.Entry("triton", dict(dispatch.backends()["triton"].default_config(problem)), 1.0)
-    monkeypatch.setattr(dispatch.choices, "find", lambda problem: ([slow], "tuned"))
+    monkeypatch.setattr(dispatch.choices, "find", lambda problem: [slow])
     forget()
     chosen = dispatch.choose(problem)
     assert (chosen.backend.NAME, chosen.config, chosen.source) == ("triton", slow.config, "tuned")

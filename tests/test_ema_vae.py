@@ -13,7 +13,8 @@ import pytest
 import torch
 import typer
 
-from pyprune import InputError, find_ffns
+from pyprune import InputError
+from pyprune.model.families import find_ffns
 from pyprune.training import TrainingPruner, train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -223,8 +224,8 @@ def test_ways_differ_in_one_thing_from_the_average(example):
 
 def test_the_optimizer_goes_on_with_what_is_left(example, strings):
     model, pruner, old = pruned(example, example.pruning.WAYS[0])
-    before = dict(model.named_parameters())
-    moments = {name: copy.deepcopy(old.state[p]) for name, p in before.items() if p in old.state}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = {name: copy.deepcopy(old.state[p]) for name, p in model.named_parameters() if p in old.state}
     mask, new = example.pruning.cut(model, pruner, old)
     kept = {i: keep.neurons.long() for i, keep in enumerate(mask.layers)}
     after = dict(model.named_parameters())

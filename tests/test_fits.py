@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyprune import InputError, UnsupportedModelError, find_ffns, prune
+from pyprune import InputError, UnsupportedModelError, prune
 from pyprune.base.statistics import ActivationStats
+from pyprune.model.families import find_ffns
 from pyprune.pruning.calibration import LayerStream
 from pyprune.pruning.repair.least_squares import DAMPINGS, least_squares
 from pyprune.pruning.repair.refit import refit

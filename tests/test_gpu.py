@@ -15,8 +15,10 @@ from torch import Tensor
 
 from pyprune import KeepIndex, PrunedMLP, accelerate
 from pyprune.base import reference
+from pyprune.base.record import Record
 from pyprune.ffn import dispatch, ops
-from pyprune.ffn.backends import Call, Problem
+from pyprune.ffn.backends import Problem
+from pyprune.ffn.quantisation import widened
 from pyprune.model.patterns import PATTERNS
 
 F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
@@ -56,51 +58,30 @@ class Layer:
     scales: Tensor | None
     neuron_bias: Tensor | None
     down_bias: Tensor | None
-    residual: Tensor | None
     gated: bool
     activation: str
     keep: KeepIndex | None = None
 
+    @property
+    def own(self) -> Record:
+        """Its record."""
+        index = None if self.keep is None else self.keep.neurons.to(self.x.device)
+        return Record(self.record, self.gated, self.activation, self.scales, self.neuron_bias, self.down_bias, index)
+
     def problem(self) -> Problem:
-        f, kept = len(self.record), len(self.keep) if self.keep else len(self.record)
-        form = (self.gated, self.keep is not None, self.activation, self.record.dtype)
-        return Problem(self.x.device.type, self.x.dtype, len(self.x), self.x.shape[1], f, kept, *form)
+        return Problem.of(self.own, self.x.dtype, len(self.x))
 
     def run(self, backend: str) -> Tensor:
-        name = ("gated" if self.gated else "plain") + ("_ffn" if self.keep is None else "_ffn_gather")
-        where = () if self.keep is None else (self.keep,)
-        biases = (self.neuron_bias, self.down_bias, self.residual)
-        ffn = getattr(ops, name)
-        return ffn(
-            self.x, self.record, *where, *biases, scales=self.scales, activation=self.activation, backend=backend
-        )
+        return ops.ffn(self.x, self.own, backend=backend)
 
-    def exact(self, rows: Tensor | None = None) -> Tensor:
-        """In float64, over the rows `rows` of the record, or those of `keep`."""
-        if rows is None and self.keep is not None:
-            rows = self.keep.neurons.to(self.x.device)
-        record, scales, bias = (
-            t if t is None or rows is None else t[rows.long()] for t in (self.record, self.scales, self.neuron_bias)
-        )
-        ffn = reference.gated_ffn if self.gated else reference.plain_ffn
-        wide = [None if t is None else t.double() for t in (bias, self.down_bias, self.residual)]
-        record = record if record.dtype == INT8 else record.double()
-        return ffn(self.x.double(), record, *wide, scales=scales, activation=self.activation)
+    def exact(self) -> Tensor:
+        """In float64."""
+        return reference.ffn(self.x.double(), widened(self.own))
 
     def module(self, backend: str = "auto", batch_invariant: bool = False) -> PrunedMLP:
         pattern = next(p for p in PATTERNS if p.gated == self.gated and not (p.in_layer or p.fused))
-        return PrunedMLP(
-            self.record,
-            self.neuron_bias,
-            self.down_bias,
-            pattern=pattern,
-            activation=self.activation,
-            scales=self.scales,
-            dtype=self.x.dtype,
-            keep=self.keep,
-            backend=backend,
-            batch_invariant=batch_invariant,
-        ).requires_grad_(False)
+        how: dict[str, Any] = {"backend": backend, "batch_invariant": batch_invariant}
+        return PrunedMLP(self.own, pattern=pattern, dtype=self.x.dtype, **how).requires_grad_(False)
 
 
 def layer(
@@ -133,7 +114,7 @@ def layer(
         keep = KeepIndex.from_scores(torch.rand(f, generator=generator), (f + 1) // 2)
     rows = max(1, f // 2) if form == "prefix" else f  # the first rows of a longer record
     record, scales = record[:rows], None if scales is None else scales[:rows]
-    biases = (normal(f, parts - 1)[:rows], normal(d), normal(m, d)) if bias else (None, None, None)
+    biases = (normal(f, parts - 1)[:rows], normal(d)) if bias else (None, None)
     chosen = activation or ("silu" if gated else "gelu_tanh")
     return Layer(normal(m, d), record, scales, *biases, gated, chosen, keep)
 
@@ -219,7 +200,7 @@ def _unaligned(tensor: Tensor | None) -> Tensor | None:
 def test_unaligned_addresses(device: str, backend: str, m: int, weights: torch.dtype | None) -> None:
     given = layer(device, m, 96, 64, dtype=BF16, weights=weights, form="gather")
     usable(given, backend)
-    names = ("x", "record", "scales", "neuron_bias", "down_bias", "residual")
+    names = ("x", "record", "scales", "neuron_bias", "down_bias")
     shifted = replace(given, **{name: _unaligned(getattr(given, name)) for name in names})
     meets(given, shifted.run(backend))
 
@@ -268,55 +249,25 @@ def test_nothing_unwritten_is_read(device: str, backend: str, form: str, poisone
         meets(given, given.run(backend))
 
 
-def _contextual(given: Layer, index: Tensor, count: Tensor, backend: str) -> Tensor:
-    biases = (given.neuron_bias, given.down_bias, given.residual)
-    options: dict[str, Any] = {"scales": given.scales, "gated": given.gated, "activation": given.activation}
-    return ops.contextual_ffn(given.x, given.record, index, count, *biases, **options, backend=backend)
-
-
-@pytest.mark.parametrize("by_token", [False, True])
-@places("auto")
-def test_contextual_gather(device: str, backend: str, by_token: bool) -> None:
-    given = layer(device, 3, 200, 64, dtype=BF16)
-    if backend != "auto":
-        usable(given, backend)
-        wanted = replace(given.problem(), gather=True, contextual=True)
-        reason = dispatch.backends()[backend].why_not(wanted)
-        if reason is not None:
-            pytest.skip(reason)
-    for used in (0, 1, 77, 200):
-        rows = torch.randperm(200, generator=torch.Generator().manual_seed(used))[:used].sort().values
-        index = torch.full((200,), 10**6, dtype=torch.int32)  # nothing behind the count may be read as a row
-        index[:used] = rows
-        count = torch.tensor([used], dtype=torch.int32)
-        if by_token:
-            index, count = index.repeat(3, 1), count.repeat(3)
-        found = _contextual(given, index.to(device), count.to(device), backend)
-        meets(given, found, given.exact(rows.to(device)))
-
-
 # --- what only a GPU has
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[Callable[[], None]]:
-    """Call it: from then on a call that waits for the device is an error."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @needs_gpu
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
 @pytest.mark.parametrize("m", [1, 4])
-def test_contextual_gather_waits_for_nothing(m: int, no_waiting: Callable[[], None]) -> None:
-    given = layer("cuda", m, 200, 64, dtype=BF16)
-    index = torch.arange(200, dtype=torch.int32, device="cuda")
-    count = torch.full((1,), 100, dtype=torch.int32, device="cuda")
-    _contextual(given, index, count, "auto")
+def test_a_call_waits_for_nothing(backend: str, m: int) -> None:
+    given = layer("cuda", m, 200, 64, dtype=BF16, form="gather")
+    if backend != "auto":
+        usable(given, backend)
+    module = given.module(backend)
+    module(given.x)
     torch.cuda.synchronize()
-    no_waiting()
-    found = _contextual(given, index, count, "auto")
-    torch.cuda.set_sync_debug_mode("default")
-    meets(given, found, given.exact(index[:100]))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = module(given.x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    meets(given, found)
 
 
 @needs_gpu
@@ -359,13 +310,6 @@ def test_the_current_stream_is_used(backend: str, m: int) -> None:
     assert same(found, wanted, backend)
 
 
-def _call(given: Layer, **changes: Any) -> Call:
-    """The backends' own operands of a layer."""
-    index = None if given.keep is None else given.keep.neurons.to(given.x.device)
-    biases = (given.neuron_bias, given.down_bias, given.residual)
-    return replace(Call(given.x, given.record, index, given.scales, *biases, given.gated, given.activation), **changes)
-
-
 @needs_gpu
 @pytest.mark.parametrize("form", ["compact", "gather"])
 @pytest.mark.parametrize("gated", [False, True])
@@ -381,7 +325,7 @@ def test_every_plan_of_the_cuda_kernels(m: int, gated: bool, form: str) -> None:
             rings = ({"step": step, "stages": stages} for step in (1, 2) for stages in (2, 3, 6))
             plans += [{"algorithm": "single_pass", "bulk": True, "teams": 1, **ring} for ring in rings]
         for plan in plans:
-            meets(given, cuda.run(_call(given), plan))
+            meets(given, cuda.run(given.x, given.own, plan))
 
 
 DEPENDENT = (
@@ -404,15 +348,15 @@ def test_kernels_that_begin_before_the_one_before_has_ended(plan: dict[str, Any]
     cuda = dispatch.backends()["cuda"]
     # A small layer, whose blocks share a multiprocessor with the next kernel's, and one that fills it.
     for f, d in ((1536, 768), (5504, 2048)):
-        layers = [_call(layer("cuda", 2, f, d, dtype=BF16, bias=False)) for _ in range(2)]
-        layers[1] = replace(layers[1], record=layers[1].record.flip(0).contiguous())
+        layers = [layer("cuda", 2, f, d, dtype=BF16, bias=False).own] * 2
+        layers[1] = replace(layers[1], rows=layers[1].rows.flip(0).contiguous())
         starts = [torch.randn(2, d, device="cuda", dtype=BF16) for _ in range(50)]
 
         def all_calls(config: dict[str, Any], wait: bool) -> list[Tensor]:
             outs = []
             for x in starts:  # noqa: B023 - called at once
                 for step in range(4):
-                    x = cuda.run(replace(layers[step % 2], x=x), config)  # noqa: B023
+                    x = cuda.run(x, layers[step % 2], config)  # noqa: B023
                     outs.append(x)
                     if wait:
                         torch.cuda.synchronize()

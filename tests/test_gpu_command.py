@@ -60,9 +60,7 @@ def test_the_rehearsal_goes_through_every_stage(rehearsed: tuple[list[dict[str, 
     assert seen[-1]["seconds"] == pytest.approx(began[-1] + stages["other cases"]["seconds"], abs=5)
     assert stages["tests"]["counts"] == {"passed": 4} and stages["warm"]["codes"] == [0]
     if load("bench.gpu.plans").simulator() is not None:
-        names = {
-            c.name for c in load("bench.gpu.cases").all_cases() if c.kind in ("decode", "small", "int8", "contextual")
-        }
+        names = {c.name for c in load("bench.gpu.cases").all_cases() if c.kind in ("decode", "small", "int8")}
         assert names <= set(stages["plans"]["cases"])
         assert all(len(plans) > 3 for plans in stages["plans"]["cases"].values())
     assert {"gpu.json", "tests.log", "outcomes.jsonl"} <= {file.name for file in folder.iterdir()}
@@ -166,13 +164,13 @@ def test_the_rehearsal_measures_every_case(rehearsed: tuple[list[dict[str, Any]]
     names = {c.name for c in load("bench.gpu.cases").dry_cases() if c.kind not in ("model", "inductor")}
     assert {row["case"] for row in result["rows"]} == names
     for row in result["rows"]:
-        contextual, all_kept = row["kind"] == "contextual", row["keep"] == 1
-        wanted = {"gather", "contextual"} if contextual else {"dense", "compact", "compact:torch", "compact:cpu"}
-        wanted |= set() if contextual or all_kept else {"compact cublas"}
+        wanted = {"dense", "compact", "compact:torch", "compact:cpu"}
+        all_kept = row["keep"] == 1
+        wanted |= set() if all_kept else {"compact cublas"}
         wanted |= {"int8"} if row["kind"] == "int8" else set() if all_kept else {"gather"}
         assert wanted <= set(row["variants"])
         assert all("Error" not in why for why in row["failed"].values()), row["failed"]
-        ours = ("gather", "int8", "contextual")
+        ours = ("gather", "int8")
         for name, entry in row["variants"].items():
             assert entry["us"] == entry["us_quantiles"]["p50"] > 0 and entry["samples"] == 4
             assert entry["gb_s"] == pytest.approx(entry["bytes"] / entry["us"] / 1e3)

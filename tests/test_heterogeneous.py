@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from pyprune import find_ffns, prune
+from pyprune import prune
 from pyprune.model import checkpoint, families, heterogeneous, surgery
+from pyprune.model.families import find_ffns
 
 BARE = {"repair": None}
 WIDTHS = (40, 24, 96)

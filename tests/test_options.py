@@ -17,11 +17,11 @@ from pyprune import (
     Refit,
     Sensitivity,
     Uniform,
-    find_ffns,
     prune,
     prune_blocks,
 )
 from pyprune.cli.commands import app
+from pyprune.model.families import find_ffns
 from pyprune.pruning.allocation import ALLOCATIONS, Allocation, Plan
 from pyprune.pruning.options import PruneOptions
 from pyprune.pruning.repair import REPAIRS, Fitted, NoRepair, Repair

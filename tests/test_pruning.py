@@ -9,8 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pyprune import InputError, UnsupportedModelError, find_ffns, prune
+from pyprune import InputError, UnsupportedModelError, prune
 from pyprune.model import checkpoint
+from pyprune.model.families import find_ffns
 from pyprune.pruning import importance
 
 NAN, INF = float("nan"), float("inf")
@@ -92,8 +93,10 @@ def test_least_squares_is_sequential_and_exact(family_name, tiny, ids):
         target = torch.cat([a @ v / len(a) ** 0.5, ridge.sqrt() * v[kept]])
         want = torch.linalg.lstsq(top, target).solution
         got = find_ffns(model)[layer].weights().down
-        # The stream forms its products in float32.
-        assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        # The stream adds up its products over the tokens in float32, and the ridge lets the fit enlarge that error by
+        # at most the inverse of its share: 4e-3. In another order than layer by layer the rows differ by 0.2 and more.
+        off = len(a) * 2.0**-24 / 1e-3
+        assert_close(got, want, rtol=off, atol=off * float(want.abs().max()))
         dense = (a @ v).square().sum()
         for error, new in ((line.error_cut, v[kept]), (line.error_repaired, want)):
             assert error == pytest.approx(float((a @ v - a[:, kept] @ new).square().sum() / dense), rel=1e-3)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
 
-from pyprune import UnsupportedModelError, find_ffns, prune
-from pyprune.model import checkpoint
+from pyprune import UnsupportedModelError, prune
+from pyprune.model import checkpoint, loading
+from pyprune.model.families import find_ffns
 
 BARE = {"method": "magnitude-l2-product", "repair": None, "allocation": "uniform:multiple=1"}
 SMALL = {
@@ -116,3 +117,12 @@ def test_a_model_of_images_too_is_named_as_such():
 def test_no_model_of_transformers():
     with pytest.raises(UnsupportedModelError, match="Linear is no model of Transformers: it has no config"):
         find_ffns(torch.nn.Linear(2, 2))
+
+
+def test_a_family_that_derives_its_width_takes_it_as_it_stands(tiny, tmp_path):
+    model = tiny("lfm2", block_auto_adjust_ff_dim=True, intermediate_size=144)
+    before = find_ffns(model)[0].intermediate_size
+    prune(model, keep=0.5, **BARE)
+    assert before != 144 and model.config.intermediate_size == before // 2
+    again = loading.load_model(str(checkpoint.save(model, tmp_path / "lfm2")))
+    assert {ffn.intermediate_size for ffn in find_ffns(again)} == {before // 2}

@@ -16,7 +16,7 @@ from pyprune import prune, report
 from pyprune.base.errors import InputError, PypruneError
 from pyprune.model import checkpoint, loading
 from pyprune.report import facts, parts, svg, words
-from pyprune.report.shapes import SHAPES
+from pyprune.report.facts import KINDS
 
 ROOT = Path(report.__file__).parents[2]
 HOSTILE = '<script>alert("1")</script>$x^2$&amp;\x00\ud800 {{ 7*7 }}'
@@ -266,7 +266,7 @@ def test_widths_of_a_manifest_and_of_the_neurons_that_were_looked_at(tmp_path: P
     assert told == "Layers keep from 32 (layer 1) to 64 (layer 3), 192 in all."
 
 
-@pytest.mark.parametrize("name", [n for n in SHAPES if (ROOT / "bench" / "results" / n).is_file()])
+@pytest.mark.parametrize("name", [n for n in KINDS if (ROOT / "bench" / "results" / n).is_file()])
 def test_committed_results_can_be_reported(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes((ROOT / "bench" / "results" / name).read_bytes())
     assert len(cases.captions(report.build(tmp_path))) >= 1

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pyprune import InputError, KeepIndex, find_ffns
+from pyprune import InputError, KeepIndex
 from pyprune.base import statistics
 from pyprune.evaluation import perplexity
 from pyprune.model import families, surgery
 from pyprune.model.described import Described
+from pyprune.model.families import find_ffns
 from pyprune.model.narrowing import narrowed
 from pyprune.pruning import importance
 from pyprune.pruning.allocation.by_sensitivity import choose_widths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -18,8 +19,10 @@ if not torch.cuda.is_available():
 
 from pyprune import triton_kernels as kernels
 from pyprune.base import reference
-from pyprune.ffn.backends import Call, Problem
+from pyprune.base.record import Record
+from pyprune.ffn.backends import Problem
 from pyprune.ffn.backends import triton as backend
+from pyprune.ffn.quantisation import widened
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 pytestmark = [] if kernels.INTERPRETED else [pytest.mark.gpu]
@@ -27,16 +30,11 @@ DECODE = kernels.decode_config(1, 4096, 4096, torch.bfloat16, True, True)
 PREFILL = kernels.prefill_config(512, 4096, 4096, torch.bfloat16, True, False, True)
 
 
-def tensors(m: int, f: int = 100, d: int = 48, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+def operands(m: int, dtype: torch.dtype = torch.float32, f: int = 100, d: int = 48) -> tuple[Tensor, Record]:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((m, d, 1.0), (f, 3 * d, d**-0.5), (f, 2, 0.5), (1, d, 1.0), (m, d, 1.0))
-    made = [(torch.randn(a, b, generator=generator) * s).to(dtype).to(DEVICE) for a, b, s in shapes]
-    return (*made[:3], made[3][0], made[4])
-
-
-def call(m: int, dtype: torch.dtype = torch.float32, **options: Any) -> Call:
-    x, record, neuron_bias, down_bias, residual = tensors(m, dtype=dtype)
-    return Call(x, record, None, None, neuron_bias, down_bias, residual, True, "silu", **options)
+    shapes = ((m, d, 1.0), (f, 3 * d, d**-0.5), (f, 2, 0.5), (1, d, 1.0))
+    x, *made = [(torch.randn(a, b, generator=generator) * s).to(dtype).to(DEVICE) for a, b, s in shapes]
+    return x, Record(made[0], True, "silu", neuron_bias=made[1], down_bias=made[2][0])
 
 
 def problem(m: int, k: int = 100, d: int = 48, dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
@@ -79,15 +77,13 @@ def test_a_flag_is_no_number() -> None:
 @pytest.mark.parametrize("m", [1, 7, 16, 40, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_candidate_computes_the_same(m: int, dtype: torch.dtype) -> None:
-    given = call(m, dtype)
+    x, record = operands(m, dtype)
     configs = backend.candidate_configs(problem(m, dtype=dtype))
     assert configs[0] == backend.default_config(problem(m, dtype=dtype))
-    rest = (given.neuron_bias, given.down_bias, given.residual)
-    wide = [None if t is None else t.double() for t in (given.x, given.record, *rest)]
-    truth = reference.gated_ffn(*wide, activation="silu")
+    truth = reference.ffn(x.double(), widened(record))
     allowed = 4 * torch.finfo(dtype).eps * truth.abs().max()
     for config in (None, *configs):
-        out = backend.run(given, json.loads(json.dumps(config)))
+        out = backend.run(x, record, json.loads(json.dumps(config)))
         assert out.dtype == dtype
         assert (out.double() - truth).abs().max() <= allowed, config
 
@@ -115,15 +111,12 @@ def product_in_order(a: np.ndarray, b: np.ndarray, dtype: np.dtype | None = None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_batch_invariance_from_one_token_to_many(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np, "matmul", product_in_order)
-    whole = call(150, dtype, batch_invariant=True)
-    out = backend.run(whole)
+    x, record = operands(150, dtype)
+    out = backend.run(x, record, batch_invariant=True)
     for rows in (slice(0, 1), slice(3, 12), slice(64, 97), slice(20, 90)):
-        part = Call(
-            whole.x[rows], whole.record, None, None, whole.neuron_bias, whole.down_bias, whole.residual[rows], True,
-            "silu", batch_invariant=True,
-        )  # fmt: skip
-        assert torch.equal(backend.run(part), out[rows])
-        config = backend.default_config(problem(part.x.shape[0], dtype=dtype, batch_invariant=True))
+        part = x[rows]
+        assert torch.equal(backend.run(part, record, batch_invariant=True), out[rows])
+        config = backend.default_config(problem(len(part), dtype=dtype, batch_invariant=True))
         assert config["kind"] == "prefill"
     assert len(backend.candidate_configs(problem(5, batch_invariant=True))) == 1
 
@@ -131,21 +124,15 @@ def test_batch_invariance_from_one_token_to_many(dtype: torch.dtype, monkeypatch
 def test_the_backend_says_what_it_cannot_run() -> None:
     assert backend.why_not(problem(1)) is None
     assert backend.why_not(problem(1, weights=torch.int8)) is None
-    assert backend.why_not(problem(1, gather=True, contextual=True)) is None
     assert "no kernel for torch.float64" in str(backend.why_not(problem(1, dtype=torch.float64)))
     assert "weights beside x" in str(backend.why_not(problem(1, weights=torch.float16)))
     with pytest.raises(ValueError, match="config must hold the key"):
-        backend.run(call(1), {"kind": "decode"})
+        backend.run(*operands(1), {"kind": "decode"})
 
 
-def test_contextual_lists_and_int8_reach_the_kernels() -> None:
-    x, record, _, _, _ = tensors(3)
+def test_an_index_and_int8_reach_the_kernels() -> None:
+    x, record = operands(3)
     index = torch.arange(0, 100, 2, dtype=torch.int32, device=DEVICE)
-    count = torch.tensor([20], dtype=torch.int32, device=DEVICE)
-    out = backend.run(Call(x, record, index, None, None, None, None, True, "silu", count=count))
-    wanted = reference.gated_ffn_gather(x, record, index[:20], activation="silu")
-    assert torch.allclose(out, wanted, atol=1e-5)
-    small, scales = (record * 20).round().to(torch.int8), torch.full((100, 3), 0.05, device=DEVICE)
-    out = backend.run(Call(x, small, index, scales, None, None, None, True, "silu"))
-    wanted = reference.gated_ffn_gather(x, small, index, scales=scales, activation="silu")
-    assert torch.allclose(out, wanted, atol=1e-5)
+    small, scales = (record.rows * 20).round().to(torch.int8), torch.full((100, 3), 0.05, device=DEVICE)
+    given = dataclasses.replace(record, rows=small, scales=scales, index=index)
+    assert torch.allclose(backend.run(x, given), reference.ffn(x, given), atol=1e-5)

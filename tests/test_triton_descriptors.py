@@ -47,7 +47,6 @@ def problem(m: int, f: int, d: int, dtype: torch.dtype, gated: bool = True, extr
         "record": normal(f, parts * d, scale=d**-0.5),
         "neuron_bias": normal(f, parts - 1, scale=0.5) if extras else None,
         "down_bias": normal(d) if extras else None,
-        "residual": normal(m, d) if extras else None,
         "gated": gated,
         "activation": "silu",
     }

@@ -15,8 +15,9 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from triton_cases import twin
+
 from pyprune import triton_kernels as kernels
-from pyprune.base import reference
 from pyprune.triton_kernels import defaults, hardware
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
@@ -43,7 +44,7 @@ def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("m", "k", "d"), ODD)
-@pytest.mark.parametrize("form", ["compact", "gather", "count"])
+@pytest.mark.parametrize("form", ["compact", "gather"])
 @pytest.mark.parametrize(("gated", "dtype"), [(True, torch.bfloat16), (False, torch.float16), (True, torch.float16)])
 def test_odd_shapes_against_the_twin(
     architecture: int, m: int, k: int, d: int, form: str, gated: bool, dtype: torch.dtype
@@ -55,29 +56,15 @@ def test_odd_shapes_against_the_twin(
         return torch.randn(shape, generator=generator)
 
     x, record = randn(m, d).to(dtype).to(DEVICE), (randn(rows, parts * d) * d**-0.5).to(dtype).to(DEVICE)
-    bias, residual = randn(rows, parts - 1).to(dtype).to(DEVICE), randn(m, d).to(dtype).to(DEVICE)
-    index, count, used = None, None, torch.arange(rows)
-    if form != "compact":
-        used = torch.randperm(rows, generator=generator)[:k].sort().values
-        index = used.int().to(DEVICE)
-    if form == "count":
-        used = used[: (k + 1) // 2]
-        count = torch.tensor([len(used)], dtype=torch.int32, device=DEVICE)
-        record[index[len(used) :].long()] = float("nan")
-    given = {"gated": gated, "activation": "silu", "neuron_bias": bias, "residual": residual}
-    out = kernels.ffn(x, record, **given, index=index, count=count)
-    assert torch.equal(out, kernels.ffn(x, record, **given, index=index, count=count))
-    twin = reference.gated_ffn_gather if gated else reference.plain_ffn_gather
-    of = (used.int().to(DEVICE), bias, None, residual)
-
-    def twin_in(to: torch.dtype) -> Tensor:
-        x_, record_, index_, bias_, _, residual_ = (
-            None if t is None else t if t.dtype == torch.int32 else t.to(to) for t in (x, record, *of)
-        )
-        return twin(x_, record_, index_, bias_, None, residual_, activation="silu").double()
-
-    truth = twin_in(torch.float64)
-    allowed = max(2 * (twin_in(dtype) - truth).abs().max(), truth.abs().max() * torch.finfo(dtype).eps)
+    bias = randn(rows, parts - 1).to(dtype).to(DEVICE)
+    index = None
+    if form == "gather":
+        index = torch.randperm(rows, generator=generator)[:k].sort().values.int().to(DEVICE)
+    given = {"gated": gated, "activation": "silu", "neuron_bias": bias, "index": index}
+    out = kernels.ffn(x, record, **given)
+    assert torch.equal(out, kernels.ffn(x, record, **given))
+    truth, own = (twin({"x": x, "record": record, **given}, to).double() for to in (torch.float64, dtype))
+    allowed = max(2 * (own - truth).abs().max(), truth.abs().max() * torch.finfo(dtype).eps)
     assert (out.double() - truth).abs().max() <= allowed
 
 

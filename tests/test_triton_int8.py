@@ -14,15 +14,15 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from triton_cases import PATHS, twin
+
 from pyprune import triton_kernels as kernels
-from pyprune.base import reference
 from pyprune.ffn import quantisation
 from pyprune.triton_kernels import checks
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 pytestmark = [] if kernels.INTERPRETED else [pytest.mark.gpu]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PATHS = {"decode": kernels.ffn_decode, "prefill": kernels.ffn_prefill}
 
 
 def problem(
@@ -44,24 +44,9 @@ def problem(
         "scales": scales,
         "neuron_bias": normal(f, parts - 1, scale=0.5) if extras else None,
         "down_bias": normal(d) if extras else None,
-        "residual": normal(m, d) if extras else None,
     }
     here = {name: value if value is None else value.to(DEVICE) for name, value in p.items()}
     return {**here, "gated": gated, "activation": activation}
-
-
-def eager(p: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """The plain-torch twin with everything but the record in `dtype`."""
-    cast = {n: None if p[n] is None else p[n].to(dtype) for n in ("x", "neuron_bias", "down_bias", "residual")}
-    twin = reference.gated_ffn_gather if p["gated"] else reference.plain_ffn_gather
-    index = p.get("index")
-    if index is None:
-        index = torch.arange(p["record"].shape[0], dtype=torch.int32, device=DEVICE)
-    scales = p["scales"].double() if dtype == torch.float64 else p["scales"]
-    return twin(
-        cast["x"], p["record"], index, cast["neuron_bias"], cast["down_bias"], cast["residual"], scales=scales,
-        activation=p["activation"],
-    )  # fmt: skip
 
 
 def check(out: Tensor, p: dict[str, Any]) -> None:
@@ -69,8 +54,8 @@ def check(out: Tensor, p: dict[str, Any]) -> None:
     dtype = p["x"].dtype
     assert out.shape == p["x"].shape
     assert out.dtype == dtype
-    truth = eager(p, torch.float64)
-    error, own = (out.double() - truth).abs(), (eager(p, dtype).double() - truth).abs()
+    truth = twin(p, torch.float64)
+    error, own = (out.double() - truth).abs(), (twin(p, dtype).double() - truth).abs()
     floor = truth.abs().max() * torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
     assert error.max() <= max(2 * own.max(), floor), (error.max(), own.max(), floor)
     rms, own_rms = error.square().mean().sqrt(), own.square().mean().sqrt()

@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 
 import triton
 import triton.language as tl
+from triton_cases import PATHS, twin
 
 from pyprune import triton_kernels as kernels
 from pyprune.base import reference
@@ -34,7 +35,6 @@ if not kernels.INTERPRETED and not torch.cuda.is_available():
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 pytestmark = [] if kernels.INTERPRETED else [pytest.mark.gpu]
 
-PATHS = {"decode": kernels.ffn_decode, "prefill": kernels.ffn_prefill}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -66,7 +66,6 @@ def problem(
     gather: bool = False,
     neuron_bias: bool = True,
     down_bias: bool = True,
-    residual: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Arguments of `ffn`: weights of the size that keeps activations near 1; every other row or so is gathered."""
@@ -84,23 +83,8 @@ def problem(
         "activation": activation,
         "neuron_bias": normal(f, parts - 1, scale=0.5) if neuron_bias else None,
         "down_bias": normal(d) if down_bias else None,
-        "residual": normal(m, d) if residual else None,
         "index": kept.int().to(DEVICE) if gather else None,
     }
-
-
-def eager(p: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """The plain-torch twin, computed in `dtype`."""
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
-
-    index = p["index"]
-    if index is None:
-        index = torch.arange(p["record"].shape[0], dtype=torch.int32, device=DEVICE)
-    twin = reference.gated_ffn_gather if p["gated"] else reference.plain_ffn_gather
-    tensors = (cast(p[name]) for name in ("neuron_bias", "down_bias", "residual"))
-    return twin(cast(p["x"]), cast(p["record"]), index, *tensors, activation=p["activation"])
 
 
 def check(out: Tensor, p: dict[str, Any]) -> None:
@@ -110,9 +94,9 @@ def check(out: Tensor, p: dict[str, Any]) -> None:
     assert out.dtype == dtype
     if out.numel() == 0:
         return
-    truth = eager(p, torch.float64)
+    truth = twin(p, torch.float64)
     error = (out.double() - truth).abs()
-    torch_error = (eager(p, dtype).double() - truth).abs()
+    torch_error = (twin(p, dtype).double() - truth).abs()
     # Rounding the output alone costs half a unit; float32 may also lose some in the activation.
     floor = truth.abs().max() * torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
     allowed = torch.maximum(2 * torch_error.max(), floor)
@@ -157,7 +141,6 @@ CASES = pairwise(
     gather=(False, True),
     neuron_bias=(False, True),
     down_bias=(False, True),
-    residual=(False, True),
 )
 
 
@@ -194,55 +177,49 @@ def test_aligned_widths(path: str, dtype: torch.dtype, d: int) -> None:
     dtype=st.sampled_from(DTYPES),
     path=st.sampled_from(sorted(PATHS)),
     activation=st.sampled_from(kernels.ACTIVATIONS),
-    flags=st.tuples(*[st.booleans()] * 5),
+    flags=st.tuples(*[st.booleans()] * 4),
     seed=st.integers(0, 99),
 )
 def test_any_shape(
     m: int, f: int, d: int, dtype: torch.dtype, path: str, activation: str, flags: tuple[bool, ...], seed: int
 ) -> None:
-    names = ("gated", "gather", "neuron_bias", "down_bias", "residual")
+    names = ("gated", "gather", "neuron_bias", "down_bias")
     p = problem(m, f, d, dtype, activation=activation, seed=seed, **dict(zip(names, flags, strict=True)))
     check(PATHS[path](**p), p)
 
 
 def test_ffn_takes_decode_for_few_tokens_and_prefill_for_many() -> None:
     few = problem(kernels.DECODE_MAX_TOKENS, 21, 17)
-    assert torch.equal(kernels.ffn(**few), kernels.ffn_decode(**few))
+    assert torch.equal(kernels.ffn(**few), PATHS["decode"](**few))
     many = problem(kernels.DECODE_MAX_TOKENS + 1, 21, 17)
-    assert torch.equal(kernels.ffn(**many), kernels.ffn_prefill(**many))
+    assert torch.equal(kernels.ffn(**many), PATHS["prefill"](**many))
 
 
 def test_launchers_allocate_through_the_poisoned_function(poison: list[tuple[int, ...]]) -> None:
     p = problem(3, 40, 33)
     poison.clear()
-    kernels.ffn_decode(**p)
+    PATHS["decode"](**p)
     assert poison == [(3, 33), (3, 3, 33)]
     poison.clear()
-    kernels.ffn_prefill(**{**p, "residual": None})
+    PATHS["prefill"](**p)
     assert poison == [(3, 33), (3, 64)]
     poison.clear()
-    kernels.ffn_prefill(**problem(3, 400, 33))
+    PATHS["prefill"](**problem(3, 400, 33))
     assert poison == [(3, 33), (3, 448), (8, 3, 33)]
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gather", [False, True], ids=["no_rows", "empty_index"])
-@pytest.mark.parametrize(("down_bias", "residual"), [(False, False), (True, False), (True, True)])
-def test_no_neuron_leaves_bias_and_residual(
-    path: str, dtype: torch.dtype, gather: bool, down_bias: bool, residual: bool
-) -> None:
-    p = problem(18, 9, 65, dtype, gated=True, gather=True, down_bias=down_bias, residual=residual)
+@pytest.mark.parametrize("down_bias", [False, True])
+def test_no_neuron_leaves_the_bias(path: str, dtype: torch.dtype, gather: bool, down_bias: bool) -> None:
+    p = problem(18, 9, 65, dtype, gated=True, gather=True, down_bias=down_bias)
     if gather:
         p["index"] = p["index"][:0]
     else:
         p.update(record=p["record"][:0], neuron_bias=p["neuron_bias"][:0], index=None)
-    wanted = torch.zeros(18, 65, device=DEVICE)
-    if down_bias:
-        wanted = wanted + p["down_bias"].float()
-    if residual:
-        wanted = wanted + p["residual"].float()
-    assert torch.equal(PATHS[path](**p), wanted.to(dtype))
+    wanted = p["down_bias"] if down_bias else torch.zeros(65, dtype=dtype, device=DEVICE)
+    assert torch.equal(PATHS[path](**p), wanted.expand(18, -1))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -250,7 +227,7 @@ def test_no_neuron_leaves_bias_and_residual(
 def test_no_token_gives_an_empty_result(path: str, shape: tuple[int, ...]) -> None:
     p = problem(1, 4, 5)
     empty = torch.zeros(shape, device=DEVICE)
-    out = PATHS[path](**{**p, "x": empty, "residual": empty})
+    out = PATHS[path](**{**p, "x": empty})
     assert out.shape == shape
 
 
@@ -267,7 +244,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("view", VIEWS)
 def test_strided_tokens_give_the_same_bits(path: str, view: str) -> None:
     p = problem(6, 21, 48)
-    strided = {**p, "x": VIEWS[view](p["x"]), "residual": VIEWS[view](p["residual"])}
+    strided = {**p, "x": VIEWS[view](p["x"])}
     assert strided["x"].stride() != p["x"].stride()
     assert torch.equal(PATHS[path](**strided), PATHS[path](**p))
 
@@ -276,11 +253,10 @@ def test_strided_tokens_give_the_same_bits(path: str, view: str) -> None:
 def test_leading_dimensions_are_tokens(path: str) -> None:
     p = problem(6, 21, 17)
     flat = PATHS[path](**p)
-    shaped = {**p, "x": p["x"].view(2, 3, 17), "residual": p["residual"].view(2, 3, 17)}
+    shaped = {**p, "x": p["x"].view(2, 3, 17)}
     assert torch.equal(PATHS[path](**shaped), flat.view(2, 3, 17))
-    batch_second = {name: shaped[name].transpose(0, 1) for name in ("x", "residual")}
-    assert torch.equal(PATHS[path](**{**shaped, **batch_second}), flat.view(2, 3, 17).transpose(0, 1))
-    vector = {**p, "x": p["x"][0], "residual": p["residual"][0]}
+    assert torch.equal(PATHS[path](**{**shaped, "x": shaped["x"].transpose(0, 1)}), flat.view(2, 3, 17).transpose(0, 1))
+    vector = {**p, "x": p["x"][0]}
     check(PATHS[path](**vector), vector)
 
 
@@ -304,7 +280,7 @@ def test_rows_outside_the_index_and_padding_are_never_read(path: str, dtype: tor
 # Every tensor, read or written, ends where a page begins that may not be touched.
 GUARDED = """
 import ctypes, mmap, torch
-from pyprune import triton_kernels as kernels
+from triton_cases import PATHS
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -324,17 +300,17 @@ def fenced(like):
 
 empty = torch.empty
 torch.empty = lambda *shape, **options: fenced(empty(*shape, **options))
-for ffn in (kernels.ffn_decode, kernels.ffn_prefill):
+for ffn in PATHS.values():
     for gated in (False, True):
         for d in (33, 48):
             parts = 3 if gated else 2
             index = torch.tensor([0, 3, 18, 19, 20], dtype=torch.int32)
-            tensors = (torch.randn(s) for s in ((5, d), (21, parts * d), (21, parts - 1), (d,), (5, d)))
-            x, record, neuron_bias, down_bias, residual = map(fenced, tensors)
+            tensors = (torch.randn(s) for s in ((5, d), (21, parts * d), (21, parts - 1), (d,)))
+            x, record, neuron_bias, down_bias = map(fenced, tensors)
             for kept in (None, fenced(index)):
                 out = ffn(
                     x, record, gated=gated, activation="silu", neuron_bias=neuron_bias, down_bias=down_bias,
-                    residual=residual, index=kept,
+                    index=kept,
                 )
                 assert out.isfinite().all()
 print(len(pages))
@@ -342,7 +318,8 @@ print(len(pages))
 
 
 def test_nothing_is_read_or_written_past_the_end_of_a_tensor(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", GUARDED], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -352,7 +329,7 @@ def test_nothing_is_read_or_written_past_the_end_of_a_tensor(tmp_path: Path) -> 
 
 def test_many_blocks_in_bands() -> None:
     p = problem(600, 250, 130, neuron_bias=False)
-    check(kernels.ffn_prefill(**p), p)
+    check(PATHS["prefill"](**p), p)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -374,10 +351,10 @@ def test_two_runs_give_the_same_bits(path: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_a_decoded_row_does_not_depend_on_its_neighbours(dtype: torch.dtype, gated: bool) -> None:
     p = problem(70, 40, 33, dtype, gated=gated, activation="gelu_tanh")
-    together = kernels.ffn_decode(**p)
+    together = PATHS["decode"](**p)
     for rows in (slice(0, 1), slice(3, 5), slice(15, 18), slice(60, 70)):
-        apart = {**p, "x": p["x"][rows], "residual": p["residual"][rows]}
-        assert torch.equal(kernels.ffn_decode(**apart), together[rows])
+        apart = {**p, "x": p["x"][rows]}
+        assert torch.equal(PATHS["decode"](**apart), together[rows])
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy, in the interpreter
@@ -400,7 +377,7 @@ def test_padded_neurons_stay_silent_for_infinite_tokens(path: str, gather: bool)
     p = problem(2, 21, 17, activation="relu", gather=gather, neuron_bias=False)
     p["record"] = p["record"].abs() + 0.1
     p["x"] = torch.full_like(p["x"], float("-inf"))
-    assert torch.equal(PATHS[path](**p), p["down_bias"] + p["residual"])
+    assert torch.equal(PATHS[path](**p), p["down_bias"].expand(2, -1))
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy, in the interpreter
@@ -410,7 +387,7 @@ def test_activation_over_its_whole_range(activation: str) -> None:
     small = torch.linspace(-12, 12, 121)
     large = torch.tensor([-1e30, -1e4, -104.0, -88.8, -30.0, 0.0, 1e-30, 1e-6, 30.0, 88.8, 104.0, 1e4, 1e30])
     z = torch.cat([small, large]).to(DEVICE)
-    out = kernels.ffn_prefill(z[:, None], torch.ones(1, 2, device=DEVICE), gated=False, activation=activation)[:, 0]
+    out = PATHS["prefill"](z[:, None], torch.ones(1, 2, device=DEVICE), gated=False, activation=activation)[:, 0]
     act = reference.ACTIVATIONS[activation]
     truth, mine = act(z.double()), act(z).double()
     finite = truth.abs() < torch.finfo(torch.float32).max
@@ -422,7 +399,7 @@ def test_activation_over_its_whole_range(activation: str) -> None:
     assert (error <= allowed)[finite].all(), (z[finite & (error > allowed)], out[finite & (error > allowed)])
     assert torch.equal(out[~finite].double(), mine[~finite])
     odd = torch.tensor([[float("nan")], [float("inf")]], device=DEVICE)
-    out = kernels.ffn_prefill(odd, torch.ones(1, 2, device=DEVICE), gated=False, activation=activation)
+    out = PATHS["prefill"](odd, torch.ones(1, 2, device=DEVICE), gated=False, activation=activation)
     assert out[0].isnan()
     assert out[1] == float("inf")
 
@@ -503,8 +480,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "record_dtype": ({"record": torch.zeros(5, 16).half()}, r"record must be torch.float32; got torch.float16"),
     "neuron_bias": ({"neuron_bias": torch.zeros(5)}, r"neuron_bias must have shape \(5, 1\); got \(5,\)"),
     "down_bias": ({"down_bias": torch.zeros(7)}, r"down_bias must have shape \(8,\); got \(7,\)"),
-    "residual": ({"residual": torch.zeros(1, 8)}, r"residual must have shape \(3, 8\); got \(1, 8\)"),
-    "residual_dtype": ({"residual": torch.zeros(3, 8).half()}, r"residual must be torch.float32; got torch.float16"),
     "index_rank": ({"index": torch.zeros(1, 1, dtype=torch.int32)}, r"index must have shape \[K\]; got \(1, 1\)"),
     "index_dtype": ({"index": torch.zeros(1, dtype=torch.int64)}, r"index must be torch.int32; got torch.int64"),
     "device": ({"record": torch.zeros(5, 16, device="meta")}, r"record must be on the device of x, .*; got meta"),
@@ -512,13 +487,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("ffn", [kernels.ffn, kernels.ffn_decode, kernels.ffn_prefill])
-def test_bad_arguments_are_named_with_rule_and_value(ffn: Callable[..., Tensor], name: str) -> None:
+def test_bad_arguments_are_named_with_rule_and_value(name: str) -> None:
     change, message = BAD[name]
     here = {key: v.to(DEVICE) if isinstance(v, Tensor) and not v.is_meta else v for key, v in change.items()}
     p = problem(3, 5, 8)
     with pytest.raises(ValueError, match=message):
-        ffn(**{**p, "index": None, **here})
+        kernels.ffn(**{**p, "index": None, **here})
 
 
 def test_a_device_without_triton_is_refused() -> None:

@@ -46,9 +46,9 @@ def fake_clock(monkeypatch):
         for name, backend in dispatch.backends().items():
             run = backend.run
 
-            def slow(call, config=None, name=name, run=run):
-                passed[0] += seconds(name, config, len(call.x))
-                return run(call, None)
+            def slow(x, record, config=None, batch_invariant=False, name=name, run=run):
+                passed[0] += seconds(name, config, len(x))
+                return run(x, record)
 
             monkeypatch.setattr(backend, "run", slow)
         monkeypatch.setattr(trial, "clock", lambda device: lambda: passed[0])
@@ -62,7 +62,7 @@ def native_library(monkeypatch):
     cpu, torch_backend = dispatch.backends()["cpu"], dispatch.backends()["torch"]
     monkeypatch.setattr(cpu, "why_not", lambda problem: "needs a CPU" if problem.device != "cpu" else None)
     run = torch_backend.run
-    monkeypatch.setattr(cpu, "run", lambda call, config=None: run(call))
+    monkeypatch.setattr(cpu, "run", lambda x, record, config=None, batch_invariant=False: run(x, record))
     choices.reload()
 
 
@@ -74,9 +74,9 @@ def test_problems_of_a_layer():
     one = tune.layer_problems(32, 96, **GATED, keep=0.5, tokens=[3], weights=torch.int8)
     assert one == [backends.Problem("cpu", torch.float32, 3, 32, 48, 48, True, False, "silu", torch.int8)]
     (one,) = tune.layer_problems(32, 96, **GATED, keep=0.5, tokens=[3], mode="gather")
-    assert (one.intermediate_size, one.kept, one.gather, one.contextual) == (96, 48, True, False)
-    (one,) = tune.layer_problems(32, 96, **GATED, keep=1e-9, tokens=[3], mode="contextual")
-    assert (one.intermediate_size, one.kept, one.gather, one.contextual) == (96, 1, True, True)
+    assert (one.intermediate_size, one.kept, one.gather) == (96, 48, True)
+    (one,) = tune.layer_problems(32, 96, **GATED, keep=1e-9, tokens=[3], mode="gather")
+    assert one.kept == 1
 
 
 def test_problems_of_a_model(tiny):
@@ -128,10 +128,10 @@ def test_the_best_configuration_is_found(native_library, fake_clock, monkeypatch
 def test_what_is_wrong_or_fails_is_refused_and_named(fault, native_library, monkeypatch):
     run = dispatch.backends()["torch"].run
 
-    def faulty(call, config=None):
+    def faulty(x, record, config=None, batch_invariant=False):
         if fault == "raises":
             raise RuntimeError("out of\nresources")
-        return run(call) * (1.001 if fault == "wrong" else float("nan"))
+        return run(x, record) * (1.001 if fault == "wrong" else float("nan"))
 
     monkeypatch.setattr(dispatch.backends()["cpu"], "run", faulty)
     (one,) = tune.tune(tune.layer_problems(32, 96, **GATED, tokens=[16])).tuned
@@ -151,7 +151,7 @@ def test_what_is_wrong_or_fails_is_refused_and_named(fault, native_library, monk
 def test_real_timings_of_every_form(mode, weights, form, dtype):
     options = {**form, "dtype": dtype, "weights": weights, "mode": mode, "keep": 0.5}
     report = tune.tune(tune.layer_problems(40, 200, **options, tokens=[1, 33]))
-    expected = ["torch"] if native.load() or mode == "contextual" else ["cpu", "torch"]
+    expected = ["torch"] if native.load() else ["cpu", "torch"]
     for one in report.tuned:
         assert sorted(entry.backend for entry in one.entries) == expected, one.refused
         assert not one.refused
@@ -159,18 +159,18 @@ def test_real_timings_of_every_form(mode, weights, form, dtype):
         assert [e.seconds for e in one.entries] == sorted(e.seconds for e in one.entries)
     with torch.no_grad():
         for one in report.tuned:
-            call = trial._calls(one.problem)[0]
+            x, records = trial._operands(one.problem)
             chosen = dispatch.choose(one.problem)
             assert chosen.source == "tuned"
-            assert chosen.backend.run(call, chosen.config).shape == call.x.shape
+            assert chosen.backend.run(x, records[0], chosen.config).shape == x.shape
 
 
 def test_every_refused_sum_is_seen_in_large_problems():
     """Only some rows are compared; the first and the last are among them."""
     problem = tune.layer_problems(16, 32, **GATED, tokens=[512])[0]
-    call = trial._calls(problem)[0]
-    judge = trial._Judge(call)
-    out = backends.torch_eager.run(call)
+    x, (record, *_) = trial._operands(problem)
+    judge = trial._Judge(x, record)
+    out = backends.torch_eager.run(x, record)
     assert judge.why_wrong(out) is None
     assert {0, 511} <= set(judge.rows.tolist()) and len(judge.rows) == 8
     out[511, 3] += 1
@@ -216,7 +216,7 @@ def test_the_module_follows_what_was_tuned(native_library, fake_clock, tiny):
         ({"keep": 0.0}, r"keep must be in \(0, 1\]; got 0\.0"),
         ({"keep": float("nan")}, r"keep must be in \(0, 1\]; got nan"),
         ({"activation": "swish"}, "activation must be one of gelu"),
-        ({"mode": "sparse"}, "mode must be one of compact, gather, contextual"),
+        ({"mode": "sparse"}, "mode must be one of compact, gather"),
         ({"device": "tpu"}, "device must be one of cpu, cuda"),
         ({"tokens": []}, r"tokens must be one or more numbers of at least 1; got \(\)"),
         ({"tokens": [1, 0]}, r"tokens must be one or more numbers of at least 1; got \(1, 0\)"),
@@ -268,7 +268,7 @@ def test_command_line(own_cache, tiny_checkpoint):
         ((), "MODEL, or hidden_size and intermediate_size, must be given; got neither"),
         (("--hidden-size", 8), "MODEL, or hidden_size and intermediate_size, must be given"),
         (("x/y", *SIZES), "hidden_size and intermediate_size must not be given with MODEL; got (32, 96)"),
-        (("x/y", "--mode", "dense", "--device", "cpu"), "mode must be one of compact, gather, contextual; got 'dense'"),
+        (("x/y", "--mode", "dense", "--device", "cpu"), "mode must be one of compact, gather; got 'dense'"),
         ((*SIZES, "--tokens", "1,two"), "tokens must be numbers separated by commas; got '1,two'"),
         ((*SIZES, "--tokens", "0"), "tokens must be one or more numbers of at least 1; got (0,)"),
         ((*SIZES, "--budget", "-1"), "budget must be more than 0 seconds; got -1.0"),

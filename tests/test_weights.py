@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn.utils import prune as unstructured
 from transformers import AutoModelForCausalLM
 
-from pyprune import InputError, UnsupportedModelError, accelerate, find_ffns, prune, prune_blocks
+from pyprune import InputError, UnsupportedModelError, accelerate, prune, prune_blocks
 from pyprune.model import checkpoint, surgery
+from pyprune.model.families import find_ffns
 from pyprune.model.weights import leave_inference
 from pyprune.training.recovery import RecoverConfig, recover
 

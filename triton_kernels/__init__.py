@@ -1,4 +1,4 @@
-"""Fused pruned FFNs in Triton: `ffn(x, record, ...)` equals `reference.plain_ffn` or `gated_ffn` (and their gathers).
+"""Fused pruned FFNs in Triton: `ffn(x, record, ...)` equals `reference.ffn`.
 
 Imports torch, triton and siblings only. With TRITON_INTERPRET=1 set before the first import of triton, everything
 runs on the CPU, slowly, for tests.
@@ -14,12 +14,12 @@ from torch import Tensor
 from . import decode, descriptors, prefill
 from .activations import ACTIVATIONS
 from .candidates import candidates
-from .checks import INTERPRETED, check_problem, require, require_device, why_no_int8, why_unavailable
+from .checks import INTERPRETED, check_operands, require, require_device, why_no_int8, why_unavailable
 from .config import Config, DecodeConfig, PrefillConfig, TileConfig, from_json, to_json
 from .defaults import DECODE_MAX_TOKENS, MAX_TOKENS, decode_config, default_config, prefill_config
 from .elementwise import act_mul
 from .hardware import architecture
-from .launch import Problem, device_of
+from .launch import Operands, device_of
 
 __all__ = [
     "ACTIVATIONS",
@@ -35,8 +35,6 @@ __all__ = [
     "decode_config",
     "default_config",
     "ffn",
-    "ffn_decode",
-    "ffn_prefill",
     "from_json",
     "prefill_config",
     "to_json",
@@ -53,16 +51,7 @@ def _contiguous_rows(matrix: Tensor | None, columns: int) -> Tensor | None:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _check_config(p: Problem, config: Config) -> None:
-    if isinstance(config, DecodeConfig):
-        return
-    require(not p.per_token, "config", "be of kind decode where every token has an index of its own", config)
-    if config.descriptors:
-        reason = descriptors.why_not(p)
-        require(reason is None, "config", f"have descriptors false: {reason}", True)
-
-
-def _run(p: Problem, out: Tensor, config: Config) -> None:
+def _run(p: Operands, out: Tensor, config: Config) -> None:
     if isinstance(config, PrefillConfig) and p.k == 0:
         # Without neurons the decode plan is its epilogue alone.
         config = p.default_config()
@@ -75,39 +64,6 @@ def _run(p: Problem, out: Tensor, config: Config) -> None:
             launch.run()
 
 
-def _call(kind: str | None, config: Config | None, p: Problem, batch_invariant: bool = False) -> Tensor:
-    """Run `p` by `config`, or by the analytic one of `kind`."""
-    check_problem(p)
-    x, d = p.x, p.x.shape[-1]
-    require_device(x, "x")
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        kept = ("index", "scales", "count")
-        wide: dict[str, Any] = {
-            name: value.float()
-            for name, value in p._asdict().items()
-            if isinstance(value, Tensor) and value.dtype == torch.bfloat16 and name not in kept
-        }
-        p = p._replace(**wide, bf16_bits=True)
-    p = p._replace(
-        x=_contiguous_rows(p.x, d),
-        residual=_contiguous_rows(p.residual, d),
-        neuron_bias=_contiguous_rows(p.neuron_bias, 2 if p.gated else 1),
-        scales=_contiguous_rows(p.scales, 3 if p.gated else 2),
-        down_bias=None if p.down_bias is None else p.down_bias.contiguous(),
-        index=None if p.index is None else p.index.contiguous(),
-        count=None if p.count is None else p.count.contiguous(),
-        architecture=architecture(x.device),
-    )
-    if config is None:
-        config = p.default_config(kind, batch_invariant)
-    _check_config(p, config)
-    out = torch.empty(p.x.shape, dtype=p.x.dtype, device=p.x.device)
-    if p.m:
-        with device_of(x):
-            _run(p, out, config)
-    return out.view(x.shape).to(x.dtype)
-
-
 def ffn(
     x: Tensor,
     record: Tensor,
@@ -116,14 +72,12 @@ def ffn(
     activation: str,
     neuron_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    residual: Tensor | None = None,
     index: Tensor | None = None,
     scales: Tensor | None = None,
-    count: Tensor | None = None,
     config: Config | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """`down(act(up(x)))`, gated `down(act(gate(x)) * up(x))`, plus `residual` if given, over the kept neurons.
+    """`down(act(up(x)))`, gated `down(act(gate(x)) * up(x))`, over the kept neurons.
 
     Nothing waits for the device, and what is allocated depends on shapes alone. Two calls give the same bits.
 
@@ -134,14 +88,10 @@ def ffn(
         activation: one of `ACTIVATIONS`.
         neuron_bias: `[F, P-1]` or None.
         down_bias: `[D]` or None.
-        residual: same shape as `x`, or None.
-        index: `[K]` int32 rows of `record` to use, each in `0..F-1`, or None for all of them. `[M, K]` gives each of
-            the M tokens a list of its own, with `count`.
+        index: `[K]` int32 rows of `record` to use, each in `0..F-1`, or None for all of them.
         scales: `[F, P]` float32 with an int8 record, else None.
-        count: `[1]` int32, how many entries of `index` are used, or `[M]` for `[M, K]`; read on the device, and
-            entries beyond it are not read. None uses all.
-        config: None chooses analytically: `ffn_decode` up to `DECODE_MAX_TOKENS` tokens and for lists of their own,
-            `ffn_prefill` for more.
+        config: None chooses analytically: a single pass up to `DECODE_MAX_TOKENS` tokens, in which a row depends on
+            nothing beside it, to the bit; two matrix products for more.
         batch_invariant: without `config`, choose such that a row has the same bits whatever the rows beside it.
 
     Returns:
@@ -151,44 +101,32 @@ def ffn(
         ValueError: a shape, dtype, device, stride or name breaks the rules above, `config` cannot run the call, or the
             device cannot run Triton.
     """
-    p = Problem(x, record, gated, activation, neuron_bias, down_bias, residual, index, scales, count)
-    return _call(None, config, p, batch_invariant)
-
-
-def ffn_decode(
-    x: Tensor,
-    record: Tensor,
-    *,
-    gated: bool,
-    activation: str,
-    neuron_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    index: Tensor | None = None,
-    scales: Tensor | None = None,
-    count: Tensor | None = None,
-) -> Tensor:
-    """`ffn` by the single-pass kernel for few tokens, whatever their number.
-
-    A row of the result does not depend on the rows beside it, nor on how many there are, to the bit.
-    """
-    p = Problem(x, record, gated, activation, neuron_bias, down_bias, residual, index, scales, count)
-    return _call("decode", None, p)
-
-
-def ffn_prefill(
-    x: Tensor,
-    record: Tensor,
-    *,
-    gated: bool,
-    activation: str,
-    neuron_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    index: Tensor | None = None,
-    scales: Tensor | None = None,
-    count: Tensor | None = None,
-) -> Tensor:
-    """`ffn` by the two matrix products for more tokens, whatever their number; no lists of their own."""
-    p = Problem(x, record, gated, activation, neuron_bias, down_bias, residual, index, scales, count)
-    return _call("prefill", None, p)
+    p = Operands(x, record, gated, activation, neuron_bias, down_bias, index, scales)
+    check_operands(p)
+    d = x.shape[-1]
+    require_device(x, "x")
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        wide: dict[str, Any] = {
+            name: value.float()
+            for name, value in p._asdict().items()
+            if isinstance(value, Tensor) and value.dtype == torch.bfloat16
+        }
+        p = p._replace(**wide, bf16_bits=True)
+    p = p._replace(
+        x=_contiguous_rows(p.x, d),
+        neuron_bias=_contiguous_rows(p.neuron_bias, 2 if gated else 1),
+        scales=_contiguous_rows(p.scales, 3 if gated else 2),
+        down_bias=None if p.down_bias is None else p.down_bias.contiguous(),
+        index=None if index is None else index.contiguous(),
+        architecture=architecture(x.device),
+    )
+    if config is None:
+        config = p.default_config(batch_invariant=batch_invariant)
+    elif isinstance(config, PrefillConfig) and config.descriptors:
+        reason = descriptors.why_not(p)
+        require(reason is None, "config", f"have descriptors false: {reason}", True)
+    out = torch.empty(p.x.shape, dtype=p.x.dtype, device=p.x.device)
+    if p.m:
+        with device_of(x):
+            _run(p, out, config)
+    return out.view(x.shape).to(x.dtype)

@@ -129,8 +129,8 @@ def distinct_launches(variants: Iterable[Variant]) -> list[tuple[Variant, Launch
 
 
 def described(variant: Variant, launch: Launch, architecture: int) -> dict[str, Any]:
-    """What a row of the table is about: kernel, architecture, dtype, int8, gated, gather, count, activation (None where
-    the kernel has no such branch), extras (biases and residual), aligned, blocks, num_warps, num_stages.
+    """What a row of the table is about: kernel, architecture, dtype, int8, gated, gather, activation (None where
+    the kernel has no such branch), extras (biases), aligned, blocks, num_warps, num_stages.
     """
     given = launch.arguments
     return {
@@ -140,7 +140,6 @@ def described(variant: Variant, launch: Launch, architecture: int) -> dict[str, 
         "int8": variant.int8,
         "gated": given.get("GATED"),
         "gather": given["index"] is not None if "index" in given else None,
-        "count": given.get("count") is not None,
         "activation": given.get("ACTIVATION"),
         "extras": variant.extras,
         "aligned": variant.d % 16 == 0,

@@ -73,7 +73,6 @@ def candidates(
     gated: bool,
     gather: bool,
     aligned: bool,
-    per_token: bool = False,
     batch_invariant: bool = False,
     int8: bool = False,
     architecture: int = INTERPRETER,
@@ -87,26 +86,25 @@ def candidates(
     """
     half = dtype != torch.float32
     form = (k, d, dtype, gated, gather, aligned)
-    first = default_config(m, *form, per_token, batch_invariant, int8, architecture)
+    first = default_config(m, *form, batch_invariant, int8, architecture)
     found: list[Config] = [first]
     if batch_invariant or k == 0:
         return found
     wide = half and aligned
-    if per_token or m <= _EITHER:
-        single = decode_config(1 if per_token else m, k, d, dtype, gated, aligned, int8)
+    if m <= _EITHER:
+        single = decode_config(m, k, d, dtype, gated, aligned, int8)
         found += _decode(single, d, int8) if wide else [single]
-    if not per_token:
-        base = prefill_config(m, *form, int8=int8, architecture=architecture)
-        from_shared = multiplies_from_shared(architecture)
-        if not wide:
-            more: list[Config] = [base]
-        elif m <= MAX_TOKENS:
-            more = _few(base, gather, from_shared and not int8)
-        elif int8:
-            more = [base, _deeper(base, gather)]
-        else:
-            more = _many(base, gated, from_shared and not gather)
-        if has_descriptors(architecture) and wide and not gather and not int8:
-            more += [replace(c, descriptors=True) for c in more if isinstance(c, PrefillConfig)]
-        found += more
+    base = prefill_config(m, *form, int8=int8, architecture=architecture)
+    from_shared = multiplies_from_shared(architecture)
+    if not wide:
+        more: list[Config] = [base]
+    elif m <= MAX_TOKENS:
+        more = _few(base, gather, from_shared and not int8)
+    elif int8:
+        more = [base, _deeper(base, gather)]
+    else:
+        more = _many(base, gated, from_shared and not gather)
+    if has_descriptors(architecture) and wide and not gather and not int8:
+        more += [replace(c, descriptors=True) for c in more if isinstance(c, PrefillConfig)]
+    found += more
     return list(dict.fromkeys(c for c in found if fits(c, gated, gather, dtype, architecture)))[:12]

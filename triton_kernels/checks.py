@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .launch import Problem
+from .launch import Operands
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -61,30 +61,14 @@ def require_device(tensor: Tensor, argument: str) -> None:
         raise ValueError(f"{argument} must be where the Triton kernels run; got {tensor.device}: {reason}")
 
 
-def _same_device(p: Problem, tensors: dict[str, tuple[Tensor | None, torch.dtype]]) -> None:
+def _same_device(p: Operands, tensors: dict[str, tuple[Tensor | None, torch.dtype]]) -> None:
     for name, (tensor, expected) in tensors.items():
         if tensor is not None:
             require(tensor.dtype == expected, name, f"be {expected}", tensor.dtype)
             require(tensor.device == p.x.device, name, f"be on the device of x, {p.x.device}", tensor.device)
 
 
-def _check_lists(p: Problem) -> None:
-    if p.index is None:
-        require(p.count is None, "count", "be None without an index", p.count)
-        return
-    given = tuple(p.index.shape)
-    tokens = p.x.shape[:-1].numel()
-    if p.count is None:
-        require(p.index.dim() == 1, "index", "have shape [K]", given)
-        return
-    require(p.index.dim() in (1, 2), "index", "have shape [K] or [M, K]", given)
-    if p.index.dim() == 2:
-        require(given[0] == tokens, "index", f"have a row for each of {tokens} tokens", given)
-    wanted = (1,) if p.index.dim() == 1 else (tokens,)
-    require(tuple(p.count.shape) == wanted, "count", f"have shape {wanted}", tuple(p.count.shape))
-
-
-def check_problem(p: Problem) -> None:
+def check_operands(p: Operands) -> None:
     """Raise ValueError, naming argument, rule and value, for what the kernels would turn into wrong numbers.
 
     The values of `index` are not read: that would wait for the device. Its maker checks them once.
@@ -100,13 +84,13 @@ def check_problem(p: Problem) -> None:
     shapes = {
         "neuron_bias": (p.neuron_bias, (shape[0], parts - 1)),
         "down_bias": (p.down_bias, (d,)),
-        "residual": (p.residual, tuple(p.x.shape)),
         "scales": (p.scales, (shape[0], parts)),
     }
     for name, (tensor, expected) in shapes.items():
         if tensor is not None:
             require(tuple(tensor.shape) == expected, name, f"have shape {expected}", tuple(tensor.shape))
-    _check_lists(p)
+    if p.index is not None:
+        require(p.index.dim() == 1, "index", "have shape [K]", tuple(p.index.shape))
     if p.scales is None:
         require(p.record.dtype != torch.int8, "scales", "be given with an int8 record", None)
     else:
@@ -117,10 +101,8 @@ def check_problem(p: Problem) -> None:
         {
             "neuron_bias": (p.neuron_bias, p.x.dtype),
             "down_bias": (p.down_bias, p.x.dtype),
-            "residual": (p.residual, p.x.dtype),
             "record": (p.record, p.x.dtype if p.scales is None else torch.int8),
             "scales": (p.scales, torch.float32),
             "index": (p.index, torch.int32),
-            "count": (p.count, torch.int32),
         },
     )

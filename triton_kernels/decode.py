@@ -3,13 +3,11 @@
     program 0   neurons [0, S)      up, gate rows -> hidden [S, tokens] -> times down rows -> partial 0  [tokens, D]
     program 1   neurons [S, 2S)                                                            -> partial 1  [tokens, D]
     ...
-    reduce      out = partial 0 + partial 1 + ... + down_bias + residual
+    reduce      out = partial 0 + partial 1 + ... + down_bias
 
 Each record row is read once, and the hidden activations never leave the program. The slab width S depends on the
 layer alone and a token's arithmetic never meets another token's, so a row of the result is bitwise the same in
 every batch.
-
-With `count` the grid covers the whole index, and programs beyond the count leave at once: nothing waits for it.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ import triton.language as tl
 
 from . import reduce
 from .config import DecodeConfig
-from .launch import Launch, Problem
-from .tile import hidden_tile, kept_neurons, record_rows, unfold
+from .launch import Launch, Operands
+from .tile import hidden_tile, record_rows, unfold
 
 
 # K and M are used in masks along rows only: specialising on their values would compile anew for every pruned width.
@@ -35,13 +33,11 @@ def slab_kernel(
     scales_stride,  # elements between rows of scales
     neuron_bias,  # [F, P-1] or None
     bias_stride,  # elements between bias rows
-    index,  # [K] int32 kept neurons, or [M, K], or None
-    count,  # [1] int32, how many of index are used, or [M], or None for all
+    index,  # [K] int32 kept neurons, or None
     partial,  # out [slabs, M, D] float32
     M,  # number of tokens
-    K,  # number of kept neurons; length of an index
+    K,  # number of kept neurons
     D,  # hidden_size
-    PER_TOKEN: tl.constexpr,  # every token has an index and a count of its own
     GATED: tl.constexpr,  # record has a gate part
     ACTIVATION: tl.constexpr,  # name of the activation
     BF16_BITS: tl.constexpr,  # bfloat16 values stored as float32
@@ -50,23 +46,10 @@ def slab_kernel(
     BLOCK_D: tl.constexpr,  # channels taken at once
 ):
     # Token blocks of one slab are neighbours in launch order: the second finds the slab's rows in the L2 cache.
-    if PER_TOKEN:
-        slab = tl.program_id(0) // M
-        first = tl.program_id(0) % M
-        index += first.to(tl.int64) * K
-        count += first
-        beyond = first + 1
-    else:
-        token_blocks = tl.cdiv(M, BLOCK_M)
-        slab = tl.program_id(0) // token_blocks
-        first = (tl.program_id(0) % token_blocks) * BLOCK_M
-        beyond = M
-    K = kept_neurons(count, K)
-    if count is not None:  # noqa: SIM102 - one is decided when the kernel is compiled
-        if slab * SLAB >= K:
-            return
-    tokens = first + tl.arange(0, BLOCK_M)
-    present = tokens < beyond
+    token_blocks = tl.cdiv(M, BLOCK_M)
+    slab = tl.program_id(0) // token_blocks
+    tokens = (tl.program_id(0) % token_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    present = tokens < M
     neurons = slab * SLAB + tl.arange(0, SLAB)
     live = neurons < K
     rows = record_rows(index, neurons, K)
@@ -90,7 +73,7 @@ def slab_kernel(
         tl.store(out_tile + start, unfold(share, scales), mask=inside[:, None] & present[None, :])
 
 
-def launches(p: Problem, out: torch.Tensor, config: DecodeConfig) -> list[Launch]:
+def launches(p: Operands, out: torch.Tensor, config: DecodeConfig) -> list[Launch]:
     """The launches that write `out` `[M, D]`; no neuron is touched when none is kept."""
     slabs = triton.cdiv(p.k, config.slab)
     partial = torch.empty((slabs, p.m, p.d), dtype=torch.float32, device=p.x.device)
@@ -99,11 +82,10 @@ def launches(p: Problem, out: torch.Tensor, config: DecodeConfig) -> list[Launch
         plan.append(
             Launch(
                 slab_kernel,
-                ((p.m if p.per_token else triton.cdiv(p.m, config.block_m)) * slabs,),
+                (triton.cdiv(p.m, config.block_m) * slabs,),
                 {
                     **p.weights(),
                     "partial": partial,
-                    "PER_TOKEN": p.per_token,
                     "BLOCK_M": config.block_m,
                     "SLAB": config.slab,
                     "BLOCK_D": config.block_d,
@@ -112,5 +94,5 @@ def launches(p: Problem, out: torch.Tensor, config: DecodeConfig) -> list[Launch
                 config.num_stages,
             )
         )
-    plan.append(reduce.launch(p, partial, out, config.slab))
+    plan.append(reduce.launch(p, partial, out))
     return plan

@@ -54,9 +54,9 @@ def decode_config(
     a narrow one gives every multiprocessor work: the widest that still makes enough programs wins.
 
     Args:
-        m: tokens, or 1 where each has a list of its own.
+        m: tokens.
         k, d, dtype, gated: kept neurons, channels, dtype of x, form of the record.
-        aligned: see `Problem.aligned`.
+        aligned: see `Operands.aligned`.
         int8: the record is int8. From 64 rows on sm_90 takes it into registers by 8 bytes, not 16.
     """
     half = dtype != torch.float32
@@ -219,7 +219,7 @@ def prefill_config(
     Args:
         m: tokens.
         k, d, dtype, gated, gather: as in `ffn`.
-        aligned: see `Problem.aligned`.
+        aligned: see `Operands.aligned`.
         int8: the record is int8.
         architecture: see `hardware`.
         batch_invariant: a row must have the same bits for every `m`: of the choice only the tokens of a tile may
@@ -248,18 +248,11 @@ def default_config(
     gated: bool,
     gather: bool,
     aligned: bool,
-    per_token: bool = False,
     batch_invariant: bool = False,
     int8: bool = False,
     architecture: int = INTERPRETER,
 ) -> Config:
-    """The analytic choice between `decode_config` and `prefill_config`; arguments as there.
-
-    Args:
-        per_token: every token has an index of its own, which only the single pass can follow.
-    """
-    if per_token:
-        return decode_config(1, k, d, dtype, gated, aligned, int8)
+    """The analytic choice between `decode_config` and `prefill_config`; arguments as there."""
     if k == 0 or (m <= DECODE_MAX_TOKENS and not batch_invariant):
         return decode_config(m, k, d, dtype, gated, aligned, int8)
     return prefill_config(m, k, d, dtype, gated, gather, aligned, batch_invariant, int8, architecture)

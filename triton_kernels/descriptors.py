@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import PrefillConfig
 from .hardware import has_descriptors
-from .launch import Problem
+from .launch import Operands
 from .products import split_of, store_down, tile_of
 from .tile import finish
 
@@ -63,8 +63,6 @@ def down_descriptor_kernel(
     hidden,  # descriptor of [M, width], zero in columns K and beyond, blocks [BLOCK_M, BLOCK_K]
     down,  # descriptor of the down part of the records, [F, D], blocks [BLOCK_K, BLOCK_N]
     down_bias,  # [D] or None
-    residual,  # [M, D] or None
-    residual_stride,  # elements between residual rows
     partial,  # out [splits, M, D] float32, or None
     out,  # out [M, D] where there is no partial
     M,  # number of tokens
@@ -85,10 +83,10 @@ def down_descriptor_kernel(
         ws = tl.trans(down.load([start, column]))
         total = tl.dot(ws, tl.trans(hidden.load([row, start])), total, input_precision="ieee")
     tokens, d = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-    store_down(total, tokens, d, split, None, down_bias, residual, residual_stride, partial, out, M, D)
+    store_down(total, tokens, d, split, None, down_bias, partial, out, M, D)
 
 
-def why_not(p: Problem) -> str | None:
+def why_not(p: Operands) -> str | None:
     """Why these kernels cannot run `p`, in one line, or None."""
     if p.index is not None:
         return "descriptors describe compact records, and this call has an index"
@@ -108,7 +106,7 @@ def _fit(rows: Tensor) -> Tensor:
 
 
 def arguments(
-    p: Problem, hidden: Tensor, config: PrefillConfig, blocks: dict[str, Any], down_arguments: dict[str, Any]
+    p: Operands, hidden: Tensor, config: PrefillConfig, blocks: dict[str, Any], down_arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of the two kernels.
 

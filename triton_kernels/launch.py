@@ -1,4 +1,4 @@
-"""A problem as the launchers see it, and one launch as data: the same plan is run, or compiled without a GPU."""
+"""A call as the launchers see it, and one launch as data: the same plan is run, or compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
 
 
-class Problem(NamedTuple):
-    """One FFN call. The launchers need `x` and `residual` as `[M, D]`, and contiguous rows everywhere.
+class Operands(NamedTuple):
+    """Those of one FFN call. The launchers need `x` as `[M, D]`, and contiguous rows everywhere.
 
     Args:
         x: `[M, D]`.
@@ -54,10 +54,8 @@ class Problem(NamedTuple):
         activation: one of `ACTIVATIONS`.
         neuron_bias: `[F, P-1]` or None.
         down_bias: `[D]` or None.
-        residual: `[M, D]` or None.
-        index: `[K]` int32, or `[M, K]` with one list a token, or None.
+        index: `[K]` int32 or None.
         scales: `[F, P]` float32 with an int8 record, else None.
-        count: `[1]` int32, or `[M]` with one list a token, or None.
         bf16_bits: the tensors hold bfloat16 values in float32, see `round_like`.
         architecture: where it runs, see `hardware`.
     """
@@ -68,10 +66,8 @@ class Problem(NamedTuple):
     activation: str
     neuron_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    residual: Tensor | None = None
     index: Tensor | None = None
     scales: Tensor | None = None
-    count: Tensor | None = None
     bf16_bits: bool = False
     architecture: int = INTERPRETER
 
@@ -87,13 +83,8 @@ class Problem(NamedTuple):
 
     @property
     def k(self) -> int:
-        """Number of kept neurons; with `count` the most that may be used."""
-        return self.record.shape[0] if self.index is None else self.index.shape[-1]
-
-    @property
-    def per_token(self) -> bool:
-        """Every token has an index and a count of its own."""
-        return self.index is not None and self.index.dim() == 2
+        """Number of kept neurons."""
+        return self.record.shape[0] if self.index is None else self.index.shape[0]
 
     @property
     def aligned(self) -> bool:
@@ -106,11 +97,10 @@ class Problem(NamedTuple):
         sizes = (self.k, self.d, self.x.dtype, self.gated)
         gather, int8 = self.index is not None, self.scales is not None
         if kind == "decode":
-            return decode_config(1 if self.per_token else self.m, *sizes, self.aligned, int8)
+            return decode_config(self.m, *sizes, self.aligned, int8)
         if kind == "prefill":
             return prefill_config(self.m, *sizes, gather, self.aligned, batch_invariant, int8, self.architecture)
-        per_token, architecture = self.per_token, self.architecture
-        return default_config(self.m, *sizes, gather, self.aligned, per_token, batch_invariant, int8, architecture)
+        return default_config(self.m, *sizes, gather, self.aligned, batch_invariant, int8, self.architecture)
 
     def weights(self) -> dict[str, Any]:
         """Arguments of the kernels that compute hidden activations."""
@@ -124,7 +114,6 @@ class Problem(NamedTuple):
             "neuron_bias": self.neuron_bias,
             "bias_stride": 0 if self.neuron_bias is None else self.neuron_bias.stride(0),
             "index": self.index,
-            "count": self.count,
             "M": self.m,
             "K": self.k,
             "D": self.d,
@@ -137,16 +126,9 @@ class Problem(NamedTuple):
         """Arguments of the kernels that write `out` `[M, D]`."""
         return {
             "down_bias": self.down_bias,
-            "residual": self.residual,
-            "residual_stride": 0 if self.residual is None else self.residual.stride(0),
             "out": out,
         }
 
-    def tokens(self, start: int, stop: int) -> Problem:
-        """The same problem for tokens `start` to `stop`."""
-        return self._replace(
-            x=self.x[start:stop],
-            residual=None if self.residual is None else self.residual[start:stop],
-            index=self.index[start:stop] if self.per_token else self.index,
-            count=self.count[start:stop] if self.per_token else self.count,
-        )
+    def tokens(self, start: int, stop: int) -> Operands:
+        """Those of tokens `start` to `stop`."""
+        return self._replace(x=self.x[start:stop])

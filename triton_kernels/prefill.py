@@ -1,7 +1,7 @@
 """More tokens: two matrix products on the matrix units, the hidden activations in between.
 
     hidden [M, K] = act(x @ up.T)   or   act(x @ gate.T) * (x @ up.T)
-    out    [M, D] = hidden @ down + down_bias + residual
+    out    [M, D] = hidden @ down + down_bias
 
 `hidden` is padded to whole blocks of neurons, and the first kernel writes zeros there: the second then needs no mask
 along a hidden row, whose width K is arbitrary, and its loads stay 16 bytes wide.
@@ -19,9 +19,9 @@ import triton.language as tl
 from . import descriptors, reduce
 from .config import PrefillConfig
 from .hardware import multiplies_from_shared
-from .launch import Launch, Problem
+from .launch import Launch, Operands
 from .products import split_of, store_down, tile_of
-from .tile import hidden_tile, kept_neurons, record_rows
+from .tile import hidden_tile, record_rows
 
 
 @triton.jit(do_not_specialize=["M", "K", "width"])
@@ -35,12 +35,11 @@ def hidden_kernel(
     neuron_bias,  # [F, P-1] or None
     bias_stride,  # elements between bias rows
     index,  # [K] int32 kept neurons, or None
-    count,  # [1] int32, how many of index are used, or None for all
     hidden,  # out [M, width]
     hidden_stride,  # elements between hidden rows
     width,  # K rounded up to whole blocks, of this product and of the next
     M,  # number of tokens
-    K,  # number of kept neurons; length of the index
+    K,  # number of kept neurons
     D,  # hidden_size
     GATED: tl.constexpr,  # record has a gate part
     ACTIVATION: tl.constexpr,  # name of the activation
@@ -48,14 +47,9 @@ def hidden_kernel(
     BLOCK_M: tl.constexpr,  # tokens of a program
     BLOCK_N: tl.constexpr,  # neurons of a program
     BLOCK_D: tl.constexpr,  # channels of x taken at once
-    WHOLE: tl.constexpr,  # neurons of a whole block of this product and of the next: behind K it is filled with zeros
     GROUP: tl.constexpr,  # see tile_of
 ):
     row_block, column_block = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), width // BLOCK_N, GROUP)
-    K = kept_neurons(count, K)
-    if count is not None:  # noqa: SIM102 - one is decided when the kernel is compiled
-        if column_block * BLOCK_N >= tl.cdiv(K, WHOLE) * WHOLE:
-            return
     tokens = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     neurons = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     present = tokens < M
@@ -75,14 +69,11 @@ def down_kernel(
     record_stride,  # elements between record rows
     scales,  # of an int8 record, or None
     index,  # [K] int32 kept neurons, or None
-    count,  # [1] int32, how many of index are used, or None for all
     down_bias,  # [D] or None
-    residual,  # [M, D] or None
-    residual_stride,  # elements between residual rows
     partial,  # out [splits, M, D] float32, or None
     out,  # out [M, D] where there is no partial
     M,  # number of tokens
-    K,  # number of kept neurons; length of the index
+    K,  # number of kept neurons
     D,  # hidden_size
     splits,  # programs that share the neurons
     BLOCK_M: tl.constexpr,  # tokens of a program
@@ -93,7 +84,6 @@ def down_kernel(
 ):
     split = tl.program_id(0) % splits
     row_block, column_block = tile_of(tl.program_id(0) // splits, tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_N), GROUP)
-    K = kept_neurons(count, K)
     begin, end = split_of(split, splits, K, BLOCK_K)
     tokens = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     d = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -118,10 +108,10 @@ def down_kernel(
             total = tl.dot(tl.trans(ws), tl.trans(hs), total, input_precision="ieee")
     if TOKENS_LEFT:
         total = tl.trans(total)
-    store_down(total, tokens, d, split, scales, down_bias, residual, residual_stride, partial, out, M, D)
+    store_down(total, tokens, d, split, scales, down_bias, partial, out, M, D)
 
 
-def launches(p: Problem, out: torch.Tensor, config: PrefillConfig) -> list[Launch]:
+def launches(p: Operands, out: torch.Tensor, config: PrefillConfig) -> list[Launch]:
     """The launches that write `out` `[M, D]`; needs at least one kept neuron."""
     up, down = config.hidden, config.down
     whole = max(up.block_n, down.block_k)
@@ -151,14 +141,13 @@ def launches(p: Problem, out: torch.Tensor, config: PrefillConfig) -> list[Launc
     else:
         kernels = (hidden_kernel, down_kernel)
         rows = {"hidden": hidden, "hidden_stride": hidden.stride(0)}
-        first = {**p.weights(), **rows, "width": width, "WHOLE": whole, **blocks}
+        first = {**p.weights(), **rows, "width": width, **blocks}
         second = {
             **rows,
             "down": p.record[:, -p.d :],
             "record_stride": p.record.stride(0),
             "scales": p.scales,
             "index": p.index,
-            "count": p.count,
             "TOKENS_LEFT": p.x.dtype != torch.float32 and not multiplies_from_shared(p.architecture),
             **down_arguments,
         }

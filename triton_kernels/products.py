@@ -42,14 +42,12 @@ def store_down(
     split,  # number of the split
     scales,  # see unfold
     down_bias,  # [D] or None
-    residual,  # [M, D] or None
-    residual_stride,  # elements between residual rows
     partial,  # out [splits, M, D] float32, or None
     out,  # out [M, D] where there is no partial
     M,  # number of tokens
     D,  # hidden_size
 ):
-    """Writes the partial result of a split, or bias, residual and the sum of all."""
+    """Writes the partial result of a split, or bias and the sum of all."""
     total = unfold(total, scales)
     inside = (d < D)[:, None]
     mask = inside & (tokens < M)[None, :]
@@ -57,8 +55,6 @@ def store_down(
     if partial is None:
         if down_bias is not None:
             total += tl.load(down_bias + d, mask=d < D, other=0.0).to(tl.float32)[:, None]
-        if residual is not None:
-            total += tl.load(residual + rows * residual_stride + d[:, None], mask=mask, other=0.0).to(tl.float32)
         tl.store(out + rows * D + d[:, None], total.to(out.dtype.element_ty), mask=mask)
     else:
         tl.store(partial + (split.to(tl.int64) * M + rows) * D + d[:, None], total, mask=mask)

@@ -1,4 +1,4 @@
-"""The last step where neurons were shared out: partial results, down bias and residual summed in a fixed order."""
+"""The last step where neurons were shared out: partial results and down bias summed in a fixed order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, Problem
+from .launch import Launch, Operands
 
 
 def _blocks(partials: int) -> tuple[int, int, int]:
@@ -20,19 +20,14 @@ def _blocks(partials: int) -> tuple[int, int, int]:
     return max(2, triton.next_power_of_2(partials)), 256, 4
 
 
-@triton.jit(do_not_specialize=["M", "partials", "slab"])
+@triton.jit(do_not_specialize=["M", "partials"])
 def reduce_kernel(
     partial,  # [partials, M, D] float32
     partials,  # number of partials; 0 when no neuron is kept
-    count,  # int32 [1] or [M]: of the partials, only those of so many neurons were written; None: all were
-    slab,  # neurons of a partial, where there is a count
     down_bias,  # [D] or None
-    residual,  # [M, D] or None
-    residual_stride,  # elements between residual rows
     out,  # out [M, D]
     M,  # number of tokens
     D,  # hidden_size
-    PER_TOKEN: tl.constexpr,  # count is [M]
     BLOCK_S: tl.constexpr,  # partials taken at once
     BLOCK_D: tl.constexpr,  # channels of a program
 ):
@@ -40,11 +35,6 @@ def reduce_kernel(
     token = (tl.program_id(0) // channel_blocks).to(tl.int64)
     d = (tl.program_id(0) % channel_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     s = tl.arange(0, BLOCK_S)
-    if count is not None:
-        if PER_TOKEN:
-            count += token
-        # Bounded before it is rounded up, which could overflow.
-        partials = (tl.minimum(tl.load(count), partials * slab) + slab - 1) // slab
     inside = d < D
     size = M.to(tl.int64) * D
     tile = partial + s[:, None] * size + token * D + d[None, :]
@@ -55,17 +45,11 @@ def reduce_kernel(
     row = tl.sum(total, axis=0)
     if down_bias is not None:
         row += tl.load(down_bias + d, mask=inside, other=0.0).to(tl.float32)
-    if residual is not None:
-        row += tl.load(residual + token * residual_stride + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * D + d, row.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(p: Problem, partial: torch.Tensor, out: torch.Tensor, slab: int | None = None) -> Launch:
-    """The launch that writes `out` `[M, D]` from `partial` `[partials, M, D]`.
-
-    Args:
-        slab: neurons of a partial, if only the first `count / slab` of them were written.
-    """
+def launch(p: Operands, partial: torch.Tensor, out: torch.Tensor) -> Launch:
+    """The launch that writes `out` `[M, D]` from `partial` `[partials, M, D]`."""
     block_s, block_d, warps = _blocks(partial.shape[0])
     return Launch(
         reduce_kernel,
@@ -73,12 +57,9 @@ def launch(p: Problem, partial: torch.Tensor, out: torch.Tensor, slab: int | Non
         {
             "partial": partial,
             "partials": partial.shape[0],
-            "count": None if slab is None else p.count,
-            "slab": slab or 0,
             **p.epilogue(out),
             "M": p.m,
             "D": p.d,
-            "PER_TOKEN": slab is not None and p.per_token,
             "BLOCK_S": block_s,
             "BLOCK_D": block_d,
         },

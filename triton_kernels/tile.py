@@ -13,18 +13,6 @@ from .activations import activate, round_like
 
 
 @triton.jit
-def kept_neurons(
-    count,  # [1] int32, how many entries of the index are used; None: all
-    K,  # length of the index
-):
-    """Neurons to compute, at most K whatever `count` holds."""
-    if count is None:
-        return K
-    else:
-        return tl.minimum(tl.load(count), K)
-
-
-@triton.jit
 def record_rows(
     index,  # [K] int32, record row of each kept neuron; None: row k is neuron k
     neurons,  # [BLOCK] int32, numbers in 0..K-1, or beyond in the last block

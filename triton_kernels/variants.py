@@ -13,14 +13,14 @@ from . import decode, elementwise, prefill
 from .candidates import candidates
 from .config import Config, DecodeConfig
 from .defaults import prefill_config
-from .launch import Launch, Problem
+from .launch import Launch, Operands
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One FFN problem to compile for.
+    """One FFN to compile for.
 
     Args:
         m, k, d: tokens, kept neurons, channels. They choose blocks, and whether addresses are aligned.
@@ -28,8 +28,7 @@ class Variant:
         gated, gather, activation: see `ffn`.
         phase: "decode", "prefill", or "act_mul" over `[m, k]`.
         int8: the record is int8.
-        lists: "none", "shared" with a count, or "own" for every token.
-        extras: with biases and residual.
+        extras: with biases.
         config: None for the analytic one of `phase`.
         architecture: for which the launches are planned.
     """
@@ -43,40 +42,33 @@ class Variant:
     activation: str
     phase: str
     int8: bool = False
-    lists: str = "none"
     extras: bool = True
     config: Config | None = None
     architecture: int = 90
 
-    def problem(self) -> Problem:
-        """The problem, on meta tensors."""
+    def operands(self) -> Operands:
+        """Meta tensors."""
         parts = 3 if self.gated else 2
         dtype = _DTYPES[self.dtype]
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        own = self.lists == "own"
-        index = None
-        if self.gather or self.lists != "none":
-            index = empty(*((self.m, self.k) if own else (self.k,)), dtype=torch.int32)
-        return Problem(
+        return Operands(
             x=empty(self.m, self.d),
             record=empty(self.k, parts * self.d, dtype=torch.int8 if self.int8 else dtype),
             gated=self.gated,
             activation=self.activation,
             neuron_bias=empty(self.k, parts - 1) if self.extras else None,
             down_bias=empty(self.d) if self.extras else None,
-            residual=empty(self.m, self.d) if self.extras else None,
-            index=index,
+            index=empty(self.k, dtype=torch.int32) if self.gather else None,
             scales=empty(self.k, parts, dtype=torch.float32) if self.int8 else None,
-            count=None if self.lists == "none" else empty(self.m if own else 1, dtype=torch.int32),
             architecture=self.architecture,
         )
 
     def launches(self) -> list[Launch]:
         """What the launchers would do."""
-        p = self.problem()
+        p = self.operands()
         if self.phase == "act_mul":
             gate = torch.empty((self.m, self.k), dtype=p.x.dtype, device="meta")
             return [elementwise.launch(gate, gate if self.gated else None, gate, self.activation)]
@@ -89,8 +81,8 @@ class Variant:
     def candidates(self) -> list[Variant]:
         """This problem with every configuration that the kernels offer for it."""
         offered = candidates(
-            self.m, self.k, self.d, _DTYPES[self.dtype], self.gated, self.gather or self.lists != "none",
-            self.problem().aligned, self.lists == "own", int8=self.int8, architecture=self.architecture,
+            self.m, self.k, self.d, _DTYPES[self.dtype], self.gated, self.gather,
+            self.operands().aligned, int8=self.int8, architecture=self.architecture,
         )  # fmt: skip
         return [replace(self, config=config) for config in offered]
 
@@ -111,8 +103,6 @@ def _variants() -> Iterator[Variant]:
         yield Variant(m, 14336, 4096, "bfloat16", True, True, "silu", phase, int8=True)
         yield Variant(m, 14336, 4096, "float16", False, False, "relu", phase, int8=True)
         yield Variant(m, 1536, 576, "float32", True, False, "gelu", phase, int8=True)
-        yield Variant(m, 14336, 4096, "bfloat16", True, True, "silu", phase, lists="shared")
-    yield Variant(4, 7168, 4096, "bfloat16", True, True, "silu", "decode", lists="own")
     yield Variant(1, 14336, 4096, "bfloat16", True, False, "silu", "decode", extras=False)
     yield Variant(1, 3072, 768, "float16", False, False, "gelu_tanh", "decode", extras=False)
     # Few tokens and more, in each slab: a row must be made of the same instructions.

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from bench import by_line
 from bench.cpu.goals import Row, judge
 from bench.shapes import BY_NAME, DEFAULT, Shape
 from bench.tables.readme import CPU_HEADER, CPU_MODEL_HEADER, GOAL_HEADER, cpu_cells, cpu_model_cells, goal_cells
@@ -44,6 +44,7 @@ from pyprune.base.clock import Job, interleave, median, quantiles
 from pyprune.base.errors import check, check_choice
 from pyprune.base.files import new_file
 from pyprune.base.memory import huge_pages
+from pyprune.base.record import Record, described
 from pyprune.cli.screen import Bars, out, table
 from pyprune.ffn import dispatch, native, operators
 from pyprune.ffn.backends import Problem
@@ -189,17 +190,11 @@ def torch_ffn(shape: Shape) -> Callable[..., Tensor]:
 
 
 def _bytes(case: Case, neurons: int, dtype: torch.dtype, gather: bool = False) -> int:
-    shape, biases = case.shape, {"neuron_bias": case.shape.bias, "down_bias": case.shape.bias}
-    return roofline.ffn_bytes(
-        shape.hidden_size,
-        neurons,
-        shape.gated,
-        dtype.itemsize,
-        gather=gather,
-        scales=dtype == torch.int8,
-        bias_size=WEIGHTS[case.dtype].itemsize,
-        **biases,
-    )
+    shape, weights = case.shape, None if dtype == WEIGHTS[case.dtype] else dtype
+    form: dict[str, Any] = {"gated": shape.gated, "activation": shape.activation, "dtype": WEIGHTS[case.dtype]}
+    biases = {"neuron_bias": shape.bias, "down_bias": shape.bias}
+    kept = neurons if gather else None
+    return described(shape.hidden_size, neurons, **form, **biases, weights=weights, kept=kept).nbytes
 
 
 def torch_variant(case: Case, arena: Arena, x: Tensor, neurons: int) -> Variant:
@@ -228,12 +223,13 @@ def pruned_variant(case: Case, arena: Arena, x: Tensor, gather: bool) -> Variant
     neuron_bias = _biases(len(records), (rows, parts - 1), x.dtype, shape.bias)
     down_bias = _biases(len(records), (d,), x.dtype, shape.bias)
     most = dispatch.native_tokens(x.dtype, dtype, d, gather)
-    rest = (None, shape.gated, shape.activation, "auto", most)
-    copies = [
-        (x, record, index, scale, bias, last, *rest)
-        for (record,), scale, bias, last in zip(records, scales, neuron_bias, down_bias, strict=True)
+    form = (shape.gated, shape.activation)
+    given = [
+        Record(rows, *form, scale, bias, last, index)
+        for (rows,), scale, bias, last in zip(records, scales, neuron_bias, down_bias, strict=True)
     ]
-    problem = Problem("cpu", x.dtype, case.tokens, d, rows, case.neurons, shape.gated, gather, shape.activation, dtype)
+    copies = [operators.arguments(x, record, "auto", most) for record in given]
+    problem = Problem.of(given[0], x.dtype, case.tokens)
     size = _bytes(case, case.neurons, dtype, gather)
     return Variant(operators.FFN, copies, size, dispatch.choose(problem).backend.NAME)
 
@@ -495,7 +491,7 @@ def main(
     whole = not (quick or no_model or shapes or weights or tokens)
     if path := out_file or (RESULT if whole else None):
         with new_file(path) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(by_line.dumps(result, ("rows", "models", "goals")), encoding="utf-8")
     # Into a pipe rich would fold the columns at 80.
     out.width = max(out.width, 175)
     for item in tables(result):

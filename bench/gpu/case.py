@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from bench.gpu.cases import Case
-from bench.gpu.contextual import contextual
 from bench.gpu.layers import Arena, Layer, Variant
 from bench.gpu.rivals import RIVALS, Unavailable
 from bench.gpu.timing import Replay, Timer
@@ -65,10 +64,6 @@ def builders(layer: Layer) -> Iterator[tuple[str, Build]]:
     """Every variant of a case by name, made when it is its turn."""
     case, own = layer.case, layer.arena.dtype
     f, k = case.shape.intermediate_size, case.neurons
-    if case.kind == "contextual":
-        yield from _ours(layer, "gather", True, own)
-        yield from contextual(layer)
-        return
     yield "dense", lambda: layer.dense(f)
     if case.shape.gated:
         yield "dense fused", lambda: layer.dense_fused(f)

@@ -18,7 +18,7 @@ class Case:
     """One thing to measure.
 
     Attributes:
-        kind: decode, small, few, medium, prefill, int8, contextual: FFNs; model; inductor: what torch.compile makes of
+        kind: decode, small, few, medium, prefill, int8: FFNs; model; inductor: what torch.compile makes of
             the dense FFNs of earlier cases, in a process of its own.
         shape: of `shapes.SHAPES`.
         tokens: M.
@@ -48,7 +48,7 @@ class Case:
         """What results and goals call it; unique."""
         if self.kind in ("model", "inductor"):
             return self.kind
-        words = {"int8": " int8", "contextual": " contextual"}.get(self.kind, "")
+        words = " int8" if self.kind == "int8" else ""
         return f"{self.shape.name}{words} M {self.tokens} keep {self.keep:g}"
 
     @property
@@ -87,8 +87,6 @@ def all_cases() -> list[Case]:
         *_large("int8", 1, 0.5, seconds=14, configs=2, plans=PLANS),
         *_large("medium", 512, 0.5, seconds=14),
         *_large("int8", 1, 1.0, seconds=12),
-        *_large("contextual", 1, 0.5, seconds=12),
-        *_large("contextual", 4, 0.5, seconds=12),
         *_large("few", 8, 0.5, seconds=12),
         *_large("few", 16, 0.25, seconds=12),
         *_large("few", 4, 0.25, seconds=12),

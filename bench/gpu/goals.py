@@ -126,8 +126,6 @@ GOALS = (
     Goal("prefill M = 4096", f"never slower than compact cuBLAS, within {SPREAD - 1:.0%}", SPREAD, _is("prefill"),
          _over_cublas, at_most=True),
     Goal("int8, decode M = 1", ">= 1.8x our own bfloat16", 1.8, _is("int8"), _int8, ("int8",)),
-    Goal("contextual gather", "reported: times the time of the gather", None, _is("contextual"), _over("gather"),
-         ("contextual",), True),
     Goal("two-kernel gather, the rival", "reported: times the time of our gather", None, _is("decode"), _over("gather"),
          ("two-kernel gather",), best=False),
     Goal("2:4 weights, the rival", "reported: times the time of our compact", None, lambda r: True, _over("compact"),

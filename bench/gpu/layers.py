@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bench.gpu.cases import Case
 from bench.gpu.timing import Call
-from pyprune import KeepIndex, PrunedMLP
+from pyprune import PrunedMLP
 from pyprune.base import reference
+from pyprune.base.record import Record, described
 from pyprune.ffn import dispatch
-from pyprune.ffn.backends import Call as Operands
 from pyprune.ffn.backends import Problem, cuda
 from pyprune.model.patterns import PATTERNS
 from pyprune.speed import roofline
@@ -106,7 +106,7 @@ class Layer:
     arena: Arena
     x: Tensor
     neurons: Tensor  # those that stay, int32, on the device
-    _operands: dict[tuple[bool, torch.dtype], list[Operands]] = field(default_factory=dict)
+    _records: dict[tuple[bool, torch.dtype], list[Record]] = field(default_factory=dict)
     _truths: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -135,12 +135,11 @@ class Layer:
 
     def bytes(self, neurons: int, dtype: torch.dtype, gather: bool = False) -> int:
         """Of weights that a call over `neurons` neurons reads."""
-        shape = self.case.shape
-        biases = {"neuron_bias": shape.bias, "down_bias": shape.bias, "bias_size": self.arena.dtype.itemsize}
-        scales = dtype == torch.int8
-        return roofline.ffn_bytes(
-            shape.hidden_size, neurons, shape.gated, dtype.itemsize, gather=gather, scales=scales, **biases
-        )
+        shape, own = self.case.shape, self.arena.dtype
+        form: dict[str, Any] = {"gated": shape.gated, "activation": shape.activation, "dtype": own, "weights": dtype}
+        biases = {"neuron_bias": shape.bias, "down_bias": shape.bias}
+        kept = neurons if gather else None
+        return described(shape.hidden_size, neurons, **form, **biases, kept=kept).nbytes
 
     def dense_sets(self, neurons: int) -> list[tuple[Tensor, ...]]:
         """Arguments of `torch_ffn` for each set of weights over `neurons` neurons."""
@@ -169,67 +168,44 @@ class Layer:
 
     # --- pyprune
 
-    def problem(self, gather: bool, weights: torch.dtype, contextual: bool = False) -> Problem:
+    def problem(self, gather: bool, weights: torch.dtype) -> Problem:
         shape, kept = self.case.shape, self.case.neurons
         rows = shape.intermediate_size if gather else kept
         form = (shape.gated, gather, shape.activation, weights)
-        most = rows if contextual else kept
-        more = {"contextual": True} if contextual else {}
         kind = self.arena.device.type
-        return Problem(kind, self.arena.dtype, self.case.tokens, shape.hidden_size, rows, most, *form, **more)
+        return Problem(kind, self.arena.dtype, self.case.tokens, shape.hidden_size, rows, kept, *form)
 
-    def operands(self, gather: bool, weights: torch.dtype) -> list[Operands]:
-        """What a backend is called with, for each set of weights; x is `[M, D]`. The same at every call."""
-        if (gather, weights) not in self._operands:
-            self._operands[gather, weights] = self._make_operands(gather, weights)
-        return self._operands[gather, weights]
+    def records(self, gather: bool, weights: torch.dtype) -> list[Record]:
+        """What a backend is called with, for each set of weights. The same at every call."""
+        if (gather, weights) not in self._records:
+            self._records[gather, weights] = self._make_records(gather, weights)
+        return self._records[gather, weights]
 
-    def _make_operands(self, gather: bool, weights: torch.dtype) -> list[Operands]:
+    def _make_records(self, gather: bool, weights: torch.dtype) -> list[Record]:
         shape, kept = self.case.shape, self.case.neurons
         parts, rows = 3 if shape.gated else 2, shape.intermediate_size if gather else kept
         read = self.bytes(kept, weights)
-        records = self.arena.sets(weights, (rows, parts * shape.hidden_size), read=read)
+        sets = self.arena.sets(weights, (rows, parts * shape.hidden_size), read=read)
         scales = torch.full((rows, parts), 2e-4, device=self.arena.device) if weights == torch.int8 else None
         bias, last = self.normal(rows, parts - 1), self.normal(shape.hidden_size)
         index = self.neurons if gather else None
-        form = (shape.gated, shape.activation)
-        x = self.x.view(-1, shape.hidden_size)
-        return [Operands(x, record, index, scales, bias, last, None, *form) for (record,) in records]
+        return [Record(own, shape.gated, shape.activation, scales, bias, last, index) for (own,) in sets]
 
-    def truth(self, call: Operands) -> tuple[Tensor, Tensor]:
-        """The result of a call in float64, and as torch computes it in the dtype of x; remembered."""
-        key = (call.record.data_ptr(), call.record.shape, call.record.dtype, call.index is None, call.count is None)
+    def truth(self, record: Record) -> tuple[Tensor, Tensor]:
+        """The FFN of x in float64, and as torch computes it in the dtype of x; remembered."""
+        rows, x = record.rows, self.x.view(-1, record.hidden_size)
+        key = (rows.data_ptr(), rows.shape, rows.dtype, record.index is None)
         if key not in self._truths:
-            index, record, scales, bias = call.index, call.record, call.scales, call.neuron_bias
-            if index is not None:
-                index = index if call.count is None else index[: int(call.count.max())]
-                record, scales, bias = (None if t is None else t[index.long()] for t in (record, scales, bias))
-            ffn = reference.gated_ffn if call.gated else reference.plain_ffn
-            wide = [None if t is None else t.double() for t in (bias, call.down_bias)]
-            self._truths[key] = (
-                ffn(call.x.double(), record, *wide, scales=scales, activation=call.activation),
-                ffn(call.x, record, bias, call.down_bias, scales=scales, activation=call.activation),
-            )
+            self._truths[key] = reference.ffn(x.double(), record), reference.ffn(x, record)
         return self._truths[key]
 
     def module(self, gather: bool, weights: torch.dtype, backend: str) -> Variant:
         """What an accelerated model calls: a PrunedMLP for each set of weights."""
         pattern = next(p for p in PATTERNS if p.gated == self.case.shape.gated and not (p.in_layer or p.fused))
-        keep = KeepIndex(self.neurons, self.case.shape.intermediate_size) if gather else None
-        operands = self.operands(gather, weights)
+        records = self.records(gather, weights)
         modules = [
-            PrunedMLP(
-                call.record,
-                call.neuron_bias,
-                call.down_bias,
-                pattern=pattern,
-                activation=call.activation,
-                scales=call.scales,
-                dtype=self.arena.dtype,
-                keep=keep,
-                backend=backend,
-            ).requires_grad_(False)
-            for call in operands
+            PrunedMLP(record, pattern=pattern, dtype=self.arena.dtype, backend=backend).requires_grad_(False)
+            for record in records
         ]
         problem = self.problem(gather, weights)
         name = dispatch.choose(problem, backend).backend.NAME
@@ -237,18 +213,19 @@ class Layer:
             [lambda m=module: m(self.x) for module in modules],
             self.bytes(self.case.neurons, weights, gather),
             name,
-            lambda: self.truth(operands[0]),
+            lambda: self.truth(records[0]),
             plan=_plan(problem, name),
         )
 
     def configured(self, gather: bool, weights: torch.dtype, backend: str, config: dict[str, Any]) -> Variant:
         """A backend by one of its configurations, past the operator."""
-        operands, run = self.operands(gather, weights), dispatch.backends()[backend].run
+        records, run = self.records(gather, weights), dispatch.backends()[backend].run
+        x = self.x.view(-1, self.case.shape.hidden_size)
         return Variant(
-            [lambda c=call: run(c, config) for call in operands],
+            [lambda r=record: run(x, r, config) for record in records],
             self.bytes(self.case.neurons, weights, gather),
             backend,
-            lambda: self.truth(operands[0]),
+            lambda: self.truth(records[0]),
             dict(config),
             _plan(self.problem(gather, weights), backend, config),
         )

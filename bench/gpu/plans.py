@@ -46,11 +46,10 @@ def planned_for(device: tuple[int, int, int, int] = HOPPER) -> Iterator[None]:
 
 def problem(case: Case, gather: bool = False) -> Problem:
     """What the kernels compute in `case`."""
-    contextual, shape = case.kind == "contextual", case.shape
-    rows = shape.intermediate_size if gather or contextual else case.neurons
-    kept = shape.intermediate_size if contextual else case.neurons
-    form = (shape.gated, gather or contextual, shape.activation, getattr(torch, case.weights), contextual)
-    return Problem("cuda", torch.bfloat16, case.tokens, shape.hidden_size, rows, kept, *form)
+    shape = case.shape
+    rows = shape.intermediate_size if gather else case.neurons
+    form = (shape.gated, gather, shape.activation, getattr(torch, case.weights))
+    return Problem("cuda", torch.bfloat16, case.tokens, shape.hidden_size, rows, case.neurons, *form)
 
 
 def plans(wanted: Problem) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.gpu.layers import Layer, Variant
 from pyprune.base import reference
+from pyprune.base.record import Record
 
 
 class Unavailable(Exception):  # noqa: N818 - a reason, not an error
@@ -86,12 +87,9 @@ def two_kernel_gather(layer: Layer) -> Variant:
 
     def truth() -> tuple[Tensor, Tensor]:
         at = layer.neurons.long()
-        record = torch.cat([part[at] for part in sets[0]], 1)
-        ffn = reference.gated_ffn if gated else reference.plain_ffn
-        column = None if bias is None else bias[at, None]
-        wide = [None if t is None else t.double() for t in (column, last)]
-        exact = ffn(x.double(), record, *wide, activation=case.shape.activation)
-        return exact, ffn(x, record, column, last, activation=case.shape.activation)
+        kept, column = torch.cat([part[at] for part in sets[0]], 1), None if bias is None else bias[at, None]
+        record = Record(kept, gated, case.shape.activation, None, column, last)
+        return reference.ffn(x.double(), record), reference.ffn(x, record)
 
     return Variant([lambda w=w: run(*w) for w in sets], read, "rival", truth)
 

@@ -13,7 +13,6 @@ Ways to run an FFN (`:NAME` is the backend that was forced; without it, what `au
     dense, dense fused                    torch (cuBLAS), gate and up apart or in one product
     compact cublas, compact cublas fused  the same over contiguous weights of the kept neurons
     compact, gather, int8                 PrunedMLP
-    contextual                            pyprune.ffn.ops.contextual_ffn with room for all neurons
     liger, 2:4, two-kernel gather         see rivals.py
 
 Each is replayed in one CUDA graph over rotating weights that the L2 cannot hold; `eager_us` is a call launched by the

@@ -48,7 +48,7 @@ def cells(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
     """One case: medians in us; rate and share of read bandwidth are those of `compact`, of int8 in its cases."""
     variants = row["variants"]
     form = "int8" if row["weights"] == "int8" else "compact"
-    own, gather = variants.get(form), variants.get("contextual" if row["kind"] == "contextual" else "gather")
+    own, gather = variants.get(form), variants.get("gather")
     read = result.get("ceilings", {}).get("read", {}).get("gb_s")
     rate = ["", ""]
     if own and row["tokens"] <= _FEW_TOKENS:
@@ -57,7 +57,7 @@ def cells(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
     narrow = [variants[name] for name in ("compact cublas", "compact cublas fused") if name in variants]
     words = f"{row['model']} {row['hidden_size']} x {row['intermediate_size']}"
     return [
-        words + (" contextual" if row["kind"] == "contextual" else ""),
+        words,
         row["weights"],
         str(row["tokens"]),
         f"{row['keep']:.0%}",

@@ -30,6 +30,7 @@ from bench.shapes import BY_NAME, DEFAULT, Shape
 from pyprune import BackendError, KeepIndex, PrunedMLP
 from pyprune.base import reference
 from pyprune.base.clock import clock, timed
+from pyprune.base.record import described
 from pyprune.ffn import dispatch
 from pyprune.ffn.backends import Problem
 from pyprune.model.loading import DTYPES
@@ -119,14 +120,9 @@ def _unit(case: Case) -> FFNUnit:
     with torch.device(case.device):
         dense = (_Gated if shape.gated else _Plain)(shape, width).to(DTYPES[case.dtype]).eval()
     if not pruned:
-        size = roofline.ffn_bytes(
-            shape.hidden_size,
-            width,
-            shape.gated,
-            dense.get_parameter("fc2.weight" if not shape.gated else "down_proj.weight").element_size(),
-            neuron_bias=shape.bias,
-            down_bias=shape.bias,
-        )
+        biases = {"neuron_bias": shape.bias, "down_bias": shape.bias}
+        form = {"gated": shape.gated, "activation": shape.activation, "dtype": DTYPES[case.dtype]}
+        size = described(shape.hidden_size, width, **form, **biases).nbytes
         return FFNUnit(dense, shape.hidden_size, width, size)
     keep = None
     if case.form == "gather":

@@ -21,7 +21,7 @@ import typer
 from torch import Tensor
 
 from bench.tables.latency_aware import HEADER, latency_aware_rows, latency_aware_summary
-from pyprune import KeepIndex, Mask, accelerate, find_ffns, prune
+from pyprune import KeepIndex, Mask, accelerate, prune
 from pyprune.base import machine
 from pyprune.base.clock import interleave, median, quantiles
 from pyprune.base.errors import check
@@ -30,6 +30,7 @@ from pyprune.base.text import load_text, token_windows
 from pyprune.cli.screen import Bars, show, table, verb
 from pyprune.evaluation import perplexity
 from pyprune.model import families
+from pyprune.model.families import find_ffns
 from pyprune.model.loading import DEMO, load_model, load_tokenizer
 from pyprune.pruning import prune as pruning
 from pyprune.pruning.allocation import by_latency

@@ -20,7 +20,7 @@ import typer
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from pyprune import set_width, warmup
+from pyprune import set_width
 from pyprune.base import machine
 from pyprune.base.clock import Job, interleave, median, quantiles
 from pyprune.base.errors import check
@@ -29,6 +29,7 @@ from pyprune.base.progress import Progress
 from pyprune.base.text import load_text, token_windows
 from pyprune.cli.screen import Bars
 from pyprune.evaluation import perplexity
+from pyprune.ffn.warming import warmup
 from pyprune.model import checkpoint
 from pyprune.model.loading import DEMO, load_model, load_tokenizer
 from pyprune.pruning import nested

@@ -12,9 +12,11 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
-#include "problem.h"
+#include "call.h"
 
 namespace pyprune {
 namespace {
@@ -55,9 +57,10 @@ inline Activation activation_of(const std::string& name) {
 struct Place {
   bool cuda;
   int32_t index;
+  bool reads_index;  // of neurons: on a device that would wait for it, so its maker has checked it
 };
 
-constexpr Place kCpu{false, -1};
+constexpr Place kCpu{false, -1, true};
 
 inline void check_place(Place place, const Tensor& tensor, const char* argument) {
   bool here = place.cuda ? tensor.is_cuda() && tensor.get_device_index() == place.index : tensor.is_cpu();
@@ -74,26 +77,61 @@ inline void check_tensor(Place place, const Tensor& tensor, const char* argument
   check(same, argument, "have the shape that goes with x and record");
 }
 
+// What the schema of every operator begins with, and what a call brings of it.
+#define PYPRUNE_OPERANDS                                                                                         \
+  "Tensor x, Tensor record, Tensor? index, Tensor? scales, Tensor? neuron_bias, Tensor? down_bias, bool gated, " \
+  "str activation"
+
+struct Given {
+  Tensor x, record;
+  Maybe index, scales, neuron_bias, down_bias;
+  bool gated;
+  std::string activation;
+};
+
+constexpr size_t kGiven = 8;  // members of Given
+
+// The kernel `Tensor kernel(const Given&, rest...)` as the dispatcher calls it: operands, then the rest of its schema.
+template <auto kernel>
+struct Boxed;
+
+template <class... Rest, Tensor (*kernel)(const Given&, Rest...)>
+struct Boxed<kernel> {
+  static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
+    check(arguments == kGiven + sizeof...(Rest) && results == 1, "schema", "be that of its kernel");
+    unbox(stack, std::index_sequence_for<Rest...>());
+  }
+
+ private:
+  template <size_t... i>
+  static void unbox(StableIValue* stack, std::index_sequence<i...>) {
+    using torch::stable::detail::to;
+    Given given{to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Maybe>(stack[2]), to<Maybe>(stack[3]),
+                to<Maybe>(stack[4]),  to<Maybe>(stack[5]),  to<bool>(stack[6]),  to<std::string>(stack[7])};
+    std::tuple<std::decay_t<Rest>...> rest{to<std::decay_t<Rest>>(stack[kGiven + i])...};
+    stack[0] = torch::stable::detail::from(kernel(given, std::get<i>(rest)...));
+  }
+};
+
 // The operands, checked, in the layout that kernels read; holds what had to be copied for that.
 class Operands {
  public:
-  Operands(Place place, const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales,
-           const Maybe& neuron_bias, const Maybe& down_bias, const Maybe& residual, bool gated,
-           const std::string& activation)
-      : place_(place) {
-    p_.gated = gated;
-    p_.activation = activation_of(activation);
-    set_tokens(x);
-    set_record(record);
-    set_index(index);
-    int64_t rows = record.size(0);
-    if (scales) p_.scales = static_cast<const float*>(dense(*scales, "scales", ScalarType::Float, {rows, p_.parts()}));
-    if (neuron_bias) p_.neuron_bias = dense(*neuron_bias, "neuron_bias", x.scalar_type(), {rows, p_.parts() - 1});
-    if (down_bias) p_.down_bias = dense(*down_bias, "down_bias", x.scalar_type(), {p_.hidden_size});
-    if (residual) set_residual(*residual, x);
+  Operands(Place place, const Given& given) : place_(place) {
+    p_.gated = given.gated;
+    p_.activation = activation_of(given.activation);
+    set_tokens(given.x);
+    set_record(given.record);
+    set_index(given.index);
+    const auto& [scales, neuron_bias, down_bias] = std::tie(given.scales, given.neuron_bias, given.down_bias);
+    if (scales)
+      p_.scales = static_cast<const float*>(dense(*scales, "scales", ScalarType::Float, {p_.rows, p_.parts()}));
+    if (neuron_bias)
+      p_.neuron_bias = dense(*neuron_bias, "neuron_bias", given.x.scalar_type(), {p_.rows, p_.parts() - 1});
+    if (down_bias) p_.down_bias = dense(*down_bias, "down_bias", given.x.scalar_type(), {p_.hidden_size});
+    check((p_.weight_type == Type::i8) == scales.has_value(), "scales", "be given for int8 records only");
   }
 
-  Problem& problem() { return p_; }
+  Call& call() { return p_; }
 
  private:
   const void* keep(Tensor tensor) {
@@ -135,33 +173,23 @@ class Operands {
     bool in_rows = record.stride(1) == 1 || record.size(1) <= 1;
     p_.record = in_rows ? record.const_data_ptr() : keep(torch::stable::contiguous(record));
     p_.record_stride = in_rows ? record.stride(0) : record.size(1);
-    p_.neurons = record.size(0);
+    p_.neurons = p_.rows = record.size(0);
   }
 
   void set_index(const Maybe& index) {
     if (!index) return;
     check(index->dim() == 1, "index", "have one dimension");
-    int64_t rows = p_.neurons;
     p_.neurons = index->size(0);
     p_.index = static_cast<const int32_t*>(dense(*index, "index", ScalarType::Int, {p_.neurons}));
-    if (place_.cuda) return;  // reading it would wait for the device: its maker has checked it
+    if (!place_.reads_index) return;
     bool inside = true;
-    for (int64_t i = 0; i < p_.neurons; ++i) inside &= p_.index[i] >= 0 && p_.index[i] < rows;
+    for (int64_t i = 0; i < p_.neurons; ++i) inside &= p_.index[i] >= 0 && p_.index[i] < p_.rows;
     check(inside, "index", "hold rows of the record");
   }
 
-  void set_residual(const Tensor& residual, const Tensor& x) {
-    check_place(place_, residual, "residual");
-    check(residual.scalar_type() == x.scalar_type(), "residual", "have the dtype of x");
-    bool same = residual.dim() == x.dim();
-    for (int64_t i = 0; same && i < x.dim(); ++i) same = residual.size(i) == x.size(i);
-    check(same, "residual", "have the shape of x");
-    p_.residual = residual.is_contiguous() ? residual.const_data_ptr() : keep(torch::stable::contiguous(residual));
-  }
-
   Place place_;
-  Problem p_{};
-  std::array<Maybe, 7> held_;
+  Call p_{};
+  std::array<Maybe, 6> held_;
   int count_ = 0;
 };
 
@@ -186,12 +214,12 @@ inline Tensor output_like(const Tensor& x) {
 }
 
 // What Python's dispatcher chooses.
-inline Tensor by_dispatch(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales,
-                          const Maybe& neuron_bias, const Maybe& down_bias, const Maybe& residual, bool gated,
-                          const std::string& activation, const std::string& backend) {
+inline Tensor by_dispatch(const Given& given, const std::string& backend, bool batch_invariant) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 10> stack{from(x),         from(record),   from(index), from(scales),     from(neuron_bias),
-                                     from(down_bias), from(residual), from(gated), from(activation), from(backend)};
+  std::array<StableIValue, kGiven + 3> stack{from(given.x),      from(given.record),      from(given.index),
+                                             from(given.scales), from(given.neuron_bias), from(given.down_bias),
+                                             from(given.gated),  from(given.activation),  from(backend),
+                                             from(int64_t{0}),   from(batch_invariant)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("pyprune::ffn_by_dispatch", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -12,12 +12,12 @@ constexpr int64_t kDepth = 32;  // bfloat16 values of a row
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileGroup = 32;  // neurons
 
-inline bool use_tiles(const Problem& p) {
+inline bool use_tiles(const Call& p) {
   return p.x_type == Type::bf16 && (p.weight_type == Type::bf16 || p.weight_type == Type::i8) &&
          p.tokens >= kTileTokens;
 }
 
-inline int64_t token_tiles(const Problem& p) { return (p.tokens + kTile - 1) / kTile; }
+inline int64_t token_tiles(const Call& p) { return (p.tokens + kTile - 1) / kTile; }
 
 struct alignas(kLineBytes) TileConfig {
   uint8_t palette = 1;
@@ -51,7 +51,7 @@ struct TileGroup {
   int64_t count;
   bool evenly;  // rows lie `record_stride` apart
 
-  TileGroup(const Problem& p, int64_t first, int64_t neurons)
+  TileGroup(const Call& p, int64_t first, int64_t neurons)
       : count(neurons), evenly(!p.index && neurons == kTileGroup) {
     for (int64_t n = 0; n < kTileGroup; ++n) {
       int64_t neuron = first + (n < count ? n : count - 1);
@@ -66,7 +66,7 @@ struct TileGroup {
 template <Type W>
 struct Ahead {
   static constexpr int64_t kStep = 8;
-  const Problem& p;
+  const Call& p;
   int64_t neuron;
   int64_t last;
   int64_t passes;    // over gate and up rows, one for two tiles of tokens
@@ -99,7 +99,7 @@ struct Ahead {
   } while (0)
 
 // Tokens in tiles of 16: for every 32 elements, 16 rows of [token][2].
-inline void pack_tiles(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+inline void pack_tiles(const Call& p, const Workspace& ws, int64_t first, int64_t last) {
   const __m512i rows = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
                                           _mm512_set1_epi32(kTile));
   auto* x = static_cast<const uint16_t*>(p.x);
@@ -115,7 +115,7 @@ inline void pack_tiles(const Problem& p, const Workspace& ws, int64_t first, int
 
 // gate (and up) [32 neurons][16 tokens of tile `t`] = dot products; rows of the result are `stride` apart.
 template <Type W, bool Gated>
-inline void dot_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead, int64_t t,
+inline void dot_tiles(const Call& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead, int64_t t,
                       float* gate, float* up, int64_t stride) {
   alignas(kLineBytes) uint16_t buffer[kTile * kDepth];
   int64_t size = p.hidden_size;
@@ -151,7 +151,7 @@ inline void dot_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>&
 
 // As `dot_tiles`, for one part and two tiles of tokens, so that a tile of weights is read once for both.
 template <Type W>
-inline void dot_tile_pair(const Problem& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead,
+inline void dot_tile_pair(const Call& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead,
                           int64_t part, int64_t t, float* out, int64_t stride) {
   alignas(kLineBytes) uint16_t buffer[kTile * kDepth];
   int64_t size = p.hidden_size;
@@ -229,7 +229,7 @@ inline void stage_down(const TileGroup<W>& group, Ahead<W>& ahead, int64_t offse
 
 // partial += hidden values times down rows.
 template <Type W>
-inline void down_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead,
+inline void down_tiles(const Call& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead,
                        const uint16_t* hidden, float* partial) {
   // Two stages in turn: a tile load must wait until the stores it reads have left the core's buffers.
   alignas(kLineBytes) uint16_t stages[2][2][kTile * kDepth];
@@ -256,7 +256,7 @@ inline void down_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>
 }
 
 template <Type W>
-inline void dot_all_tiles(const Problem& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead,
+inline void dot_all_tiles(const Call& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead,
                           float* gate, float* up, int64_t stride) {
   int64_t tiles = token_tiles(p);
   for (int64_t part = 0; part < p.parts() - 1; ++part)
@@ -270,7 +270,7 @@ inline void dot_all_tiles(const Problem& p, const Workspace& ws, const TileGroup
 }
 
 template <Type W>
-inline void slab_tiles(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
+inline void slab_tiles(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   alignas(kLineBytes) float gate[kTileGroup * kMaxTokens];
   alignas(kLineBytes) float up[kTileGroup * kMaxTokens];
   alignas(kLineBytes) uint16_t hidden[kTileGroup * kMaxTokens];
@@ -288,18 +288,18 @@ inline void slab_tiles(const Problem& p, const Workspace& ws, int64_t first, int
   }
 }
 
-inline Shape tile_shape(const Problem& p, int64_t padded) {
+inline Shape tile_shape(const Call& p, int64_t padded) {
   if (!use_tiles(p)) return shape(p, padded);
   int64_t rows = token_tiles(p) * kTile;
   return {Form::tiles, rows, rows * padded * int64_t{sizeof(uint16_t)}};
 }
 
-inline void tile_pack(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+inline void tile_pack(const Call& p, const Workspace& ws, int64_t first, int64_t last) {
   if (ws.form != Form::tiles) return pack(p, ws, first, last);
   pack_tiles(p, ws, first, last == p.tokens ? ws.rows : last);
 }
 
-inline void tile_slab(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
+inline void tile_slab(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   if (ws.form != Form::tiles) return slab(p, ws, first, last, partial);
   TileConfig config;
   _tile_loadconfig(&config);

@@ -14,17 +14,14 @@ void parallel_for(int64_t chunks, void (*body)(void*, int64_t), void* context) {
   });
 }
 
-Tensor ffn(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales, const Maybe& neuron_bias,
-           const Maybe& down_bias, const Maybe& residual, bool gated, const std::string& activation,
-           const std::string& backend, int64_t native_tokens) {
-  if (!(backend == "cpu" || (backend == "auto" && few_tokens(x, native_tokens))))
-    return by_dispatch(x, record, index, scales, neuron_bias, down_bias, residual, gated, activation, backend);
-  Operands operands(kCpu, x, record, index, scales, neuron_bias, down_bias, residual, gated, activation);
-  Problem& problem = operands.problem();
-  check((problem.weight_type == Type::i8) == scales.has_value(), "scales", "be given for int8 records only");
-  Tensor out = output_like(x);
-  problem.out = out.mutable_data_ptr();
-  if (problem.hidden_size > 0) run(problem, current_kernels(), torch::stable::get_num_threads(), parallel_for);
+Tensor ffn(const Given& given, const std::string& backend, int64_t native_tokens, bool batch_invariant) {
+  bool own = backend == "cpu" || (backend == "auto" && few_tokens(given.x, native_tokens));
+  if (!own || batch_invariant) return by_dispatch(given, backend, batch_invariant);
+  Operands operands(kCpu, given);
+  Tensor out = output_like(given.x);
+  Call& call = operands.call();
+  call.out = out.mutable_data_ptr();
+  if (call.hidden_size > 0) run(call, current_kernels(), torch::stable::get_num_threads(), parallel_for);
   return out;
 }
 
@@ -62,6 +59,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyprune, CompositeExplicitAutograd, m) {
   m.impl("cpu_read", TORCH_BOX(&cpu_read));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) { m.impl("ffn", TORCH_BOX(&ffn)); }
+STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) { m.impl("ffn", &Boxed<&ffn>::call); }
 
 }  // namespace pyprune

@@ -12,7 +12,7 @@ constexpr int64_t kMaxBytesWidth = 65536;
 
 // One token only: for several of them converting the weights once to floats is cheaper. And not for float32 tokens: 24
 // bits beside the largest element are fewer than theirs beside each.
-inline bool fits_bytes(const Problem& p) {
+inline bool fits_bytes(const Call& p) {
   if (p.weight_type != Type::i8 || p.x_type == Type::f32) return false;
   if (p.tokens != 1 || p.hidden_size > kMaxBytesWidth) return false;
   const uint16_t exponent = p.x_type == Type::bf16 ? 0x7f80 : 0x7c00;
@@ -43,7 +43,7 @@ inline void pack_token(const float* x, int64_t padded, uint8_t* out) {
   __builtin_memcpy(out + kPlanes * padded, &step, sizeof step);
 }
 
-inline void pack_bytes(const Problem& p, const Workspace& ws) {
+inline void pack_bytes(const Call& p, const Workspace& ws) {
   constexpr int64_t kVectors = kLineBytes / kLanes;
   alignas(kLineBytes) float x[kMaxBytesWidth];
   auto* from = static_cast<const uint16_t*>(p.x);

@@ -2,7 +2,7 @@
 // source file, inside that file's own namespace.
 
 template <Type W, Type X>
-inline void pack_as(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+inline void pack_as(const Call& p, const Workspace& ws, int64_t first, int64_t last) {
   constexpr int V = Weights<W>::kVectors;
   for (int64_t t = first; t < last; ++t) {
     auto* x = static_cast<const typename Values<X>::Element*>(p.x) + t * p.x_stride;
@@ -29,22 +29,18 @@ inline void sum_block(const Workspace& ws, int64_t slabs, int64_t offset, Vec (&
 }
 
 template <Type W, Type X>
-inline void finish_columns(const Problem& p, const Workspace& ws, int64_t slabs, int64_t t, int64_t first,
+inline void finish_columns(const Call& p, const Workspace& ws, int64_t slabs, int64_t t, int64_t first,
                            int64_t last) {
   using Value = typename Values<X>::Element;
   constexpr int V = Weights<W>::kVectors;
   auto* bias = static_cast<const Value*>(p.down_bias);
-  auto* residual = static_cast<const Value*>(p.residual);
-  if (residual) residual += t * p.hidden_size;
   Value* out = static_cast<Value*>(p.out) + t * p.hidden_size;
   for (int64_t d = first; d < last; d += V * kLanes) {
     Vec sums[V];
     sum_block<W, V>(ws, slabs, ws.offset(t, d), sums);
-    const Value* terms[] = {bias, residual};
-    for (const Value* added : terms) {
-      if (!added) continue;
+    if (bias) {
       Vec values[V];
-      get_block<X, V>(added + d, last - d, values);
+      get_block<X, V>(bias + d, last - d, values);
       for (int v = 0; v < V; ++v) sums[v] = add(sums[v], values[v]);
     }
     Value rest[V * kLanes];
@@ -55,7 +51,7 @@ inline void finish_columns(const Problem& p, const Workspace& ws, int64_t slabs,
 }
 
 template <Type W, Type X>
-inline void finish_as(const Problem& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
+inline void finish_as(const Call& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
   int64_t pieces = finish_pieces(p.hidden_size);
   for (int64_t i = first; i < last; ++i) {
     int64_t d = i % pieces * kFinishColumns;

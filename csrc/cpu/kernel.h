@@ -11,7 +11,7 @@ constexpr int kGroupMany = 4;
 
 // From the dot products of `count` neurons (rows `stride` apart) to what their down rows are multiplied by, in place in
 // `gate`: scales, biases, activation, gate times up, and the down row's own scale.
-inline void hidden_values(const Problem& p, int64_t first, int count, int64_t stride, float* gate, float* up) {
+inline void hidden_values(const Call& p, int64_t first, int count, int64_t stride, float* gate, float* up) {
   for (int n = 0; n < count; ++n) {
     int64_t row = p.row(first + n);
     float* values[] = {gate + n * stride, up + n * stride};
@@ -35,7 +35,7 @@ inline void hidden_values(const Problem& p, int64_t first, int count, int64_t st
 
 // Dot products of rows with T tokens from `token` on.
 template <Type W, int R, int T, bool Prefetch>
-inline void dot_tokens(const Problem& p, const Workspace& ws, const Rows<W, R>& rows, int64_t token, float* out,
+inline void dot_tokens(const Call& p, const Workspace& ws, const Rows<W, R>& rows, int64_t token, float* out,
                        int64_t stride) {
   if constexpr (kDotBf16 && W == Type::bf16)
     if (ws.form == Form::pairs)
@@ -46,7 +46,7 @@ inline void dot_tokens(const Problem& p, const Workspace& ws, const Rows<W, R>& 
 }
 
 template <Type W, int T>
-inline void dot_some(const Problem& p, const Workspace& ws, const Rows<W, kRows>& rows, int64_t token, float* out,
+inline void dot_some(const Call& p, const Workspace& ws, const Rows<W, kRows>& rows, int64_t token, float* out,
                      int64_t stride) {
   if (token == 0)
     dot_tokens<W, kRows, T, true>(p, ws, rows, 0, out, stride);
@@ -56,7 +56,7 @@ inline void dot_some(const Problem& p, const Workspace& ws, const Rows<W, kRows>
 
 // Dot products of rows with all tokens, some tokens at a time.
 template <Type W>
-inline void dot_all(const Problem& p, const Workspace& ws, const Rows<W, kRows>& rows, float* out, int64_t stride) {
+inline void dot_all(const Call& p, const Workspace& ws, const Rows<W, kRows>& rows, float* out, int64_t stride) {
   int64_t t = 0;
   for (; t + kTokens <= p.tokens; t += kTokens) dot_some<W, kTokens>(p, ws, rows, t, out, stride);
   switch (p.tokens - t) {
@@ -75,7 +75,7 @@ struct Group {
   const Element<W>* now[G];
   const Element<W>* next[G];
 
-  Group(const Problem& p, int64_t first, int64_t count) {
+  Group(const Call& p, int64_t first, int64_t count) {
     for (int n = 0; n < G; ++n) {
       int64_t neuron = first + (n < count ? n : count - 1);
       now[n] = at(p, neuron);
@@ -83,7 +83,7 @@ struct Group {
     }
   }
 
-  static const Element<W>* at(const Problem& p, int64_t neuron) {
+  static const Element<W>* at(const Call& p, int64_t neuron) {
     return static_cast<const Element<W>*>(p.record) + p.row(neuron) * p.record_stride;
   }
 
@@ -100,7 +100,7 @@ struct Group {
 };
 
 template <Type W, int R>
-inline void down_group(const Problem& p, const Workspace& ws, const Rows<W, R>& rows, const float* a, int64_t stride,
+inline void down_group(const Call& p, const Workspace& ws, const Rows<W, R>& rows, const float* a, int64_t stride,
                        float* partial) {
   if (p.tokens == 1)
     down<W, R, true>(rows, p.hidden_size, a, stride, 1, partial, ws.padded);
@@ -109,7 +109,7 @@ inline void down_group(const Problem& p, const Workspace& ws, const Rows<W, R>& 
 }
 
 template <Type W, int G>
-inline void down_all(const Problem& p, const Workspace& ws, const Group<W, G>& group, int64_t count, const float* a,
+inline void down_all(const Call& p, const Workspace& ws, const Group<W, G>& group, int64_t count, const float* a,
                      int64_t stride, float* partial) {
   int64_t offset = (p.parts() - 1) * p.hidden_size;
   if (count == G) return down_group<W, G>(p, ws, group.template rows<G>(offset), a, stride, partial);
@@ -119,7 +119,7 @@ inline void down_all(const Problem& p, const Workspace& ws, const Group<W, G>& g
 
 // One token: dot products of a group's gate and up rows.
 template <Type W, int G>
-inline void dots_one(const Problem& p, const Workspace& ws, const Group<W, G>& group, float* gate, float* up) {
+inline void dots_one(const Call& p, const Workspace& ws, const Group<W, G>& group, float* gate, float* up) {
   if (!p.gated) return dot_tokens<W, G, 1, true>(p, ws, group.template rows<G>(0), 0, gate, 1);
   Rows<W, 2 * G> rows;
   for (int i = 0; i < G; ++i) {
@@ -137,7 +137,7 @@ inline void dots_one(const Problem& p, const Workspace& ws, const Group<W, G>& g
 }
 
 template <Type W, int G>
-inline void slab_one(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
+inline void slab_one(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   // Padded to whole vectors; what stands in the padding is computed on and never read.
   alignas(kLineBytes) float gate[kLanes] = {};
   alignas(kLineBytes) float up[kLanes] = {};
@@ -151,7 +151,7 @@ inline void slab_one(const Problem& p, const Workspace& ws, int64_t first, int64
 }
 
 template <Type W>
-inline void slab_many(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
+inline void slab_many(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   constexpr int G = kGroupMany;
   alignas(kLineBytes) float gate[G * kMaxTokens + kLanes] = {};
   alignas(kLineBytes) float up[G * kMaxTokens + kLanes] = {};
@@ -168,7 +168,7 @@ inline void slab_many(const Problem& p, const Workspace& ws, int64_t first, int6
 }
 
 template <Type W>
-inline void slab_of(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
+inline void slab_of(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   __builtin_memset(partial, 0, ws.rows * ws.padded * sizeof(float));
   if (p.tokens == 1 && p.index && W != Type::i8)
     slab_one<W, kGroupGather>(p, ws, first, last, partial);
@@ -191,7 +191,7 @@ inline double read_all(const float* p, int64_t count) {
   return total;
 }
 
-inline Shape shape(const Problem& p, int64_t padded) {
+inline Shape shape(const Call& p, int64_t padded) {
   int64_t values = p.tokens * padded;
   if (kDotBf16 && p.weight_type == Type::bf16 && p.x_type == Type::bf16)
     return {Form::pairs, p.tokens, values * int64_t{sizeof(uint16_t)}};
@@ -199,7 +199,7 @@ inline Shape shape(const Problem& p, int64_t padded) {
   return {Form::floats, p.tokens, values * int64_t{sizeof(float)}};
 }
 
-inline void pack_pairs(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+inline void pack_pairs(const Call& p, const Workspace& ws, int64_t first, int64_t last) {
   for (int64_t t = first; t < last; ++t) {
     uint16_t* out = static_cast<uint16_t*>(ws.tokens) + t * ws.padded;
     __builtin_memcpy(out, static_cast<const uint16_t*>(p.x) + t * p.x_stride, p.hidden_size * sizeof(uint16_t));
@@ -214,7 +214,7 @@ struct Constant {
 };
 
 template <class Body>
-inline void with_weights(const Problem& p, const Body& body) {
+inline void with_weights(const Call& p, const Body& body) {
   switch (p.weight_type) {
     case Type::f32:
       return body(Constant<Type::f32>{});
@@ -228,7 +228,7 @@ inline void with_weights(const Problem& p, const Body& body) {
 }
 
 template <class Body>
-inline void with_types(const Problem& p, const Body& body) {
+inline void with_types(const Call& p, const Body& body) {
   with_weights(p, [&](auto w) {
     if (p.x_type == Type::f32)
       body(w, Constant<Type::f32>{});
@@ -239,16 +239,16 @@ inline void with_types(const Problem& p, const Body& body) {
   });
 }
 
-inline void pack(const Problem& p, const Workspace& ws, int64_t first, int64_t last) {
+inline void pack(const Call& p, const Workspace& ws, int64_t first, int64_t last) {
   if (ws.form == Form::pairs) return pack_pairs(p, ws, first, last);
   if (ws.form == Form::bytes) return pack_bytes(p, ws);
   with_types(p, [&](auto w, auto x) { pack_as<decltype(w)::value, decltype(x)::value>(p, ws, first, last); });
 }
 
-inline void slab(const Problem& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
+inline void slab(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   with_weights(p, [&](auto w) { slab_of<decltype(w)::value>(p, ws, first, last, partial); });
 }
 
-inline void finish(const Problem& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
+inline void finish(const Call& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
   with_types(p, [&](auto w, auto x) { finish_as<decltype(w)::value, decltype(x)::value>(p, ws, slabs, first, last); });
 }

@@ -9,7 +9,7 @@
 // instruction a vector where natural order would cost a shuffle more.
 #pragma once
 
-#include "../common/problem.h"
+#include "../common/call.h"
 
 namespace pyprune {
 
@@ -62,13 +62,13 @@ struct Workspace {
 
 struct Kernels {
   const char* name;
-  Shape (*shape)(const Problem&, int64_t padded);
+  Shape (*shape)(const Call&, int64_t padded);
   // Fill `tokens` for tokens [first, last).
-  void (*pack)(const Problem&, const Workspace&, int64_t first, int64_t last);
+  void (*pack)(const Call&, const Workspace&, int64_t first, int64_t last);
   // Write `partial` (`[rows, padded]`) for neurons [first, last).
-  void (*slab)(const Problem&, const Workspace&, int64_t first, int64_t last, float* partial);
-  // Add partials, bias and residual, and write pieces [first, last) of the output, of M * finish_pieces(D).
-  void (*finish)(const Problem&, const Workspace&, int64_t slabs, int64_t first, int64_t last);
+  void (*slab)(const Call&, const Workspace&, int64_t first, int64_t last, float* partial);
+  // Add partials and bias, and write pieces [first, last) of the output, of M * finish_pieces(D).
+  void (*finish)(const Call&, const Workspace&, int64_t slabs, int64_t first, int64_t last);
   // The sum of `count` floats, as fast as memory gives them.
   double (*read)(const float*, int64_t count);
 };

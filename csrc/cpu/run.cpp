@@ -25,7 +25,7 @@ int64_t round_up(int64_t a, int64_t multiple) { return (a + multiple - 1) / mult
 
 // How many slabs. Enough of them to keep threads busy, each large enough that its partial result does not count, and
 // eights where there are many, so that the usual numbers of threads share them evenly. Not a function of the threads.
-int64_t count_slabs(const Problem& p) {
+int64_t count_slabs(const Call& p) {
   int64_t bytes = p.neurons * p.parts() * p.hidden_size * element_size(p.weight_type);
   // The partials of many tokens are large beside the weights.
   int64_t most = p.tokens <= 4 ? kMaxSlabs : p.tokens <= 16 ? kMaxSlabs / 2 : kMaxSlabs / 4;
@@ -62,7 +62,7 @@ struct alignas(kLineBytes) Counter {
 constexpr int64_t kMaxThreads = kMaxSlabs;
 
 struct Job {
-  const Problem& problem;
+  const Call& call;
   const Kernels& kernels;
   Workspace workspace;
   int64_t slabs;
@@ -70,7 +70,7 @@ struct Job {
   Counter counters[kMaxThreads];
 
   int64_t bound(int64_t slab) const {
-    return slab == slabs ? problem.neurons : problem.neurons * slab / slabs / kSlabNeurons * kSlabNeurons;
+    return slab == slabs ? call.neurons : call.neurons * slab / slabs / kSlabNeurons * kSlabNeurons;
   }
   int64_t range(int64_t thread) const { return slabs * thread / threads; }
 
@@ -82,7 +82,7 @@ struct Job {
       for (;;) {
         int64_t slab = counters[owner].next.fetch_add(1, std::memory_order_relaxed);
         if (slab >= range(owner + 1)) break;
-        kernels.slab(problem, workspace, bound(slab), bound(slab + 1), workspace.partials + slab * size);
+        kernels.slab(call, workspace, bound(slab), bound(slab + 1), workspace.partials + slab * size);
       }
     }
   }
@@ -103,7 +103,7 @@ void spread_items(int64_t items, int64_t threads, ParallelFor parallel_for, cons
 }
 
 // At most kMaxTokens tokens: one pass over the weights.
-void run_pass(const Problem& p, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
+void run_pass(const Call& p, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
   static thread_local Scratch scratch;
   int64_t padded = round_up(p.hidden_size, line(p.weight_type));
   int64_t slabs = p.neurons == 0 ? 0 : count_slabs(p);
@@ -131,15 +131,14 @@ void run_pass(const Problem& p, const Kernels& kernels, int64_t threads, Paralle
 
 }  // namespace
 
-void run(const Problem& problem, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
-  for (int64_t first = 0; first < problem.tokens; first += kMaxTokens) {
-    Problem part = problem;
-    part.tokens = std::min(kMaxTokens, problem.tokens - first);
-    int64_t size = element_size(problem.x_type);
-    int64_t row = problem.hidden_size * size;
-    part.x = static_cast<const char*>(problem.x) + first * problem.x_stride * size;
-    part.out = static_cast<char*>(problem.out) + first * row;
-    if (problem.residual) part.residual = static_cast<const char*>(problem.residual) + first * row;
+void run(const Call& call, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
+  for (int64_t first = 0; first < call.tokens; first += kMaxTokens) {
+    Call part = call;
+    part.tokens = std::min(kMaxTokens, call.tokens - first);
+    int64_t size = element_size(call.x_type);
+    int64_t row = call.hidden_size * size;
+    part.x = static_cast<const char*>(call.x) + first * call.x_stride * size;
+    part.out = static_cast<char*>(call.out) + first * row;
     run_pass(part, kernels, threads, parallel_for);
   }
 }

@@ -11,7 +11,7 @@ using ParallelFor = void (*)(int64_t chunks, void (*body)(void* context, int64_t
 // Read `count` floats with `threads` threads, each a run of its own: what memory gives to a plain loop.
 double read(const float* values, int64_t count, const Kernels& kernels, int64_t threads, ParallelFor parallel_for);
 
-// Compute `problem`, which must be valid, on at most `threads` threads.
-void run(const Problem& problem, const Kernels& kernels, int64_t threads, ParallelFor parallel_for);
+// Compute `call`, which must be valid, on at most `threads` threads.
+void run(const Call& call, const Kernels& kernels, int64_t threads, ParallelFor parallel_for);
 
 }  // namespace pyprune

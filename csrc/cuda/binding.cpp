@@ -1,6 +1,6 @@
 // What PyTorch sees: the CUDA kernel of the operator `pyprune::ffn`, and `ffn_cuda`, which takes a plan.
 
-#include "call.h"
+#include "compute.h"
 #include "kernels.h"
 #include "tickets.h"
 
@@ -78,28 +78,23 @@ class Session {
   std::vector<Tensor> held_;
 };
 
-Tensor ffn_cuda(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& count, const Maybe& scales,
-                const Maybe& neuron_bias, const Maybe& down_bias, const Maybe& residual, bool gated,
-                const std::string& activation, const std::vector<int64_t>& plan) {
-  check(x.is_cuda(), "x", "be on a CUDA device");
-  Session session(x);
-  return compute({true, x.get_device_index()}, x, record, index, count, scales, neuron_bias, down_bias, residual, gated,
-                 activation, plan, session.device(), session.memory(), session.stream());
+Tensor ffn_cuda(const Given& given, const std::vector<int64_t>& plan) {
+  check(given.x.is_cuda(), "x", "be on a CUDA device");
+  Session session(given.x);
+  Place place{true, given.x.get_device_index(), false};
+  return compute(place, given, plan, session.device(), session.memory(), session.stream());
 }
 
-Tensor ffn(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& scales, const Maybe& neuron_bias,
-           const Maybe& down_bias, const Maybe& residual, bool gated, const std::string& activation,
-           const std::string& backend, int64_t native_tokens) {
-  if (!(backend == "auto" && few_tokens(x, native_tokens)))
-    return by_dispatch(x, record, index, scales, neuron_bias, down_bias, residual, gated, activation, backend);
-  return ffn_cuda(x, record, index, Maybe(), scales, neuron_bias, down_bias, residual, gated, activation, {});
+Tensor ffn(const Given& given, const std::string& backend, int64_t native_tokens, bool batch_invariant) {
+  bool own = backend == "auto" && few_tokens(given.x, native_tokens);
+  return own && !batch_invariant ? ffn_cuda(given, {}) : by_dispatch(given, backend, batch_invariant);
 }
 
 // What the analysis plans on device `device` for these sizes, with what `plan` chooses, as JSON.
 std::string cuda_plan(int64_t device, int64_t tokens, int64_t hidden_size, int64_t neurons, bool gated, bool indexed,
-                      bool contextual, const std::string& weights, const std::vector<int64_t>& plan) {
+                      const std::string& weights, const std::vector<int64_t>& plan) {
   torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
-  return describe_plan({tokens, hidden_size, neurons, gated, indexed, contextual, type_named(weights),
+  return describe_plan({tokens, hidden_size, neurons, gated, indexed, type_named(weights),
                         hidden_size * bytes_of(type_named(weights)) % 16 == 0},
                        plan, facts(static_cast<int>(device)));
 }
@@ -108,18 +103,16 @@ std::string cuda_plan(int64_t device, int64_t tokens, int64_t hidden_size, int64
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyprune, m) {
   m.def(
-      "cuda_plan(int device, int tokens, int hidden_size, int neurons, bool gated, bool indexed, bool contextual, "
+      "cuda_plan(int device, int tokens, int hidden_size, int neurons, bool gated, bool indexed, "
       "str weights, int[] plan) -> str");
-  m.def(
-      "ffn_cuda(Tensor x, Tensor record, Tensor? index, Tensor? count, Tensor? scales, Tensor? neuron_bias, "
-      "Tensor? down_bias, Tensor? residual, bool gated, str activation, int[] plan) -> Tensor");
+  m.def("ffn_cuda(" PYPRUNE_OPERANDS ", int[] plan) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CompositeExplicitAutograd, m) { m.impl("cuda_plan", TORCH_BOX(&cuda_plan)); }
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CUDA, m) {
-  m.impl("ffn", TORCH_BOX(&ffn));
-  m.impl("ffn_cuda", TORCH_BOX(&ffn_cuda));
+  m.impl("ffn", &Boxed<&ffn>::call);
+  m.impl("ffn_cuda", &Boxed<&ffn_cuda>::call);
 }
 
 }  // namespace pyprune

@@ -1,7 +1,7 @@
 // The compiled kernels, for the host: by type of weights, tokens and form. Null where there is none.
 #pragma once
 
-#include "before.h"
+#include "widen.h"
 #include "start.h"
 
 namespace pyprune {
@@ -32,7 +32,6 @@ inline Kernels kernels(Type weights, int32_t tokens, bool gated) {
   }
 }
 
-Failure start_unite(const Lists& lists, Stream stream);
 Failure start_widen(const Widening& widening, Stream stream);
 
 }  // namespace pyprune

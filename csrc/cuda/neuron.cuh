@@ -30,40 +30,37 @@ __device__ inline float activate(Activation activation, float z) {
 struct Terms {
   float first_scale, second_scale, down_scale;
   float first_bias, second_bias;
-  uint32_t members;  // tokens that the neuron serves, one bit each
-  bool foreign;      // the index named no row of the record
+  bool foreign;  // the index named no row of the record
 };
 
 template <Type W, bool GATED>
 __device__ inline Terms load_terms(const Params& p, int64_t row) {
-  Terms t{1.0f, 1.0f, 1.0f, 0.0f, 0.0f, ~0u, false};
-  if (row < 0 || row >= p.rows) {
+  Terms t{1.0f, 1.0f, 1.0f, 0.0f, 0.0f, false};
+  if (row < 0 || row >= p.call.rows) {
     t.foreign = true;
     return t;
   }
   constexpr int parts = GATED ? 3 : 2;
   if constexpr (W == Type::i8) {
-    const float* scales = p.problem.scales + row * parts;
+    const float* scales = p.call.scales + row * parts;
     t.first_scale = scales[0];
     if constexpr (GATED) t.second_scale = scales[1];
     t.down_scale = scales[parts - 1];
   }
-  if (p.problem.neuron_bias) {
-    t.first_bias = load_value(p.problem.x_type, p.problem.neuron_bias, row * (parts - 1));
-    if constexpr (GATED) t.second_bias = load_value(p.problem.x_type, p.problem.neuron_bias, row * 2 + 1);
+  if (p.call.neuron_bias) {
+    t.first_bias = load_value(p.call.x_type, p.call.neuron_bias, row * (parts - 1));
+    if constexpr (GATED) t.second_bias = load_value(p.call.x_type, p.call.neuron_bias, row * 2 + 1);
   }
-  if (p.members) t.members = p.members[row];
   return t;
 }
 
-// The hidden activation of one token, times the down projection's scale; rounded where eager modules round.
+// The hidden activation, times the down projection's scale; rounded where eager modules round.
 template <Type W, bool GATED>
-__device__ inline float hidden_activation(const Params& p, const Terms& t, int token, float first, float second) {
+__device__ inline float hidden_activation(const Params& p, const Terms& t, float first, float second) {
   if (t.foreign) return __uint_as_float(0x7fc00000u);  // a NaN is seen; a wrong number would not be
-  if (!(t.members >> token & 1u)) return 0.0f;
   Type type = p.rounds_to;
   if constexpr (W == Type::i8) first *= t.first_scale, second *= t.second_scale;
-  float a = round_to(type, activate(p.problem.activation, round_to(type, first + t.first_bias)));
+  float a = round_to(type, activate(p.call.activation, round_to(type, first + t.first_bias)));
   if constexpr (GATED) a = round_to(type, a * round_to(type, second + t.second_bias));
   return a * t.down_scale;
 }

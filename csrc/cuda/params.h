@@ -1,7 +1,7 @@
 // What the kernels are given, and how a call is laid out on the device. Plain data; knows neither torch nor CUDA.
 #pragma once
 
-#include "../common/problem.h"
+#include "../common/call.h"
 
 // Functions that kernels and the host share.
 #ifdef __CUDACC__
@@ -12,10 +12,9 @@
 
 namespace pyprune {
 
-// `problem` and the buffers of the device that a call needs besides. Passed to kernels by value.
+// `call` and the buffers of the device that a call needs besides. Passed to kernels by value.
 struct Params {
-  Problem problem;     // `neurons` is K, or with `count` the longest K that can be
-  int64_t rows;        // F, rows of the record
+  Call call;
   uint32_t row_bytes;  // from one row of the record to the next
   Type rounds_to;      // what pre-activations, activations and their products are rounded to
   bool aligned;        // every part of every record row begins on 16 bytes and holds whole pieces of 16 bytes
@@ -24,12 +23,6 @@ struct Params {
   const void* x;
   int64_t x_stride;
   Type x_form;
-
-  // Contextual gather, else null: the number of neurons, and which tokens each row of the record serves (bit t: token
-  // t). Above `dense_above` neurons the kernels walk the whole record instead of the index.
-  const int32_t* count;
-  const uint8_t* members;
-  int64_t dense_above;
 
   float* partials;    // [groups, tokens, padded]
   float* hidden;      // two passes: [neurons, kTokens]
@@ -80,7 +73,7 @@ PYPRUNE_BOTH constexpr int32_t most_neurons(int32_t tokens) { return tokens == 1
 PYPRUNE_BOTH constexpr int32_t most_threads(int32_t tokens) { return tokens <= 2 ? 512 : tokens <= 4 ? 256 : 0; }
 
 // D rounded up to whole pieces, the width of partials.
-PYPRUNE_BOTH constexpr int64_t padded(const Problem& p) {
+PYPRUNE_BOTH constexpr int64_t padded(const Call& p) {
   int64_t n = piece(p.weight_type);
   return (p.hidden_size + n - 1) / n * n;
 }

@@ -7,9 +7,6 @@
 namespace pyprune {
 namespace {
 
-// Rows in order are read a little faster than rows through an index: a prediction, until it has been measured.
-constexpr int32_t kDensePercent = 95;
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void require(bool condition, const char* argument, const std::string& rule) {
@@ -22,7 +19,7 @@ void require(bool condition, const char* argument, const std::string& rule) {
 // copies under way for its multiprocessor, and every block more is a partial more.
 struct SinglePassPlanner {
   const Sizes& sizes;
-  const Choice& chosen;
+  const PlanOptions& chosen;
   const Device& device;
   Plan& plan;
 
@@ -115,13 +112,7 @@ struct SinglePassPlanner {
   }
 };
 
-// The single pass may not begin to read what the kernel before may still write: lists of neurons come from there.
-bool may_be_early(const Sizes& sizes, const Choice& chosen) {
-  require(chosen.early != 1 || !sizes.contextual, "plan", "not be early in a contextual gather");
-  return chosen.early == 1;
-}
-
-void check(const Choice& c, const Device& device) {
+void check(const PlanOptions& c, const Device& device) {
   require(c.algorithm >= -1 && c.algorithm <= 1, "plan", "have algorithm 0 (single pass) or 1 (two passes)");
   require(c.blocks >= 0 && c.blocks <= 65536, "plan", "have 0 to 65536 blocks");
   bool power = c.cluster >= 0 && c.cluster <= 8 && (c.cluster & (c.cluster - 1)) == 0;
@@ -129,7 +120,6 @@ void check(const Choice& c, const Device& device) {
   require(c.cluster <= 1 || c.blocks % c.cluster == 0, "plan", "have whole clusters of blocks");
   require(c.teams >= 0 && c.teams <= 15, "plan", "have 0 to 15 teams");
   require(c.splits >= 0 && c.splits <= 1024, "plan", "have 0 to 1024 splits");
-  require(c.dense_percent <= 100, "plan", "have a dense_percent of 0 to 100");
   require(c.overlap != 1 || device.clusters, "plan", "not overlap on this device");
   require(c.early != 1 || c.overlap == 1, "plan", "be early only with overlap");
   require(c.bulk != 1 || device.clusters, "plan", "not copy in bulk on this device");
@@ -137,7 +127,7 @@ void check(const Choice& c, const Device& device) {
 
 }  // namespace
 
-Plan make_plan(const Sizes& sizes, const Choice& chosen, const Device& device, Running running) {
+Plan make_plan(const Sizes& sizes, const PlanOptions& chosen, const Device& device, Running running) {
   check(chosen, device);
   require(sizes.tokens >= 1 && sizes.tokens <= kMaxTokens, "x", "hold 1 to 8 tokens");
   require(sizes.hidden_size >= 1 && sizes.hidden_size <= kMostChannels, "x",
@@ -147,9 +137,8 @@ Plan make_plan(const Sizes& sizes, const Choice& chosen, const Device& device, R
   plan.tokens = single_pass_tokens(sizes.tokens);
   plan.evict_first = chosen.evict_first != 0;
   plan.overlap = chosen.overlap == 1;
-  plan.early = may_be_early(sizes, chosen);
+  plan.early = chosen.early == 1;
   plan.bulk = chosen.bulk == 1;
-  plan.dense_percent = chosen.dense_percent < 0 ? kDensePercent : chosen.dense_percent;
 
   SinglePassPlanner single{sizes, chosen, device, plan};
   std::string reason = single.why_not();

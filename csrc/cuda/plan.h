@@ -10,7 +10,7 @@ namespace pyprune {
 enum class Algorithm { single_pass, two_pass };
 
 // Everything that a plan can choose. Zero, or less where zero means something, leaves a choice to the analysis.
-struct Choice {
+struct PlanOptions {
   int32_t algorithm = -1;  // of Algorithm
   int32_t blocks = 0;      // single pass: blocks; two passes: of the hidden pass
   int32_t cluster = 0;     // single pass: blocks of a cluster
@@ -21,11 +21,10 @@ struct Choice {
   int32_t evict_first = -1;
   int32_t overlap = -1;  // begin before the kernel before has ended (programmatic dependent launch)
   int32_t early = -1;    // single pass: ask for weights before waiting for that kernel; they must not be its output
-  int32_t dense_percent = -1;  // a list for each token: above this share of all rows, walk them all
-  int32_t bulk = -1;           // single pass: a neuron by one bulk copy, not by pieces of 16 bytes
+  int32_t bulk = -1;     // single pass: a neuron by one bulk copy, not by pieces of 16 bytes
 };
 
-constexpr int32_t kChoices = 12;  // members of Choice, in their order
+constexpr int32_t kPlanOptions = 11;  // members of PlanOptions, in their order
 
 struct Device {
   int32_t index;       // CUDA's number of it
@@ -40,15 +39,14 @@ struct Plan {
   int32_t teams, step, stages, splits;
   bool evict_first, overlap, early, bulk;
   Grid single, hidden, down;
-  int32_t share;          // most neurons of a block of the single pass
-  int32_t dense_percent;  // see Choice
-  int32_t groups;         // partials of one token and channel
-  int32_t tickets;        // that the kernels count on
+  int32_t share;    // most neurons of a block of the single pass
+  int32_t groups;   // partials of one token and channel
+  int32_t tickets;  // that the kernels count on
 };
 
 struct Sizes {
   int64_t tokens, hidden_size, neurons;
-  bool gated, indexed, contextual;
+  bool gated, indexed;
   Type weights;
   bool aligned;  // see Params
 };
@@ -62,7 +60,7 @@ struct Refusal {
 using Running = int (*)(const Sizes& sizes, const Plan& plan);
 
 // Raises Refusal when `chosen` does not fit the sizes or the device.
-Plan make_plan(const Sizes& sizes, const Choice& chosen, const Device& device, Running running);
+Plan make_plan(const Sizes& sizes, const PlanOptions& chosen, const Device& device, Running running);
 
 // The plan as JSON.
 std::string describe(const Plan& plan);

@@ -14,26 +14,18 @@ bool on_16_bytes(const void* start, int64_t elements, Type type) {
   return reinterpret_cast<uintptr_t>(start) % 16 == 0 && elements * bytes_of(type) % 16 == 0;
 }
 
-bool aligned(const Problem& p) {
+bool aligned(const Call& p) {
   return on_16_bytes(p.record, p.record_stride, p.weight_type) && on_16_bytes(p.record, p.hidden_size, p.weight_type);
 }
 
 // As torch promotes: eager modules round to this.
-Type rounds_to(const Problem& p) {
+Type rounds_to(const Call& p) {
   if (p.weight_type == Type::i8) return p.x_type == Type::f16 ? Type::f32 : p.x_type;
   return p.x_type == p.weight_type ? p.x_type : Type::f32;
 }
 
-// Most neurons that kernels can meet. A union can hold every row, and a mark for rows that are none.
-int64_t most_neurons_of(const Call& call) {
-  const Problem& p = call.problem;
-  return call.list_per_token ? std::min(call.rows, p.tokens * p.neurons) + 1 : p.neurons;
-}
-
-Sizes sizes_of(const Call& call) {
-  const Problem& p = call.problem;
-  return {p.tokens,           p.hidden_size,          most_neurons_of(call), p.gated,
-          p.index != nullptr, call.counts != nullptr, p.weight_type,         aligned(p)};
+Sizes sizes_of(const Call& p) {
+  return {p.tokens, p.hidden_size, p.neurons, p.gated, p.index != nullptr, p.weight_type, aligned(p)};
 }
 
 // Parts of one allocation, each on 256 bytes.
@@ -51,25 +43,20 @@ class Carver {
 };
 
 // Whether kernels can read x where it is: see Params.
-bool needs_widening(const Problem& p) {
+bool needs_widening(const Call& p) {
   bool whole = p.hidden_size % piece(p.weight_type) == 0 && on_16_bytes(p.x, p.x_stride, p.x_type);
   return !whole || (p.weight_type == Type::f32 && p.x_type != Type::f32);
 }
 
-Params params_of(const Call& call, const Plan& plan) {
-  const Problem& p = call.problem;
+Params params_of(const Call& p, const Plan& plan) {
   Params params{};
-  params.problem = p;
-  params.problem.neurons = most_neurons_of(call);
-  params.rows = call.rows;
+  params.call = p;
   params.row_bytes = static_cast<uint32_t>(p.record_stride * bytes_of(p.weight_type));
   params.rounds_to = rounds_to(p);
   params.aligned = aligned(p);
   params.x = p.x;
   params.x_stride = p.x_stride;
   params.x_form = p.x_type;
-  params.count = call.counts;
-  params.dense_above = INT64_MAX;
   params.teams = plan.teams;
   params.step = plan.step;
   params.stages = plan.stages;
@@ -80,20 +67,19 @@ Params params_of(const Call& call, const Plan& plan) {
   return params;
 }
 
-Plan plan_of(const Call& call, const Choice& chosen, const Device& device) {
+Plan plan_of(const Call& call, const PlanOptions& chosen, const Device& device) {
   // Asking the device how many clusters it runs takes longer than the kernels of a small layer.
   static std::mutex mutex;
-  static std::map<std::array<int64_t, 12 + kChoices>, Plan> known;
+  static std::map<std::array<int64_t, 11 + kPlanOptions>, Plan> known;
   Sizes s = sizes_of(call);
-  std::array<int64_t, 12 + kChoices> key{
-      device.index,      s.tokens,      s.hidden_size,   s.neurons,
-      s.gated,           s.indexed,     s.contextual,    static_cast<int64_t>(s.weights),
+  std::array<int64_t, 11 + kPlanOptions> key{
+      device.index,      s.tokens,      s.hidden_size,   s.neurons, s.gated, s.indexed, static_cast<int64_t>(s.weights),
       device.processors, device.shared, device.clusters, s.aligned};
-  const int32_t choices[] = {chosen.algorithm, chosen.blocks, chosen.cluster,       chosen.teams,
-                             chosen.step,      chosen.stages, chosen.splits,        chosen.evict_first,
-                             chosen.overlap,   chosen.early,  chosen.dense_percent, chosen.bulk};
-  static_assert(std::size(choices) == kChoices, "every choice is part of the key");
-  std::copy(std::begin(choices), std::end(choices), key.begin() + 12);
+  const int32_t choices[] = {chosen.algorithm, chosen.blocks, chosen.cluster, chosen.teams,
+                             chosen.step,      chosen.stages, chosen.splits,  chosen.evict_first,
+                             chosen.overlap,   chosen.early,  chosen.bulk};
+  static_assert(std::size(choices) == kPlanOptions, "every choice is part of the key");
+  std::copy(std::begin(choices), std::end(choices), key.begin() + 11);
   std::lock_guard<std::mutex> lock(mutex);
   auto found = known.find(key);
   if (found == known.end()) found = known.emplace(key, make_plan(s, chosen, device, running)).first;
@@ -107,20 +93,17 @@ int running(const Sizes& sizes, const Plan& plan) {
   return running_clusters(plan.bulk ? compiled.single_pass_bulk : compiled.single_pass, plan.single);
 }
 
-Failure run(const Call& call, const Choice& chosen, const Device& device, const Memory& memory, Stream stream) {
-  if (call.problem.record_stride * bytes_of(call.problem.weight_type) > UINT32_MAX)
+Failure run(const Call& call, const PlanOptions& chosen, const Device& device, const Memory& memory, Stream stream) {
+  if (call.record_stride * bytes_of(call.weight_type) > UINT32_MAX)
     throw Refusal{"record", "have rows less than 2^32 bytes apart"};
   Plan plan = plan_of(call, chosen, device);
   Params params = params_of(call, plan);
-  const Problem& p = params.problem;
+  const Call& p = params.call;
   bool single = plan.algorithm == Algorithm::single_pass;
 
   Carver carver;
   int64_t partials = carver.take(plan.groups * p.tokens * padded(p) * 4);
   int64_t hidden = carver.take(single ? 0 : p.neurons * plan.tokens * 4);
-  int64_t count = carver.take(call.list_per_token ? 4 : 0);
-  int64_t united = carver.take(call.list_per_token ? p.neurons * 4 : 0);
-  int64_t members = carver.take(call.list_per_token ? (call.rows + 3) / 4 * 4 : 0);
   bool widening = needs_widening(p);
   int64_t wide = carver.take(widening ? p.tokens * padded(p) * 4 : 0);
   auto* scratch = static_cast<unsigned char*>(memory.allocate(memory.context, carver.size()));
@@ -134,24 +117,6 @@ Failure run(const Call& call, const Choice& chosen, const Device& device, const 
     params.x = out;
     params.x_stride = padded(p);
     params.x_form = Type::f32;
-  }
-  if (call.list_per_token) {
-    Lists lists{call.problem.index,
-                call.counts,
-                p.tokens,
-                call.problem.neurons,
-                call.rows,
-                scratch + members,
-                reinterpret_cast<int32_t*>(scratch + united),
-                reinterpret_cast<int32_t*>(scratch + count)};
-    if (unite_bytes(call.rows) > device.shared)
-      throw Refusal{"record",
-                    "have at most " + std::to_string(device.shared - 256) + " rows with a list for each token"};
-    if (auto f = start_unite(lists, stream)) return f;
-    params.problem.index = lists.united;
-    params.count = lists.count;
-    params.members = lists.members;
-    params.dense_above = call.rows * plan.dense_percent / 100;
   }
   Kernels compiled = kernels(p.weight_type, plan.tokens, p.gated);
   if (single) return start(plan.bulk ? compiled.single_pass_bulk : compiled.single_pass, plan.single, params, stream);

@@ -6,15 +6,6 @@
 
 namespace pyprune {
 
-// A call's operands on the device. With `counts` it is a contextual gather: `problem.index` is `[longest]` and `counts`
-// `[1]`, or with `list_per_token` `[tokens, longest]` and `[tokens]`; `problem.neurons` is `longest`.
-struct Call {
-  Problem problem;
-  int64_t rows;  // F
-  const int32_t* counts;
-  bool list_per_token;
-};
-
 // Memory of the device, until the call's kernels have run.
 using Allocate = void* (*)(void* context, int64_t bytes);
 
@@ -31,6 +22,6 @@ struct Memory {
 int running(const Sizes& sizes, const Plan& plan);
 
 // Starts the kernels of up to kMaxTokens tokens. Raises Refusal, or returns what CUDA said went wrong.
-Failure run(const Call& call, const Choice& chosen, const Device& device, const Memory& memory, Stream stream);
+Failure run(const Call& call, const PlanOptions& chosen, const Device& device, const Memory& memory, Stream stream);
 
 }  // namespace pyprune

@@ -60,7 +60,7 @@ struct SinglePass {
     threads = blockDim.x / static_cast<uint32_t>(p.teams);
     team = threadIdx.x / threads;
     member = threadIdx.x % threads;
-    width = static_cast<int32_t>(p.problem.hidden_size);
+    width = static_cast<int32_t>(p.call.hidden_size);
     at = single_pass_layout(W, T, kParts, threads, p.teams, p.step, p.stages, p.share, BULK,
                             static_cast<uint32_t>(width));
     policy = weight_policy(p.evict_first);
@@ -72,16 +72,16 @@ struct SinglePass {
   __device__ bool live(int i) const { return channel(i) < width; }
 
   __device__ void find_neurons() {
-    Neurons all = neurons_of(p);
-    auto begin = static_cast<int32_t>(all.count * blockIdx.x / gridDim.x);
-    int32_t held = static_cast<int32_t>(all.count * (blockIdx.x + 1) / gridDim.x) - begin;
+    int64_t all = p.call.neurons;
+    auto begin = static_cast<int32_t>(all * blockIdx.x / gridDim.x);
+    int32_t held = static_cast<int32_t>(all * (blockIdx.x + 1) / gridDim.x) - begin;
     first = held * static_cast<int32_t>(team) / p.teams;
     count = held * static_cast<int32_t>(team + 1) / p.teams - first;
-    indexed = all.index;
+    indexed = p.call.index;
     auto* rows = reinterpret_cast<int32_t*>(memory + at.rows);
     if (!indexed) first += begin;
     for (int32_t i = static_cast<int32_t>(threadIdx.x); indexed && i < held; i += blockDim.x)
-      rows[i] = all.index[begin + i];
+      rows[i] = p.call.index[begin + i];
     if (indexed || BULK) __syncthreads();
   }
 
@@ -107,8 +107,8 @@ struct SinglePass {
 
   __device__ const char* record_of(int32_t neuron) const {
     auto r = static_cast<uint32_t>(row(neuron));
-    if (indexed && r >= static_cast<uint32_t>(p.rows)) r = 0;  // its activation will be NaN
-    return static_cast<const char*>(p.problem.record) + static_cast<uint64_t>(r) * p.row_bytes;
+    if (indexed && r >= static_cast<uint32_t>(p.call.rows)) r = 0;  // its activation will be NaN
+    return static_cast<const char*>(p.call.record) + static_cast<uint64_t>(r) * p.row_bytes;
   }
 
   __device__ void* barrier(int32_t slot) const {
@@ -160,7 +160,7 @@ struct SinglePass {
       for (int j = 0; j < kPieces; ++j) {
 #pragma unroll
         for (int e = 0; e < kPiece; ++e) x[t][j][e] = sums[t][j][e] = 0.0f;
-        if (t < p.problem.tokens && live(j)) load_x(p, t, channel(j), x[t][j]);
+        if (t < p.call.tokens && live(j)) load_x(p, t, channel(j), x[t][j]);
       }
   }
 
@@ -235,11 +235,11 @@ struct SinglePass {
     if (BULK && step > 0) copy_step(step - 1 + p.stages, slot == 0 ? p.stages - 1 : slot - 1);
     float up = sum_over_warps(warps, pair, quarter), gated = 0.0f;
     if constexpr (GATED) gated = sum_over_warps(warps, kPairs + pair, quarter);
-    add_down_rows(slot, active, hidden_activation<W, GATED>(p, terms, pair % T, up, gated));
+    add_down_rows(slot, active, hidden_activation<W, GATED>(p, terms, up, gated));
   }
 
   __device__ void store_partial() {
-    int64_t row = padded(p.problem);
+    int64_t row = padded(p.call);
     auto* partial = reinterpret_cast<float*>(memory + at.ring) + team * T * row;
 #pragma unroll
     for (int t = 0; t < T; ++t)
@@ -256,12 +256,12 @@ struct SinglePass {
 
   // Each block of a cluster adds up a slice of the channels over all teams of all of them.
   __device__ void add_cluster(int64_t begin, int64_t end) {
-    int64_t row = padded(p.problem), quads = (end - begin + 3) / 4;
+    int64_t row = padded(p.call), quads = (end - begin + 3) / 4;
     auto* partial = reinterpret_cast<const float*>(memory + at.ring);
-    float* out = p.partials + static_cast<int64_t>(blockIdx.x / cluster_size()) * p.problem.tokens * row;
+    float* out = p.partials + static_cast<int64_t>(blockIdx.x / cluster_size()) * p.call.tokens * row;
     int32_t addends = static_cast<int32_t>(cluster_size()) * p.teams;
     uint32_t ways = threads_of_a_quad(quads, addends), own = threadIdx.x % ways;
-    int64_t count = p.problem.tokens * quads * ways;
+    int64_t count = p.call.tokens * quads * ways;
     for (int64_t base = 0; base < count; base += blockDim.x) {
       int64_t i = base + threadIdx.x, place = i / ways / quads * row + begin + i / ways % quads * 4;
       bool here = i < count;
@@ -299,7 +299,7 @@ struct SinglePass {
     store_partial();
     cluster_arrive();
     cluster_wait();
-    int64_t quads = padded(p.problem) / 4, slices = cluster_size(), rank = cluster_rank();
+    int64_t quads = padded(p.call) / 4, slices = cluster_size(), rank = cluster_rank();
     int64_t begin = quads * rank / slices * 4, end = quads * (rank + 1) / slices * 4;
     add_cluster(begin, end);
     cluster_arrive_done();  // this block reads no other's memory any more

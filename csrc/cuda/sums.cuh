@@ -80,39 +80,24 @@ __device__ inline void add_up(int32_t addends, uint32_t own, uint32_t ways, Load
 // Channels [first, last) of the output, from the partials of all groups; `first` is a multiple of 4. All threads call
 // it.
 __device__ inline void finish(const Params& p, int64_t first, int64_t last) {
-  const Problem& problem = p.problem;
-  int64_t width = padded(problem), quads = (last - first + 3) / 4, stride = problem.tokens * width / 4;
+  const Call& call = p.call;
+  int64_t width = padded(call), quads = (last - first + 3) / 4, stride = call.tokens * width / 4;
   uint32_t ways = threads_of_a_quad(quads, p.groups), own = threadIdx.x % ways;
-  int64_t count = problem.tokens * quads * ways;
+  int64_t count = call.tokens * quads * ways;
   for (int64_t base = 0; base < count; base += blockDim.x) {
     int64_t i = base + threadIdx.x, t = i / ways / quads, d = first + i / ways % quads * 4;
-    int64_t at = t * problem.hidden_size + d;
+    int64_t at = t * call.hidden_size + d;
     bool here = i < count, stores = here && own == 0;
     auto* partial = reinterpret_cast<const float4*>(p.partials + t * width + d);
-    float bias[4] = {}, residual[4] = {}, sums[4];
-    if (stores && problem.down_bias) load_four(problem.x_type, problem.down_bias, d, last - d, bias);
-    if (stores && problem.residual) load_four(problem.x_type, problem.residual, at, last - d, residual);
+    float bias[4] = {}, sums[4];
+    if (stores && call.down_bias) load_four(call.x_type, call.down_bias, d, last - d, bias);
     add_up(
         p.groups, own, ways,
         [&](int g) { return here ? load_shared_by_blocks(partial + g * stride) : float4{0.0f, 0.0f, 0.0f, 0.0f}; },
         sums);
-    for (int j = 0; j < 4; ++j) sums[j] = sums[j] + bias[j] + residual[j];
-    if (stores) store_four(problem.x_type, problem.out, at, last - d, sums);
+    for (int j = 0; j < 4; ++j) sums[j] += bias[j];
+    if (stores) store_four(call.x_type, call.out, at, last - d, sums);
   }
-}
-
-// How many neurons there are, and through which index; an empty one means the rows in order.
-struct Neurons {
-  int64_t count;
-  const int32_t* index;
-};
-
-__device__ inline Neurons neurons_of(const Params& p) {
-  if (!p.count) return {p.problem.neurons, p.problem.index};
-  int64_t count = *p.count;
-  count = count < 0 ? 0 : count > p.problem.neurons ? p.problem.neurons : count;
-  if (count > p.dense_above) return {p.rows, nullptr};
-  return {count, p.problem.index};
 }
 
 }  // namespace pyprune

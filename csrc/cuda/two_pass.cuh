@@ -19,7 +19,6 @@ constexpr int kAhead = 4;
 // The rows of the record that a warp visits: each lane looks up one of the next 32, and all get it in turn.
 struct Visits {
   const Params& p;
-  const Neurons neurons;
   int64_t first, stride, end;  // neurons first, first + stride, ... below end
 
   template <class Visit>
@@ -27,7 +26,7 @@ struct Visits {
     uint32_t lane = threadIdx.x % kWarp;
     for (int64_t base = first; base < end; base += stride * kWarp) {
       int64_t own = base + stride * lane, row = 0;
-      if (own < end) row = neurons.index ? neurons.index[own] : own;
+      if (own < end) row = p.call.index ? p.call.index[own] : own;
       for (uint32_t i = 0; i < kWarp && base + stride * i < end; ++i)
         visit(base + stride * i, __shfl_sync(kAll, row, i));
     }
@@ -38,8 +37,8 @@ template <Type W, int T, bool GATED>
 __device__ inline void dots(const Params& p, const typename Element<W>::Bits* record, uint64_t policy,
                             float (&values)[(GATED ? 2 : 1) * T]) {
   constexpr int n = piece(W), parts = GATED ? 2 : 1;
-  const Problem& problem = p.problem;
-  int64_t d = problem.hidden_size, lane = threadIdx.x % kWarp;
+  const Call& call = p.call;
+  int64_t d = call.hidden_size, lane = threadIdx.x % kWarp;
   for (int64_t begin = lane * n; begin < d; begin += kWarp * n * kAhead) {
     Piece pieces[kAhead][parts];
 #pragma unroll
@@ -59,7 +58,7 @@ __device__ inline void dots(const Params& p, const typename Element<W>::Bits* re
 #pragma unroll
       for (int t = 0; t < T; ++t) {
         float x[n] = {};
-        if (t < problem.tokens) load_x(p, t, c, x);
+        if (t < call.tokens) load_x(p, t, c, x);
 #pragma unroll
         for (int part = 0; part < parts; ++part)
 #pragma unroll
@@ -74,22 +73,21 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1) hidden_pass(const __grid_c
   using Bits = typename Element<W>::Bits;
   allow_next_kernel();
   wait_for_previous_kernel();
-  Neurons neurons = neurons_of(p);
   uint64_t policy = weight_policy(p.evict_first);
   uint32_t lane = threadIdx.x % kWarp;
   int64_t warp = static_cast<int64_t>(blockIdx.x) * kTwoPassWarps + threadIdx.x / kWarp;
-  Visits visits{p, neurons, warp, static_cast<int64_t>(gridDim.x) * kTwoPassWarps, neurons.count};
+  Visits visits{p, warp, static_cast<int64_t>(gridDim.x) * kTwoPassWarps, p.call.neurons};
   visits.each([&](int64_t neuron, int64_t row) {
     constexpr int count = (GATED ? 2 : 1) * T;
     Terms terms = load_terms<W, GATED>(p, row);
     int64_t inside = terms.foreign ? 0 : row;
     float values[count] = {};
-    dots<W, T, GATED>(p, static_cast<const Bits*>(p.problem.record) + inside * p.problem.record_stride, policy, values);
+    dots<W, T, GATED>(p, static_cast<const Bits*>(p.call.record) + inside * p.call.record_stride, policy, values);
     float sum = sum_over_warp(values), second = 0.0f;
     uint32_t token = lane % T;
     float first = __shfl_sync(kAll, sum, token * kWarp / count);
     if constexpr (GATED) second = __shfl_sync(kAll, sum, (T + token) * kWarp / count);
-    float hidden = hidden_activation<W, GATED>(p, terms, static_cast<int>(token), first, second);
+    float hidden = hidden_activation<W, GATED>(p, terms, first, second);
     if (lane < T) p.hidden[neuron * T + lane] = hidden;
   });
 }
@@ -98,16 +96,15 @@ template <Type W, int T>
 __global__ void __launch_bounds__(kTwoPassThreads, 1) down_pass(const __grid_constant__ Params p) {
   using Bits = typename Element<W>::Bits;
   constexpr int n = piece(W), tile = tile_channels(W);
-  const Problem& problem = p.problem;
+  const Call& call = p.call;
   allow_next_kernel();
   wait_for_previous_kernel();
-  int64_t d = problem.hidden_size, width = padded(problem);
+  int64_t d = call.hidden_size, width = padded(call);
   uint32_t tiles = gridDim.x / static_cast<uint32_t>(p.groups), split = blockIdx.x / tiles;
   int64_t first_channel = static_cast<int64_t>(blockIdx.x % tiles) * tile;
   int64_t channel = first_channel + threadIdx.x % kWarp * n;
-  int parts = problem.gated ? 3 : 2;
-  Neurons neurons = neurons_of(p);
-  int64_t begin = neurons.count * split / p.groups, end = neurons.count * (split + 1) / p.groups;
+  int parts = call.gated ? 3 : 2;
+  int64_t begin = call.neurons * split / p.groups, end = call.neurons * (split + 1) / p.groups;
   uint64_t policy = weight_policy(p.evict_first);
   uint32_t warp = threadIdx.x / kWarp;
   float sums[T][n] = {};
@@ -118,9 +115,9 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1) down_pass(const __grid_con
     for (int i = 0; i < kAhead; ++i) {
       int64_t k = base + i * kTwoPassWarps;
       if (k >= end || channel >= d) continue;
-      int64_t row = neurons.index ? neurons.index[k] : k;
-      if (row < 0 || row >= p.rows) row = 0;
-      auto* record = static_cast<const Bits*>(problem.record) + row * problem.record_stride;
+      int64_t row = call.index ? call.index[k] : k;
+      if (row < 0 || row >= p.call.rows) row = 0;
+      auto* record = static_cast<const Bits*>(call.record) + row * call.record_stride;
       pieces[i] = load_weights_at<W>(record, (parts - 1) * d + channel, d - channel, p.aligned, policy);
     }
 #pragma unroll
@@ -139,7 +136,7 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1) down_pass(const __grid_con
   }
 
   auto* rows = reinterpret_cast<float*>(shared_memory() + 16);
-  for (int64_t t = 0; t < problem.tokens; ++t) {
+  for (int64_t t = 0; t < call.tokens; ++t) {
     float* own = rows + warp * tile + threadIdx.x % kWarp * n;
 #pragma unroll
     for (int u = 0; u < T; ++u)
@@ -151,7 +148,7 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1) down_pass(const __grid_con
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kTwoPassWarps; ++w) sum += rows[w * tile + c];
-      p.partials[(split * problem.tokens + t) * width + first_channel + c] = sum;
+      p.partials[(split * call.tokens + t) * width + first_channel + c] = sum;
     }
     __syncthreads();
   }

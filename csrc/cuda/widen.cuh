@@ -1,7 +1,7 @@
 // x in the form that kernels read, where it is not already: float32, in rows that begin on 16 bytes and end in zeros.
 #pragma once
 
-#include "before.h"
+#include "widen.h"
 #include "weights.cuh"
 
 namespace pyprune {

@@ -32,8 +32,17 @@ class Option:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     def __str__(self) -> str:
+        """The short form: what differs from the defaults."""
         default = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
-        parts = [f"{name}={_write(value)}" for name, value in self.values().items() if value != default[name]]
+        return self._form({name: value for name, value in self.values().items() if value != default[name]})
+
+    @property
+    def in_full(self) -> str:
+        """The short form with every field, which later defaults do not change."""
+        return self._form(self.values())
+
+    def _form(self, values: dict[str, Any]) -> str:
+        parts = [f"{name}={_write(value)}" for name, value in values.items()]
         return self.NAME + (":" + ",".join(parts) if parts else "")
 
     @classmethod
@@ -66,6 +75,9 @@ class Registry(Generic[T]):
     def remove(self, option: type[T]) -> None:
         """Take a class out again."""
         del self._known[option.NAME]
+
+    def __getitem__(self, name: str) -> type[T]:
+        return self._known[name]
 
     def names(self) -> list[str]:
         """All names, sorted."""

@@ -251,9 +251,7 @@ def prune(
         if nested_widths:
             made = prune_nested(loaded, _shares(shares), method, progress=bars, **common)
         else:
-            report = prune_model(
-                loaded, keep, method, sequential=sequential, mask=loaded_mask, progress=bars, **common
-            )
+            report = prune_model(loaded, keep, method, sequential=sequential, mask=loaded_mask, progress=bars, **common)
     written = None if dry_run else out
     if written is not None:
         checkpoint.save(loaded, written, tokenizer, overwrite, max_shard_size=max_shard_size)

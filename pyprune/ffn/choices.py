@@ -1,9 +1,7 @@
-"""Which backend runs a problem best, and how, as it was measured: shipped tables, and the user's own.
+"""Which backend runs a problem best, and how, as `pyprune tune` measured it on this machine.
 
-A table maps a problem's key to what was measured for it, the fastest backend first. Tables are JSON. Those of `tables/`
-come with the package, one for each architecture, made by `bench/gpu/choices_table.py`. The user's are filled by
-`pyprune tune`, one for each machine and version of the kernels, in the folder that PYPRUNE_CACHE names or the system's
-own for caches; they come before the shipped ones.
+A table maps a problem's key to what was measured for it, the fastest backend first. Tables are JSON, one for each
+machine and version of the kernels, in the folder that PYPRUNE_CACHE names or the system's own for caches.
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ from . import native
 from .backends import Config, Problem
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
-SHIPPED = Path(__file__).parent / "tables"
 _FORMAT = 1
 _FEWEST = 64
 # Caches of others that hold what they found here; `reload` clears them.
@@ -83,7 +80,7 @@ def key(problem: Problem) -> str:
     """What a table calls a problem: D, bucketed K and M, dtypes, form, activation. Its device chooses the table."""
     chosen = representative(problem)
     dtype, weights = (str(t).removeprefix("torch.") for t in (chosen.dtype, chosen.weights))
-    form = "contextual" if chosen.contextual else "gather" if chosen.gather else "compact"
+    form = "gather" if chosen.gather else "compact"
     words = [
         f"D{chosen.hidden_size}",
         f"K{chosen.kept}",
@@ -165,8 +162,8 @@ def _entry(found: Any) -> Entry:
     return Entry(found["backend"], config, float(seconds))
 
 
-def _read(file: Path, about: str, expected: object) -> dict[str, list[Entry]]:
-    """A table, or an empty one with a warning where it is corrupt or not about `expected`."""
+def _read(file: Path, device: str) -> dict[str, list[Entry]]:
+    """A table, or an empty one with a warning where it is corrupt or not of this machine."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -174,9 +171,10 @@ def _read(file: Path, about: str, expected: object) -> dict[str, list[Entry]]:
     except (OSError, ValueError) as error:
         warnings.warn(f"choices in {file} are ignored: {error}", stacklevel=2)
         return {}
+    expected = identity(device)
     try:
         data = json.loads(text)
-        if data["format"] != _FORMAT or data[about] != expected:
+        if data["format"] != _FORMAT or data["identity"] != expected:
             raise ValueError(f"not a table of format {_FORMAT} for {expected}")
         table = {str(name): [_entry(entry) for entry in found] for name, found in data["entries"].items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -187,57 +185,31 @@ def _read(file: Path, about: str, expected: object) -> dict[str, list[Entry]]:
 
 @functools.cache
 def tuned(device: str) -> Mapping[str, list[Entry]]:
-    """The user's table for a device type here: key -> entries, the fastest first."""
+    """The table for a device type here: key -> entries, the fastest first."""
     if architecture(device) is None or not folder().is_dir():
         return {}
-    return _read(path(device), "identity", identity(device))
+    return _read(path(device), device)
 
 
-@functools.cache
-def shipped(device: str) -> Mapping[str, list[Entry]]:
-    """The table that comes with the package for this architecture, like `tuned`."""
-    name = architecture(device)
-    return {} if name is None else _read(SHIPPED / f"{name}.json", "architecture", name)
-
-
-def find(problem: Problem) -> tuple[list[Entry], str]:
-    """What was measured for problems like this one, the fastest first, and where: `tuned`, `shipped`, or `predicted`
-    with an empty list.
-    """
-    name = key(problem)
-    for source, table in (("tuned", tuned(problem.device)), ("shipped", shipped(problem.device))):
-        if name in table:
-            return table[name], source
-    return [], "predicted"
+def find(problem: Problem) -> list[Entry]:
+    """What was measured for problems like this one, the fastest first."""
+    return tuned(problem.device).get(key(problem), [])
 
 
 def store(device: str, found: Mapping[str, list[Entry]]) -> Path:
-    """Add to the user's table; what it has under other keys stays. `reload` must follow for it to be used."""
+    """Add to the table; what it has under other keys stays. `reload` must follow for it to be used."""
     file = path(device)
-    own = _read(file, "identity", identity(device))
-    write(file, "identity", identity(device), {**own, **found})
-    return file
-
-
-def write(file: Path, about: str, value: object, table: Mapping[str, list[Entry]], **facts: object) -> None:
-    """Write a table beside its place, and rename it.
-
-    Args:
-        file: where to.
-        about: `identity` in a user's table, `architecture` in a shipped one.
-        value: of it.
-        table: key -> entries.
-        facts: more JSON values to write down.
-    """
+    table = {**_read(file, device), **found}
     entries = {name: [entry.to_json() for entry in table[name]] for name in sorted(table)}
-    data = {"format": _FORMAT, about: value, **facts, "entries": entries}
+    data = {"format": _FORMAT, "identity": identity(device), "entries": entries}
     with new_file(file) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return file
 
 
 def reload() -> None:
     """Forget what was read, so that the files count as they are now; PrunedMLPs made before keep their crossovers."""
-    for cached in (tuned, shipped, _kernels):
+    for cached in (tuned, _kernels):
         cached.cache_clear()
     for clear in DEPENDENT:
         clear()

@@ -47,7 +47,7 @@ class Choice:
     Attributes:
         backend: the backend.
         config: what was measured to be its best, or None for what it takes by itself.
-        source: of the choice: `tuned` on this machine, `shipped` with the package, or `predicted`.
+        source: of the choice: `tuned` on this machine, or `predicted`.
     """
 
     backend: Backend
@@ -78,7 +78,7 @@ def _predicted_tokens(problem: Problem) -> int:
 
 def _native_best(problem: Problem) -> bool | None:
     """Whether the native kernel, by itself, was measured to be the best; None where nothing was measured."""
-    entries, _ = _measured(problem)
+    entries = _measured(problem)
     if not entries:
         return None
     best, default = entries[0], backends()[problem.device].default_config(choices.representative(problem))
@@ -136,8 +136,6 @@ def _order(problem: Problem) -> tuple[str, ...]:
         return ("cpu", "torch") if problem.tokens <= _native_tokens(problem) else ("torch", "cpu")
     if problem.device != "cuda":
         return ("torch",)
-    if problem.contextual:
-        return ("cuda", "triton", "torch")
     if problem.tokens <= _DECODE_TOKENS:
         return ("cuda", "triton", "cublas", "torch")
     if problem.tokens <= _CUDA_TOKENS:
@@ -155,7 +153,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _refused(problem: Problem, entry: Entry, source: str) -> bool:
+def _refused(problem: Problem, entry: Entry) -> bool:
     """Whether what was measured cannot be used any more."""
     backend = backends().get(entry.backend)
     reason = "there is no backend of that name" if backend is None else backend.why_not(problem)
@@ -164,15 +162,12 @@ def _refused(problem: Problem, entry: Entry, source: str) -> bool:
         if _text(entry.config) in map(_text, offered):
             return False
         reason = f"it does not offer the configuration {_text(entry.config)}"
-    elif source == "shipped":
-        return True  # as on every machine that has not all backends
-    _warn(f"a {source} choice of backend {entry.backend} is skipped: {reason}")
+    _warn(f"a tuned choice of backend {entry.backend} is skipped: {reason}")
     return True
 
 
-def _measured(problem: Problem) -> tuple[list[Entry], str]:
-    entries, source = choices.find(problem)
-    return [entry for entry in entries if not _refused(problem, entry, source)], source
+def _measured(problem: Problem) -> list[Entry]:
+    return [entry for entry in choices.find(problem) if not _refused(problem, entry)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -192,7 +187,7 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
     check_choice(backend, "backend", names())
     if problem.batch_invariant:
         problem = dataclasses.replace(problem, tokens=1)
-    entries, source = _measured(problem)
+    entries = _measured(problem)
     configs: dict[str, Config] = {}
     for entry in entries:
         configs.setdefault(entry.backend, entry.config)
@@ -203,7 +198,7 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
         if reason is None:
             # A configuration may be meant for so many tokens; row by row, a backend takes its own.
             config = None if problem.batch_invariant else configs.get(name)
-            return Choice(backends()[name], config, source if name in configs else "predicted")
+            return Choice(backends()[name], config, "tuned" if name in configs else "predicted")
         reasons.append(f"{name}: {reason}")
     raise BackendError(f"no backend for {problem}: {'; '.join(reasons)}")
 

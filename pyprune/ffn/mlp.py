@@ -9,20 +9,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..base import reference
 from ..base.errors import InputError, UnsupportedModelError, check, check_choice
 from ..base.memory import Room
+from ..base.record import Record
 from ..model.families import FFN
 from ..model.mask import KeepIndex
 from ..model.patterns import FFNWeights, Pattern, match
 from ..model.probe import detect_activation
-from . import dispatch, operators, ops
+from . import dispatch, operators
 from .mlp_state import FamilyState, Packed
 from .quantisation import WEIGHTS, cast, check_fits
 
 MODES = ("compact", "gather")
-
-# What the neurons that run have of the record, the scales and the neuron bias.
-_Rows = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def pack(weights: FFNWeights, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -58,12 +57,20 @@ def pack(weights: FFNWeights, keep: Tensor | None = None) -> tuple[Tensor, Tenso
 class PrunedMLP(FamilyState):
     """An FFN whose kept neurons are rows of one record: `y = down(act(up(x)))` or `down(act(gate(x)) * up(x))`.
 
+        >>> model, tokenizer = load("demo")
+        >>> dense = model.model.layers[0].mlp
+        >>> keep = KeepIndex(range(0, dense.down_proj.in_features, 2), dense.down_proj.in_features)
+        >>> half = PrunedMLP.from_dense(dense, keep)
+        >>> x = model.get_input_embeddings()(tokenizer("Rain", return_tensors="pt")["input_ids"])
+        >>> half(x).shape == x.shape
+        True
+
     It takes the place of a Transformers FFN module, and its `state_dict` has the names, shapes and dtype of the module
     it stands for, so a model that holds it saves and loads as its family does.
 
     Attributes:
         record: `[F, P*D]` parameter, rows [up | down] or [gate | up | down]; int8, or any dtype that mixes with `dtype`
-            (see `ops.check_operands`). `module.to(dtype)` casts it as every parameter, unless it is int8.
+            (see `Record.check_dtype`). `module.to(dtype)` casts it as every parameter, unless it is int8.
         scales: `[F, P]` float32 buffer with an int8 record, which no cast of the module changes, else None.
         neuron_bias: `[F, P-1]` parameter or None.
         down_bias: `[D]` parameter or None.
@@ -76,23 +83,18 @@ class PrunedMLP(FamilyState):
     """
 
     index: Tensor | None
-    # Of `set_width`: neurons that run, or None for all; and what inference keeps: tensors, the address of the first,
-    # and the views of them that it uses.
+    # Of `set_width`: neurons that run, or None for all; and what inference keeps: the whole record, its address, and
+    # the views of it that run.
     _width: int | None = None
-    _views: tuple[_Rows, int, _Rows] | None = None
+    _views: tuple[Record, int, Record] | None = None
 
     def __init__(
         self,
-        record: Tensor,
-        neuron_bias: Tensor | None,
-        down_bias: Tensor | None,
+        record: Record,
         *,
         pattern: Pattern,
-        activation: str,
-        scales: Tensor | None = None,
         dtype: torch.dtype | None = None,
         transposed: bool = False,
-        keep: KeepIndex | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
         batch_invariant: bool = False,
@@ -100,27 +102,29 @@ class PrunedMLP(FamilyState):
         super().__init__()
         check_choice(backend, "backend", dispatch.names())
         self.pattern = pattern
-        self.gated = pattern.gated
-        self.activation = activation
+        check(
+            record.gated == pattern.gated,
+            "record",
+            f"be {'' if pattern.gated else 'not '}gated, as its pattern is",
+            record.gated,
+        )
+        self.gated = record.gated
+        self.activation = record.activation
         self.transposed = transposed
         self.dropout = dropout
         self.backend = backend
         self.batch_invariant = batch_invariant
-        self.hidden_size = record.shape[1] // (3 if self.gated else 2)
-        self.intermediate_size = record.shape[0]
-        check(dtype is not None or record.is_floating_point(), "dtype", "be given with an int8 record", dtype)
-        self.dtype = dtype or record.dtype
-        x = torch.empty(0, self.hidden_size, dtype=self.dtype, device=record.device)
-        ops.check_operands(x, record, scales, neuron_bias, down_bias, None, self.gated, activation)
-        self.record = nn.Parameter(record, requires_grad=record.is_floating_point())
-        self.register_parameter("neuron_bias", None if neuron_bias is None else nn.Parameter(neuron_bias))
-        self.register_parameter("down_bias", None if down_bias is None else nn.Parameter(down_bias))
-        self.register_buffer("scales", scales, persistent=False)
-        if keep is not None:
-            check(
-                keep.intermediate_size == len(record), "keep", f"refer to {len(record)} neurons", keep.intermediate_size
-            )
-        self.register_buffer("index", None if keep is None else keep.neurons.to(record.device), persistent=False)
+        self.hidden_size = record.hidden_size
+        self.intermediate_size = record.neurons
+        rows = record.rows
+        check(dtype is not None or rows.is_floating_point(), "dtype", "be given with int8 rows", dtype)
+        self.dtype = dtype or rows.dtype
+        record.check_dtype(self.dtype, "dtype")
+        self.record = nn.Parameter(rows, requires_grad=rows.is_floating_point())
+        for name, bias in (("neuron_bias", record.neuron_bias), ("down_bias", record.down_bias)):
+            self.register_parameter(name, None if bias is None else nn.Parameter(bias))
+        self.register_buffer("scales", record.scales, persistent=False)
+        self.register_buffer("index", record.index, persistent=False)
         self.register_buffer("plain_down", None, persistent=False)
         self.register_buffer("plain_scales", None, persistent=False)
         for name, blocks in pattern.inputs:
@@ -181,22 +185,18 @@ class PrunedMLP(FamilyState):
             check(keep.intermediate_size == size, "keep", f"refer to {size} neurons", keep.intermediate_size)
         with torch.no_grad():
             rows = keep.neurons if keep is not None and mode == "compact" else None
-            record, neuron_bias = pack(dense, rows)
+            packed, neuron_bias = pack(dense, rows)
             down_bias = None if dense.down_bias is None else dense.down_bias.clone()
             if weights is not None:
-                record, scales = cast(record, len(dense.parts), WEIGHTS[weights])
+                packed, scales = cast(packed, len(dense.parts), WEIGHTS[weights])
             if room is not None:
-                record = room.keep(record)
+                packed = room.keep(packed)
+        index = keep.neurons.to(packed.device) if keep is not None and mode == "gather" else None
         module = cls(
-            record,
-            neuron_bias,
-            down_bias,
+            Record(packed, ffn.gated, ffn.activation, scales, neuron_bias, down_bias, index),
             pattern=ffn.pattern,
-            activation=ffn.activation,
-            scales=scales,
             dtype=dense.down.dtype,
             transposed=isinstance(ffn.down, Conv1D),
-            keep=keep if mode == "gather" else None,
             dropout=ffn.dropout,
             backend=backend,
             batch_invariant=batch_invariant,
@@ -213,13 +213,13 @@ class PrunedMLP(FamilyState):
             InputError: x has another width or device than the record, or a dtype that does not mix with its own.
             BackendError: the forced backend cannot run this problem.
         """
-        # Decode calls this for every layer of every token: nn.Module.__getattr__ and ops.check_operands cost more than
-        # the operator itself.
+        # Decode calls this for every layer of every token: nn.Module.__getattr__ and Record.check_x cost more than the
+        # operator itself.
         parameters: dict[str, Any] = self._parameters
         buffers = self._buffers
-        record, native_tokens = parameters["record"], self.native_tokens
-        if x.ndim == 0 or x.shape[-1] != self.hidden_size or x.dtype != self.dtype or x.device != record.device:
-            self._check(x)
+        rows, native_tokens = parameters["record"], self.native_tokens
+        if x.ndim == 0 or x.shape[-1] != self.hidden_size or x.dtype != self.dtype or x.device != rows.device:
+            self._whole().check_x(x)
             native_tokens = 0  # those are of another dtype
         backend = self.backend
         if torch.is_grad_enabled() and self._needs_grad(x):
@@ -227,79 +227,64 @@ class PrunedMLP(FamilyState):
         else:
             scales, neuron_bias = buffers["scales"], parameters["neuron_bias"]
             if self._width is not None:
-                record, scales, neuron_bias = self._first(record, scales, neuron_bias)
-            operands = (
+                running = self._first(rows, scales, neuron_bias)
+                rows, scales, neuron_bias = running.rows, running.scales, running.neuron_bias
+            # What another backend has to refuse would lose its words on its way through the native library.
+            native = native_tokens and (backend == "auto" or backend == self._native) and not self.batch_invariant
+            out = (operators.FFN if native else operators.FFN_BY_DISPATCH)(
                 x,
-                record,
+                rows,
                 buffers["index"],
                 scales,
                 neuron_bias,
                 parameters["down_bias"],
-                None,
                 self.gated,
                 self.activation,
                 backend,
+                native_tokens,
+                self.batch_invariant,
             )
-            if self.batch_invariant:
-                out = operators.FFN_BATCH_INVARIANT(*operands)
-            # What another backend has to refuse would lose its words on its way through the native library.
-            elif native_tokens and (backend == "auto" or backend == self._native):
-                out = operators.FFN(*operands, native_tokens)
-            else:
-                out = operators.FFN_BY_DISPATCH(*operands)
         return nn.functional.dropout(out, self.dropout, self.training) if self.dropout else out
 
-    def _check(self, x: Tensor) -> None:
-        rest = (self.scales, self.neuron_bias, self.down_bias, None)
-        ops.check_operands(x, self.record, *rest, self.gated, self.activation)
+    def _whole(self) -> Record:
+        """All neurons in memory."""
+        return Record.unchecked(
+            self.record, self.gated, self.activation, self.scales, self.neuron_bias, self.down_bias, self.index
+        )
+
+    @property
+    def running(self) -> Record:
+        """What a call computes: after `set_width` views of the first rows."""
+        whole = self._whole()
+        return whole if self._width is None else whole.narrow(self._width)
 
     def _needs_grad(self, x: Tensor) -> bool:
         return x.requires_grad or any(p.requires_grad for p in self._parameters.values() if p is not None)
 
     def _forward_with_grad(self, x: Tensor) -> Tensor:
-        record: Tensor = self.record
-        scales, neuron_bias = self.scales, self.neuron_bias
-        if self._width is not None:
-            record, scales, neuron_bias = self._rows(record, scales, neuron_bias)
         if self.plain_down is not None and self.training and self.record.requires_grad:
             raise InputError(
                 "a layer that runs compensated down rows cannot be trained, for what it learns would be lost at the "
                 "next width; call set_width with compensated=False first"
             )
-        if self.batch_invariant:
-            biases = (neuron_bias, self.down_bias, None)
-            form_of = (self.gated, self.activation, self.backend)
-            return operators.FFN_BATCH_INVARIANT(x, record, self.index, scales, *biases, *form_of)
-        form = self.gated, self.index is not None
-        operands = [x, record] if self.index is None else [x, record, self.index]
-        rest = (neuron_bias, self.down_bias, None)
-        if self.backend == "auto":
+        if self.backend == "auto" and not self.batch_invariant:
             # Training differentiates plain torch itself, which saves what the backward pass needs.
-            return operators.TWINS[form](*operands, *rest, scales=scales, activation=self.activation)
-        out: Tensor = operators.OPERATORS[form](*operands, scales, *rest, self.activation, self.backend)
-        return out
+            return reference.ffn(x, self.running)
+        arguments = operators.arguments(x, self.running, self.backend, 0, self.batch_invariant)
+        return operators.FFN_BY_DISPATCH(*arguments)
 
-    def _rows(self, record: Tensor, scales: Tensor | None, neuron_bias: Tensor | None) -> _Rows:
-        """Views of what the neurons that run have of each."""
-        width = self._width
-        return (
-            record[:width],
-            None if scales is None else scales[:width],
-            None if neuron_bias is None else neuron_bias[:width],
-        )
-
-    def _first(self, record: Tensor, scales: Tensor | None, neuron_bias: Tensor | None) -> _Rows:
-        """`_rows` for inference, kept from call to call while they are views of these tensors."""
+    def _first(self, rows: Tensor, scales: Tensor | None, neuron_bias: Tensor | None) -> Record:
+        """`running` for inference, kept from call to call while it is views of these tensors."""
         if torch.compiler.is_compiling():
-            return self._rows(record, scales, neuron_bias)
+            return self.running
         if self._views is not None:
-            owners, address, views = self._views
-            same = owners[0] is record and owners[1] is scales and owners[2] is neuron_bias
-            if same and record.data_ptr() == address:  # a parameter stays the same when its `data` is replaced
+            owner, address, views = self._views
+            same = owner.rows is rows and owner.scales is scales and owner.neuron_bias is neuron_bias
+            if same and rows.data_ptr() == address:  # a parameter stays the same when its `data` is replaced
                 return views
         with torch.no_grad():
-            views = self._rows(record, scales, neuron_bias)
-        self._views = (record, scales, neuron_bias), record.data_ptr(), views
+            views = self.running
+        self._views = self._whole(), rows.data_ptr(), views
         return views
 
     @torch.inference_mode(False)

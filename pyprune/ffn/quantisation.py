@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import check
+from ..base.record import Record
 
 # What the weights of a record can be kept in, by the names that users give.
 WEIGHTS: dict[str, torch.dtype] = {
@@ -67,6 +68,14 @@ def dequantise(record: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     f, parts = scales.shape
     split = record.view(f, parts, record.shape[1] // parts).to(torch.promote_types(dtype, torch.float32))
     return split.mul_(scales[..., None]).to(dtype).view(record.shape)
+
+
+def widened(record: Record, dtype: torch.dtype = torch.float64) -> Record:
+    """The same FFN with everything in `dtype`, int8 rows written out."""
+    rows, scales = record.rows, record.scales
+    neuron_bias, down_bias = (None if t is None else t.to(dtype) for t in (record.neuron_bias, record.down_bias))
+    rows = rows.to(dtype) if scales is None else dequantise(rows, scales, dtype)
+    return Record(rows, record.gated, record.activation, None, neuron_bias, down_bias, record.index)
 
 
 def cast(record: Tensor, parts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base import reference
 from ..base.clock import Job, clock, graphed, interleave, median, timed
 from ..base.errors import BackendError
+from ..base.record import Record
 from . import choices, dispatch
-from .backends import Backend, Call, Config, Problem
+from .backends import Backend, Config, Problem
 from .choices import Entry
-from .quantisation import dequantise, quantise
+from .quantisation import quantise, widened
 
 # Weights lie in copies that are read in turn, so that a call finds them where a model's step does: in memory.
 _COPY_BYTES = 256 << 20
@@ -61,8 +63,8 @@ class Tuned:
         }
 
 
-def _calls(problem: Problem) -> list[Call]:
-    """Copies of one call with random operands; plain FFNs have biases, as the families' have."""
+def _operands(problem: Problem) -> tuple[Tensor, list[Record]]:
+    """Random x, and copies of one record; plain FFNs have biases, as the families' have."""
     device, d, f, dtype = problem.device, problem.hidden_size, problem.intermediate_size, problem.dtype
     generator = torch.Generator(device).manual_seed(0)
 
@@ -70,39 +72,29 @@ def _calls(problem: Problem) -> list[Call]:
         return torch.randn(*size, generator=generator, device=device)
 
     parts = 3 if problem.gated else 2
-    record, scales = randn(f, parts * d).mul_(d**-0.5), None
+    rows, scales, index = randn(f, parts * d).mul_(d**-0.5), None, None
     if problem.weights == torch.int8:
-        record, scales = quantise(record, parts)
-    record = record.to(problem.weights or dtype)
-    index = count = None
+        rows, scales = quantise(rows, parts)
+    rows = rows.to(problem.weights or dtype)
     if problem.gather:
         order = torch.randperm(f, generator=generator, device=device)
         index = order[: problem.kept].sort().values.int()
-    if problem.contextual:
-        count = torch.tensor([problem.kept], dtype=torch.int32, device=device)
     bias, down_bias = (None, None) if problem.gated else (randn(f, 1).to(dtype), randn(d).to(dtype))
-    form = (problem.gated, problem.activation, count, problem.batch_invariant)
-    call = Call(randn(problem.tokens, d).to(dtype), record, index, scales, bias, down_bias, None, *form)
-    copies = 1 if problem.tokens > 256 else min(_MOST_COPIES, -(-_COPY_BYTES // max(record.nbytes, 1)))
-    return [call, *(dataclasses.replace(call, record=record.clone()) for _ in range(copies - 1))]
+    record = Record(rows, problem.gated, problem.activation, scales, bias, down_bias, index)
+    copies = 1 if problem.tokens > 256 else min(_MOST_COPIES, -(-_COPY_BYTES // max(rows.nbytes, 1)))
+    others = (dataclasses.replace(record, rows=rows.clone()) for _ in range(copies - 1))
+    return randn(problem.tokens, d).to(dtype), [record, *others]
 
 
 class _Judge:
     """Compares some rows of a result with float64: at most twice the error of torch is allowed."""
 
-    def __init__(self, call: Call) -> None:
-        rows = torch.linspace(0, len(call.x) - 1, min(_CHECKED_ROWS, len(call.x))).round().long().unique()
-        self.rows = rows.to(call.x.device)
-        few = dataclasses.replace(call, x=call.x[self.rows])
-        torch_backend = dispatch.backends()["torch"]
-        scales, record = few.scales, few.record
-        wide: dict[str, Any] = {
-            name: t.double() for name, t in vars(few).items() if isinstance(t, Tensor) and t.is_floating_point()
-        }
-        wide["scales"] = None
-        wide["record"] = record.double() if scales is None else dequantise(record, scales, torch.float64)
-        self.exact = torch_backend.run(dataclasses.replace(few, **wide))
-        error = (torch_backend.run(few).double() - self.exact).norm()
+    def __init__(self, x: Tensor, record: Record) -> None:
+        rows = torch.linspace(0, len(x) - 1, min(_CHECKED_ROWS, len(x))).round().long().unique()
+        self.rows = rows.to(x.device)
+        few = x[self.rows]
+        self.exact = reference.ffn(few.double(), widened(record))
+        error = (reference.ffn(few, record).double() - self.exact).norm()
         self.allowed = float(2 * error + 1e-6 * self.exact.norm())
 
     def why_wrong(self, out: Tensor) -> str | None:
@@ -130,19 +122,21 @@ class _Candidate:
         return Entry(self.backend.NAME, self.config, self.seconds)
 
 
-def _candidate(backend: Backend, config: Config, calls: Sequence[Call]) -> _Candidate:
+def _candidate(
+    backend: Backend, config: Config, x: Tensor, records: Sequence[Record], batch_invariant: bool
+) -> _Candidate:
     def run() -> None:
-        for call in calls:
-            backend.run(call, config)
+        for record in records:
+            backend.run(x, record, config, batch_invariant)
 
-    return _Candidate(backend, config, graphed(run, calls[0].x.device), len(calls))
+    return _Candidate(backend, config, graphed(run, x.device), len(records))
 
 
 def _candidates(
-    problem: Problem, calls: Sequence[Call], check_time: Callable[[], None]
+    problem: Problem, x: Tensor, records: Sequence[Record], check_time: Callable[[], None]
 ) -> tuple[list[_Candidate], list[str]]:
     """Those that are right, each with a first time, and why the others are not there."""
-    judge, now = _Judge(calls[0]), clock(problem.device)
+    judge, now = _Judge(x, records[0]), clock(problem.device)
     found: list[_Candidate] = []
     refused: list[str] = []
     for name, backend in dispatch.backends().items():
@@ -151,9 +145,9 @@ def _candidates(
         for config in backend.candidate_configs(problem):
             check_time()
             try:
-                reason = judge.why_wrong(backend.run(calls[0], config))
+                reason = judge.why_wrong(backend.run(x, records[0], config, problem.batch_invariant))
                 if reason is None:
-                    candidate = _candidate(backend, config, calls)
+                    candidate = _candidate(backend, config, x, records, problem.batch_invariant)
                     candidate.run()
                     candidate.seconds = candidate.sample(now)[0]
                     found.append(candidate)
@@ -184,8 +178,8 @@ def try_all(problem: Problem, check_time: Callable[[], None]) -> Tuned:
     Raises:
         BackendError: nobody computes it rightly.
     """
-    calls, before = _calls(problem), _used_now(problem)
-    found, refused = _candidates(problem, calls, check_time)
+    before = _used_now(problem)
+    found, refused = _candidates(problem, *_operands(problem), check_time)
     if not found:
         raise BackendError(f"no backend for {problem}: {'; '.join(refused)}")
     fastest: dict[str, float] = {}

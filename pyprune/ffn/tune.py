@@ -18,7 +18,7 @@ from . import choices
 from .backends import Problem
 from .trial import Tuned, try_all
 
-MODES = ("compact", "gather", "contextual")
+MODES = ("compact", "gather")
 # Tokens that are timed unless others are asked for: on a CPU the question is where torch begins to be faster.
 TOKENS = {"cpu": tuple(m for m in choices.TOKENS if m <= 512), "cuda": choices.TOKENS}
 
@@ -83,8 +83,7 @@ def layer_problems(
     check(len(numbers) > 0 and min(numbers) >= 1, "tokens", "be one or more numbers of at least 1", numbers)
     kept = max(1, round(keep * intermediate_size))
     size = kept if mode == "compact" else intermediate_size
-    gather, contextual = mode != "compact", mode == "contextual"
-    form = (gated, gather, activation, weights, contextual)
+    form = (gated, mode == "gather", activation, weights)
     return [Problem(device, dtype, m, hidden_size, size, kept, *form) for m in numbers]
 
 

@@ -34,11 +34,7 @@ class Warmed:
 
 
 def _problem(module: PrunedMLP, tokens: int) -> Problem:
-    record, index = module.record, module.index
-    gather, kept = index is not None, module.neurons
-    size = module.intermediate_size if gather else kept
-    form = (module.gated, gather, module.activation, record.dtype, False, module.batch_invariant)
-    return Problem(record.device.type, module.dtype, tokens, module.hidden_size, size, kept, *form)
+    return Problem.of(module.running, module.dtype, tokens, module.batch_invariant)
 
 
 def _distinct(name: str, module: PrunedMLP, tokens: int) -> tuple[Any, ...]:

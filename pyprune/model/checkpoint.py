@@ -89,6 +89,10 @@ def save(
 ) -> Path:
     """Write a pruned (or accelerated) model as a Hugging Face checkpoint.
 
+        >>> model, tokenizer = load("demo")
+        >>> save(model, "smol", tokenizer).name
+        'smol'
+
     Args:
         model: a causal LM of Transformers.
         path: the folder; made whole beside its place, then renamed. Through a symbolic link, what it names is written.
@@ -196,7 +200,7 @@ def _config_widths(config: Any) -> list[int]:
     key = families.width_key(config)
     # None where the config has no such key, as GPT-1's.
     layers_of = config.per_layer_config if config.is_heterogeneous else None
-    found = getattr(config, key, None) if layers_of is None else [getattr(c, key) for c in layers_of]
+    found: Any = getattr(config, key, None) if layers_of is None else [getattr(c, key) for c in layers_of]
     widths = list(found) if isinstance(found, list | tuple) else [found] * layers  # Gemma 3n's is a list
     for i, width in enumerate(widths):
         if width is None:  # GPT-2's way of saying 4 * hidden_size

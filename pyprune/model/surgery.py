@@ -183,8 +183,9 @@ def set_widths(model: nn.Module, block: dict[str, Any], widths: list[int]) -> No
     config: Any = model.config
     key = block["width_key"]
     config.per_layer_config = None
-    for name, value in families.WIDTH_AS_IT_STANDS.get(config.model_type, {}).items():
-        setattr(config, name, value)
+    for name, value in families.WIDTH_AS_IT_STANDS.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
     told = families.has_width(config)
     if told:
         setattr(config, key, max(widths))

@@ -229,6 +229,11 @@ def prune_blocks(
 
     A removed FFN keeps one neuron, whose down row is zero: no format has a width of 0.
 
+        >>> model, tokenizer = load("demo")
+        >>> report = prune_blocks(model, structure="layer", keep=0.5, tokenizer=tokenizer)
+        >>> len(report.kept) == model.config.num_hidden_layers
+        True
+
     Args:
         model: a causal LM of Transformers, dense or pruned before.
         structure: `ffn` for FFN blocks, `layer` for decoder layers.

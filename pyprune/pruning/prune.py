@@ -85,10 +85,17 @@ def prune(
     compete within a layer only, each layer is scored when it is reached, on what the already pruned layers before it
     produce (`sequential`); gradients and everything that compares layers come from the dense model.
 
+        >>> model, tokenizer = load("demo")
+        >>> spread = Sensitivity(floor=0.2)  # or "sensitivity:floor=0.2"
+        >>> mend = LeastSquares(damping="auto", target=0.5)
+        >>> report = prune(model, keep=0.7, allocation=spread, repair=mend, tokenizer=tokenizer)
+        >>> report.parameters_after < report.parameters_before
+        True
+
     Args:
         model: a causal LM of Transformers, dense or pruned before.
         keep: share of all FFN neurons that stays, in (0, 1].
-        method: the importance criterion (`pyprune.importance.names()`).
+        method: the importance criterion (`pyprune.pruning.importance.names()`).
         allocation: how many neurons each layer keeps: one of `pruning.allocation`, or its short form, such as
             `sensitivity:floor=0.2`.
         repair: what kept neurons take over from removed ones: one of `pruning.repair`, or its short form, such as

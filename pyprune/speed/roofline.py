@@ -111,38 +111,6 @@ def read_bandwidth(device: torch.device | str = "cpu", rounds: int = 5) -> Bandw
     return Bandwidth(size / best / 1e9, name, size, cache_bytes(device))
 
 
-def ffn_bytes(
-    hidden_size: int,
-    neurons: int,
-    gated: bool,
-    element_size: int,
-    *,
-    neuron_bias: bool = False,
-    down_bias: bool = False,
-    gather: bool = False,
-    scales: bool = False,
-    bias_size: int | None = None,
-) -> int:
-    """Bytes of weights that one call of an FFN must read, whatever the kernel.
-
-    Args:
-        hidden_size: D.
-        neurons: K, those that stay.
-        gated: three rows a neuron instead of two.
-        element_size: bytes of one weight.
-        neuron_bias: a bias on up (and on gate).
-        down_bias: a bias on the output.
-        gather: plus an int32 index of the neurons.
-        scales: plus a float32 scale for each row of a neuron (int8 weights).
-        bias_size: bytes of one bias; None for `element_size`.
-    """
-    rows = 3 if gated else 2
-    bias_size = element_size if bias_size is None else bias_size
-    row_bytes = rows * hidden_size * element_size + (4 if gather else 0) + (4 * rows if scales else 0)
-    row_bytes += (rows - 1) * bias_size if neuron_bias else 0
-    return neurons * row_bytes + (hidden_size * bias_size if down_bias else 0)
-
-
 def amdahl(share: float, speedup: float) -> float:
     """Speed-up of the whole when `share` of its time becomes `speedup` times faster: `1 / (1 - share + share/speedup)`.
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from ..base.clock import clock, graphed
+from ..base.record import described
 from ..ffn.mlp import PrunedMLP
 from ..model import families
 from ..model.families import FFN
-from .roofline import ffn_bytes
 
 
 class Decode:
@@ -98,29 +98,18 @@ class FFNUnit:
 
 
 def pruned_unit(module: PrunedMLP) -> FFNUnit:
-    neurons = module.neurons
-    size = ffn_bytes(
-        module.hidden_size,
-        neurons,
-        module.gated,
-        module.record.element_size(),
-        neuron_bias=module.neuron_bias is not None,
-        down_bias=module.down_bias is not None,
-        gather=module.index is not None,
-        scales=module.scales is not None,
-        bias_size=module.dtype.itemsize,
-    )
-    return FFNUnit(module, module.hidden_size, neurons, size)
+    return FFNUnit(module, module.hidden_size, module.neurons, module.running.nbytes)
 
 
 def _module_unit(ffn: FFN) -> FFNUnit:
     weights = ffn.weights()
     neurons, hidden_size = weights.down.shape
-    size = ffn_bytes(
+    record = described(
         hidden_size,
         neurons,
-        ffn.gated,
-        weights.down.element_size(),
+        gated=ffn.gated,
+        activation=ffn.activation,
+        dtype=weights.down.dtype,
         neuron_bias=any(bias is not None for bias in weights.input_biases),
         down_bias=weights.down_bias is not None,
     )
@@ -132,7 +121,7 @@ def _module_unit(ffn: FFN) -> FFNUnit:
         def run(x: Tensor) -> Tensor:
             return down(act(up(x)))
 
-    return FFNUnit(run, hidden_size, neurons, size)
+    return FFNUnit(run, hidden_size, neurons, record.nbytes)
 
 
 def ffn_units(model: nn.Module) -> list[FFNUnit]:

@@ -1,6 +1,7 @@
 """Pruning neurons while a model trains: masks by a schedule, scores that learn, and the cut at the end.
 
-pruner = TrainingPruner(model, TrainingConfig(method="gum", keep=0.3, steps=1000, warmup=100, cooldown=300))
+config = TrainingConfig(method=Gum(similarity=0.5), keep=0.3, steps=1000, warmup=100, cooldown=300)
+pruner = TrainingPruner(model, config)
 for t in range(1000):
     pruner.before_step(t)      # masks by the schedule
     loss(model).backward()     # once, or several times to accumulate
@@ -61,9 +62,9 @@ class TrainingPruner:
             masked = any(isinstance(getattr(hook, "__self__", None), NeuronMask) for hook in hooks)
             check(not masked, "model", "not be masked by another pruner (see its `remove`)", name)
         self.model, self.config, self.done = model, config, 0
-        self._method = methods.get(config.method)(config)
+        self._method = methods.parse(config.method)
         self._ffns = families.find_ffns(model)
-        if self._method.threshold(self._moment(0)) is None:
+        if self._method.cutoff(self._moment(0)) is None:
             sizes = [ffn.intermediate_size for ffn in self._ffns]
             selection.check_narrows(sizes, config.scope, config.keep, config.floor, config.multiple)
         self._block = families.ffn_block(model, self._ffns)
@@ -126,9 +127,9 @@ class TrainingPruner:
         moment = self._moment(self.done)
         scores = [state["scores"] for state in self._states]
         multiple = self.config.multiple if final else 1
-        threshold = self._method.threshold(moment)
-        if threshold is not None:
-            widths = selection.threshold_widths(scores, threshold, self.config.floor, multiple)
+        cutoff = self._method.cutoff(moment)
+        if cutoff is not None:
+            widths = selection.threshold_widths(scores, cutoff, self.config.floor, multiple)
         elif self.config.scope == "global":
             widths = selection.global_widths(scores, moment.keep, self.config.floor, multiple)
         else:
@@ -219,7 +220,7 @@ class TrainingPruner:
                 stacklevel=3,
             )
         still = [i for i, moved in enumerate(self._moved) if not moved]
-        if self._method.learned and still:
+        if self._method.LEARNED and still:
             warnings.warn(
                 f"the scores of layers {still} never moved, so their neurons were kept by their number alone",
                 stacklevel=3,

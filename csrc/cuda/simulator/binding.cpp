@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <memory>
 
-#include "../call.h"
+#include "../compute.h"
 
 namespace pyprune {
 namespace {
+
+// Tensors of the CPU, taken as those of a device are.
+constexpr Place kSimulated{false, -1, false};
 
 // Scratch memory and tickets of calls on one stream: each gets what those before it have left.
 class Session {
@@ -56,14 +59,10 @@ Device pretended(const std::vector<int64_t>& numbers) {
   return {0, processors, shared, numbers[2] != 0};
 }
 
-Tensor ffn_simulated(const Tensor& x, const Tensor& record, const Maybe& index, const Maybe& count, const Maybe& scales,
-                     const Maybe& neuron_bias, const Maybe& down_bias, const Maybe& residual, bool gated,
-                     const std::string& activation, const std::vector<int64_t>& plan,
-                     const std::vector<int64_t>& device) {
+Tensor ffn_simulated(const Given& given, const std::vector<int64_t>& plan, const std::vector<int64_t>& device) {
   Device as = pretended(device);
   Session session;
-  Tensor out = compute(kCpu, x, record, index, count, scales, neuron_bias, down_bias, residual, gated, activation, plan,
-                       as, session.memory(), nullptr);
+  Tensor out = compute(kSimulated, given, plan, as, session.memory(), nullptr);
   STD_TORCH_CHECK(session.tickets_are_zero(), "tickets were left behind");
   return out;
 }
@@ -79,8 +78,8 @@ Tensor ffn_chain_simulated(const Tensor& x, const Tensor& first, const Tensor& s
   if (as_stream) simulator::begin_stream();
   for (int64_t i = 0; i < calls; ++i) {
     session.next_call();
-    given.push_back(compute(kCpu, given.back(), i % 2 ? second : first, index, Maybe(), Maybe(), Maybe(), Maybe(),
-                            Maybe(), gated, activation, plan, as, session.memory(), nullptr));
+    Given layer{given.back(), i % 2 ? second : first, index, {}, {}, {}, gated, activation};
+    given.push_back(compute(kSimulated, layer, plan, as, session.memory(), nullptr));
     Tensor& out = given.back();
     if (as_stream) std::memset(out.mutable_data_ptr(), 0xff, static_cast<size_t>(out.numel()) * out.element_size());
   }
@@ -91,9 +90,9 @@ Tensor ffn_chain_simulated(const Tensor& x, const Tensor& first, const Tensor& s
 
 // The plan for these sizes, as JSON; `device` as above.
 std::string plan_simulated(int64_t tokens, int64_t hidden_size, int64_t neurons, bool gated, bool indexed,
-                           bool contextual, const std::string& weights, const std::vector<int64_t>& plan,
+                           const std::string& weights, const std::vector<int64_t>& plan,
                            const std::vector<int64_t>& device) {
-  return describe_plan({tokens, hidden_size, neurons, gated, indexed, contextual, type_named(weights),
+  return describe_plan({tokens, hidden_size, neurons, gated, indexed, type_named(weights),
                         hidden_size * bytes_of(type_named(weights)) % 16 == 0},
                        plan, pretended(device));
 }
@@ -101,21 +100,19 @@ std::string plan_simulated(int64_t tokens, int64_t hidden_size, int64_t neurons,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyprune, m) {
-  m.def(
-      "ffn_simulated(Tensor x, Tensor record, Tensor? index, Tensor? count, Tensor? scales, Tensor? neuron_bias, "
-      "Tensor? down_bias, Tensor? residual, bool gated, str activation, int[] plan, int[] device) -> Tensor");
+  m.def("ffn_simulated(" PYPRUNE_OPERANDS ", int[] plan, int[] device) -> Tensor");
   m.def(
       "ffn_chain_simulated(Tensor x, Tensor first, Tensor second, Tensor? index, bool gated, str activation, int "
       "calls, "
       "bool as_stream, int[] plan, int[] device) -> Tensor");
   m.def(
-      "plan_simulated(int tokens, int hidden_size, int neurons, bool gated, bool indexed, bool contextual, str "
+      "plan_simulated(int tokens, int hidden_size, int neurons, bool gated, bool indexed, str "
       "weights, "
       "int[] plan, int[] device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) {
-  m.impl("ffn_simulated", TORCH_BOX(&ffn_simulated));
+  m.impl("ffn_simulated", &Boxed<&ffn_simulated>::call);
   m.impl("ffn_chain_simulated", TORCH_BOX(&ffn_chain_simulated));
 }
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CompositeExplicitAutograd, m) {

@@ -43,12 +43,6 @@ inline void team_barrier(uint32_t number, uint32_t threads) { simulator::team_ba
 
 inline uint32_t count_block(uint32_t* counter) { return (*counter)++; }
 
-inline uint32_t atomicOr(uint32_t* address, uint32_t value) {
-  uint32_t old = *address;
-  *address |= value;
-  return old;
-}
-
 template <class T>
 inline T exchange(T value, uint32_t lane) {
   static_assert(sizeof(T) <= 8, "a shuffle moves 8 bytes at most");
@@ -67,12 +61,6 @@ inline T __shfl_sync(uint32_t, T value, uint32_t lane) {
 template <class T>
 inline T __shfl_xor_sync(uint32_t, T value, uint32_t offset) {
   return exchange(value, (threadIdx.x ^ offset) % kWarp);
-}
-
-template <class T>
-inline T __shfl_up_sync(uint32_t, T value, uint32_t offset) {
-  uint32_t lane = threadIdx.x % kWarp;
-  return exchange(value, lane < offset ? lane : lane - offset);
 }
 
 inline unsigned char* shared_memory() { return simulator::here().shared; }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+
+from ...base.record import Record
 
 TABLE: tuple[str, ...] = ("torch_eager", "cpu", "triton", "cuda", "cublas")
 
@@ -22,15 +24,14 @@ class Problem:
 
     Attributes:
         device: device type, `cpu` or `cuda`.
-        dtype: of x, biases and residual.
+        dtype: of x and of the biases.
         tokens: M.
         hidden_size: D.
         intermediate_size: F, rows of the record.
-        kept: K, neurons used; equals F unless `gather`. With `contextual` the most that a token can use.
+        kept: K, neurons used; equals F unless `gather`.
         gated, gather: the form.
-        activation: a key of `reference.ACTIVATIONS`.
+        activation: a key of `ACTIVATIONS`.
         weights: dtype of the record; None for that of x.
-        contextual: how many neurons of the index are used is a number on the device; implies `gather`.
         batch_invariant: a row of the result must not depend, to the bit, on the rows beside it.
     """
 
@@ -44,40 +45,25 @@ class Problem:
     gather: bool
     activation: str
     weights: torch.dtype | None = None
-    contextual: bool = False
     batch_invariant: bool = False
 
-
-@dataclass(frozen=True)
-class Call:
-    """One call of an FFN operator; layouts as in `reference`.
-
-    Attributes:
-        x: `[M, D]`.
-        record: `[F, P*D]`.
-        index: int32 `[K]`, or `[M, K]` with one list a token (see `count`), or None.
-        scales: `[F, P]` float32 with an int8 record, else None.
-        neuron_bias: `[F, P-1]` or None.
-        down_bias: `[D]` or None.
-        residual: `[M, D]` or None.
-        gated: P = 3 if true, else 2.
-        activation: a key of `reference.ACTIVATIONS`.
-        count: None, or how many entries of `index` are used: int32 `[1]` with index `[K]`, int32 `[M]` with `[M, K]`;
-            on the device of x, and read there only. Entries behind it may hold anything.
-        batch_invariant: as in `Problem`.
-    """
-
-    x: Tensor
-    record: Tensor
-    index: Tensor | None
-    scales: Tensor | None
-    neuron_bias: Tensor | None
-    down_bias: Tensor | None
-    residual: Tensor | None
-    gated: bool
-    activation: str
-    count: Tensor | None = None
-    batch_invariant: bool = False
+    @classmethod
+    def of(cls, record: Record, dtype: torch.dtype, tokens: int, batch_invariant: bool = False) -> Problem:
+        """That of a record and so many tokens of `dtype`, on the record's device."""
+        rows = record.rows
+        return cls(
+            rows.device.type,
+            dtype,
+            tokens,
+            record.hidden_size,
+            record.neurons,
+            record.kept,
+            record.gated,
+            record.index is not None,
+            record.activation,
+            rows.dtype,
+            batch_invariant,
+        )
 
 
 class Backend(Protocol):
@@ -92,8 +78,8 @@ class Backend(Protocol):
     def candidate_configs(self, problem: Problem) -> list[Config]:
         """What `pyprune tune` times for a problem it can run; the first is the default."""
 
-    def run(self, call: Call, config: Config | None = None) -> Tensor:
-        """`[M, D]`, by `config` (one of this backend's), or by the default."""
+    def run(self, x: Tensor, record: Record, config: Config | None = None, batch_invariant: bool = False) -> Tensor:
+        """The FFN of `x` `[M, D]`, by `config` (one of this backend's), or by the default."""
 
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,26 +94,11 @@ def no_native_kernel(problem: Problem) -> str | None:
     return None
 
 
-def row_by_row(call: Call, run: Callable[[Call], Tensor]) -> Tensor:
-    """`run` for each row of x alone, so that no row sees another: the same memory layout, and the same kernels.
-
-    Args:
-        call: `[M, D]`; with lists of neurons for each token, or without.
-        run: computes one call.
-    """
-    outs = []
-    for m in range(call.x.shape[0]):
-        row = slice(m, m + 1)
-        own = call.index is not None and call.index.ndim == 2
-        one = replace(
-            call,
-            x=call.x[row].clone(),  # where memory starts can change the order of sums too
-            residual=None if call.residual is None else call.residual[row],
-            index=call.index[row] if own and call.index is not None else call.index,
-            count=call.count[row] if own and call.count is not None else call.count,
-        )
-        outs.append(run(one))
-    return torch.cat(outs) if outs else torch.empty_like(call.x)
+def row_by_row(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """`run` for each row of x `[M, D]` alone, so that no row sees another: the same kernels, from fresh memory."""
+    # Where memory starts can change the order of sums too.
+    outs = [run(x[m : m + 1].clone()) for m in range(x.shape[0])]
+    return torch.cat(outs) if outs else torch.empty_like(x)
 
 
 def load_all() -> dict[str, Backend]:

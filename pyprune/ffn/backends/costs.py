@@ -68,7 +68,7 @@ def cost(problem: Problem, name: str) -> Cost:
     """The prediction for `problem` on CUDA.
 
     Args:
-        problem: any that is not contextual.
+        problem: what to compute.
         name: one of `NAMES`.
     """
     m, d, k, parts = problem.tokens, problem.hidden_size, problem.kept, 3 if problem.gated else 2

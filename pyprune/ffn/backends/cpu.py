@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...base.record import Record
 from .. import native
-from . import Call, Config, Problem, no_native_kernel, row_by_row
+from . import Config, Problem, no_native_kernel, row_by_row
 
 NAME = "cpu"
 
@@ -17,8 +18,6 @@ def why_not(problem: Problem) -> str | None:
         return f"needs tensors on a CPU, not on {problem.device}"
     if reason := no_native_kernel(problem):
         return reason
-    if problem.contextual:
-        return "no kernel for a contextual gather"
     return native.load()
 
 
@@ -32,24 +31,22 @@ def candidate_configs(problem: Problem) -> list[Config]:
     return [{}]
 
 
-def run(call: Call, config: Config | None = None) -> Tensor:
-    """Run `call` by the native kernel; batch-invariant row by row, for it chooses its order of sums by their number."""
-    return row_by_row(call, _run) if call.batch_invariant else _run(call)
-
-
-def _run(call: Call) -> Tensor:
+def run(x: Tensor, record: Record, config: Config | None = None, batch_invariant: bool = False) -> Tensor:
+    """Run by the native kernel; batch-invariant row by row, for it chooses its order of sums by their number."""
+    if batch_invariant:
+        return row_by_row(x, lambda row: run(row, record))
     # Without the library, which `why_not` rules out, the operator would come back here.
     out: Tensor = torch.ops.pyprune.ffn.default(
-        call.x,
-        call.record,
-        call.index,
-        call.scales,
-        call.neuron_bias,
-        call.down_bias,
-        call.residual,
-        call.gated,
-        call.activation,
+        x,
+        record.rows,
+        record.index,
+        record.scales,
+        record.neuron_bias,
+        record.down_bias,
+        record.gated,
+        record.activation,
         NAME,
         0,
+        False,
     )
     return out

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...base import reference
+from ...base.record import Record
 from .. import scratch
-from . import Call, Config, Problem
+from . import Config, Problem
 
 NAME = "cublas"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,8 +35,6 @@ def why_not(problem: Problem) -> str | None:
         return f"no products for {problem.dtype}"
     if problem.weights not in (None, problem.dtype):
         return f"no products of {problem.weights} weights with x of {problem.dtype}"
-    if problem.contextual:
-        return "a contextual gather has no fixed rows to copy"
     if problem.batch_invariant:
         return "cuBLAS chooses its order of sums by the number of tokens"
     return None
@@ -99,23 +98,17 @@ def _gated(x: Tensor, both: Tensor, bias: Tensor | None, activation: str, batche
     return _act_mul(gate, up, activation)
 
 
-def run(call: Call, config: Config | None = None) -> Tensor:
-    """Run `call`: the product or products in, the activation, the product down."""
-    x, record, bias, activation = call.x, call.record, call.neuron_bias, call.activation
-    if call.index is not None:
-        record = scratch.compacted(record, call.index)
-        bias = None if bias is None else bias.index_select(0, call.index)
-    d = x.shape[1]
-    if call.gated:
+def run(x: Tensor, record: Record, config: Config | None = None, batch_invariant: bool = False) -> Tensor:
+    """The product or products in, the activation, the product down."""
+    rows, bias, activation, d = record.rows, record.neuron_bias, record.activation, x.shape[1]
+    if record.index is not None:
+        rows = scratch.compacted(rows, record.index)
+        bias = None if bias is None else bias.index_select(0, record.index)
+    if record.gated:
         batched = config is not None and config["products"] == "one"
-        hidden = _gated(x, record[:, : 2 * d], bias, activation, batched)
+        hidden = _gated(x, rows[:, : 2 * d], bias, activation, batched)
     else:
         epilogue = activation in _EPILOGUES if config is None else bool(config["epilogue"])
-        hidden = _plain(x, record[:, :d], bias, activation, epilogue)
-    down = record[:, -d:] if d else record[:, :0]
-    if call.down_bias is not None:
-        out = torch.addmm(call.down_bias, hidden, down)
-        return out if call.residual is None else out.add_(call.residual)
-    if call.residual is not None:
-        return torch.addmm(call.residual, hidden, down)
-    return hidden @ down
+        hidden = _plain(x, rows[:, :d], bias, activation, epilogue)
+    down = rows[:, -d:] if d else rows[:, :0]
+    return hidden @ down if record.down_bias is None else torch.addmm(record.down_bias, hidden, down)

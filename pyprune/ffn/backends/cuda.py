@@ -1,4 +1,4 @@
-"""The native CUDA kernels, compact, gather and contextual: `torch.ops.pyprune.ffn_cuda`.
+"""The native CUDA kernels, compact and gather: `torch.ops.pyprune.ffn_cuda`.
 
 A configuration is a plan of `csrc/cuda/plan.h`. What it leaves out, the library chooses from the sizes.
 """
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...base.errors import check, check_choice
+from ...base.record import Record
 from .. import native
-from . import Call, Config, Problem, no_native_kernel
+from . import Config, Problem, no_native_kernel
 
 NAME = "cuda"
 ALGORITHMS = ("single_pass", "two_pass")
@@ -20,7 +21,7 @@ ALGORITHMS = ("single_pass", "two_pass")
 # Tokens that one launch takes; more are taken in chunks, each of which reads the weights again.
 _AT_ONCE = 8
 _MOST_CHANNELS = 1 << 17
-# In the order of `Choice` in plan.h, with what leaves each to the library.
+# In the order of `PlanOptions` in plan.h, with what leaves each to the library.
 _UNSET: dict[str, int] = {
     "algorithm": -1,
     "blocks": 0,
@@ -32,7 +33,6 @@ _UNSET: dict[str, int] = {
     "evict_first": -1,
     "overlap": -1,
     "early": -1,
-    "dense_percent": -1,
     "bulk": -1,
 }
 # A row's sums are the same for every number of tokens: the single pass is chosen by what registers hold, this is not.
@@ -71,15 +71,13 @@ def plan(config: Config | None) -> list[int]:
 
 def _planned(problem: Problem, config: Config | None) -> dict[str, int]:
     """What the library plans on the current device. Raises RuntimeError where `config` does not fit."""
-    per_token = problem.contextual and problem.tokens > 1
     found: str = torch.ops.pyprune.cuda_plan(
         torch.cuda.current_device(),
         max(1, min(problem.tokens, _AT_ONCE)),
         problem.hidden_size,
-        problem.kept + 1 if per_token else problem.kept,
+        problem.kept,
         problem.gated,
         problem.gather,
-        problem.contextual,
         str(problem.weights or problem.dtype).removeprefix("torch."),
         plan(config),
     )
@@ -126,26 +124,24 @@ def _fits(problem: Problem, config: Config) -> str:
         return ""
 
 
-def run(call: Call, config: Config | None = None) -> Tensor:
-    """Run `call` by the plan `config`, on the current stream, without waiting for the device.
+def run(x: Tensor, record: Record, config: Config | None = None, batch_invariant: bool = False) -> Tensor:
+    """Run by the plan `config`, on the current stream, without waiting for the device.
 
     Raises:
         InputError: see `plan`.
         RuntimeError: the plan does not fit the call or the device; names what does.
     """
-    if config is None and call.batch_invariant:
+    if config is None and batch_invariant:
         config = _INVARIANT
     out: Tensor = torch.ops.pyprune.ffn_cuda.default(
-        call.x,
-        call.record,
-        call.index,
-        call.count,
-        call.scales,
-        call.neuron_bias,
-        call.down_bias,
-        call.residual,
-        call.gated,
-        call.activation,
+        x,
+        record.rows,
+        record.index,
+        record.scales,
+        record.neuron_bias,
+        record.down_bias,
+        record.gated,
+        record.activation,
         plan(config),
     )
     return out

@@ -1,4 +1,4 @@
-"""Triton kernels, compact, gather and contextual, on CUDA devices (and in Triton's interpreter, for tests)."""
+"""Triton kernels, compact and gather, on CUDA devices (and in Triton's interpreter, for tests)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...base.errors import BackendError
-from . import Call, Config, Problem
+from ...base.record import Record
+from . import Config, Problem
 
 NAME = "triton"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -91,24 +92,22 @@ def _parsed(items: tuple[tuple[str, int | str | bool], ...]) -> Any:
     return _package().from_json(dict(items))
 
 
-def run(call: Call, config: Config | None = None) -> Tensor:
-    """Run `call` by `config`, or by the analytic one for its number of tokens.
+def run(x: Tensor, record: Record, config: Config | None = None, batch_invariant: bool = False) -> Tensor:
+    """Run by `config`, or by the analytic one for this number of tokens.
 
     Raises:
         ValueError: `config` has an unknown, missing or wrong key, or cannot run the call.
     """
     out: Tensor = _package().ffn(
-        call.x,
-        call.record,
-        gated=call.gated,
-        activation=call.activation,
-        neuron_bias=call.neuron_bias,
-        down_bias=call.down_bias,
-        residual=call.residual,
-        index=call.index,
-        scales=call.scales,
-        count=call.count,
+        x,
+        record.rows,
+        gated=record.gated,
+        activation=record.activation,
+        neuron_bias=record.neuron_bias,
+        down_bias=record.down_bias,
+        index=record.index,
+        scales=record.scales,
         config=None if config is None else _parsed(tuple(config.items())),
-        batch_invariant=call.batch_invariant,
+        batch_invariant=batch_invariant,
     )
     return out

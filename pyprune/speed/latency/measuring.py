@@ -15,6 +15,7 @@ from ...base import machine
 from ...base.clock import Job, clock, interleave, median, timed
 from ...base.errors import check
 from ...base.progress import Progress, quiet
+from ...base.record import Record
 from ...ffn.accelerate import accelerate
 from ...ffn.mlp import PrunedMLP
 from ...model import families
@@ -34,13 +35,12 @@ def part(module: PrunedMLP, start: int, stop: int) -> PrunedMLP:
     def rows(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach()[start:stop]
 
+    down_bias = None if module.down_bias is None else module.down_bias.detach()
+    own = module.record.detach()[start:stop]
+    record = Record(own, module.gated, module.activation, rows(module.scales), rows(module.neuron_bias), down_bias)
     return PrunedMLP(
-        module.record.detach()[start:stop],
-        rows(module.neuron_bias),
-        None if module.down_bias is None else module.down_bias.detach(),
+        record,
         pattern=module.pattern,
-        activation=module.activation,
-        scales=rows(module.scales),
         dtype=module.dtype,
         transposed=module.transposed,
         backend=module.backend,

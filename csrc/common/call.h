@@ -1,4 +1,4 @@
-// What one call of an FFN computes, in plain pointers; layouts as in pyprune/base/reference.py. Knows nothing of torch.
+// What one call of an FFN computes, in plain pointers; layouts as in pyprune/base/record.py. Knows nothing of torch.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +7,18 @@ namespace pyprune {
 
 enum class Type { f32, bf16, f16, i8 };
 
-// In the order of pyprune.base.reference.ACTIVATIONS.
+// In the order of pyprune.base.activations.
 enum class Activation { gelu, gelu_tanh, relu, relu2, silu, quick_gelu };
 
-struct Problem {
+struct Call {
   int64_t tokens;       // M
   int64_t hidden_size;  // D
   int64_t neurons;      // K, those that are computed
+  int64_t rows;         // F, those in memory
   bool gated;
   Activation activation;
 
-  Type x_type;    // of x, neuron_bias, down_bias, residual and out
+  Type x_type;    // of x, neuron_bias, down_bias and out
   const void* x;  // [M, D], rows `x_stride` elements apart
   int64_t x_stride;
 
@@ -28,7 +29,6 @@ struct Problem {
   const float* scales;      // [F, P] for i8, else null
   const void* neuron_bias;  // [F, P-1] or null
   const void* down_bias;    // [D] or null
-  const void* residual;     // [M, D] contiguous, or null
   void* out;                // [M, D] contiguous
 
   int parts() const { return gated ? 3 : 2; }
