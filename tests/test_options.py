@@ -220,3 +220,30 @@ def test_text_as_prose_file_and_default(tiny, tmp_path):
     assert third.mask.provenance["text"] == "pydoc_data.topics (first half)" and third.tokens == 16384
     with pytest.raises(InputError, match="tokenizer must be given with text that is no token ids; got None"):
         prune(tiny("llama"), text="prose")
+
+
+def test_keys_given_apart_on_the_command_line_win(tiny_checkpoint):
+    def call(*arguments):
+        common = ["--tokens", 512, "--window", 32, "--dry-run", "--json"]
+        return CliRunner().invoke(app, [str(a) for a in (arguments[0], tiny_checkpoint, *arguments[1:], *common)])
+
+    spread = ("--allocation", "global:floor=0.9,multiple=8", "--floor", 0.25, "--protect", "1,0")
+    done = call("prune", "--method", "wanda", *spread, "--repair", "least-squares:target=0.5", "--damping", "auto")
+    assert done.exit_code == 0, done.output
+    config = json.loads(done.stdout)["config"]
+    assert (config["floor"], config["multiple"], config["protect"]) == (0.25, 8, [1, 0])
+    assert (config["damping"], config["target"]) == (None, 0.5)
+    blocks = call("prune-blocks", "--structure", "ffn", "--repair", "bias", "--protect", "1,0", "--keep", 0.67)
+    assert blocks.exit_code == 0, blocks.output
+    found = json.loads(blocks.stdout)
+    assert found["config"]["protect"] == [1, 0] and found["removed"] in ([1], [2])
+    for arguments, message in (
+        (("prune", "--repair", "bias", "--damping", "auto"), "damping is no option of repair 'bias'; it has none"),
+        (("prune", "--allocation", "uniform", "--target-speedup", 2), "target_speedup is no option of allocation"),
+        (("prune", "--target-speedup", 1), "target_speedup must be a number above 1 with allocation 'latency'"),
+        (("prune", "--protect", "4"), "protect must be two counts of layers, first and last; got 4"),
+        (("prune-blocks", "--protect", "4"), "protect must be two counts like 4,2; got '4'"),
+        (("prune-blocks", "--structure", "layer", "--repair", "bias"), "repair must be 'none' with structure 'layer'"),
+    ):
+        refused = call(*arguments)
+        assert refused.exit_code == 2 and message in " ".join(refused.output.split()), refused.output

@@ -193,7 +193,7 @@ def _bounded(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def _config_widths(config: Any) -> list[int]:
+def _config_widths(config: Any) -> list[Any]:
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
         raise CheckpointError(f"config num_hidden_layers must lie in [1, {_MOST_LAYERS}]; got {layers!r}")
