@@ -40,6 +40,7 @@ def glance_table(results: dict[str, dict[str, Any]]) -> list[str]:
     return [
         *markdown(header, lines),
         "",
-        f"{model_name(compare['model'])}, {how}; {tokens:,} tokens of Wikipedia to calibrate on, none to train on. "
-        f"Decode of one sequence in {nested['dtype']}: {provenance(nested)}",
+        f"Perplexity: {model_name(compare['model'])}, {how}; {tokens:,} tokens of Wikipedia to calibrate on, none to "
+        f"train on. Decode of one sequence in {nested['dtype']}, measured apart, with as many neurons in every layer: "
+        f"{provenance(nested)}",
     ]
