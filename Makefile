@@ -12,23 +12,22 @@ demo: native
 	$(BIN)/pyprune demo --out out/demo
 
 # In two processes: most of the time goes to interpreters and to processes that are started.
-test: native browser
+test: native
 	$(BIN)/pytest -q -n $(JOBS) --dist loadfile
 
-test-all: native browser
+test-all: native
 	$(BIN)/pytest -q -m "not gpu"
 
-# The browser in which a test opens the report, from Debian's packages. Where it cannot be installed: says so, and the
-# test fails; PYPRUNE_NO_BROWSER=1 does without both.
+# Chromium from Debian's packages, for the test that opens the report in a browser; without one it is skipped. Nothing
+# else here installs a system package.
 browser:
-	@if command -v chromium > /dev/null || [ -n "$$PYPRUNE_NO_BROWSER" ]; then exit 0; fi; \
+	@if command -v chromium > /dev/null; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
-	if command -v apt-get > /dev/null && $$as true 2> /dev/null; then \
-		$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive \
-			apt-get install -y -qq --no-install-recommends chromium > /dev/null && exit 0; \
+	if ! command -v apt-get > /dev/null || ! $$as true 2> /dev/null; then \
+		echo "make browser needs apt-get, as root or by sudo -n; or install chromium yourself"; exit 1; \
 	fi; \
-	echo "no chromium here, and it could not be installed (apt-get, as root or by sudo -n): install it, or set" \
-		"PYPRUNE_NO_BROWSER=1 to skip the test that opens the report"
+	$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends chromium > /dev/null
 
 # The CPU library and the simulator of the CUDA kernels again, sanitized, in a folder of their own; Python is not, so
 # the runtime is preloaded.
@@ -58,7 +57,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
 
-# FFNs on the CPU and one whole model, in about 3 minutes; the plot and README's tables from the result.
+# FFNs on the CPU and one whole model, in about 3 minutes; the plot and the tables from the result.
 bench: native
 	$(BIN)/python -m bench.cpu.run
 	$(BIN)/python -m bench.tables.cpu_figure
@@ -70,9 +69,9 @@ bench-all: bench
 	$(BIN)/python -m bench.tables.readme
 
 # On a machine with a GPU: build, measure and test in 9 minutes, by any Python that has torch; bench/results/gpu.json.
-# Where there is no GPU it says so and does nothing. Without make: python3 -m bench.gpu.job [--quick].
+# Where there is no GPU it says so and does nothing. Without make: python3 bench/gpu.py [--quick].
 gpu:
-	$(GPU_PYTHON) -m bench.gpu.job
+	$(GPU_PYTHON) bench/gpu.py
 
 # torch first and pinned, so that nothing else chooses a build of it; the embedded model without its plugin's needs.
 $(READY): pyproject.toml constraints.txt setup.py

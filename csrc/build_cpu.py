@@ -87,4 +87,10 @@ def compile_library(root: Path, sanitize: bool) -> tuple[Path, dict[str, Any]]:
     text = ninja_file(compiler, torch, units(root, compiler, torch, isas, sanitize), sanitize)
     building.run_ninja(work, text, root, torch, f"{LOG} beside native.json")
     facts = {"compiler": compiler.version, "torch": torch.version, "isas": isas, "left_out": left_out}
-    return work / LIBRARY, {"built": True, **facts, "sanitized": sanitize, "sources": recorded}
+    return work / LIBRARY, {
+        "built": True,
+        "interface": building.INTERFACE,
+        **facts,
+        "sanitized": sanitize,
+        "sources": recorded,
+    }

@@ -203,4 +203,4 @@ def compile_library(root: Path, sanitize: bool) -> tuple[Path, dict[str, Any]]:
         "architectures": codes(architectures),
         "left_out": [f"sm_{name}" for name in left_out],
     }
-    return work / LIBRARY, {"built": True, **facts, "sources": recorded}
+    return work / LIBRARY, {"built": True, "interface": building.INTERFACE, **facts, "sources": recorded}

@@ -1,16 +1,29 @@
-"""pyprune: structurally pruned feed-forward networks that really run faster, inside real GPT-type models."""
+"""pyprune: structurally pruned feed-forward networks (FFNs) that really run faster, inside real GPT-type models.
+
+    >>> model, tokenizer = load("demo")  # or a folder, a hub name, a GGUF file
+    >>> report = prune(model, keep=0.7, tokenizer=tokenizer)  # 30 % of the neurons go, the rest is refitted
+    >>> folder = save(model, "smol-070", tokenizer)  # an ordinary Hugging Face checkpoint
+    >>> model = accelerate(model)  # `PrunedMLP` in the place of every FFN
+
+Options of `prune`: how many neurons each layer keeps (`Uniform`, `Global`, `Sensitivity`, `Latency`), and how what
+stays is mended (`MeanBias`, `LeastSquares`, `Refit`). Everything that goes wrong is a `PypruneError`.
+
+Importing this package wraps the constructor of Transformers' `PreTrainedModel` and the saving of its configs, so that
+checkpoints whose FFN widths differ by layer load and save; every other model passes through untouched.
+"""
 
 from .base.errors import BackendError, CheckpointError, InputError, PypruneError, UnsupportedModelError
 from .ffn.accelerate import accelerate
 from .ffn.mlp import PrunedMLP
-from .ffn.warming import warmup
 from .model import heterogeneous, remote_code
-from .model.families import find_ffns
+from .model.checkpoint import save
 from .model.mask import KeepIndex, Mask
-from .pruning import importance
-from .pruning.config import PruneConfig
+from .pruning.allocation import Global, Latency, Sensitivity, Uniform
+from .pruning.blocks import prune_blocks
+from .pruning.load import load
 from .pruning.nested import set_width
-from .pruning.prune import PruneReport, prune
+from .pruning.prune import prune
+from .pruning.repair import LeastSquares, MeanBias, Refit
 
 __version__ = "0.1.0"
 
@@ -20,18 +33,23 @@ remote_code.install()
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "Global",
     "InputError",
     "KeepIndex",
+    "Latency",
+    "LeastSquares",
     "Mask",
-    "PruneConfig",
-    "PruneReport",
+    "MeanBias",
     "PrunedMLP",
     "PypruneError",
+    "Refit",
+    "Sensitivity",
+    "Uniform",
     "UnsupportedModelError",
     "accelerate",
-    "find_ffns",
-    "importance",
+    "load",
     "prune",
+    "prune_blocks",
+    "save",
     "set_width",
-    "warmup",
 ]

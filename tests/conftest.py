@@ -204,6 +204,22 @@ def masked() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture
+def same_logits() -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """`same_logits(got, want)`: float32 logits of a tiny model are those of the same function, summed in another order.
+
+    Up to a logit, some 700 products are added up: in each of 3 layers F of the FFN and about 4 D of attention and the
+    inputs of the FFN, and D of the head. Each may be off by 2**-24 of the largest partial sum, and how many are depends
+    on the CPU. One live neuron too many or too few changes the logits by 1e-3 of the largest, and more.
+    """
+    bound = (LAYERS * (WIDTH + 4 * HIDDEN) + HIDDEN) * 2.0**-24
+
+    def check(got: torch.Tensor, want: torch.Tensor) -> None:
+        torch.testing.assert_close(got, want, rtol=bound, atol=bound * float(want.abs().max()))
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 1024 tokens, trained here."""

@@ -108,8 +108,8 @@ def test_module(mode, weights, backend, tiny):
 
 
 @torch.no_grad()
-def test_every_layer_of_a_model(tiny, ids):
+def test_every_layer_of_a_model(tiny, ids, same_logits):
     model = accelerate(tiny("llama"), batch_invariant=True)
     modules = [m for m in model.modules() if isinstance(m, PrunedMLP)]
     assert len(modules) == 3 and all(m.batch_invariant for m in modules)
-    torch.testing.assert_close(model(ids).logits, tiny("llama")(ids).logits)
+    same_logits(model(ids).logits, tiny("llama")(ids).logits)

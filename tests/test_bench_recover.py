@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from pyprune import InputError, PruneConfig, prune
+from pyprune import InputError, prune
 from pyprune.base.text import default_text
 from pyprune.model import checkpoint, loading
 
@@ -27,7 +27,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 def test_a_whole_run(bench: ModuleType, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = loading.load_model(str(tiny_checkpoint))
-    prune(model, PruneConfig(keep=0.5, method="random", compensate="none", multiple=8))
+    prune(model, keep=0.5, method="random", allocation="uniform:multiple=8", repair=None)
     pruned, text = tmp_path / "pruned", tmp_path / "text.txt"
     checkpoint.save(model, pruned)
     text.write_text("\n\n".join(part.replace("\n", " ") for part in default_text()[:60_000].split("\n\n")))

@@ -15,10 +15,11 @@ import pytest
 import torch
 import typer
 
-from pyprune import InputError, PruneConfig, accelerate, find_ffns, prune
+from pyprune import InputError, accelerate, prune
 from pyprune.base import clock, machine
 from pyprune.base.record import described
 from pyprune.ffn import native
+from pyprune.model.families import find_ffns
 from pyprune.speed import roofline, timing
 from pyprune.speed.benchmark import benchmark, compare
 
@@ -46,7 +47,7 @@ def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
 def _forms(dense: Any) -> dict[str, Any]:
     """The dense model pruned to half its neurons, in every form."""
     narrow = copy.deepcopy(dense)
-    mask = prune(narrow, PruneConfig(keep=0.5, method="random", compensate="none", multiple=16)).mask
+    mask = prune(narrow, keep=0.5, method="random", allocation="uniform:multiple=16", repair=None).mask
     return {
         "narrow": narrow,
         "compact": accelerate(copy.deepcopy(narrow)),

@@ -11,11 +11,13 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pyprune import InputError, PruneConfig, UnsupportedModelError, find_ffns, prune
+from pyprune import InputError, UnsupportedModelError, prune, prune_blocks
 from pyprune.ffn.accelerate import accelerate
 from pyprune.model import checkpoint, surgery
-from pyprune.pruning import blocks
+from pyprune.model.families import find_ffns
+from pyprune.pruning.blocks import kept_count
 from pyprune.pruning.calibration import constant_output
+from pyprune.pruning.influence import influence
 
 WINDOW = 24  # longer than every sliding or local window of the tiny models
 # A layer's norms stand elsewhere, its attention runs beside the FFN, or its config lists its layers.
@@ -94,21 +96,21 @@ def silent(model, numbers):
     return model
 
 
-def config(structure, keep=0.7, compensate="none", **rest):
-    return PruneConfig(structure=structure, keep=keep, compensate=compensate, **rest)
-
-
 def generate(model, text, cache=True):
     """Greedy tokens after the first 14, beyond every window of the tiny models."""
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return model.generate(text[:1, :14], max_new_tokens=6, use_cache=cache, **options)
 
 
+def influences(model, structure, text):
+    return list(influence(model, find_ffns(model), text, structure).values())
+
+
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_layer_influence_by_hand(name, tiny, text):
     model = tiny(name)
     before = state_of(model)
-    got = blocks.layer_influence(model, find_ffns(model), text)
+    got = influences(model, "layer", text)
     seen = outputs_of(model, text)
     want = [1 - cosine(a, b) for a, b in itertools.pairwise(seen)]
     assert got == pytest.approx(want, abs=1e-6)
@@ -120,7 +122,7 @@ def test_layer_influence_by_hand(name, tiny, text):
 def test_ffn_influence_by_hand(name, tiny, text):
     model = tiny(name)
     before = state_of(model)
-    got = blocks.ffn_influence(model, find_ffns(model), text)
+    got = influences(model, "ffn", text)
     seen = outputs_of(model, text)[1:]
     want = [1 - cosine(outputs_of(silent(model, [i]), text)[i + 1], seen[i]) for i in range(3)]
     assert got == pytest.approx(want, abs=1e-6)
@@ -139,7 +141,7 @@ def test_ffn_influence_is_that_of_its_residual_step(tiny, text):
     for handle in handles:
         handle.remove()
     want = [1 - cosine(a, b) for a, b in zip(entering, leaving, strict=True)]
-    assert blocks.ffn_influence(model, find_ffns(model), text) == pytest.approx(want, abs=1e-6)
+    assert influences(model, "ffn", text) == pytest.approx(want, abs=1e-6)
 
 
 def test_influence_of_tokens_without_a_hidden_state(tiny, text):
@@ -147,7 +149,7 @@ def test_influence_of_tokens_without_a_hidden_state(tiny, text):
     model = tiny("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight.zero_()
-    assert blocks.layer_influence(model, find_ffns(model), text) == [0, 0, 0]
+    assert influences(model, "layer", text) == [0, 0, 0]
 
 
 def test_influence_of_activations_that_are_not_finite_is_refused(tiny, text):
@@ -157,7 +159,9 @@ def test_influence_of_activations_that_are_not_finite_is_refused(tiny, text):
     before = model.config.to_dict()
     for structure in ("ffn", "layer"):
         with pytest.raises(InputError, match="activations of layer 2 must be finite; got nan"):
-            blocks.prune_blocks(model, config(structure), text)
+            influence(model, find_ffns(model), text, structure)
+        with pytest.raises(InputError, match="model must have finite weights"):
+            prune_blocks(model, structure, text=text)
     assert model.config.to_dict() == before
     assert len(find_ffns(model)) == 3
 
@@ -166,18 +170,19 @@ def test_layer_that_does_nothing_goes_first(tiny, text):
     model = tiny("llama")
     identity(model.model.layers[1])
     want = model(text).logits
-    report = blocks.prune_blocks(model, config("layer", 2 / 3), text)
+    report = prune_blocks(model, "layer", 2 / 3, text=text)
     assert (report.removed, report.kept) == ([1], [0, 2])
     assert report.influence[1] == pytest.approx(0, abs=1e-12)
     assert min(report.influence[0], report.influence[2]) > 0.01
     assert torch.equal(model(text).logits, want)
     assert report.mask is None
-    assert json.loads(json.dumps(report.to_json())) == {
-        "structure": "layer",
-        "influence": report.influence,
-        "removed": [1],
-        "kept": [0, 2],
-    }
+    found = {"structure": "layer", "influence": report.influence, "removed": [1], "kept": [0, 2]}
+    assert json.loads(json.dumps(report.to_json())).items() >= found.items()
+    assert report.parameters_after < report.parameters_before
+    facts = model.config.pyprune["provenance"]
+    assert facts["blocks"] == found and facts["tokens"] == report.tokens == text.numel()
+    config = {"keep": 2 / 3, "structure": "layer", "iterative": False, "compensate": "none"}
+    assert facts["config"] == report.to_json()["config"] == config
 
 
 @pytest.mark.parametrize(
@@ -185,13 +190,13 @@ def test_layer_that_does_nothing_goes_first(tiny, text):
     [(1.0, 30, 30), (0.75, 30, 23), (0.7, 30, 21), (0.5, 3, 2), (0.49, 3, 1), (0.01, 30, 1), (1e-9, 1, 1)],
 )
 def test_kept_count(keep, blocks_, count):
-    assert blocks.kept_count(keep, blocks_) == count
+    assert kept_count(keep, blocks_) == count
 
 
 @pytest.mark.parametrize("structure", ["ffn", "layer"])
 def test_at_least_one_block_stays(structure, tiny, text):
     model = tiny("llama")
-    report = blocks.prune_blocks(model, config(structure, 0.001), text)
+    report = prune_blocks(model, structure, 0.001, text=text)
     assert len(report.kept) == 1
     assert report.kept == [max(range(3), key=report.influence.__getitem__)]
     assert model(text).logits.isfinite().all()
@@ -201,7 +206,7 @@ def test_at_least_one_block_stays(structure, tiny, text):
 def test_keeping_all_changes_nothing(structure, tiny, text):
     model = tiny("llama")
     before = model(text).logits
-    report = blocks.prune_blocks(model, config(structure, 1.0), text)
+    report = prune_blocks(model, structure, 1.0, text=text)
     assert report.removed == []
     assert torch.equal(model(text).logits, before)
     assert [f.intermediate_size for f in find_ffns(model)] == [96] * 3
@@ -212,12 +217,12 @@ def test_ties_by_number_and_protected_layers(tiny, text):
     with torch.no_grad():
         for layer in model.model.layers:
             identity(layer)
-    assert blocks.prune_blocks(copy.deepcopy(model), config("layer", 0.6), text).removed == [0]
-    assert blocks.prune_blocks(copy.deepcopy(model), config("layer", 0.6, protect=(1, 0)), text).removed == [1]
-    assert blocks.prune_blocks(copy.deepcopy(model), config("ffn", 0.4, protect=(0, 1)), text).removed == [0, 1]
+    assert prune_blocks(copy.deepcopy(model), "layer", 0.6, text=text).removed == [0]
+    assert prune_blocks(copy.deepcopy(model), "layer", 0.6, protect=(1, 0), text=text).removed == [1]
+    assert prune_blocks(copy.deepcopy(model), "ffn", 0.4, protect=(0, 1), text=text).removed == [0, 1]
     before = state_of(model)
     with pytest.raises(InputError, match=r"protect must leave 2 of 3 blocks to remove; got \(1, 1\)"):
-        blocks.prune_blocks(model, config("layer", 0.4, protect=(1, 1)), text)
+        prune_blocks(model, "layer", 0.4, protect=(1, 1), text=text)
     assert_untouched(model, before)
 
 
@@ -229,10 +234,9 @@ def test_iterative_measures_again_without_what_is_gone(structure, tiny, text):
         for layer, share in zip(model.model.layers, (0.1, 0.3, 0.5, 0.7, 1.0), strict=True):
             layer.self_attn.o_proj.weight.mul_(share)
             layer.mlp.down_proj.weight.mul_(share)
-    measure = blocks.ffn_influence if structure == "ffn" else blocks.layer_influence
     stepped, left, want, influence = copy.deepcopy(model), list(range(5)), [], {}
     for _ in range(3):
-        values = measure(stepped, find_ffns(stepped), text)
+        values = influences(stepped, structure, text)
         if structure == "ffn":
             values = {i: v for i, v in enumerate(values) if i not in want}
         else:
@@ -243,8 +247,8 @@ def test_iterative_measures_again_without_what_is_gone(structure, tiny, text):
         stepped = silent(stepped, want) if structure == "ffn" else copy.deepcopy(model)
         if structure == "layer":
             surgery.drop_layers(stepped, left)
-    once = blocks.prune_blocks(copy.deepcopy(model), config(structure, 0.4), text)
-    report = blocks.prune_blocks(model, config(structure, 0.4), text, iterative=True)
+    once = prune_blocks(copy.deepcopy(model), structure, 0.4, text=text)
+    report = prune_blocks(model, structure, 0.4, text=text, iterative=True)
     assert report.removed == sorted(want) != once.removed
     assert report.influence == pytest.approx([influence[i] for i in range(5)], abs=1e-6)
     assert_close(model(text).logits, stepped(text).logits)
@@ -373,7 +377,7 @@ def test_bad_layer_numbers_are_refused(keep, message, tiny):
 )
 def test_widths_that_differ_go_with_their_layers(name, keep, widths, tiny, random_mask, text, tmp_path):
     model = tiny(name)
-    prune(model, PruneConfig(compensate="none"), mask=random_mask(model, (40, 24, 96)))
+    prune(model, repair=None, mask=random_mask(model, (40, 24, 96)))
     surgery.drop_layers(model, keep)
     assert [f.intermediate_size for f in find_ffns(model)] == widths
     checkpoint.save(model, tmp_path / "out")
@@ -388,7 +392,7 @@ def test_widths_that_differ_go_with_their_layers(name, keep, widths, tiny, rando
 def test_removed_ffn_is_no_ffn(name, tiny, text, tmp_path):
     model = tiny(name)
     dense = copy.deepcopy(model)
-    report = blocks.prune_blocks(model, config("ffn", 2 / 3), text)
+    report = prune_blocks(model, "ffn", 2 / 3, text=text)
     (gone,) = report.removed
     widths = [1 if i == gone else 96 for i in range(3)]
     assert gone == min(range(3), key=report.influence.__getitem__)
@@ -404,8 +408,8 @@ def test_removed_ffn_is_no_ffn(name, tiny, text, tmp_path):
 def test_mask_of_removed_ffns_belongs_to_the_dense_model(tiny, text):
     model = tiny("llama")
     dense = copy.deepcopy(model)
-    mask = blocks.prune_blocks(model, config("ffn", 0.4), text).mask
-    prune(dense, PruneConfig(compensate="none"), mask=mask)  # refuses a mask of another model
+    mask = prune_blocks(model, "ffn", 0.4, text=text).mask
+    prune(dense, repair=None, mask=mask)  # refuses a mask of another model
     assert [f.intermediate_size for f in find_ffns(dense)] == list(mask.widths)
     (down,) = {f.layer: f.weights().down for f in find_ffns(model) if f.layer == mask.widths.index(1)}.values()
     assert not down.any()
@@ -414,7 +418,7 @@ def test_mask_of_removed_ffns_belongs_to_the_dense_model(tiny, text):
 def test_all_ffns_but_one_accelerated(tiny, text):
     """A width of 1 goes through the kernels like any other."""
     model = tiny("llama")
-    blocks.prune_blocks(model, config("ffn", 0.001), text)
+    prune_blocks(model, "ffn", 0.001, text=text)
     want = model(text).logits
     with torch.no_grad():
         assert_close(accelerate(model)(text).logits, want, rtol=1e-4, atol=1e-4)
@@ -425,7 +429,7 @@ def test_all_ffns_but_one_accelerated(tiny, text):
 def test_bias_takes_the_mean_output(name, sequential, tiny, text, tmp_path):
     model = tiny(name)
     dense = copy.deepcopy(model)
-    report = blocks.prune_blocks(model, config("ffn", 0.4, "bias", sequential=sequential), text)
+    report = prune_blocks(model, "ffn", 0.4, repair="bias", sequential=sequential, text=text)
     means, stepped = {}, copy.deepcopy(dense)
     for gone in report.removed:
         ffn, rows = find_ffns(stepped)[gone], []
@@ -455,20 +459,28 @@ def test_bias_takes_the_mean_output(name, sequential, tiny, text, tmp_path):
 def refused(model, text, error, message, **choice):
     before = state_of(model)
     with pytest.raises(error, match=message):
-        blocks.prune_blocks(model, config(**choice), text)
+        prune_blocks(model, **choice, text=text)
     assert_untouched(model, before)
 
 
 def test_what_is_refused(tiny, text):
     model = tiny("llama")
-    for compensate in ("least-squares", "refit"):
-        rule = f"compensate must be 'none' or 'bias' with structure 'ffn'; got '{compensate}'"
-        refused(model, text, InputError, rule, structure="ffn", compensate=compensate)
-    rule = "compensate must be 'none' with structure 'layer'; got 'bias'"
-    refused(model, text, InputError, rule, structure="layer", compensate="bias")
+    for repair in ("least-squares", "refit"):
+        rule = f"repair must be 'bias' or 'none' with structure 'ffn'; got '{repair}'"
+        refused(model, text, InputError, rule, structure="ffn", repair=repair)
+    rule = "repair must be 'none' with structure 'layer'; got 'bias'"
+    refused(model, text, InputError, rule, structure="layer", repair="bias")
+    for argument, value, rule in (
+        ("keep", 0, r"keep must lie in \(0, 1\]; got 0"),
+        ("protect", (1,), r"protect must be two counts of blocks, first and last; got \(1,\)"),
+        ("iterative", 1, "iterative must be True or False; got 1"),
+        ("sequential", None, "sequential must be True or False; got None"),
+    ):
+        refused(model, text, InputError, rule, **{argument: value})
+    refused(model, None, InputError, "text must be given for structure 'ffn'; got None")
     refused(model, text, InputError, "structure must be one of ffn, layer; got 'neurons'", structure="neurons")
     rule = "Qwen2Config has no config key"
-    refused(tiny("qwen2"), text, UnsupportedModelError, rule, structure="ffn", compensate="bias")
+    refused(tiny("qwen2"), text, UnsupportedModelError, rule, structure="ffn", repair="bias")
 
 
 @pytest.mark.parametrize("structure", ["ffn", "layer"])
@@ -476,7 +488,7 @@ def test_accelerated_model_is_refused(structure, tiny, text):
     model = accelerate(tiny("llama"))
     want = model(text).logits
     with pytest.raises(UnsupportedModelError, match="accelerated already"):
-        blocks.prune_blocks(model, config(structure), text)
+        prune_blocks(model, structure, text=text)
     assert torch.equal(model(text).logits, want)
 
 
@@ -485,7 +497,7 @@ def test_progress_and_modes(tiny, text):
     model.train()
     model.model.layers[0].eval()
     stages = []
-    blocks.prune_blocks(model, config("layer", 0.6), text, progress=lambda *stage: stages.append(stage))
+    prune_blocks(model, "layer", 0.6, text=text, progress=lambda *stage: stages.append(stage))
     assert stages[0] == ("measuring the influence of each layer", 0, 3)
     assert stages[-1] == ("measuring the influence of each layer", 3, 3)
     assert model.training

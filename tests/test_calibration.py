@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyprune import InputError, UnsupportedModelError, find_ffns
+from pyprune import InputError, UnsupportedModelError
 from pyprune.base.windows import stack_batches
 from pyprune.model import surgery
+from pyprune.model.families import find_ffns
 from pyprune.pruning.calibration import LayerStream
 
 STREAMED = ("gpt2", "gpt_neo", "opt", "falcon", "gpt_neox", "llama", "gemma2", "gemma3_text", "phi3", "lfm2", "biogpt")

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pyprune import CheckpointError, InputError, PruneConfig, accelerate, prune
+from pyprune import CheckpointError, InputError, accelerate, prune
 from pyprune.model import checkpoint, families
 
-BARE = PruneConfig(compensate="none")
+BARE = {"repair": None}
 
 
 def make(tiny, random_mask, folder, name="llama", widths=(40, 40, 40), **changes):
     model = tiny(name, **changes)
-    prune(model, BARE, mask=random_mask(model, widths), provenance={"text": "none"})
+    prune(model, **BARE, mask=random_mask(model, widths), provenance={"text": "none"})
     return checkpoint.save(model, folder)
 
 
@@ -123,7 +123,7 @@ def test_accelerated_model_saves_the_same_tensors(uniform, tmp_path):
 
 def test_widths_that_become_equal_drop_the_loader(differing, tmp_path, random_mask):
     model = AutoModelForCausalLM.from_pretrained(differing)
-    prune(model, BARE, mask=random_mask(model, (24, 24, 24)))
+    prune(model, **BARE, mask=random_mask(model, (24, 24, 24)))
     checkpoint.save(model, tmp_path / "again")
     assert not (tmp_path / "again" / "modeling_pyprune.py").exists()
     config = json.loads((tmp_path / "again" / "config.json").read_text())

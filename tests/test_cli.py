@@ -114,7 +114,7 @@ def test_prune_writes_a_checkpoint(tiny_checkpoint: Path, pruned: Path, tmp_path
     manifest = as_json("verify", pruned, "--base", tiny_checkpoint)
     assert manifest["verified"] and manifest["base_checked"] and manifest["widths"] == [48, 48, 48]
     provenance = json.loads((pruned / "config.json").read_text())["pyprune"]["provenance"]
-    assert provenance["config"]["method"] == "wanda" and provenance["tokens"] == 256
+    assert provenance["config"]["method"] == "obs" and provenance["tokens"] == 256
     assert str(tmp_path.parent) not in json.dumps(provenance), "a path of this machine went into the checkpoint"
 
 
@@ -138,9 +138,9 @@ def test_prune_dry_run_writes_the_mask_alone(tiny_checkpoint: Path, tmp_path: Pa
 
 def test_prune_by_mask_gives_the_same_neurons(tiny_checkpoint: Path, tmp_path: Path) -> None:
     mask, first, second = tmp_path / "mask.safetensors", tmp_path / "a", tmp_path / "b"
-    common = ("--compensate", "none", "--keep", 0.4, "--multiple", 1)
+    common = ("--repair", "none", "--keep", 0.4, "--multiple", 1)
     as_json("prune", tiny_checkpoint, "--out", first, "--allocation", "global", "--save-mask", mask, *common, *SMALL)
-    as_json("prune", tiny_checkpoint, "--out", second, "--mask", mask, "--compensate", "none")
+    as_json("prune", tiny_checkpoint, "--out", second, "--mask", mask, "--repair", "none")
     assert checkpoint.read_manifest(first)["widths"] == checkpoint.read_manifest(second)["widths"]
     weights = [checkpoint.read_manifest(f)["files"]["model.safetensors"]["sha256"] for f in (first, second)]
     assert weights[0] == weights[1]
@@ -154,7 +154,7 @@ def test_prune_without_text_needs_none(tiny_checkpoint: Path, tmp_path: Path) ->
         tmp_path / "x",
         "--method",
         "random",
-        "--compensate",
+        "--repair",
         "none",
         "--text",
         "/none",
@@ -245,9 +245,7 @@ def test_wrong_use_is_refused(tiny_checkpoint: Path, pruned: Path, tmp_path: Pat
 def test_failures_exit_with_one(tiny_checkpoint: Path, pruned: Path, tmp_path: Path) -> None:
     assert "not written by pyprune" in refused(1, "verify", tiny_checkpoint)
     other = tmp_path / "other"
-    as_json(
-        "prune", pruned, "--out", other, "--method", "random", "--compensate", "none", "--keep", 0.5, "--multiple", 1
-    )
+    as_json("prune", pruned, "--out", other, "--method", "random", "--repair", "none", "--keep", 0.5, "--multiple", 1)
     assert "fingerprint" in refused(1, "verify", other, "--base", tiny_checkpoint)
     data = other / "model.safetensors"
     data.write_bytes(data.read_bytes()[:-100])
@@ -280,9 +278,9 @@ def test_nested_checkpoint_runs_at_any_width(tiny_checkpoint: Path, tmp_path: Pa
     assert "nested" in refused.output
 
 
-def test_whole_layers_go_by_the_same_verb(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_whole_layers_go(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "short"
-    made = as_json("prune", tiny_checkpoint, "--out", out, "--structure", "layer", "--keep", 0.67, *SMALL)
-    assert len(made["blocks"]["kept"]) == 2
+    made = as_json("prune-blocks", tiny_checkpoint, "--out", out, "--structure", "layer", "--keep", 0.67, *SMALL)
+    assert len(made["kept"]) == 2
     assert as_json("eval", out, *SMALL)["perplexity"] > 1
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 2

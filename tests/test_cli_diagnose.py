@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_cli import as_json, call, refused
 
-from pyprune import PruneConfig, prune
+from pyprune import prune
 from pyprune.base.errors import InputError
 from pyprune.evaluation.diagnose import Budget, prompts_of
 from pyprune.model import checkpoint, loading
@@ -22,7 +22,7 @@ SMALL = ("--tokens", 512, "--window", 64, "--prompts", 3, "--prompt-tokens", 8, 
 @pytest.fixture(scope="module")
 def pruned(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = loading.load_model(str(tiny_checkpoint))
-    prune(model, PruneConfig(keep=0.5, method="random", compensate="none", multiple=8))
+    prune(model, keep=0.5, method="random", allocation="uniform:multiple=8", repair=None)
     folder = tmp_path_factory.mktemp("pruned") / "half"
     checkpoint.save(model, folder, loading.load_tokenizer(str(tiny_checkpoint)))
     return folder

@@ -17,7 +17,7 @@ from pyprune.cli.commands import app
 from pyprune.model import checkpoint
 
 SMALL = ("--tokens", "256", "--window", "64", "--multiple", "8")
-NO_TEXT = ("--method", "magnitude-l2-product", "--compensate", "none", "--multiple", "8")
+NO_TEXT = ("--method", "magnitude-l2-product", "--repair", "none", "--multiple", "8")
 
 
 def call(*arguments: object) -> Result:

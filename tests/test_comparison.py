@@ -13,12 +13,14 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from pyprune import InputError, PruneConfig, prune
+from pyprune import InputError, Uniform, prune
 from pyprune.base.text import default_text
 from pyprune.cli.compare import compare as compare_verb
 from pyprune.evaluation import comparison, perplexity
 from pyprune.evaluation.comparison import GOALS, OURS, PUBLISHED, STAGE, Recipe, Setting, compare, goals, grid, settings
 from pyprune.evaluation.summary import comparison_lines
+from pyprune.pruning.allocation import ALLOCATIONS
+from pyprune.pruning.options import PruneOptions
 from pyprune.report.figures import apart, compare_figure
 
 CALIBRATION = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -27,7 +29,7 @@ UNTIMED = ("prune_seconds", "evaluation_seconds", "peak_bytes", "source")
 
 
 def rows(*methods: str, keeps: tuple[float, ...] = (0.7, 0.5), **options: Any) -> list[Setting]:
-    recipes = [Recipe(name, {"method": name, "compensate": "none", **options}) for name in methods]
+    recipes = [Recipe(name, {"method": name, "repair": "none", **options}) for name in methods]
     return settings(recipes, keeps, 3, multiple=8, seeds=2)
 
 
@@ -46,13 +48,13 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def pruned(monkeypatch: pytest.MonkeyPatch) -> list[PruneConfig]:
-    """Collects the configurations that are really pruned."""
-    seen: list[PruneConfig] = []
+def pruned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Collects the options that are really pruned with."""
+    seen: list[dict[str, Any]] = []
 
-    def counting(model: Any, config: PruneConfig, *arguments: Any, **options: Any) -> Any:
-        seen.append(config)
-        return prune(model, config, *arguments, **options)
+    def counting(model: Any, keep: float, **options: Any) -> Any:
+        seen.append(options)
+        return prune(model, keep, **options)
 
     monkeypatch.setattr(comparison, "prune", counting)
     return seen
@@ -65,10 +67,10 @@ def test_a_row_is_what_prune_and_perplexity_give(tiny: Callable[..., Any]) -> No
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert found.dense == {name: perplexity(model, ids).perplexity for name, ids in TEXTS.items()}
     (row,) = found.rows
-    report = prune(model, PruneConfig(keep=0.5, method="wanda", compensate="none", multiple=8), CALIBRATION)
+    report = prune(model, 0.5, "wanda", allocation="uniform:multiple=8", repair=None, text=CALIBRATION)
     assert row["perplexity"] == {name: perplexity(model, ids).perplexity for name, ids in TEXTS.items()}
     assert row["widths"] == [48, 48, 48] and row["kept"] == 0.5 and row["tokens"] == 64
-    assert (row["parameters"], row["config"]) == (report.parameters_after, report.config.to_json())
+    assert (row["parameters"], row["config"]) == (report.parameters_after, report.options.facts())
 
 
 def test_settings_are_recipes_by_keeps_by_seeds() -> None:
@@ -81,7 +83,7 @@ def test_settings_are_recipes_by_keeps_by_seeds() -> None:
         ("wanda", 0.8, 0),
         ("wanda", 0.5, 0),
     ]
-    assert made[1].config() == PruneConfig(0.8, "random", compensate="none", multiple=8, seed=1)
+    assert made[1].chosen() == PruneOptions.of(0.8, "random", "uniform:multiple=8", None, seed=1)
     combined = grid(["wanda", "obs"], ["none", "least-squares"], ["uniform"])
     assert len(combined) == len({r.label for r in combined}) == 4
 
@@ -89,7 +91,7 @@ def test_settings_are_recipes_by_keeps_by_seeds() -> None:
 @pytest.mark.parametrize(("layers", "protect"), [(32, (4, 2)), (30, (4, 2)), (12, (2, 1)), (3, (0, 0))])
 def test_protected_layers_keep_their_share_of_the_depth(layers: int, protect: tuple[int, int]) -> None:
     (recipe,) = [r for r in PUBLISHED if r.protected]
-    assert recipe.fitted(layers)["protect"] == protect
+    assert ALLOCATIONS.parse(recipe.fitted(layers, 8)["allocation"]) == Uniform(multiple=8, protect=protect)
 
 
 @pytest.mark.parametrize("recipe", [*PUBLISHED, *OURS], ids=lambda r: r.label)
@@ -129,7 +131,9 @@ def test_bad_calls(tiny: Callable[..., Any]) -> None:
         compare(model, some, CALIBRATION, {"a": CALIBRATION, "b": torch.ones(1, 65, dtype=torch.int64)})
 
 
-def test_killed_after_two_rows_it_goes_on(tiny: Callable[..., Any], tmp_path: Path, pruned: list[PruneConfig]) -> None:
+def test_killed_after_two_rows_it_goes_on(
+    tiny: Callable[..., Any], tmp_path: Path, pruned: list[dict[str, Any]]
+) -> None:
     model, path, wanted = tiny("llama"), tmp_path / "c.json", rows("wanda", "flap")
     whole = compare(model, wanted, CALIBRATION, TEXTS)
     assert len(pruned) == 4
@@ -138,7 +142,7 @@ def test_killed_after_two_rows_it_goes_on(tiny: Callable[..., Any], tmp_path: Pa
     assert len(json.loads(path.read_text())["rows"]) == 2 and list(tmp_path.iterdir()) == [path]
     pruned.clear()
     resumed = compare(model, wanted, CALIBRATION, TEXTS, path)
-    assert [c.method for c in pruned] == ["flap", "flap"] and resumed.found == 2
+    assert [c["method"] for c in pruned] == ["flap", "flap"] and resumed.found == 2
     assert list(map(plain, resumed.rows)) == list(map(plain, whole.rows)) and resumed.dense == whole.dense
     assert json.loads(path.read_text()) == resumed.to_json()
     pruned.clear()
@@ -147,7 +151,7 @@ def test_killed_after_two_rows_it_goes_on(tiny: Callable[..., Any], tmp_path: Pa
 
 
 def test_only_the_same_measurement_is_skipped(
-    tiny: Callable[..., Any], tmp_path: Path, pruned: list[PruneConfig], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Any], tmp_path: Path, pruned: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, path = tiny("llama"), tmp_path / "c.json"
     compare(model, rows("wanda"), CALIBRATION, TEXTS, path)
@@ -160,7 +164,7 @@ def test_only_the_same_measurement_is_skipped(
 
 
 def test_a_failing_setting_is_a_row_and_is_tried_again(
-    tiny: Callable[..., Any], tmp_path: Path, pruned: list[PruneConfig]
+    tiny: Callable[..., Any], tmp_path: Path, pruned: list[dict[str, Any]]
 ) -> None:
     """Biases that the format of the family does not have, and options that break a rule."""
     model, path = tiny("gemma"), tmp_path / "c.json"
@@ -173,7 +177,7 @@ def test_a_failing_setting_is_a_row_and_is_tried_again(
     assert good["kept"] == 0.5 and [line.label for line in comparison_lines(found.to_json(), "a")] == [good["label"]]
     pruned.clear()
     assert compare(model, wanted, CALIBRATION, TEXTS, path).found == 1
-    assert [c.compensate for c in pruned] == ["bias"]
+    assert [c["repair"] for c in pruned] == ["bias"]
 
 
 def test_a_perplexity_that_is_no_number_is_an_error(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +306,7 @@ def text(tmp_path: Path) -> Path:
 
 
 SMALL = ("--tokens", 256, "--evaluation-tokens", 128, "--window", 64, "--keep", "0.7,0.5", "--multiple", 8)
-GRID = ("--preset", "grid", "--criteria", "wanda,random", "--compensate", "none", "--allocation", "uniform")
+GRID = ("--preset", "grid", "--criteria", "wanda,random", "--repair", "none", "--allocation", "uniform")
 
 
 def test_the_verb(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -324,7 +328,7 @@ def test_wrong_use_of_the_verb(tiny_checkpoint: Path, text: Path, tmp_path: Path
     for options, message in (
         (("--preset", "publish"), "preset must be one of published, ours, grid; got 'publish'"),
         (("--criteria", "wander"), "nearest: wanda"),
-        (("--compensate", "none,none"), "compensate must be names that differ"),
+        (("--repair", "none,none"), "repair must be names that differ"),
         (("--allocation", "even"), "allocation must be one of"),
         (("--keep", "half"), "keep must be numbers"),
         (("--keep", "1.2"), "keep must be shares"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyprune import InputError, PruneConfig, prune
+from pyprune import InputError, prune
 from pyprune.evaluation import likeness
 from pyprune.evaluation.analysis import generation_drift
 from pyprune.evaluation.analysis.deviation import probability_deviation
@@ -27,7 +27,7 @@ def prompts() -> list[Tensor]:
 
 def pruned_of(model: Any, keep: float = 0.7) -> Any:
     pruned = copy.deepcopy(model)
-    prune(pruned, PruneConfig(keep=keep, method="random", compensate="none", multiple=1))
+    prune(pruned, keep=keep, method="random", allocation="uniform:multiple=1", repair=None)
     return pruned
 
 

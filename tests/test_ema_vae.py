@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,8 +14,10 @@ import pytest
 import torch
 import typer
 
-from pyprune import InputError, find_ffns
+from pyprune import InputError
+from pyprune.model.families import find_ffns
 from pyprune.training import TrainingPruner, train
+from pyprune.training.methods import Smoothed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LENGTH, LATENT, WIDTH = 8, 4, 24
@@ -214,17 +217,17 @@ def test_ways_differ_in_one_thing_from_the_average(example):
         average, last, once = (
             configs[f"{score}: {kind}"] for kind in ("EMA, gradual", "last batch, gradual", "EMA, one shot")
         )
-        assert (average.criterion, average.beta, average.warmup) == (criterion, 0.9, 10)
-        assert {**average.to_json(), "beta": 0.0} == last.to_json()
+        assert (average.method, average.warmup) == (Smoothed(criterion, beta=0.9), 10)
+        assert replace(average, method=Smoothed(criterion, beta=0.0)) == last
         assert {**average.to_json(), "warmup": 99} == once.to_json()
         assert [once.schedule(t) for t in (0, 99, 100)] == [1.0, 1.0, 0.25]
-    assert configs["random"].criterion == "random"
+    assert configs["random"].method.criterion == "random"
 
 
 def test_the_optimizer_goes_on_with_what_is_left(example, strings):
     model, pruner, old = pruned(example, example.pruning.WAYS[0])
-    before = dict(model.named_parameters())
-    moments = {name: copy.deepcopy(old.state[p]) for name, p in before.items() if p in old.state}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = {name: copy.deepcopy(old.state[p]) for name, p in model.named_parameters() if p in old.state}
     mask, new = example.pruning.cut(model, pruner, old)
     kept = {i: keep.neurons.long() for i, keep in enumerate(mask.layers)}
     after = dict(model.named_parameters())

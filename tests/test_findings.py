@@ -111,3 +111,8 @@ def test_a_whole_run(bench: ModuleType, tiny_checkpoint: Path, tmp_path: Path, m
     (tmp_path / "docs" / "findings.md").unlink()
     bench.main(**{**small, "show": True}, minutes=9, name="findings")
     assert (tmp_path / "docs" / "findings.md").read_text() == written
+
+
+def test_the_document_is_that_of_the_committed_result(text: ModuleType) -> None:
+    facts = json.loads((BENCH / "results" / "findings.json").read_text(encoding="utf-8"))
+    assert (BENCH.parent / "docs" / "findings.md").read_text(encoding="utf-8") == text.document(facts)

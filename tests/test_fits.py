@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyprune import InputError, PruneConfig, UnsupportedModelError, find_ffns, prune
+from pyprune import InputError, UnsupportedModelError, prune
 from pyprune.base.statistics import ActivationStats
+from pyprune.model.families import find_ffns
 from pyprune.pruning.calibration import LayerStream
 from pyprune.pruning.repair.least_squares import DAMPINGS, least_squares
 from pyprune.pruning.repair.refit import refit
 
-SMALL = {"multiple": 8, "keep": 0.5}
+SMALL = {"keep": 0.5, "allocation": "uniform:multiple=8"}
 
 
 @pytest.fixture
@@ -63,9 +64,11 @@ def test_damping_is_chosen_by_the_windows_that_the_fit_has_not_seen():
 
 
 def test_chosen_damping_is_reported(tiny, text):
-    report = prune(tiny("llama"), PruneConfig(damping=None, **SMALL), text)
+    report = prune(tiny("llama"), repair="least-squares:damping=auto", **SMALL, text=text)
     assert {r.damping for r in report.layers} <= set(DAMPINGS)
-    assert {r.damping for r in prune(tiny("llama"), PruneConfig(damping=0.05, **SMALL), text).layers} == {0.05}
+    assert {
+        r.damping for r in prune(tiny("llama"), repair="least-squares:damping=0.05", **SMALL, text=text).layers
+    } == {0.05}
     assert report.to_json()["layers"][0]["damping"] in DAMPINGS
 
 
@@ -75,7 +78,7 @@ def test_target_draws_the_stream_back_to_the_dense_one(family_name, tiny, text):
     left = {}
     for target in (0.0, 1.0):
         model = tiny(family_name).double()
-        prune(model, PruneConfig(target=target, damping=1e-6, method="random", **SMALL), text)
+        prune(model, method="random", repair=f"least-squares:damping=1e-6,target={target}", **SMALL, text=text)
         # The last entry has gone through the final norm; the one before it is what the last layer but one gives.
         left[target] = float((hidden_states(model, text)[-2] - dense[-2]).square().sum())
     assert left[1.0] < left[0.0]
@@ -106,7 +109,7 @@ def test_target_is_refused_where_something_stands_behind_the_ffn(tiny, text):
     model = tiny("gemma2")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UnsupportedModelError, match="target above 0 needs FFNs whose output is added"):
-        prune(model, PruneConfig(target=0.5, **SMALL), text)
+        prune(model, repair="least-squares:target=0.5", **SMALL, text=text)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
@@ -119,38 +122,38 @@ def test_refit_lowers_the_error_that_least_squares_left(family_name, tiny, text)
     x = torch.randn(8192, 32, generator=generator)
     fitted = refit(ffn, keep, ffn.weights().down[keep].detach(), x, None)
     start = refit(ffn, keep, ffn.weights().down[keep].detach(), x[:4], None)  # no whole step fits: nothing moves
-    assert fitted.error < 0.8 * start.error
+    assert fitted.error_refit < 0.8 * start.error_refit
     assert [part.shape for part in fitted.inputs] == [(40, 32)] * (len(ffn.weights().parts) - 1)
     # The dense rows are its own fixed point.
     whole = refit(ffn, torch.arange(96), ffn.weights().down.detach(), x, None)
-    assert whole.error < 1e-9
+    assert whole.error_refit < 1e-9
 
 
 @pytest.mark.parametrize("family_name", ["gpt2", "llama", "phi3", "opt"])
 def test_refit_prunes_and_is_no_worse_than_least_squares(family_name, tiny, text):
     errors = {}
-    for compensate in ("least-squares", "refit"):
+    for repair in ("least-squares", "refit"):
         model = tiny(family_name)
         dense = hidden_states(model, text)
-        report = prune(model, PruneConfig(compensate=compensate, method="obs", **SMALL), text)
-        errors[compensate] = float((hidden_states(model, text)[1] - dense[1]).square().sum())
+        report = prune(model, method="obs", repair=repair, **SMALL, text=text)
+        errors[repair] = float((hidden_states(model, text)[1] - dense[1]).square().sum())
     assert all(r.error_refit is not None for r in report.layers)
     assert errors["refit"] <= errors["least-squares"] * 1.2
     again = tiny(family_name)
-    prune(again, PruneConfig(compensate="refit", method="obs", **SMALL), text)
+    prune(again, method="obs", repair="refit", **SMALL, text=text)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 def test_text_too_short_says_how_much_is_needed(tiny):
     ids = torch.randint(3, 128, (2, 16))
-    for damping, needed in ((1e-2, 48), (None, 64)):
+    for damping, needed in ((1e-2, 48), ("auto", 64)):
         model = tiny("llama")
         before = copy.deepcopy(model.state_dict())
-        match = f"batches must hold at least {needed} tokens to fit 48 neurons a layer .*; got '32 tokens'"
+        match = f"text must hold at least {needed} tokens to fit 48 neurons a layer .*; got '32 tokens'"
         with pytest.raises(InputError, match=match):
-            prune(model, PruneConfig(damping=damping, **SMALL), ids)
+            prune(model, repair=f"least-squares:damping={damping}", **SMALL, text=ids)
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    prune(tiny("llama"), PruneConfig(compensate="none", **SMALL), ids)
+    prune(tiny("llama"), repair=None, **SMALL, text=ids)
 
 
 def test_dead_neurons_are_counted_and_survived(tiny, text):
@@ -161,7 +164,7 @@ def test_dead_neurons_are_counted_and_survived(tiny, text):
     for method in ("wanda", "obs", "wanda-unique", "taylor-element"):
         pruned = copy.deepcopy(model)
         with pytest.warns(UserWarning, match="65 of 288 neurons, in 2 layers, were never active"):
-            report = prune(pruned, PruneConfig(method=method, **SMALL), text)
+            report = prune(pruned, method=method, **SMALL, text=text)
         assert [r.dead for r in report.layers] == [5, 0, 60]
         assert math.isfinite(float(pruned(text).logits.abs().sum()))
 
@@ -169,14 +172,14 @@ def test_dead_neurons_are_counted_and_survived(tiny, text):
 def test_no_warning_without_dead_neurons(tiny, text):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        prune(tiny("llama"), PruneConfig(**SMALL), text)
+        prune(tiny("llama"), **SMALL, text=text)
 
 
 def test_dense_statistics_where_nothing_is_sequential(tiny, text):
     """Published FLAP: the last layer's bias is the mean over the dense stream, whatever earlier layers lost."""
     model = tiny("llama", mlp_bias=True)
     dense = copy.deepcopy(model)
-    report = prune(model, PruneConfig(method="flap", compensate="bias", sequential=False, **SMALL), text)
+    report = prune(model, method="flap", repair="bias", sequential=False, **SMALL, text=text)
     rows = []
     down = find_ffns(dense)[2].down
     handle = down.register_forward_pre_hook(lambda m, args: rows.append(args[0].reshape(-1, 96).detach()))
@@ -190,20 +193,20 @@ def test_dense_statistics_where_nothing_is_sequential(tiny, text):
 @pytest.mark.parametrize("allocation", ["uniform", "global", "sensitivity"])
 @pytest.mark.parametrize("method", ["obs", "taylor-element2", "fisher", "wanda-unique"])
 def test_every_kind_of_criterion_goes_with_every_allocation(method, allocation, tiny, text):
-    report = prune(tiny("llama"), PruneConfig(method=method, allocation=allocation, **SMALL), text)
+    report = prune(tiny("llama"), keep=0.5, method=method, allocation=f"{allocation}:multiple=8", text=text)
     assert sum(report.mask.widths) == pytest.approx(144, abs=8)
 
 
 def test_gradients_are_of_the_dense_model(tiny, text):
     """Layer 2 is scored after two layers were cut; its scores must not know."""
     model = tiny("llama")
-    sequential = prune(copy.deepcopy(model), PruneConfig(method="taylor-element", compensate="none", **SMALL), text)
-    config = PruneConfig(method="taylor-element", compensate="none", sequential=False, **SMALL)
-    assert sequential.mask == prune(copy.deepcopy(model), config, text).mask
+    sequential = prune(copy.deepcopy(model), method="taylor-element", repair=None, **SMALL, text=text)
+    config = {"method": "taylor-element", "repair": None, "sequential": False, **SMALL}
+    assert sequential.mask == prune(copy.deepcopy(model), **config, text=text).mask
 
 
 def test_protected_layers_stay_whole(tiny, text):
-    report = prune(tiny("llama"), PruneConfig(protect=(1, 0), keep=0.75, multiple=1), text)
+    report = prune(tiny("llama"), keep=0.75, allocation="uniform:multiple=1,protect=1,0", text=text)
     assert report.mask.widths == (96, 60, 60)
 
 
@@ -214,8 +217,8 @@ def test_latency_keeps_its_promise_on_the_table(tiny, text, monkeypatch):
     alone = tuple(width / 8 for width in widths)
     table = latency.LatencyTable({}, latency.Workload(), 32, (96,) * 3, widths, alone, {}, {}, 60.0, 70.0)
     monkeypatch.setattr(latency, "measure", lambda model, widths, workload, progress: table)
-    config = PruneConfig(allocation="latency", target_speedup=1.25, multiple=8, compensate="least-squares")
-    report = prune(tiny("llama"), config, text)
+    config = {"allocation": "latency:multiple=8,target_speedup=1.25", "repair": "least-squares"}
+    report = prune(tiny("llama"), **config, text=text)
     assert report.promise == pytest.approx(table.speedup(report.mask.widths))
     assert 1.25 <= report.promise < 1.3
     assert report.to_json()["promise"] == report.promise
@@ -226,28 +229,8 @@ def test_latency_keeps_its_promise_on_the_table(tiny, text, monkeypatch):
     model = tiny("llama")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(InputError, match=r"target_speedup must be at most 2\.22.*; got 3"):
-        prune(model, PruneConfig(allocation="latency", target_speedup=3, multiple=8), text)
+        prune(model, allocation="latency:multiple=8,target_speedup=3", text=text)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize(("structure", "kept"), [("ffn", [0, 1, 2]), ("layer", [0, 1])])
-def test_whole_blocks_by_the_same_verb(structure, kept, tiny, text, tmp_path):
-    model = tiny("llama")
-    report = prune(model, PruneConfig(structure=structure, keep=0.67, compensate="none"), text)
-    assert len(report.blocks.kept) == 2
-    assert report.parameters_after < report.parameters_before
-    facts = model.config.pyprune["provenance"]
-    assert facts["blocks"]["removed"] == report.blocks.removed
-    assert facts["config"] == {
-        "keep": 0.67,
-        "structure": structure,
-        "iterative": False,
-        "compensate": "none",
-        "seed": 0,
-    }
-    assert len(model.model.layers) == len(kept)
-    with pytest.raises(InputError, match=r"compensate must be .* with structure"):
-        PruneConfig(structure=structure)
 
 
 def test_hidden_states_that_are_not_finite_are_named(tiny, text):
@@ -255,4 +238,4 @@ def test_hidden_states_that_are_not_finite_are_named(tiny, text):
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight[:] = 60_000
     with pytest.raises(InputError, match="what enters layer 2 must be finite; got 'NaN or infinity'"):
-        prune(model, PruneConfig(**SMALL), text)
+        prune(model, **SMALL, text=text)

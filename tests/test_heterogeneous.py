@@ -13,10 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from pyprune import PruneConfig, find_ffns, prune
+from pyprune import prune
 from pyprune.model import checkpoint, families, heterogeneous, surgery
+from pyprune.model.families import find_ffns
 
-BARE = PruneConfig(compensate="none")
+BARE = {"repair": None}
 WIDTHS = (40, 24, 96)
 ABROAD = ("gpt2", "opt", "falcon", "phi3", "llama", "gemma3_text", "lfm2")
 
@@ -64,7 +65,7 @@ def run(code, arguments, cache):
 
 def save(tiny, random_mask, folder, name, widths, ids):
     model = tiny(name)
-    prune(model, BARE, mask=random_mask(model, widths))
+    prune(model, **BARE, mask=random_mask(model, widths))
     checkpoint.save(model, folder)
     save_file({"ids": ids, "logits": model(ids).logits.detach()}, f"{folder}.expected")
     return folder
@@ -103,7 +104,7 @@ def test_both_ways_in_one_process(name, tiny, random_mask, ids, tmp_path, monkey
 @pytest.fixture
 def config(tiny, random_mask):
     model = tiny("llama")
-    prune(model, BARE, mask=random_mask(model, WIDTHS))
+    prune(model, **BARE, mask=random_mask(model, WIDTHS))
     return model.config
 
 
@@ -118,7 +119,7 @@ def test_config_is_the_same_after_a_model_was_built_from_it(config):
 def test_other_code_reads_the_widest_width(tiny, random_mask, ids, tmp_path):
     """As Trainer, PEFT and lm-eval read configs: by name, with a default, all of them, as copies, compared."""
     dense, model = tiny("llama"), tiny("llama")
-    prune(model, BARE, mask=random_mask(model, (64, 24, 80)))
+    prune(model, **BARE, mask=random_mask(model, (64, 24, 80)))
     checkpoint.save(model, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     alone = AutoConfig.from_pretrained(tmp_path / "out")

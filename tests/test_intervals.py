@@ -17,6 +17,12 @@ def test_pairs_are_drawn_together() -> None:
     assert shifted == pytest.approx((0.25, 0.25))
     low, high = paired_bootstrap(a, 1 - a)
     assert low < -0.15 < 0.15 < high
+    # The same two means, 0.6 and 0.5: narrow where the two agree on most items, wide where they do not.
+    dense = torch.tensor([1.0] * 60 + [0.0] * 40)
+    low, high = paired_bootstrap(dense, torch.tensor([1.0] * 50 + [0.0] * 50))
+    assert 0.03 < low < 0.1 < high < 0.18
+    low, high = paired_bootstrap(dense, torch.tensor([0.0] * 40 + [1.0] * 50 + [0.0] * 10))
+    assert low < -0.05 < 0.2 < high
 
 
 def test_a_statistic_of_means() -> None:

@@ -13,8 +13,9 @@ import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyprune import InputError, accelerate, find_ffns
+from pyprune import InputError, accelerate
 from pyprune.ffn.mlp import PrunedMLP
+from pyprune.model.families import find_ffns
 from pyprune.pruning.allocation.by_latency import choose_widths
 from pyprune.pruning.sensitivity import SensitivityCurves
 from pyprune.speed import latency

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyprune import CheckpointError, InputError, PruneConfig, prune
+from pyprune import CheckpointError, InputError, prune
 from pyprune.model import checkpoint, loading
 
 
@@ -26,7 +26,7 @@ def test_auto_keeps_the_checkpoints_dtype(tiny, tmp_path):
 @pytest.mark.parametrize("widths", [(40, 40, 40), (40, 24, 96)])
 def test_pruned_folder(widths, tiny, random_mask, ids, tmp_path):
     model = tiny("gpt2")
-    prune(model, PruneConfig(compensate="none"), mask=random_mask(model, widths))
+    prune(model, repair=None, mask=random_mask(model, widths))
     checkpoint.save(model, tmp_path / "out")
     assert torch.equal(loading.load_model(str(tmp_path / "out"))(ids).logits, model(ids).logits)
 

@@ -10,11 +10,12 @@ from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, find_ffns
+from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError
 from pyprune.base.record import Record
 from pyprune.ffn.mlp import pack
 from pyprune.ffn.quantisation import WEIGHTS, quantise, widened
 from pyprune.model import patterns
+from pyprune.model.families import find_ffns
 from pyprune.model.patterns import FFNWeights
 
 KEEP = KeepIndex([0, 3, 4, 40, 77, 95], 96)

@@ -243,3 +243,16 @@ def test_what_is_no_library_is_told_in_one_line(named: Path) -> None:
 def test_a_corrupt_record_is_as_none(named: Path, text: str) -> None:
     named.with_name("native.json").write_text(text)
     assert (native.load() or "").startswith("PYPRUNE_CPU_LIBRARY must name")
+
+
+@needs_build
+def test_a_library_of_other_operators_is_not_loaded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels would take for operands what are none, and torch does not check."""
+    assert building.INTERFACE == native._INTERFACE
+    build(root)
+    monkeypatch.setattr(native, "_PACKAGE", root / "pyprune")
+    monkeypatch.delenv("PYPRUNE_CPU_LIBRARY", raising=False)
+    monkeypatch.setattr(native, "_INTERFACE", building.INTERFACE + 1)
+    native.load.cache_clear()
+    assert "built for other operators: run `make native`" in (native.load() or "")
+    native.load.cache_clear()

@@ -11,25 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pyprune import (
-    CheckpointError,
-    InputError,
-    KeepIndex,
-    Mask,
-    PruneConfig,
-    PrunedMLP,
-    accelerate,
-    find_ffns,
-    prune,
-    set_width,
-    warmup,
-)
+from pyprune import CheckpointError, InputError, KeepIndex, Mask, PrunedMLP, accelerate, prune, set_width
 from pyprune.base import clock
+from pyprune.ffn.warming import warmup
 from pyprune.model import checkpoint, families, surgery
+from pyprune.model.families import find_ffns
 from pyprune.pruning.nested import FILE, attach, compensate, load, narrowed, prune_nested, sort_neurons
 from pyprune.speed import timing
 
-BARE = PruneConfig(method="magnitude-l2-both", compensate="none")
+BARE = {"method": "magnitude-l2-both", "repair": None}
 # What the checkpoint and `set_width` are told; 96 neurons a layer give 48 and 67.
 SHARES = (0.5, 0.7)
 
@@ -62,7 +52,7 @@ def made(tmp_path_factory):
 
     dense = make_model("llama")
     model = copy.deepcopy(dense)
-    report = prune_nested(model, PruneConfig(), tokens(), SHARES)
+    report = prune_nested(model, SHARES, text=tokens())
     return dense, model, checkpoint.save(model, tmp_path_factory.mktemp("nested") / "out"), report
 
 
@@ -300,7 +290,7 @@ def test_prune_nested_sorts_by_the_criterion(made, ids):
     assert (report.shares, report.widths) == ([0.5, 0.7], [[48] * 3, [67] * 3])
     assert (model(ids).logits - dense(ids).logits).abs().max() < 1e-4
     # Wanda keeps the first 48 of the sorted model in the first layer, where its input is the same.
-    mask = prune(copy.deepcopy(dense), PruneConfig(keep=0.5, multiple=1), tokens()).mask
+    mask = prune(copy.deepcopy(dense), keep=0.5, allocation="uniform:multiple=1", text=tokens()).mask
     first, order = find_ffns(dense)[0].weights().up, mask.layers[0].neurons.long()
     kept = find_ffns(model)[0].weights().up[:48]
     assert {tuple(r) for r in kept.tolist()} == {tuple(r) for r in first[order].tolist()}
@@ -315,12 +305,12 @@ def test_prune_nested_sorts_by_the_criterion(made, ids):
 
 @pytest.mark.parametrize("name", ["opt", "phi3"])
 @torch.no_grad()
-def test_rows_are_those_of_pruning_to_that_width(name, tiny, ids):
+def test_rows_are_those_of_pruning_to_that_width(name, tiny, ids, same_logits):
     """Sequentially fitted: the same as pruning the sorted model to the prefix, layer by layer."""
     model = tiny(name)
-    config = PruneConfig(method="magnitude-l2-both")
+    config = {"method": "magnitude-l2-both"}
     with pytest.warns(match=r"of 288 neurons, in \d layers, were never active") if name == "opt" else nullcontext():
-        prune_nested(model, config, tokens(), (0.5, [30, 96, 67]))
+        prune_nested(model, (0.5, [30, 96, 67]), **config, text=tokens())
     sorted_model = copy.deepcopy(model)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     accelerate(model)
@@ -328,9 +318,9 @@ def test_rows_are_those_of_pruning_to_that_width(name, tiny, ids):
         counts = set_width(model, width)
         cut = copy.deepcopy(sorted_model)
         mask = Mask(tuple(prefix(c) for c in counts), families.fingerprint(cut, find_ffns(cut)))
-        prune(cut, config, tokens(), mask=mask)
+        prune(cut, **config, text=tokens(), mask=mask)
         assert getattr(cut, "pyprune_nested", None) is None and "nested" not in cut.config.pyprune
-        torch.testing.assert_close(model(ids).logits, accelerate(cut)(ids).logits)
+        same_logits(model(ids).logits, accelerate(cut)(ids).logits)
         assert [m.plain_down is not None for m in pruned_mlps(model)] == [True] * 3
     set_width(model, 1.0)
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
@@ -392,8 +382,8 @@ def test_widths_by_layer(made):
 def test_widths_that_differ_by_score(tiny, ids, tmp_path):
     model = tiny("llama")
     find_ffns(model)[0].weights().up[:20] *= 9  # beside these the others of the layer are nothing
-    config = PruneConfig(method="magnitude-l2-both", allocation="global", multiple=8, floor=0.1)
-    report = prune_nested(model, config, tokens(), (0.5,))
+    config = {"method": "magnitude-l2-both", "allocation": "global:multiple=8,floor=0.1"}
+    report = prune_nested(model, (0.5,), **config, text=tokens())
     (widths,) = report.widths
     assert len(set(widths)) > 1 and all(w % 8 == 0 for w in widths) and abs(sum(widths) - 144) <= 4
     checkpoint.save(model, tmp_path / "out")
@@ -404,7 +394,7 @@ def test_widths_that_differ_by_score(tiny, ids, tmp_path):
 
 def test_without_compensation(tiny, tmp_path):
     model = tiny("llama")
-    report = prune_nested(model, BARE, shares=SHARES)
+    report = prune_nested(model, **BARE, shares=SHARES)
     assert report.errors == [] and report.tokens == 0
     folder = checkpoint.save(model, tmp_path / "out")
     assert not (folder / FILE).exists()
@@ -459,7 +449,7 @@ def test_unsorted_gather_and_unattached_models_are_refused(made, tiny, random_ma
 
 def test_another_cut_forgets_the_widths(made, random_mask, tmp_path):
     model = attach(AutoModelForCausalLM.from_pretrained(made[2]), made[2])
-    prune(model, BARE, mask=random_mask(model, (40, 40, 40)))
+    prune(model, **BARE, mask=random_mask(model, (40, 40, 40)))
     assert "nested" not in model.config.pyprune
     folder = checkpoint.save(model, tmp_path / "out")
     assert not (folder / FILE).exists()
@@ -480,29 +470,25 @@ def test_bad_settings_are_refused(tiny):
     model = tiny("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for config, batches, shares, message in (
-        (PruneConfig(), None, SHARES, "batches must be given"),
+        ({}, None, SHARES, "text must be given"),
         (
-            PruneConfig(),
+            {},
             tokens(2),
             SHARES,
-            r"batches must hold at least 67 tokens to fit 67 neurons a layer .*; got '32 tokens'",
+            r"text must hold at least 67 tokens to fit 67 neurons a layer .*; got '32 tokens'",
         ),
-        (PruneConfig(compensate="bias"), tokens(), SHARES, "compensate must be none or least-squares"),
-        (
-            PruneConfig(structure="ffn", compensate="none"),
-            tokens(),
-            SHARES,
-            "structure must be 'neurons' with nested widths",
-        ),
+        ({"repair": "bias"}, tokens(), SHARES, "repair must be none or least-squares"),
+        ({"allocation": "latency:target_speedup=2"}, tokens(), SHARES, "allocation must spread a share .* 'latency'"),
+        ({"allocation": "global:protect=1,0"}, tokens(), SHARES, r"protect must be \(0, 0\) with nested widths"),
         (BARE, None, (), "shares must hold at least one share"),
         (BARE, None, (0.5, 0.5), "shares must hold each share once; got 0.5"),
         (BARE, None, (1.5,), r"shares must lie in \(0, 1\]; got 1.5"),
         (BARE, None, ([4, 5],), "shares must hold one width for each of 3 layers; got 2"),
     ):
         with pytest.raises(InputError, match=message):
-            prune_nested(model, config, batches, shares)
+            prune_nested(model, shares, **config, text=batches)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    with pytest.raises(InputError, match=r"batches must lie in \[0, 128\)"):
+    with pytest.raises(InputError, match=r"text must lie in \[0, 128\)"):
         compensate(model, tokens() + 100)
 
 
@@ -580,8 +566,8 @@ def test_wrong_entries_are_refused(changes, message, copied):
 
 def test_widths_by_sensitivity_differ_by_layer_and_fit_the_share(tiny):
     model = tiny("llama")
-    config = PruneConfig(allocation="sensitivity", multiple=8)
-    report = prune_nested(model, config, tokens(), (0.75, 0.5))
+    config = {"allocation": "sensitivity:multiple=8"}
+    report = prune_nested(model, (0.75, 0.5), **config, text=tokens())
     for share, widths in zip(report.shares, report.widths, strict=True):
         assert sum(widths) == pytest.approx(share * 288, abs=8)
     assert len(set(report.widths[1])) > 1

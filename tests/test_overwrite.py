@@ -5,16 +5,16 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pyprune import InputError, PruneConfig, prune, training
+from pyprune import InputError, prune, training
 from pyprune.model import checkpoint
 
-BARE = PruneConfig(method="magnitude-l2-product", compensate="none", multiple=8, keep=0.5)
+BARE = {"keep": 0.5, "method": "magnitude-l2-product", "allocation": "uniform:multiple=8", "repair": None}
 
 
 @pytest.fixture
 def pruned(tiny):
     model = tiny("llama")
-    prune(model, BARE)
+    prune(model, **BARE)
     return model
 
 

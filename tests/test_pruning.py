@@ -9,12 +9,13 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pyprune import InputError, PruneConfig, UnsupportedModelError, find_ffns, prune
+from pyprune import InputError, UnsupportedModelError, prune
 from pyprune.model import checkpoint
+from pyprune.model.families import find_ffns
 from pyprune.pruning import importance
 
 NAN, INF = float("nan"), float("inf")
-SMALL = {"multiple": 8, "keep": 0.5}
+SMALL = {"keep": 0.5, "allocation": "uniform:multiple=8"}
 
 
 def state_of(model):
@@ -43,9 +44,9 @@ def entering_down(model, layer, ids):
 @pytest.mark.parametrize("method", importance.names())
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_every_method_prunes_and_is_deterministic(method, allocation, tiny, ids):
-    config = PruneConfig(method=method, allocation=allocation, seed=4, **SMALL)
+    config = {"keep": 0.5, "method": method, "allocation": f"{allocation}:multiple=8", "seed": 4}
     models = [tiny("llama") for _ in range(2)]
-    first, second = (prune(m, config, ids) for m in models)
+    first, second = (prune(m, **config, text=ids) for m in models)
     assert first.mask == second.mask
     assert torch.equal(models[0](ids).logits, models[1](ids).logits)
     assert sum(first.mask.widths) == pytest.approx(144, abs=8)
@@ -56,13 +57,13 @@ def test_every_method_prunes_and_is_deterministic(method, allocation, tiny, ids)
 
 def test_seed_changes_random_only(tiny, ids):
     for method, same in (("random", False), ("wanda", True)):
-        masks = [prune(tiny("llama"), PruneConfig(method=method, seed=s, **SMALL), ids).mask for s in (0, 1)]
+        masks = [prune(tiny("llama"), method=method, seed=s, **SMALL, text=ids).mask for s in (0, 1)]
         assert (masks[0] == masks[1]) is same
     assert len(set(masks[0].layers)) == 3
 
 
 def test_layers_draw_different_random_neurons(tiny):
-    mask = prune(tiny("llama"), PruneConfig(method="random", compensate="none", **SMALL)).mask
+    mask = prune(tiny("llama"), method="random", repair=None, **SMALL).mask
     assert len(set(mask.layers)) == 3
 
 
@@ -70,7 +71,7 @@ def test_layers_draw_different_random_neurons(tiny):
 def test_scores_choose_the_neurons(family_name, tiny, ids):
     model = tiny(family_name)
     dense = copy.deepcopy(model)
-    report = prune(model, PruneConfig(method="wanda", compensate="none", **SMALL), ids)
+    report = prune(model, method="wanda", repair=None, **SMALL, text=ids)
     a = entering_down(dense, 0, ids)
     down = find_ffns(dense)[0].weights().down.double()
     best = (down.abs().sum(1) * a.norm(dim=0)).argsort(descending=True)[:48]
@@ -80,7 +81,7 @@ def test_scores_choose_the_neurons(family_name, tiny, ids):
 @pytest.mark.parametrize("family_name", ["gpt2", "llama", "opt", "phi3"])
 def test_least_squares_is_sequential_and_exact(family_name, tiny, ids):
     model = tiny(family_name).double()
-    report = prune(model, PruneConfig(method="magnitude-l2-both", damping=1e-3, **SMALL), ids)
+    report = prune(model, method="magnitude-l2-both", repair="least-squares:damping=0.001", **SMALL, text=ids)
     # Layer by layer: the layers before are pruned already, this one and those after are dense.
     stepped = tiny(family_name).double()
     for layer, (keep, line) in enumerate(zip(report.mask.layers, report.layers, strict=True)):
@@ -92,8 +93,10 @@ def test_least_squares_is_sequential_and_exact(family_name, tiny, ids):
         target = torch.cat([a @ v / len(a) ** 0.5, ridge.sqrt() * v[kept]])
         want = torch.linalg.lstsq(top, target).solution
         got = find_ffns(model)[layer].weights().down
-        # The stream forms its products in float32.
-        assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        # The stream adds up its products over the tokens in float32, and the ridge lets the fit enlarge that error by
+        # at most the inverse of its share: 4e-3. In another order than layer by layer the rows differ by 0.2 and more.
+        off = len(a) * 2.0**-24 / 1e-3
+        assert_close(got, want, rtol=off, atol=off * float(want.abs().max()))
         dense = (a @ v).square().sum()
         for error, new in ((line.error_cut, v[kept]), (line.error_repaired, want)):
             assert error == pytest.approx(float((a @ v - a[:, kept] @ new).square().sum() / dense), rel=1e-3)
@@ -107,7 +110,7 @@ def test_least_squares_is_sequential_and_exact(family_name, tiny, ids):
 def test_bias_compensation(family_name, tiny, ids, tmp_path):
     model = tiny(family_name)
     dense = copy.deepcopy(model)
-    report = prune(model, PruneConfig(method="magnitude-l2-both", compensate="bias", **SMALL), ids)
+    report = prune(model, method="magnitude-l2-both", repair="bias", **SMALL, text=ids)
     removed = torch.ones(96, dtype=torch.bool)
     removed[report.mask.layers[0].neurons.long()] = False
     weights = find_ffns(dense)[0].weights()
@@ -125,8 +128,8 @@ def test_bias_compensation_where_the_format_has_none_is_refused_at_once(tiny, id
     model = tiny("qwen2")
     before = state_of(model)
     stages = []
-    with pytest.raises(UnsupportedModelError, match=r"Qwen2Config has no config key .* use compensate 'least-squares'"):
-        prune(model, PruneConfig(compensate="bias"), ids, progress=lambda *stage: stages.append(stage))
+    with pytest.raises(UnsupportedModelError, match=r"Qwen2Config has no config key .* use repair 'least-squares'"):
+        prune(model, repair="bias", text=ids, progress=lambda *stage: stages.append(stage))
     assert_untouched(model, before)
     assert stages == []
 
@@ -135,10 +138,10 @@ def test_compensation_helps(tiny, ids):
     dense = tiny("llama")
     want = dense(ids).logits
     errors = {}
-    for compensate in ("none", "least-squares"):
+    for repair in ("none", "least-squares"):
         model = copy.deepcopy(dense)
-        prune(model, PruneConfig(method="random", compensate=compensate, **SMALL), ids)
-        errors[compensate] = (model(ids).logits - want).norm().item()
+        prune(model, method="random", repair=repair, **SMALL, text=ids)
+        errors[repair] = (model(ids).logits - want).norm().item()
     assert errors["least-squares"] < 0.9 * errors["none"]
 
 
@@ -147,11 +150,7 @@ def test_report(tiny, ids):
     stages = []
     count = sum(p.numel() for p in model.parameters())
     report = prune(
-        model.to(torch.bfloat16),
-        PruneConfig(**SMALL),
-        ids,
-        progress=lambda *s: stages.append(s),
-        provenance={"text": "t"},
+        model.to(torch.bfloat16), **SMALL, text=ids, progress=lambda *s: stages.append(s), provenance={"text": "t"}
     )
     removed = 3 * 48 * 3 * 32
     assert (report.parameters_before, report.parameters_after) == (count, count - removed)
@@ -171,7 +170,7 @@ def test_report(tiny, ids):
 
 def test_provenance_says_only_what_had_a_say(tiny, ids, random_mask):
     model = tiny("llama")
-    facts = prune(model, PruneConfig(method="random", compensate="none", **SMALL)).mask.provenance
+    facts = prune(model, method="random", repair=None, **SMALL).mask.provenance
     assert facts["tokens"] == facts["window"] == 0
     assert facts["config"] == {
         "keep": 0.5,
@@ -184,7 +183,7 @@ def test_provenance_says_only_what_had_a_say(tiny, ids, random_mask):
     }
     model = tiny("llama")
     mask = random_mask(model, (8, 16, 24))
-    facts = prune(model, PruneConfig(), ids, mask=mask).mask.provenance
+    facts = prune(model, text=ids, mask=mask).mask.provenance
     assert facts["config"] == {
         "compensate": "least-squares",
         "damping": 0.01,
@@ -197,23 +196,23 @@ def test_provenance_says_only_what_had_a_say(tiny, ids, random_mask):
 def test_text_is_read_only_where_needed(tiny, ids):
     with pytest.raises(
         InputError,
-        match="batches must be given for method 'wanda', allocation 'uniform' and compensate 'none'; got None",
+        match="text must be given for method 'wanda', allocation 'uniform' and repair 'none'; got None",
     ):
-        prune(tiny("llama"), PruneConfig(compensate="none"))
+        prune(tiny("llama"), method="wanda", repair=None)
     with pytest.raises(
-        InputError, match="batches must be given for method 'random', allocation 'uniform' and compensate 'bias'"
+        InputError, match="text must be given for method 'random', allocation 'uniform' and repair 'bias'"
     ):
-        prune(tiny("gpt2"), PruneConfig(method="random", compensate="bias"))
-    assert prune(tiny("llama"), PruneConfig(method="random", compensate="none"), ids).tokens == 0
+        prune(tiny("gpt2"), method="random", repair="bias")
+    assert prune(tiny("llama"), method="random", repair=None, text=ids).tokens == 0
 
 
 REFUSED = [
-    ({"batches": None}, "batches must be given"),
-    ({"batches": []}, "batches must hold at least one window"),
-    ({"batches": [torch.zeros(4).long(), torch.zeros(5).long()]}, r"have windows of one length; got \[4, 5\]"),
-    ({"batches": torch.full((2, 8), 128)}, r"lie in \[0, 128\); got \(128, 128\)"),
-    ({"batches": torch.full((2, 8), -1)}, r"lie in \[0, 128\)"),
-    ({"batches": torch.zeros(1, 65).long()}, r"windows of at most 64 tokens \(max_position_embeddings\); got 65"),
+    ({"text": None}, "text must be given"),
+    ({"text": []}, "text must hold at least one window"),
+    ({"text": [torch.zeros(4).long(), torch.zeros(5).long()]}, r"have windows of one length; got \[4, 5\]"),
+    ({"text": torch.full((2, 8), 128)}, r"lie in \[0, 128\); got \(128, 128\)"),
+    ({"text": torch.full((2, 8), -1)}, r"lie in \[0, 128\)"),
+    ({"text": torch.zeros(1, 65).long()}, r"windows of at most 64 tokens \(max_position_embeddings\); got 65"),
     ({"provenance": {"file": object()}}, "provenance must hold JSON values only"),
 ]
 
@@ -224,7 +223,7 @@ def test_refusal_leaves_the_model_untouched(change, message, family_name, tiny, 
     model = tiny(family_name).train()
     before = state_of(model)
     with pytest.raises(InputError, match=message):
-        prune(model, PruneConfig(**SMALL), **{"batches": ids, **change})
+        prune(model, **SMALL, **{"text": ids, **change})
     assert_untouched(model, before)
     assert model.training
 
@@ -239,12 +238,12 @@ def test_foreign_mask_is_refused(tiny, ids, random_mask):
     ):
         mask = random_mask(other, [8] * other.config.num_hidden_layers)
         with pytest.raises(InputError, match=message):
-            prune(model, PruneConfig(), ids, mask=mask)
+            prune(model, text=ids, mask=mask)
     assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("config", [PruneConfig(**SMALL), PruneConfig(method="random", compensate="none", **SMALL)])
+@pytest.mark.parametrize("config", [SMALL, {"method": "random", "repair": None, **SMALL}])
 def test_weights_that_are_not_finite_are_refused_before_anything(bad, config, tiny, ids):
     model = tiny("llama")
     with torch.no_grad():
@@ -252,7 +251,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything(bad, config, ti
     with pytest.raises(
         InputError, match=r"model must have finite weights; got 'NaN or infinity in model\.layers\.2\.mlp"
     ):
-        prune(model, config, ids)
+        prune(model, **config, text=ids)
     assert [f.intermediate_size for f in find_ffns(model)] == [96] * 3
 
 
@@ -263,7 +262,7 @@ def test_activations_that_overflow_say_how_far_pruning_went(allocation, widths, 
         model.transformer.h[2].mlp.c_fc.weight[0, 11] = 60_000  # times a normalised value above 1.1: infinite
     match = r"activations of layer 2 must be finite; 1 of 96.*\[11\]"
     with pytest.raises(InputError, match=match) as caught:
-        prune(model, PruneConfig(allocation=allocation, **SMALL), ids)
+        prune(model, keep=0.5, allocation=f"{allocation}:multiple=8", text=ids)
     assert [f.intermediate_size for f in find_ffns(model)] == widths
     assert ("load the model again" in str(caught.value)) is (allocation == "uniform")
 
@@ -275,21 +274,21 @@ def test_scores_that_are_not_finite_are_refused(tiny, ids, monkeypatch):
         model = tiny("llama")
         before = state_of(model)
         with pytest.raises(InputError, match="scores of layer 0 must be finite; 96 of 96"):
-            prune(model, PruneConfig(method="bad", allocation=allocation), ids)
+            prune(model, method="bad", allocation=allocation, text=ids)
         assert_untouched(model, before)
 
 
 def test_model_without_decoder_layers_is_refused(ids):
-    with pytest.raises(UnsupportedModelError, match="Linear does not have a list of None decoder layers"):
-        prune(nn.Linear(2, 2), PruneConfig(), ids)
+    with pytest.raises(UnsupportedModelError, match="Linear is no model of Transformers"):
+        prune(nn.Linear(2, 2), text=ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("compensate", ["least-squares", "bias"])
-def test_half_precision_models(dtype, compensate, tiny, ids, more_ids, tmp_path):
+@pytest.mark.parametrize("repair", ["least-squares", "bias"])
+def test_half_precision_models(dtype, repair, tiny, ids, more_ids, tmp_path):
     tiny("llama", mlp_bias=True).save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
-    prune(model, PruneConfig(keep=0.75, multiple=8, compensate=compensate), more_ids)
+    prune(model, keep=0.75, allocation="uniform:multiple=8", repair=repair, text=more_ids)
     assert {p.dtype for p in model.parameters()} == {dtype}
     checkpoint.save(model, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -301,7 +300,7 @@ def test_dead_layer_can_be_pruned(tiny, ids):
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.gate_proj.weight.zero_()
-    report = prune(model, PruneConfig(method="magnitude-l2-fan-out", **SMALL), ids)
+    report = prune(model, method="magnitude-l2-fan-out", **SMALL, text=ids)
     assert (report.layers[1].error_cut, report.layers[1].error_repaired) == (0, 0)
     assert model(ids).logits.isfinite().all()
 
@@ -309,7 +308,7 @@ def test_dead_layer_can_be_pruned(tiny, ids):
 def test_keep_one_changes_nothing(tiny, ids):
     model = tiny("gpt2")
     want = model(ids).logits
-    report = prune(model, PruneConfig(keep=1.0), ids)
+    report = prune(model, keep=1.0, text=ids)
     assert report.mask.widths == (96, 96, 96)
     assert_close(model(ids).logits, want)
 
@@ -319,7 +318,7 @@ def test_modes_are_restored_and_gradients_still_flow(tiny, ids):
     model.transformer.h[1].eval()
     model.transformer.h[0].mlp.c_fc.requires_grad_(False)
     modes = {n: m.training for n, m in model.named_modules()}
-    prune(model, PruneConfig(**SMALL), ids)
+    prune(model, **SMALL, text=ids)
     assert {n: m.training for n, m in model.named_modules()} == modes
     assert not model.transformer.h[0].mlp.c_fc.weight.requires_grad
     model(ids, labels=ids).loss.backward()
@@ -329,14 +328,11 @@ def test_modes_are_restored_and_gradients_still_flow(tiny, ids):
 @pytest.mark.parametrize("first", ["uniform", "global"])
 def test_pruned_checkpoint_can_be_pruned_again(first, tiny, ids, more_ids, tmp_path):
     model = tiny("llama", seed=3)
-    mask = prune(model, PruneConfig(keep=0.75, multiple=8, allocation=first), more_ids, provenance={"round": 1}).mask
+    mask = prune(model, keep=0.75, allocation=f"{first}:multiple=8", text=more_ids, provenance={"round": 1}).mask
     checkpoint.save(model, tmp_path / "one")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     again = prune(
-        model,
-        PruneConfig(keep=0.5, multiple=4, allocation="global", method="random"),
-        more_ids,
-        provenance={"round": 2},
+        model, keep=0.5, method="random", allocation="global:multiple=4", text=more_ids, provenance={"round": 2}
     )
     assert [k.intermediate_size for k in again.mask.layers] == list(mask.widths)
     assert model.config.pyprune["provenance"]["round"] == 2
@@ -348,7 +344,7 @@ def test_pruned_checkpoint_can_be_pruned_again(first, tiny, ids, more_ids, tmp_p
 
 def test_mask_of_a_run_repeats_it(tiny, ids, tmp_path):
     model, twin = tiny("llama"), tiny("llama")
-    report = prune(model, PruneConfig(allocation="global", **SMALL), ids)
+    report = prune(model, keep=0.5, allocation="global:multiple=8", text=ids)
     report.mask.save(tmp_path / "mask")
-    prune(twin, PruneConfig(), ids, mask=type(report.mask).load(tmp_path / "mask"))
+    prune(twin, text=ids, mask=type(report.mask).load(tmp_path / "mask"))
     assert torch.equal(model(ids).logits, twin(ids).logits)

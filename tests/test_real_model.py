@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyprune import PruneConfig, prune
+from pyprune import prune
 from pyprune.base.text import load_text, token_windows
 from pyprune.cli import demo
 from pyprune.evaluation import perplexity
@@ -33,7 +33,7 @@ def windows(tokenizer: Any, part: str, tokens: int, window: int) -> Tensor:
 
 def pruned(dense: Any, compensate: str, batches: Tensor, keep: float = 0.7) -> tuple[Any, Any]:
     model = copy.deepcopy(dense)
-    return model, prune(model, PruneConfig(keep=keep, method="wanda", compensate=compensate), batches)
+    return model, prune(model, keep=keep, method="wanda", repair=compensate, text=batches)
 
 
 def test_prune_save_reload(dense: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_prune_save_reload(dense: Any, tokenizer: Any, tmp_path: Path) -> None:
     assert demo._reload(tmp_path / "x", model, held_out[:1])["difference"] == 0
     found = perplexity(model, held_out).perplexity
     blind = copy.deepcopy(dense)
-    prune(blind, PruneConfig(method="random", compensate="none"))
+    prune(blind, method="random", repair=None)
     assert 1 < found < perplexity(blind, held_out).perplexity / 2
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
 
-from pyprune import PruneConfig, UnsupportedModelError, find_ffns, prune
-from pyprune.model import checkpoint
+from pyprune import UnsupportedModelError, prune
+from pyprune.model import checkpoint, loading
+from pyprune.model.families import find_ffns
 
-BARE = {"method": "magnitude-l2-product", "compensate": "none", "multiple": 1}
+BARE = {"method": "magnitude-l2-product", "repair": None, "allocation": "uniform:multiple=1"}
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 96,
@@ -46,9 +47,9 @@ def refused(model, config, message, monkeypatch):
     """Before a layer is looked at, and with everything as it was."""
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = model.config.to_dict()
-    monkeypatch.setattr("pyprune.pruning.prune._plan", lambda *a: pytest.fail("too late"))
+    monkeypatch.setattr("pyprune.pruning.prune.Pruner", lambda *a: pytest.fail("too late"))
     with pytest.raises(UnsupportedModelError, match=message) as caught:
-        prune(model, config)
+        prune(model, **config)
     assert "\n" not in str(caught.value)
     assert model.config.to_dict() == before
     assert weights.keys() == model.state_dict().keys()
@@ -59,7 +60,7 @@ def test_a_width_that_is_half_of_what_the_config_says(monkeypatch):
     model = build(recurrent())
     assert [ffn.intermediate_size for ffn in find_ffns(model)] == [48] * 3
     message = r"RecurrentGemmaForCausalLM cannot be saved with a width of 34, so it is not pruned: .*config builds"
-    refused(model, PruneConfig(**BARE), message, monkeypatch)
+    refused(model, BARE, message, monkeypatch)
 
 
 @pytest.mark.parametrize("allocation", ["global", "sensitivity"])
@@ -67,15 +68,15 @@ def test_differing_widths_of_a_family_that_lists_them(allocation, ids, monkeypat
     model = build(gemma3n())
     message = r"Gemma3nForCausalLM cannot be saved with widths that differ by layer, so it is not pruned: "
     if allocation == "global":
-        refused(model, PruneConfig(**BARE, allocation=allocation), message, monkeypatch)
+        refused(model, {**BARE, "allocation": f"{allocation}:multiple=1"}, message, monkeypatch)
     else:
         with pytest.raises(UnsupportedModelError, match=message):
-            prune(model, PruneConfig(**BARE, allocation=allocation), ids)
+            prune(model, **{**BARE, "allocation": f"{allocation}:multiple=1"}, text=ids)
 
 
 def test_equal_widths_of_that_family_go_through(ids, tmp_path):
     model = build(gemma3n())
-    prune(model, PruneConfig(**BARE))
+    prune(model, **BARE)
     checkpoint.save(model, tmp_path / "out")
     assert checkpoint.verify(tmp_path / "out")["widths"] == [67] * 3
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -86,7 +87,7 @@ def test_a_class_of_ones_own_is_pruned_all_the_same(tiny):
     """It cannot be saved by pyprune, which is known; its user may have other plans."""
     model = tiny("llama")
     model.__class__ = type("MyModel", (type(model),), {})
-    prune(model, PruneConfig(**BARE))
+    prune(model, **BARE)
     assert [ffn.intermediate_size for ffn in find_ffns(model)] == [67] * 3
 
 
@@ -116,3 +117,12 @@ def test_a_model_of_images_too_is_named_as_such():
 def test_no_model_of_transformers():
     with pytest.raises(UnsupportedModelError, match="Linear is no model of Transformers: it has no config"):
         find_ffns(torch.nn.Linear(2, 2))
+
+
+def test_a_family_that_derives_its_width_takes_it_as_it_stands(tiny, tmp_path):
+    model = tiny("lfm2", block_auto_adjust_ff_dim=True, intermediate_size=144)
+    before = find_ffns(model)[0].intermediate_size
+    prune(model, keep=0.5, **BARE)
+    assert before != 144 and model.config.intermediate_size == before // 2
+    again = loading.load_model(str(checkpoint.save(model, tmp_path / "lfm2")))
+    assert {ffn.intermediate_size for ffn in find_ffns(again)} == {before // 2}

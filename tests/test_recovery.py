@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from pyprune import CheckpointError, InputError, PruneConfig, prune
+from pyprune import CheckpointError, InputError, prune
 from pyprune.base.text import load_text, token_windows
 from pyprune.cli import recover as cli
 from pyprune.evaluation import perplexity
@@ -42,7 +42,7 @@ def pair(tiny: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     def make(family: str = "llama", **changes: Any) -> tuple[Any, Any]:
         teacher = tiny(family, **changes)
         student = copy.deepcopy(teacher)
-        prune(student, PruneConfig(keep=1 / 3, method="random", compensate="none", multiple=1))
+        prune(student, keep=1 / 3, method="random", allocation="uniform:multiple=1", repair=None)
         return student, teacher
 
     return make
@@ -174,7 +174,7 @@ def test_resume_refuses_another_run(pair: Callable[..., Any], windows: Tensor, t
     with pytest.raises(InputError, match="text of the state to resume"):
         recover(pair()[0], teacher, windows.flip(0), config(steps=2), folder=tmp_path)
     other = copy.deepcopy(teacher)
-    prune(other, PruneConfig(keep=0.5, method="random", compensate="none", multiple=1))
+    prune(other, keep=0.5, method="random", allocation="uniform:multiple=1", repair=None)
     with pytest.raises(InputError, match=r"model.layers.0.mlp.gate_proj.weight of the state to resume"):
         recover(other, teacher, windows, config(steps=2), folder=tmp_path)
     file = tmp_path / STATE
@@ -341,7 +341,7 @@ def call(*arguments: object) -> Any:
 @pytest.fixture(scope="module")
 def pruned(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    prune(model, PruneConfig(keep=0.5, method="random", compensate="none", multiple=8))
+    prune(model, keep=0.5, method="random", allocation="uniform:multiple=8", repair=None)
     return checkpoint.save(model, tmp_path_factory.mktemp("recover") / "half", tokenizer)
 
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from pyprune import PruneConfig, prune
+from pyprune import prune
 from pyprune.model import checkpoint, remote_code
 
 WIDTHS = (40, 24, 96)
@@ -53,7 +53,7 @@ def elsewhere(way, folders, cache):
 def differing(tiny, random_mask):
     def make(name="llama"):
         model = tiny(name, pad_token_id=0)
-        prune(model, PruneConfig(compensate="none"), mask=random_mask(model, WIDTHS))
+        prune(model, repair=None, mask=random_mask(model, WIDTHS))
         return model
 
     return make
@@ -98,7 +98,7 @@ def test_where_neither_is_there_nothing_wrong_is_loaded(differing, ids, tmp_path
 def test_widths_that_became_equal_need_no_code_also_for_stock_code(differing, random_mask, tmp_path):
     folder = checkpoint.save(differing(), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    prune(model, PruneConfig(compensate="none"), mask=random_mask(model, (24, 24, 24)))
+    prune(model, repair=None, mask=random_mask(model, (24, 24, 24)))
     model.save_pretrained(tmp_path / "equal")
     assert "auto_map" not in json.loads((tmp_path / "equal" / "config.json").read_text())
     assert not (tmp_path / "equal" / remote_code.FILE).exists()

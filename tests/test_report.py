@@ -12,11 +12,11 @@ import pytest
 import report_cases as cases
 from test_cli import as_json, call, refused
 
-from pyprune import PruneConfig, prune, report
+from pyprune import prune, report
 from pyprune.base.errors import InputError, PypruneError
 from pyprune.model import checkpoint, loading
 from pyprune.report import facts, parts, svg, words
-from pyprune.report.shapes import SHAPES
+from pyprune.report.facts import KINDS
 
 ROOT = Path(report.__file__).parents[2]
 HOSTILE = '<script>alert("1")</script>$x^2$&amp;\x00\ud800 {{ 7*7 }}'
@@ -245,7 +245,7 @@ def test_commands_name_no_path_and_no_file(tmp_path: Path) -> None:
     commands = " ".join(
         " ".join(cases.text_of(report.build(cases.fill(tmp_path / "b", diagnose=found)), "code")).split()
     )
-    assert "prune DENSE --out PRUNED --compensate none --damping auto --keep 0.5 --no-sequential" in commands
+    assert "prune DENSE --out PRUNED --damping auto --keep 0.5 --repair none --no-sequential" in commands
 
 
 def test_which_manifest(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_widths_of_a_manifest_and_of_the_neurons_that_were_looked_at(tmp_path: P
     assert told == "Layers keep from 32 (layer 1) to 64 (layer 3), 192 in all."
 
 
-@pytest.mark.parametrize("name", [n for n in SHAPES if (ROOT / "bench" / "results" / n).is_file()])
+@pytest.mark.parametrize("name", [n for n in KINDS if (ROOT / "bench" / "results" / n).is_file()])
 def test_committed_results_can_be_reported(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes((ROOT / "bench" / "results" / name).read_bytes())
     assert len(cases.captions(report.build(tmp_path))) >= 1
@@ -276,7 +276,7 @@ def test_what_the_verbs_write_can_be_reported(
     tiny_checkpoint: Path, tokenizer: Any, tmp_path: Path, drawn: None
 ) -> None:
     model = loading.load_model(str(tiny_checkpoint))
-    prune(model, PruneConfig(keep=0.5, method="random", compensate="none", multiple=8))
+    prune(model, keep=0.5, method="random", allocation="uniform:multiple=8", repair=None)
     checkpoint.save(model, tmp_path / "pruned", tokenizer)
     small = ("--tokens", 256, "--window", 64)
     budget = ("--prompts", 2, "--prompt-tokens", 8, "--new-tokens", 4, "--items", 4)

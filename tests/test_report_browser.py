@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import report_cases as cases
 from pyprune import report
 
 CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH; `make browser` installs it")
 ARGUMENTS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -56,19 +56,8 @@ MEASURE = """() => {
 }"""
 
 
-def _usable() -> bool:
-    """Whether there is a browser; without one the test fails, unless somebody said that it may be skipped."""
-    if CHROMIUM is None and os.environ.get("PYPRUNE_NO_BROWSER"):
-        pytest.skip("no chromium on the PATH, and PYPRUNE_NO_BROWSER is set")
-    assert CHROMIUM is not None, (
-        "no chromium on the PATH: run `make browser`, or set PYPRUNE_NO_BROWSER=1 to do without"
-    )
-    return True
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    _usable()
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -81,7 +70,6 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    _usable()
     return report.write(cases.fill_all(tmp_path_factory.mktemp("facts"))).path
 
 

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pyprune import InputError, KeepIndex, find_ffns
+from pyprune import InputError, KeepIndex
 from pyprune.base import statistics
 from pyprune.evaluation import perplexity
 from pyprune.model import families, surgery
+from pyprune.model.described import Described
+from pyprune.model.families import find_ffns
 from pyprune.model.narrowing import narrowed
 from pyprune.pruning import importance
 from pyprune.pruning.allocation.by_sensitivity import choose_widths
@@ -46,7 +48,9 @@ def make_curves(sizes, widths, losses, kind="loss"):
 def test_a_measured_loss_is_that_of_the_model_cut_in_one_layer(name, repair, tiny, ids):
     model = tiny(name)
     ffns = find_ffns(model)
-    found = curves(model, ffns, ids, score, shares=(0.25, 0.75), multiple=8, repair=repair, windows=9)
+    found = curves(
+        Described(model), ids, score, shares=(0.25, 0.75), multiple=8, damping=1e-2 if repair else None, windows=9
+    )
     assert found.sizes == (96, 96, 96)
     assert found.widths == ((24, 72),) * 3
     assert found.tokens == 4 * 15
@@ -73,7 +77,7 @@ def test_the_loss_is_taken_over_windows_spread_over_the_text(tiny, ids):
         seen.append(stats.tokens)
         return torch.arange(96.0)
 
-    found = curves(model, ffns, ids, first_layer, shares=(0.5,), windows=2)
+    found = curves(Described(model), ids, first_layer, shares=(0.5,), windows=2)
     assert seen == [64] * 3  # statistics see all of it
     assert found.tokens == 2 * 15
     with narrowed(ffns[0], torch.arange(48, 96)):
@@ -100,7 +104,6 @@ def same(a, b):
 def test_the_model_is_as_before_also_after_an_error(kind, stage, tiny, ids, monkeypatch):
     model = tiny("gpt2")
     model.transformer.wpe.weight.requires_grad_(False)
-    ffns = find_ffns(model)
     before = state_of(model)
 
     def failing(ffn, stats):
@@ -113,10 +116,10 @@ def test_the_model_is_as_before_also_after_an_error(kind, stage, tiny, ids, monk
         return score(ffn, stats)
 
     if stage is None:
-        curves(model, ffns, ids, failing, kind=kind, repair=True)
+        curves(Described(model), ids, failing, kind=kind, damping=1e-2)
     else:
         with pytest.raises((InputError, ZeroDivisionError)):
-            curves(model, ffns, ids, failing, kind=kind, repair=True)
+            curves(Described(model), ids, failing, kind=kind, damping=1e-2)
     monkeypatch.undo()
     assert same(before, state_of(model))
     assert model.training is False
@@ -202,7 +205,7 @@ def test_estimates_are_the_expected_growth_in_nats_a_token(tiny):
         def last_first(ffn, stats):
             return torch.arange(96.0)
 
-        return curves(model, ffns, ids, last_first, kind=kind, shares=(0.5,), windows=6, seed=seed).losses[1][0]
+        return curves(Described(model), ids, last_first, kind=kind, shares=(0.5,), windows=6, seed=seed).losses[1][0]
 
     assert truth > 1e-4
     mean = {kind: sum(estimate(kind, seed) for seed in range(12)) / 12 for kind in ("fisher", "error")}
@@ -320,7 +323,7 @@ def test_curves_of_another_model_are_refused():
 def test_bad_input(options, message, tiny, ids):
     model = tiny("llama")
     with pytest.raises(InputError, match=message):
-        curves(model, find_ffns(model), options.pop("ids", ids), score, **options)
+        curves(Described(model), options.pop("ids", ids), score, **options)
 
 
 @pytest.mark.parametrize("kind", ["loss", "error"])
@@ -329,4 +332,4 @@ def test_weights_that_are_not_finite_are_refused(kind, tiny, ids):
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(InputError, match="finite"):
-        curves(model, find_ffns(model), ids, score, kind=kind)
+        curves(Described(model), ids, score, kind=kind)

@@ -5,7 +5,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pyprune import InputError
-from pyprune.training import PruningCallback, TrainingConfig, TrainingPruner, loop, train
+from pyprune.training import PruningCallback, TrainingConfig, TrainingPruner, loop, methods, train
 
 STEPS = 8
 
@@ -91,7 +91,7 @@ def test_the_trainer_and_the_loop_agree(method, name, accumulate, tiny, rows, tm
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if name == "gpt2" else {}
     one, other = tiny(name, **still), tiny(name, **still)
     one.loss_type = "ForCausalLM"
-    config = config_of(method, threshold=0.48, score_rate=0.05)
+    config = config_of({"movement-soft": methods.MovementSoft(threshold=0.48, score_rate=0.05)}.get(method, method))
     callback = by_trainer(one, rows, config, tmp_path, gradient_accumulation_steps=accumulate)
     pruner, losses = by_loop(other, rows, config, accumulate=accumulate)
     mask = pruner.finish()
@@ -105,7 +105,7 @@ def test_the_trainer_and_the_loop_agree(method, name, accumulate, tiny, rows, tm
 @pytest.mark.parametrize("method", ["gum", "movement-soft", "platon"])
 def test_the_loop_resumes_bit_for_bit(method, tiny, rows, tmp_path):
     """Eight steps, against four, a checkpoint, new objects, and four more; with dropout, so random state counts."""
-    config = config_of(method, optimizer="adam" if method == "gum" else None)
+    config = config_of("gum:optimizer=adam" if method == "gum" else method)
     torch.manual_seed(5)
     whole = tiny("gpt2")
     want, losses = by_loop(whole, rows, config)

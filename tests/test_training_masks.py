@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pyprune import CheckpointError, InputError, find_ffns
+from pyprune import CheckpointError, InputError
 from pyprune.model import checkpoint
+from pyprune.model.families import find_ffns
 from pyprune.training import TrainingConfig, TrainingPruner, methods
 from pyprune.training.masks import NeuronMask
 
@@ -134,7 +135,7 @@ def test_whole_model_in_bfloat16(tiny, ids):
     assert sum(pruner.finish().widths) == 144
 
 
-def test_the_cut_model_is_the_masked_model(family, tiny, ids, masked, tmp_path):
+def test_the_cut_model_is_the_masked_model(family, tiny, ids, masked, tmp_path, same_logits):
     """On every family: masks while training, compacted at the end to widths that differ by layer, saved, loaded."""
     model = tiny(family)
     pruner = pruner_of(model, method="gum")
@@ -149,8 +150,8 @@ def test_the_cut_model_is_the_masked_model(family, tiny, ids, masked, tmp_path):
         mask = pruner.finish()
         after = model(ids).logits
         want = masked(dense, mask)(ids).logits
-    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(after, want, rtol=1e-5, atol=1e-5)
+    same_logits(after, before)
+    same_logits(after, want)
     assert [f.intermediate_size for f in find_ffns(model)] == list(mask.widths)
     assert sum(mask.widths) == 144
     if family in ("llama", "gpt2", "opt"):
@@ -159,14 +160,16 @@ def test_the_cut_model_is_the_masked_model(family, tiny, ids, masked, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         with torch.no_grad():
             torch.testing.assert_close(loaded(ids).logits, after)
-        assert loaded.config.pyprune["provenance"]["training"]["method"] == "gum"
+        assert loaded.config.pyprune["provenance"]["training"]["method"] == methods.Gum().in_full
         assert loaded.config.pyprune["base_fingerprint"] == mask.fingerprint
 
 
 @pytest.mark.parametrize("method", methods.names())
 def test_every_method_follows_the_schedule(method, tiny, ids):
     model = tiny("llama")
-    pruner = pruner_of(model, method=method, steps=4, cooldown=2, multiple=32, floor=0.3, keep=0.4, penalty=50.0)
+    kind = methods.METHODS[method]
+    option = kind(penalty=50.0) if issubclass(kind, methods.Movement) else kind()
+    pruner = pruner_of(model, method=option, steps=4, cooldown=2, multiple=32, floor=0.3, keep=0.4)
     for _ in range(4):
         one_step(model, pruner, ids)
     mask = pruner.finish({"text": "none"})
@@ -183,9 +186,8 @@ def test_soft_movement_keeps_what_the_penalty_leaves(tiny, ids):
     strong, weak = (tiny("llama") for _ in range(2))
     kept = []
     for model, penalty in ((strong, 1e4), (weak, 0.0)):
-        pruner = pruner_of(
-            model, method="movement-soft", steps=6, cooldown=2, penalty=penalty, score_rate=1.0, threshold=0.3
-        )
+        method = methods.MovementSoft(penalty=penalty, score_rate=1.0, threshold=0.3)
+        pruner = pruner_of(model, method=method, steps=6, cooldown=2)
         for _ in range(6):
             one_step(model, pruner, ids)
         kept.append(pruner.keep)
@@ -275,7 +277,8 @@ def test_state_goes_through_a_file(tiny, ids, tmp_path):
     ("change", "message"),
     [
         ({"keep": 0.25}, r"config keep of the state to resume must be 0.25; got 0.5"),
-        ({"method": "gum"}, "config method of the state to resume must be 'gum'; got 'movement'"),
+        ({"method": "gum"}, "config method of the state to resume must be 'gum:.*'; got 'movement:"),
+        ({"method": "movement:penalty=0.5"}, r"method .* must be '.*penalty=0.5'; got 'movement:.*penalty=0.0'"),
         ({"steps": 9}, "config steps of the state to resume must be 9; got 4"),
         ({"seed": 1}, "config seed of the state to resume must be 1; got 0"),
     ],

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pyprune import InputError, find_ffns
-from pyprune.model.families import FFN
+from pyprune import InputError
+from pyprune.model.families import FFN, find_ffns
 from pyprune.model.patterns import PATTERNS
-from pyprune.training import TrainingConfig, methods
+from pyprune.training import methods
 from pyprune.training.methods import Gathered, Moment
 from pyprune.training.methods.gum import similarity
 from pyprune.training.methods.platon import sensitivity
@@ -33,8 +33,8 @@ def layer(neurons=2, hidden=2, bias=False):
 
 
 def make(name, **values):
-    config = TrainingConfig(**{"method": name, "steps": 10, "keep": 0.5, "score_rate": 0.5, **values})
-    return methods.get(name)(config)
+    kind = methods.METHODS[name]
+    return kind(**({"score_rate": 0.5} if issubclass(kind, methods.Movement) else {}) | values)
 
 
 def run(method, gradients, *, products=None, moments=None, layers=1, start=None):
@@ -72,10 +72,10 @@ def test_movement_with_a_penalty_is_the_gradient_of_the_mean_soft_mask():
 
 def test_soft_movement_keeps_by_a_threshold_that_grows_with_the_schedule():
     method = make("movement-soft", threshold=0.2)
-    assert method.threshold(Moment(0, 1.0, 0.0)) == 0.0
-    assert method.threshold(Moment(5, 0.6, 0.5)) == 0.1
-    assert method.threshold(Moment(9, 0.5, 1.0)) == 0.2
-    assert make("movement").threshold(Moment(9, 0.5, 1.0)) is None
+    assert method.cutoff(Moment(0, 1.0, 0.0)) == 0.0
+    assert method.cutoff(Moment(5, 0.6, 0.5)) == 0.1
+    assert method.cutoff(Moment(9, 0.5, 1.0)) == 0.2
+    assert make("movement").cutoff(Moment(9, 0.5, 1.0)) is None
     # sigmoid' = 1/4: 0.5 * (gradient + 8 * 0.5 / 4 / 2 neurons)
     plain = make("movement-soft", optimizer="sgd", penalty=8.0)
     assert run(plain, [[1.0, -1.0]], moments=[Moment(5, 0.6, 0.5)])["scores"].tolist() == [-0.75, 0.25]

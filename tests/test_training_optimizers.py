@@ -10,8 +10,9 @@ from torch.optim import optimizer as torch_optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
-from pyprune import InputError, UnsupportedModelError, accelerate, find_ffns
+from pyprune import InputError, UnsupportedModelError, accelerate
 from pyprune.model import checkpoint
+from pyprune.model.families import find_ffns
 from pyprune.training import PruningCallback, TrainingConfig, TrainingPruner, train
 
 STEPS = 6

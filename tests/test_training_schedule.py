@@ -1,5 +1,7 @@
 """Schedule, configuration, selection by share or threshold, and moving averages: by hand, and bad input."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
@@ -57,18 +59,12 @@ def test_bad_schedules(values, message):
     ("values", "message"),
     [
         ({"method": "movment"}, "method must be one of .*nearest: movement"),
+        ({"method": "gum:simlarity=1"}, "simlarity is no option of method 'gum'; it has .*similarity"),
+        ({"method": "random:beta=0.5"}, "beta is no option of method 'random'; it has none"),
+        ({"method": methods.Gum}, "method must be an option or its short form"),
         ({"scope": "model"}, "scope must be one of layer, global"),
-        ({"optimizer": "adamw"}, "optimizer must be one of sgd, adam"),
         ({"floor": 0.6}, r"floor must lie in \[0, keep\] = \[0, 0.5\]; got 0.6"),
         ({"multiple": 0}, "multiple must be an integer of at least 1"),
-        ({"score_rate": 0}, "score_rate must be positive"),
-        ({"penalty": -1.0}, "penalty must be non-negative"),
-        ({"similarity": float("inf")}, "similarity must be non-negative and finite"),
-        ({"threshold": 1.0}, "threshold must lie in"),
-        ({"beta": 1.0}, r"beta must lie in \[0, 1\)"),
-        ({"similarity_beta": "x"}, "similarity_beta must lie"),
-        ({"uniqueness_form": "loss"}, "uniqueness_form must be one of penalty, gradient"),
-        ({"inverted": 1}, "inverted must be true or false"),
         ({"seed": -1}, "seed must be an integer"),
     ],
 )
@@ -77,18 +73,51 @@ def test_bad_configurations(values, message):
         TrainingConfig(**{"keep": 0.5, "steps": 10, **values})
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (methods.Movement, {"optimizer": "adamw"}, "optimizer must be one of sgd, adam"),
+        (methods.MovementSoft, {"score_rate": 0}, "score_rate must be positive"),
+        (methods.Gum, {"penalty": -1.0}, "penalty must be non-negative"),
+        (methods.Gum, {"similarity": float("inf")}, "similarity must be non-negative and finite"),
+        (methods.MovementSoft, {"threshold": 1.0}, "threshold must lie in"),
+        (methods.Ema, {"beta": 1.0}, r"beta must lie in \[0, 1\)"),
+        (methods.Smoothed, {"beta": -0.1}, r"beta must lie in \[0, 1\)"),
+        (methods.Platon, {"beta": 1.0}, r"^beta must lie in \[0, 1\)"),
+        (methods.Platon, {"uncertainty_beta": True}, "uncertainty_beta must lie"),
+        (methods.Gum, {"similarity_beta": "x"}, "similarity_beta must lie"),
+        (methods.Gum, {"uniqueness_form": "loss"}, "uniqueness_form must be one of penalty, gradient"),
+        (methods.Gum, {"inverted": 1}, "inverted must be true or false"),
+    ],
+)
+def test_bad_options(kind, values, message):
+    with pytest.raises(InputError, match=message):
+        kind(**values)
+
+
 def test_configuration_takes_what_is_open_from_the_method():
     gum, movement, soft = (TrainingConfig(method=m, steps=3) for m in ("gum", "movement", "movement-soft"))
-    assert (gum.scope, gum.optimizer, gum.penalty) == ("global", "sgd", 2.0)
-    assert (movement.scope, movement.optimizer, movement.penalty) == ("layer", "sgd", 0.0)
-    assert (soft.optimizer, soft.penalty) == ("adam", 10.0)
-    assert TrainingConfig(method="gum", steps=3, scope="layer", penalty=0.5).to_json()["penalty"] == 0.5
+    assert (gum.scope, gum.method.optimizer, gum.method.penalty) == ("global", "sgd", 2.0)
+    assert (movement.scope, movement.method.optimizer, movement.method.penalty) == ("layer", "sgd", 0.0)
+    assert (soft.method.optimizer, soft.method.penalty) == ("adam", 10.0)
+    assert TrainingConfig(steps=3) == movement
+    assert TrainingConfig(method="gum:penalty=0.5", steps=3, scope="layer").scope == "layer"
 
 
 @pytest.mark.parametrize("method", methods.names())
-def test_configuration_goes_through_json(method):
-    config = TrainingConfig(method=method, steps=7, warmup=1, keep=0.3, floor=0.1)
+def test_configuration_goes_through_json_and_short_forms(method):
+    option = methods.METHODS[method]()
+    assert str(option) == method
+    config = TrainingConfig(method=option, steps=7, warmup=1, keep=0.3, floor=0.1)
+    assert config == TrainingConfig(method=method, steps=7, warmup=1, keep=0.3, floor=0.1)
     assert TrainingConfig.from_json(config.to_json()) == config
+    for field in fields(option):  # every option is written and read with its type
+        other = {float: 0.25, bool: True, str: None}[type(value := getattr(option, field.name))]
+        other = {"sgd": "adam", "adam": "sgd", "penalty": "gradient", "taylor-neuron": "wanda"}.get(value, other)
+        changed = replace(option, **{field.name: other})
+        assert methods.parse(str(changed)) == changed != option
+        changed = TrainingConfig(method=changed, steps=7)
+        assert TrainingConfig.from_json(changed.to_json()) == changed
     with pytest.raises(InputError, match=r"key of the training configuration must be one of .*got 'kep'"):
         TrainingConfig.from_json({"steps": 7, "kep": 0.3})
     with pytest.raises(InputError, match="training configuration must have steps"):
@@ -99,11 +128,9 @@ def test_every_method_says_what_it_does():
     assert methods.names() == [
         *("ema", "gum", "magnitude", "movement", "movement-soft", "platon", "random", "smoothed")
     ]
-    for name in methods.names():
-        found = methods.get(name)
-        assert found.name == name
-        assert found.summary
-        assert "arXiv" in found.source
+    for kind in methods.METHODS:
+        assert kind.SUMMARY
+        assert "arXiv" in kind.SOURCE
 
 
 def test_same_share_in_every_layer():

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from pyprune import InputError, find_ffns
+from pyprune import InputError
 from pyprune.base.statistics import ActivationStats, GradientStats
-from pyprune.model.families import FFN
+from pyprune.model.families import FFN, find_ffns
 from pyprune.model.patterns import PATTERNS
 from pyprune.pruning import gradients, importance
 from pyprune.pruning.calibration import LayerStream
-from pyprune.training import EMA, TrainingConfig, TrainingPruner, methods
+from pyprune.training import EMA, TrainingConfig, TrainingPruner
 from pyprune.training.masks import NeuronMask
-from pyprune.training.methods import Gathered, Moment
+from pyprune.training.methods import Gathered, Moment, Smoothed
 
 PLAIN = next(p for p in PATTERNS if p.name == "up_proj/down_proj")
 ALL = frozenset({"activations", "gram", "gradients", "gradients2"})
@@ -125,7 +125,7 @@ def test_a_step_shows_what_calibration_shows(name, tiny, ids):
 def test_every_criterion_is_smoothed_over_steps(criterion, tiny, ids, more_ids):
     """(0.25 s1 + 0.5 s2) / 0.75 after two steps with beta 0.5, s1 and s2 as calibration on either batch gives them."""
     model = tiny("llama")
-    config = TrainingConfig(method="smoothed", criterion=criterion, beta=0.5, steps=9, warmup=5, keep=0.5, seed=4)
+    config = TrainingConfig(method=Smoothed(criterion, beta=0.5), steps=9, warmup=5, keep=0.5, seed=4)
     own = []
     for batch in (ids, more_ids):
         generators = [torch.Generator().manual_seed(4 * 1_000_003 + layer) for layer in range(3)]
@@ -147,14 +147,9 @@ def test_every_criterion_is_smoothed_over_steps(criterion, tiny, ids, more_ids):
     pruner.remove()
 
 
-def smoothed(**values):
-    config = TrainingConfig(method="smoothed", steps=9, **values)
-    return methods.get("smoothed")(config)
-
-
 def test_without_a_past_it_is_the_last_batch(tiny, ids):
     model = tiny("llama").train()
-    pruner = TrainingPruner(model, TrainingConfig(method="smoothed", beta=0.0, steps=9, warmup=5))
+    pruner = TrainingPruner(model, TrainingConfig(method=Smoothed(beta=0.0), steps=9, warmup=5))
     for step, batch in enumerate((ids, ids[:2])):
         pruner.before_step(step)
         model(batch, labels=batch).loss.backward()
@@ -163,13 +158,13 @@ def test_without_a_past_it_is_the_last_batch(tiny, ids):
     scores = pruner.scores
     pruner.remove()
     for got, stats in zip(scores, expected(model, ids[:2]), strict=True):
-        assert pruner.config.criterion == "taylor-neuron"
+        assert pruner.config.method.criterion == "taylor-neuron"
         want = stats.gradients.neuron_taylor
         torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-5 * float(want.max()))
 
 
 def test_it_goes_on_from_its_state(tiny, ids, tmp_path):
-    config = TrainingConfig(method="smoothed", criterion="fisher", beta=0.9, steps=4, keep=0.5)
+    config = TrainingConfig(method=Smoothed("fisher", beta=0.9), steps=4, keep=0.5)
 
     def steps(model, pruner, numbers):
         model.train()
@@ -193,7 +188,7 @@ def test_it_goes_on_from_its_state(tiny, ids, tmp_path):
 
 def test_scores_by_hand_from_given_statistics():
     ffn = FFN(0, "", Small(), PLAIN, "relu")
-    method = smoothed(criterion="wanda", beta=0.5)
+    method = Smoothed(criterion="wanda", beta=0.5)
     state = method.start(ffn, torch.Generator().manual_seed(0))
     for square, want in ((4.0, [6.0, 2.0]), (16.0, [10.0, 10 / 3])):  # abs(V) * norm, V = (3, -1): 6, then (6 + 24) / 3
         stats = ActivationStats(1, *(torch.zeros(2) for _ in range(2)), torch.full((2,), square))
@@ -226,9 +221,9 @@ def test_a_criterion_is_a_score_to_average():
 
 def test_refusals(tiny, ids):
     with pytest.raises(InputError, match=r"criterion must be one of .*nearest: wanda"):
-        smoothed(criterion="wandas")
-    with pytest.raises(InputError, match="criterion must be left open with method 'gum'; got 'wanda'"):
-        TrainingConfig(method="gum", criterion="wanda", steps=3)
+        Smoothed("wandas")
+    with pytest.raises(InputError, match=r"option of method 'gum' must be one of .*got 'criterion'"):
+        TrainingConfig(method="gum:criterion=wanda", steps=3)
     model = tiny("llama").train()
     pruner = TrainingPruner(model, TrainingConfig(method="smoothed", steps=3))
     pruner.before_step(0)
@@ -240,7 +235,7 @@ def test_refusals(tiny, ids):
     with torch.no_grad():
         find_ffns(model)[1].holder.up_proj.weight[0, 0] = torch.nan
     pruner.remove()
-    pruner = TrainingPruner(model, TrainingConfig(method="smoothed", criterion="wanda", steps=3))
+    pruner = TrainingPruner(model, TrainingConfig(method=Smoothed("wanda"), steps=3))
     pruner.before_step(0)
     model(ids)
     with pytest.raises(InputError, match=r"activations of layer 1 must be finite; .*got 1"):

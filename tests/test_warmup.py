@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from pyprune import BackendError, InputError, accelerate, warmup
+from pyprune import BackendError, InputError, accelerate
 from pyprune.ffn import scratch
 from pyprune.ffn.backends import cublas
+from pyprune.ffn.warming import warmup
 
 
 def test_one_run_for_each_distinct_problem(tiny):

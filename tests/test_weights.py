@@ -8,18 +8,19 @@ from torch import nn
 from torch.nn.utils import prune as unstructured
 from transformers import AutoModelForCausalLM
 
-from pyprune import InputError, PruneConfig, UnsupportedModelError, accelerate, find_ffns, prune
+from pyprune import InputError, UnsupportedModelError, accelerate, prune, prune_blocks
 from pyprune.model import checkpoint, surgery
+from pyprune.model.families import find_ffns
 from pyprune.model.weights import leave_inference
 from pyprune.training.recovery import RecoverConfig, recover
 
-BARE = PruneConfig(keep=0.5, method="magnitude-l2-both", compensate="none", multiple=8)
+BARE = {"keep": 0.5, "method": "magnitude-l2-both", "allocation": "uniform:multiple=8", "repair": None}
 
 
 def refused(model, message, error=UnsupportedModelError):
     """Both verbs say the same, and leave the modules alone."""
     before = [(name, id(module)) for name, module in model.named_modules()]
-    for verb in (lambda: accelerate(model), lambda: prune(model, BARE)):
+    for verb in (lambda: accelerate(model), lambda: prune(model, **BARE)):
         with pytest.raises(error, match=message):
             verb()
     assert [(name, id(module)) for name, module in model.named_modules()] == before
@@ -56,9 +57,9 @@ def dispatched(model, folder, **places):
 def test_hooks_are_worked_through_and_the_checkpoint_is_whole(tiny, ids, tmp_path):
     plain, hooked = tiny("llama"), dispatched(tiny("llama"), tmp_path / "unused")
     assert all(hasattr(layer.mlp.up_proj, "_hf_hook") for layer in hooked.model.layers)
-    config = PruneConfig(keep=0.5, method="taylor-neuron", compensate="refit", multiple=8)
+    config = {"keep": 0.5, "method": "taylor-neuron", "allocation": "uniform:multiple=8", "repair": "refit"}
     for model in (plain, hooked):
-        prune(model, config, ids.repeat(8, 1))
+        prune(model, **config, text=ids.repeat(8, 1))
     assert torch.equal(hooked(ids).logits, plain(ids).logits)
     checkpoint.save(hooked, tmp_path / "pruned")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")(ids).logits, plain(ids).logits)
@@ -84,7 +85,7 @@ def test_offloaded_weights_are_refused_and_not_lost(how, tiny, ids, tmp_path):
     assert torch.equal(model(ids).logits, want)
     hf_accelerate.hooks.remove_hook_from_submodules(model)
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-    prune(model, BARE)
+    prune(model, **BARE)
 
 
 def test_a_forward_that_was_set_on_the_module_itself(tiny, ids):
@@ -206,10 +207,14 @@ TEACHER = make_model("llama", seed=1)
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model, ids: prune(model, BARE),
-        lambda model, ids: prune(model, PruneConfig(keep=0.5, method="taylor-neuron", multiple=8), ids.repeat(8, 1)),
-        lambda model, ids: prune(model, PruneConfig(keep=0.5, compensate="refit", multiple=8), ids.repeat(8, 1)),
-        lambda model, ids: prune(model, PruneConfig(keep=0.7, structure="ffn", compensate="bias"), ids),
+        lambda model, ids: prune(model, **BARE),
+        lambda model, ids: prune(
+            model, keep=0.5, method="taylor-neuron", allocation="uniform:multiple=8", text=ids.repeat(8, 1)
+        ),
+        lambda model, ids: prune(
+            model, keep=0.5, allocation="uniform:multiple=8", repair="refit", text=ids.repeat(8, 1)
+        ),
+        lambda model, ids: prune_blocks(model, "ffn", repair="bias", text=ids),
         lambda model, ids: accelerate(model),
         lambda model, ids: surgery.drop_layers(model, [0, 2]) or find_ffns(model),
         lambda model, ids: recover(model, TEACHER, ids.repeat(8, 1), RecoverConfig(steps=2, batch=2)),

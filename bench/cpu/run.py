@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -35,10 +34,11 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from bench import by_line
 from bench.cpu.goals import Row, judge
 from bench.shapes import BY_NAME, DEFAULT, Shape
 from bench.tables.readme import CPU_HEADER, CPU_MODEL_HEADER, GOAL_HEADER, cpu_cells, cpu_model_cells, goal_cells
-from pyprune import KeepIndex, PruneConfig, accelerate, prune
+from pyprune import KeepIndex, accelerate, prune
 from pyprune.base import machine, reference
 from pyprune.base.clock import Job, interleave, median, quantiles
 from pyprune.base.errors import check, check_choice
@@ -365,7 +365,7 @@ def measure_model(name: str, progress: Callable[[str, int, int], None]) -> tuple
     """Decode of a whole model at batch 1, stock against accelerated at keep 0.5: a row for each, and the report."""
     dense = load_model(name, "bfloat16", "cpu")
     narrow = copy.deepcopy(dense)
-    mask = prune(narrow, PruneConfig(keep=0.5, method="random", compensate="none")).mask
+    mask = prune(narrow, 0.5, "random", repair=None).mask
     candidates = {
         weights or "bfloat16": accelerate(copy.deepcopy(dense), mask=mask, weights=weights)
         for weights in (None, "int8")
@@ -491,7 +491,7 @@ def main(
     whole = not (quick or no_model or shapes or weights or tokens)
     if path := out_file or (RESULT if whole else None):
         with new_file(path) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(by_line.dumps(result, ("rows", "models", "goals")), encoding="utf-8")
     # Into a pipe rich would fold the columns at 80.
     out.width = max(out.width, 175)
     for item in tables(result):

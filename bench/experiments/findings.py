@@ -17,8 +17,9 @@ from typing import Annotated, Any
 
 import typer
 
+from bench import by_line
 from bench.experiments.findings_text import document
-from pyprune import PruneConfig, prune
+from pyprune import prune
 from pyprune.base import machine
 from pyprune.base.errors import check
 from pyprune.base.files import new_file
@@ -30,60 +31,69 @@ from pyprune.model.loading import DEMO, load_model, load_tokenizer
 HERE = Path(__file__).parents[1]
 RESULTS = HERE / "results"
 DOCUMENT = HERE.parent / "docs" / "findings.md"
-# (label, settings of PruneConfig): several criteria, with and without compensation.
-WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("wanda", {"method": "wanda", "compensate": "none"}),
-    ("wanda + least squares", {"method": "wanda", "compensate": "least-squares"}),
-    ("flap", {"method": "flap", "compensate": "none", "allocation": "global"}),
-    ("flap + bias", {"method": "flap", "compensate": "bias", "allocation": "global"}),
-    ("taylor", {"method": "taylor-neuron", "compensate": "none"}),
-    ("taylor + least squares", {"method": "taylor-neuron", "compensate": "least-squares"}),
-    ("random + least squares", {"method": "random", "compensate": "least-squares"}),
+# (label, criterion, repair, allocation): several criteria, with and without repair.
+WAYS = (
+    ("wanda", "wanda", "none", "uniform"),
+    ("wanda + least squares", "wanda", "least-squares", "uniform"),
+    ("flap", "flap", "none", "global"),
+    ("flap + bias", "flap", "bias", "global"),
+    ("taylor", "taylor-neuron", "none", "uniform"),
+    ("taylor + least squares", "taylor-neuron", "least-squares", "uniform"),
+    ("random + least squares", "random", "least-squares", "uniform"),
 )
 KEEPS = (0.8, 0.7, 0.5)
+SPACES = ("embedding", "logits", "centred", "probabilities")
+DRIFT = ("instantaneous", "accumulated", "exposure", "growth")
 Facts = dict[str, Any]
 
 
-def rows() -> Iterator[tuple[str, PruneConfig]]:
-    """Every row, way by way: where a run is stopped, the ways that are there have all shares."""
-    for label, settings in WAYS:
+def rows() -> Iterator[tuple[str, float, str, str, str]]:
+    """Label, share kept, criterion, repair and allocation of every row, way by way: where a run is stopped, the ways
+    that are there have all shares.
+    """
+    for label, *way in WAYS:
         for keep in KEEPS:
-            yield label, PruneConfig(keep=keep, multiple=16, **settings)
+            yield label, keep, *way
 
 
 def key_of(label: str, keep: float) -> str:
     return f"{label} at {keep:g}"
 
 
+def _figure(found: Facts) -> Facts:
+    """A mean or a value with its interval."""
+    return {k: found[k] for k in ("mean", "value", "interval") if k in found}
+
+
 def _drift(found: Facts) -> Facts:
-    """A drift without its single steps: three of them tell enough in a file that is kept."""
-    steps = [found["steps"][i] for i in sorted({0, len(found["steps"]) // 2, len(found["steps"]) - 1})]
-    survival = found["survival"][:: max(1, len(found["survival"]) // 8)]
-    return {**{k: v for k, v in found.items() if k != "examples"}, "steps": steps, "survival": survival}
+    means = {k: {"probabilities": _figure(found[k]["probabilities"])} for k in DRIFT}
+    repetition = _figure(found["repetition_difference"])
+    return {**means, "median_divergence": found["median_divergence"], "repetition_difference": repetition}
+
+
+def _task(task: Facts) -> Facts:
+    metric, deviations = task["metrics"][task["main"]], task.get("deviations")
+    figures = {k: _figure(metric[k]) for k in ("dense", "difference", "retained") if metric.get(k)}
+    return {
+        "name": task["name"],
+        "metric": {"chance": metric["chance"], **figures},
+        "deviations": deviations
+        and {k: {"total_variation": _figure(deviations[k]["total_variation"])} for k in ("full", "restricted")},
+    }
 
 
 def slim(facts: Facts) -> Facts:
-    """What of a diagnosis the findings are made of."""
+    """What of a diagnosis `findings_text` reads; `pyprune diagnose` gives all of it."""
     hierarchy = facts["hierarchy"]
-    layers = [
-        {
-            "layer": layer["layer"],
-            **{s: layer[s]["cosine"] for s in ("hidden", "hidden_alone", "ffn_alone") if s in layer},
-        }
-        for layer in hierarchy["layers"]
-    ]
-    tasks = [
-        {
-            **{k: task[k] for k in ("name", "kind", "items", "main")},
-            "metric": task["metrics"][task["main"]],
-            "deviations": task.get("deviations"),
-        }
-        for task in facts["tasks"]["tasks"]
-    ]
+    spaces: Facts = {k: {"cosine": _figure(hierarchy[k]["cosine"])} for k in SPACES}
+    spaces["probabilities"] |= {k: _figure(hierarchy["probabilities"][k]) for k in ("kl", "top1")}
+    amplification = {k: hierarchy["amplification"][k] for k in ("exact", "estimate")}
+    perplexity = {k: hierarchy["perplexity"][k] for k in ("dense", "pruned")}
+    orders = [{"tasks": o["tasks"], "difference": _figure(o["difference"])} for o in facts["tasks"]["orders"]]
     return {
-        "hierarchy": {**hierarchy, "layers": layers},
+        "hierarchy": {**spaces, "amplification": amplification, "perplexity": perplexity},
         "drift": {name: _drift(found) for name, found in facts["drift"].items()},
-        "tasks": {"tasks": tasks, "orders": facts["tasks"]["orders"]},
+        "tasks": {"tasks": [_task(task) for task in facts["tasks"]["tasks"]], "orders": orders},
         "seconds": facts["seconds"],
         "peak_bytes": facts["peak_bytes"],
     }
@@ -99,7 +109,7 @@ def _load(path: Path, settings: Facts) -> Facts:
 
 def _write(path: Path, facts: Facts) -> None:
     with new_file(path) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(by_line.dumps(facts, ("rows",)), encoding="utf-8")
 
 
 def _write_document(facts: Facts) -> None:
@@ -140,25 +150,25 @@ def main(
     }
     facts = _load(path, settings)
     dense = load_model(model)
-    for label, config in rows():
-        key = key_of(label, config.keep)
+    for label, keep, method, repair, allocation in rows():
+        key = key_of(label, keep)
         if key in facts["rows"] or time.perf_counter() - started > 60 * minutes:
             continue
         err.print(key)
         pruned = load_model(model)
         begun = time.perf_counter()
         with Bars() as bars:
-            report = prune(pruned, config, calibration, progress=bars)
+            spread = f"{allocation}:multiple=16"
+            report = prune(pruned, keep, method, allocation=spread, repair=repair, text=calibration, progress=bars)
             seconds = time.perf_counter() - begun
             found = diagnose(dense, pruned, tokenizer, windows, budget, progress=bars).to_json()
-        assert report.mask is not None
         facts["rows"][key] = {
             "label": label,
-            "keep": config.keep,
+            "keep": keep,
             "kept": report.mask.keep,
-            "method": config.method,
-            "compensate": config.compensate,
-            "allocation": config.allocation,
+            "method": method,
+            "compensate": repair,
+            "allocation": allocation,
             "commit": machine.facts()["commit"],
             "prune_seconds": seconds,
             **slim(found),

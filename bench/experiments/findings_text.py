@@ -266,17 +266,6 @@ def _section(claim: Claim, rows: Sequence[Row]) -> tuple[list[str], str]:
     ], summary
 
 
-def findings_table(facts: dict[str, Any]) -> list[str]:
-    """README's part: for each claim how many rows say what, then a line for each share with its numbers' spread."""
-    rows = list(facts["rows"].values())
-    lines = [f"{facts['settings']['model']}, {len(rows)} ways to prune and shares; medians and ranges over the ways."]
-    for claim in CLAIMS:
-        _, summary = _section(claim, rows)
-        verdicts = [claim.judge(row)[0] for row in rows]
-        lines += ["", summary, "", *_by_share(claim, rows, verdicts)]
-    return lines
-
-
 def document(facts: dict[str, Any]) -> str:
     """The whole of docs/findings.md."""
     rows = sorted(facts["rows"].values(), key=lambda row: (-row["keep"], row["label"]))

@@ -33,7 +33,10 @@ def simulator() -> Path | None:
 @contextlib.contextmanager
 def planned_for(device: tuple[int, int, int, int] = HOPPER) -> Iterator[None]:
     """Within, the backend plans for `device`, which need not be here. Needs the simulator."""
-    torch.ops.load_library(simulator())
+    library = simulator()
+    if library is None:
+        raise SystemExit("plans need the simulator of the CUDA kernels: run `make native`")
+    torch.ops.load_library(library)
 
     def plan(_: int, *sizes: Any) -> str:
         found: str = torch.ops.pyprune.plan_simulated(*sizes, list(device))

@@ -21,6 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bench import by_line
 from pyprune.base.files import new_file
 from pyprune.ffn import native
 
@@ -133,7 +134,7 @@ def main() -> None:
     known = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     built = {key: native.facts("cuda").get(key) for key in ("nvcc", "architectures")}
     with new_file(RESULT) as temporary:
-        temporary.write_text(json.dumps({**known, "cuda_built": built, "cuda": found}, indent=1) + "\n")
+        temporary.write_text(by_line.dumps({**known, "cuda_built": built, "cuda": found}, ("kernels", "cuda")))
 
 
 if __name__ == "__main__":

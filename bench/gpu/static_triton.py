@@ -18,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bench import by_line
 from pyprune.base.files import new_file
 from pyprune.triton_kernels.aot import ARCHITECTURES
 
@@ -52,7 +53,7 @@ def update(key: str, value: Any) -> None:
     """Set one key of the result; what other scripts wrote there stays."""
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     with new_file(RESULT) as temporary:
-        temporary.write_text(json.dumps({**result, key: value}, indent=1) + "\n")
+        temporary.write_text(by_line.dumps({**result, key: value}, ("kernels", "cuda")))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyprune import PruneConfig, accelerate, prune
+from pyprune import accelerate, prune
 from pyprune.model.loading import load_model
 from pyprune.speed.benchmark import benchmark as measure
 
@@ -30,8 +30,7 @@ def test_model(benchmark: Any, keep: float, request: pytest.FixtureRequest) -> N
     device = option("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
     dense = load_model(option("--model"), option("--dtype"), device)
     narrow, compact, gather = (copy.deepcopy(dense) for _ in range(3))
-    config = PruneConfig(keep=keep, method="random", compensate="none")
-    mask = prune(narrow, config).mask
+    mask = prune(narrow, keep, "random", repair=None).mask
     candidates = {
         "narrow modules": narrow,
         "PrunedMLP compact": accelerate(compact, mask=mask),

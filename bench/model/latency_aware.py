@@ -21,7 +21,7 @@ import typer
 from torch import Tensor
 
 from bench.tables.latency_aware import HEADER, latency_aware_rows, latency_aware_summary
-from pyprune import KeepIndex, Mask, PruneConfig, accelerate, find_ffns, prune
+from pyprune import KeepIndex, Mask, accelerate, prune
 from pyprune.base import machine
 from pyprune.base.clock import interleave, median, quantiles
 from pyprune.base.errors import check
@@ -30,21 +30,15 @@ from pyprune.base.text import load_text, token_windows
 from pyprune.cli.screen import Bars, show, table, verb
 from pyprune.evaluation import perplexity
 from pyprune.model import families
+from pyprune.model.families import find_ffns
 from pyprune.model.loading import DEMO, load_model, load_tokenizer
 from pyprune.pruning import prune as pruning
 from pyprune.pruning.allocation import by_latency
-from pyprune.pruning.pruner import Pruner
-from pyprune.pruning.sensitivity import SensitivityCurves
 from pyprune.speed import latency
 from pyprune.speed.latency import LatencyTable, Workload
 
 RESULTS = Path(__file__).parents[1] / "results"
 _PLAIN, _DENSE = "plain", "dense"
-
-
-def find_curves(model: Any, config: PruneConfig, windows: Tensor, progress: Any) -> SensitivityCurves:
-    """The curves that `prune` would use."""
-    return Pruner(model, find_ffns(model), config, windows, progress).curves()
 
 
 def mask_of(model: Any, scores: Sequence[Tensor], widths: Sequence[int]) -> Mask:
@@ -107,7 +101,6 @@ def main(
     wanted = {f"{float(t):g}": float(t) for t in targets.split(",")}
     check(len(wanted) > 0 and min(wanted.values()) >= 1, "targets", "be speed-ups of at least 1", targets)
     load = Workload(workload, batch, weights=weights)
-    config = PruneConfig(method=method, multiple=multiple)
     tokenizer = load_tokenizer(model)
     first, first_name = load_text(f"{text}:first" if text else None, "first")
     second, second_name = load_text(f"{text}:second" if text else None, "second")
@@ -131,14 +124,14 @@ def main(
         latencies = latency.measure(plain, range(multiple, max(sizes), multiple), load, repeats, bars)
         facts |= {"table": latencies.to_json(), "largest": latencies.largest()}
         chosen, models, rows = {}, {}, {}
-        curves = find_curves(plain, config, calibration, bars)
-        scores = pruning.score(plain, config, calibration, bars)
+        curves = pruning.curves(plain, method, multiple=multiple, text=calibration, progress=bars)
+        scores = pruning.score(plain, method, text=calibration, progress=bars)
         for key, target in wanted.items():
             chosen[key] = by_latency.choose_widths(curves, latencies, target)
         facts |= {"curves": curves.kind, "dense_perplexity": perplexity(plain, held_out, bars).perplexity}
         for key, widths in chosen.items():
             pruned = load_model(model, dtype, device)
-            report = prune(pruned, config, calibration, mask=mask_of(pruned, scores, widths), progress=bars)
+            report = prune(pruned, text=calibration, mask=mask_of(pruned, scores, widths), progress=bars)
             rows[key] = {
                 "target": wanted[key],
                 "widths": list(widths),

@@ -20,7 +20,7 @@ import typer
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from pyprune import PruneConfig, set_width, warmup
+from pyprune import set_width
 from pyprune.base import machine
 from pyprune.base.clock import Job, interleave, median, quantiles
 from pyprune.base.errors import check
@@ -29,6 +29,7 @@ from pyprune.base.progress import Progress
 from pyprune.base.text import load_text, token_windows
 from pyprune.cli.screen import Bars
 from pyprune.evaluation import perplexity
+from pyprune.ffn.warming import warmup
 from pyprune.model import checkpoint
 from pyprune.model.loading import DEMO, load_model, load_tokenizer
 from pyprune.pruning import nested
@@ -75,7 +76,7 @@ class Record:
 
 
 def make(
-    model: str, folder: Path, config: PruneConfig, calibrate: str | None, sizes: tuple[int, int], progress: Progress
+    model: str, folder: Path, method: str, calibrate: str | None, sizes: tuple[int, int], progress: Progress
 ) -> None:
     """Write the nested checkpoint with compensated rows for every share below 1, unless it is there."""
     if folder.is_dir():
@@ -86,7 +87,7 @@ def make(
     dense = load_model(model)
     shares = [share for share in SHARES if share < 1]
     batches = token_windows(tokenizer, content, *sizes)
-    nested.prune_nested(dense, config, batches, shares, progress, {"text": name})
+    nested.prune_nested(dense, shares, method, text=batches, progress=progress, provenance={"text": name})
     checkpoint.save(dense, folder, tokenizer)
 
 
@@ -220,7 +221,7 @@ def main(
     settings |= {"evaluation_tokens": evaluation_tokens, "text": text and Path(text).name, "shares": list(SHARES)}
     settings |= {"calibrate": calibrate and Path(calibrate).name}
     with Bars() as bars:
-        make(model, folder, PruneConfig(method=method), calibrate, (tokens, window), bars)
+        make(model, folder, method, calibrate, (tokens, window), bars)
         tokenizer = load_tokenizer(model)
         content, evaluation = load_text(text, "second")
         held_out = token_windows(tokenizer, content, evaluation_tokens, window)

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 from pyprune.base import machine
 from pyprune.base.errors import check
 from pyprune.base.files import new_file
 from pyprune.base.text import load_text, token_windows
 from pyprune.cli.screen import Bars, show
-from pyprune.evaluation import choice_accuracy, choice_difference, choice_items, generation_deltas, perplexity
+from pyprune.evaluation import generation_deltas, perplexity
+from pyprune.evaluation.tasks import continuations, continuations_correct
+from pyprune.evaluation.tasks.estimates import Estimate, metric
 from pyprune.model.loading import DEMO, load_model, load_tokenizer
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -53,6 +56,11 @@ def judge(perplexities: dict[str, dict[str, float]]) -> dict[str, Any]:
     }
 
 
+def _named(name: str, found: Estimate | None) -> dict[str, Any]:
+    assert found is not None
+    return {name: found.value, "interval": list(found.interval)}
+
+
 def main(
     dense: Annotated[str, typer.Argument(help="MODEL, as for the command line.")],
     pruned: Annotated[str, typer.Argument(help="The checkpoint that was recovered.")],
@@ -77,7 +85,7 @@ def main(
     texts = [load_text(None if path in (None, "default") else path, "second") for path in [text, *(also or [])]]
     windows = {called: token_windows(tokenizer, content, tokens, window) for content, called in texts}
     questions = {
-        called: choice_items(content, tokenizer, items, context, continuation, CHOICES) for content, called in texts
+        called: continuations(content, tokenizer, items, context, continuation, CHOICES) for content, called in texts
     }
     starts = prompts_of(texts[0][0], prompts)
     paths = {"dense": dense, "pruned": pruned, "recovered": recovered}
@@ -85,20 +93,24 @@ def main(
         paths["control"] = control
     loaded = {called: load_model(path, dtype, device) for called, path in paths.items()}
     models: dict[str, dict[str, Any]] = {}
-    answers: dict[str, dict[str, Any]] = {}
+    answers: dict[str, dict[str, Tensor]] = {}
     with Bars() as bars:
         for called, model in loaded.items():
-            answers[called] = {t: choice_accuracy(model, asked, bars) for t, asked in questions.items()}
+            answers[called] = {t: continuations_correct(model, asked, bars) for t, asked in questions.items()}
             models[called] = {
                 "perplexity": {t: perplexity(model, ids, bars).perplexity for t, ids in windows.items()},
-                "choice": {t: answer.to_json() for t, answer in answers[called].items()},
+            }
+            compared = {t: metric(answers["dense"][t], right, 1 / CHOICES) for t, right in answers[called].items()}
+            models[called]["choice"] = {
+                t: _named("accuracy", found.pruned) | {"items": items, "chance": 1 / CHOICES}
+                for t, found in compared.items()
             }
             if called == "dense":
                 continue
             deltas = generation_deltas(loaded["dense"], model, tokenizer, starts, new_tokens, bars).to_json()
             models["dense"]["wrote"], models[called]["wrote"] = deltas.pop("dense"), deltas.pop("pruned")
-            lost = {t: choice_difference(answers["dense"][t], answer) for t, answer in answers[called].items()}
-            models[called] |= {"generation": deltas, "choice_lost": {t: vars(found) for t, found in lost.items()}}
+            lost = {t: _named("difference", found.difference) for t, found in compared.items()}
+            models[called] |= {"generation": deltas, "choice_lost": lost}
     sizes = {called: sum(p.numel() for p in model.parameters()) for called, model in loaded.items()}
     facts = {
         "machine": machine.facts(),

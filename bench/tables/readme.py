@@ -1,10 +1,11 @@
-"""Make the tables of README.md from bench/results/*.json; no number is typed by hand.
+"""Make the tables of README.md, docs/ and examples/ from bench/results/*.json; no number is typed by hand.
 
     python -m bench.tables.readme            rewrites what stands between <!-- table:NAME --> and <!-- /table -->
-    python -m bench.tables.readme --check    exits with 1 when README.md is stale
+    python -m bench.tables.readme --check    exits with 1 when a file is stale
 
 A table is a function from its results to Markdown lines, and an entry of `TABLES`. The results of table NAME are
-NAME.json and NAME-*.json, by file name; the same table is made for each.
+NAME.json and NAME-*.json, by file name; the same table is made for each. What `_TOGETHER` names reads several results
+at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import typer
 
 from pyprune.base.files import new_file
 from pyprune.model.loading import DEMO
-from pyprune.pruning import importance
 
 HERE = Path(__file__).parents[1]
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -37,7 +37,7 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def model_name(name: str) -> str:
-    """What a model is called in the README, where the command line has a short name for it."""
+    """What a model is called in the tables, where the command line has a short name for it."""
     return "SmolLM2-135M-Instruct" if name == DEMO else name
 
 
@@ -238,26 +238,6 @@ def gpu_table(result: Result) -> list[str]:
     return [*lines, "", "Goals.", "", *markdown(goals_gpu.HEADER, goals)]
 
 
-def methods_table(_: Result) -> list[str]:
-    """A line for each criterion of `pyprune.importance`; the forms of magnitude share one."""
-    lines = {}
-    for name in importance.names():
-        entry = importance.get(name)
-        of = (
-            "weights"
-            if not entry.needs
-            else "gradients"
-            if any("gradient" in n for n in entry.needs)
-            else "activations"
-        )
-        if name.startswith("magnitude-"):
-            name, summary = "magnitude-{l1,l2}-{fan-in,fan-out,both,product}", "L1 or L2 norm of a neuron's weights"
-        else:
-            summary = entry.summary
-        lines[name] = [f"`{name}`", summary.replace("|", "\\|"), of, entry.source]
-    return markdown(["method", "score of a neuron", "from", "source"], lines.values())
-
-
 def _elsewhere(module: str, function: str) -> Callable[[Result], list[str]]:
     """A table whose function stands elsewhere, in a module that is imported when the table is made."""
 
@@ -269,37 +249,49 @@ def _elsewhere(module: str, function: str) -> Callable[[Result], list[str]]:
 
 
 TABLES: dict[str, Callable[[Result], list[str]]] = {
+    "allocations": _elsewhere("bench.tables.methods", "allocations_table"),
     "compare": _elsewhere("bench.tables.quality", "compare_table"),
     "cpu": cpu_table,
     "ffn": ffn_table,
-    "findings": _elsewhere("bench.experiments.findings_text", "findings_table"),
     "finetune": _elsewhere("bench.experiments.finetune.table", "finetune_table"),
+    "glance": _elsewhere("bench.tables.glance", "glance_table"),
     "gpu": gpu_table,
-    "methods": methods_table,
+    "methods": _elsewhere("bench.tables.methods", "methods_table"),
     "latency-aware": _elsewhere("bench.tables.latency_aware", "latency_aware_table"),
     "model": model_table,
     "nested": _elsewhere("bench.tables.nested", "nested_table"),
+    "repairs": _elsewhere("bench.tables.methods", "repairs_table"),
     "recover": _elsewhere("bench.tables.quality", "recover_table"),
     "static": static_table,
     "vae": _elsewhere("bench.tables.vae", "vae_table"),
 }
 
 
-_READMES = (HERE.parent / "README.md", HERE.parent / "examples" / "README.md")
-# Tables that are made of what is registered, not of measurements.
-_OF_CODE = ("methods",)
+ROOT = HERE.parent
+# Tables that are made of what is registered, not of measurements; and those of several results, by file name.
+_OF_CODE = ("allocations", "methods", "repairs")
+_TOGETHER = {"glance": ("compare", "model", "nested")}
+
+
+def texts() -> list[Path]:
+    """Every file that may hold tables."""
+    return [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
 
 
 def load_results(folder: Path, name: str) -> list[Result]:
     """The results of a table, by file name; one without any for a table that is made of the code alone."""
     if name in _OF_CODE:
         return [{}]
+    if name in _TOGETHER:
+        parts = {part: folder / f"{part}.json" for part in _TOGETHER[name]}
+        there = all(file.is_file() for file in parts.values())
+        return [{part: json.loads(file.read_text(encoding="utf-8")) for part, file in parts.items()}] if there else []
     files = sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}-*.json")])
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def render(readme: str, results: Path) -> str:
-    """The text of a README with its tables made anew from the folder `results`.
+def render(text: str, results: Path) -> str:
+    """The text of a file with its tables made anew from the folder `results`.
 
     Raises:
         typer.BadParameter: a marker without an entry in `TABLES`.
@@ -308,22 +300,24 @@ def render(readme: str, results: Path) -> str:
     def replace(match: re.Match[str]) -> str:
         opening, name, _, closing = match.groups()
         if name not in TABLES:
-            raise typer.BadParameter(f"README has a table {name!r}; known are {', '.join(TABLES)}")
+            raise typer.BadParameter(f"the text has a table {name!r}; known are {', '.join(TABLES)}")
         found = load_results(results, name)
         lines = [line for result in found for line in ["", *TABLES[name](result)]]
         return opening + "".join(f"{line}\n" for line in [*lines, ""] if found) + closing
 
-    return _MARKED.sub(replace, readme)
+    return _MARKED.sub(replace, text)
 
 
 def main(
     check: Annotated[bool, typer.Option(help="Change nothing; exit with 1 when a file is stale.")] = False,
-    readme: Annotated[list[Path] | None, typer.Option(help="Files with markers. Default: both READMEs.")] = None,
+    readme: Annotated[
+        list[Path] | None, typer.Option(help="Files with markers. Default: README, docs and examples.")
+    ] = None,
     results: Annotated[Path, typer.Option(help="The folder of the results.")] = HERE / "results",
 ) -> None:
     """Rewrite the tables, or check them."""
     stale = []
-    for file in readme or _READMES:
+    for file in readme or texts():
         old = file.read_text(encoding="utf-8")
         new = render(old, results)
         if new != old:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyprune import Mask, find_ffns
+from pyprune import Mask
+from pyprune.model.families import find_ffns
 from pyprune.training import TrainingConfig, TrainingPruner
+from pyprune.training.methods import Smoothed
 
 from .model import TextVAE
 
@@ -38,9 +40,7 @@ class Way:
         One shot trains as many steps before its cut as the others take to prune.
         """
         return TrainingConfig(
-            method="smoothed",
-            criterion=SCORES.get(self.score, self.score),
-            beta=0.0 if self.kind == LAST else beta,
+            method=Smoothed(SCORES.get(self.score, self.score), beta=0.0 if self.kind == LAST else beta),
             keep=keep,
             steps=steps,
             warmup=steps - 1 if self.kind == ONCE else steps // 10,

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyprune import accelerate, find_ffns
+from pyprune import accelerate
 from pyprune.base.clock import clock, interleave, median, timed
 from pyprune.base.errors import check
+from pyprune.model.families import find_ffns
 from pyprune.speed.roofline import amdahl
 from pyprune.speed.timing import ffn_pass, ffn_units
 

@@ -19,7 +19,8 @@ from ..ffn.mlp import MODES
 from ..ffn.quantisation import WEIGHTS
 from ..model import checkpoint, families, loading
 from ..pruning import nested
-from ..pruning.config import PruneConfig
+from ..pruning.allocation import Uniform
+from ..pruning.options import PruneOptions
 from ..pruning.prune import prune as prune_model
 from ..speed.benchmark import benchmark
 from ..speed.summary import speeds
@@ -43,7 +44,7 @@ from .options import (
     choose_device,
     text_windows,
 )
-from .prune import prune
+from .prune import prune, prune_blocks
 from .recover import recover
 from .report import report
 from .screen import EXIT_CODES, Bars, err, printable, show, table, verb
@@ -97,6 +98,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 app.command()(inspect)
 app.command()(prune)
+app.command()(prune_blocks)
 
 
 @app.command(name="eval")
@@ -184,7 +186,8 @@ def bench(
 ) -> None:
     """Decode, prefill and FFN speed as ratios to dense in the same run, each with its ceiling."""
     check(against is None or mode == "compact", "mode", "be compact with --against, whose neurons are gone", mode)
-    config = PruneConfig(keep=keep, method="random", compensate="none", multiple=1, seed=seed)
+    every = Uniform(multiple=1)
+    PruneOptions.of(keep, "random", every, None, seed=seed)  # complains before a long load
     check_choice(mode, "mode", MODES)
     check_choice(backend, "backend", dispatch.names())
     check_choice(weights or "float32", "weights", WEIGHTS)
@@ -196,7 +199,8 @@ def bench(
     mask = None
     if width is None:
         candidates["narrow modules"] = narrow = loading.load_model(model, dtype, place)
-        mask = prune_model(narrow, config).mask if against is None else None
+        if against is None:
+            mask = prune_model(narrow, keep, "random", allocation=every, repair=None, seed=seed).mask
     name = f"PrunedMLP {mode}" + (f" {weights}" if weights else "") + (f" width {width:g}" if width else "")
     accelerate(swapped, mode, backend, mask, weights)
     candidates[name] = nested.narrowed(swapped, model, width)

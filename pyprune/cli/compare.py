@@ -18,7 +18,8 @@ from ..evaluation.comparison import compare as compare_settings
 from ..evaluation.summary import comparison_lines
 from ..model import loading
 from ..pruning import importance
-from ..pruning.config import ALLOCATIONS, COMPENSATIONS
+from ..pruning.allocation import ALLOCATIONS
+from ..pruning.repair import REPAIRS
 from ..report.figures import compare_figure
 from .options import (
     DeviceOption,
@@ -77,20 +78,19 @@ def _shares(text: str) -> list[float]:
         raise InputError(f"keep must be numbers separated by commas; got {text!r}") from error
 
 
-def _recipes(presets: str, criteria: str, compensate: str, allocation: str) -> list[Recipe]:
-    given = {"preset": presets, "criteria": criteria, "compensate": compensate, "allocation": allocation}
-    known = {"preset": PRESETS, "criteria": importance.names(), "compensate": COMPENSATIONS, "allocation": ALLOCATIONS}
-    words = {name: _words(text) for name, text in given.items()}
-    for name, chosen in words.items():
-        check(0 < len(chosen) == len(set(chosen)), name, "be names that differ, separated by commas", given[name])
-        for word in chosen:
-            check_choice(word, name, known[name])
+def _recipes(presets: str, criteria: str, repair: str, allocation: str) -> list[Recipe]:
+    chosen = {"preset": _words(presets), "criteria": _words(criteria)}
+    for (name, words), known in zip(chosen.items(), (PRESETS, importance.names()), strict=True):
+        check(0 < len(words) == len(set(words)), name, "be names that differ, separated by commas", ",".join(words))
+        for word in words:
+            check_choice(word, name, known)
+    repairs, allocations = ([str(o) for o in r.parse_all(t)] for r, t in ((REPAIRS, repair), (ALLOCATIONS, allocation)))
     of = {
         "published": PUBLISHED,
         "ours": OURS,
-        "grid": grid(words["criteria"], words["compensate"], words["allocation"]),
+        "grid": grid(chosen["criteria"], repairs, allocations),
     }
-    return [recipe for name in words["preset"] for recipe in of[name]]
+    return [recipe for name in chosen["preset"] for recipe in of[name]]
 
 
 def _evaluation(tokenizer: Any, text: str | None, also: list[str], tokens: int, window: int) -> dict[str, Tensor]:
@@ -160,8 +160,12 @@ def compare(
         ),
     ] = "published,ours",
     criteria: Annotated[str, typer.Option(help="Of the grid.")] = "wanda,obs",
-    compensate: Annotated[str, typer.Option(help=f"Of the grid: {', '.join(COMPENSATIONS)}.")] = "none,least-squares",
-    allocation: Annotated[str, typer.Option(help=f"Of the grid: {', '.join(ALLOCATIONS)}.")] = "uniform,sensitivity",
+    repair: Annotated[
+        str, typer.Option(help=f"Of the grid, one or more of {', '.join(REPAIRS.names())}; with keys as for prune.")
+    ] = "none,least-squares",
+    allocation: Annotated[
+        str, typer.Option(help=f"Of the grid, one or more of {', '.join(ALLOCATIONS.names())}; as above.")
+    ] = "uniform,sensitivity",
     multiple: Annotated[int, typer.Option(help="Round widths to multiples of this many neurons.")] = 16,
     seeds: Annotated[int, typer.Option(help="Runs of the random method.")] = 3,
     tokens: TokensOption = 16384,
@@ -180,7 +184,7 @@ def compare(
     The first half of --text calibrates, its second half and every --also evaluate.
     """
     keeps = _shares(keep)
-    recipes = _recipes(preset, criteria, compensate, allocation)
+    recipes = _recipes(preset, criteria, repair, allocation)
     settings(recipes, keeps, 1, multiple, seeds)  # complains before a long load
     check(text is None or text not in (also or []), "also", "be other files than text, half of which calibrates", also)
     check(figure is None or figure.suffix == ".svg", "figure", "be an .svg file", str(figure))

@@ -28,7 +28,7 @@ from ..evaluation.analysis import neuron_redundancy
 from ..evaluation.diagnose import Budget, described, diagnose
 from ..ffn.accelerate import accelerate
 from ..model import checkpoint, loading
-from ..pruning.config import PruneConfig
+from ..pruning.options import PruneOptions
 from ..pruning.prune import prune
 from ..report.figures import demo_figure
 from ..speed.benchmark import benchmark
@@ -37,6 +37,7 @@ from . import fresh
 from .screen import megabytes, table
 
 PROMPT = "Explain in two sentences what a list is in Python."
+METHOD = "wanda"  # looks at activations only, so it takes seconds
 _NEW_TOKENS = 48
 _WINDOW = 1024
 _EVALUATION_TOKENS = 8192
@@ -178,7 +179,7 @@ def run_demo(
     """
     started = time.perf_counter()
     _check_out(out)
-    config = PruneConfig(keep=keep)
+    PruneOptions.of(keep, METHOD)  # complains before anything is loaded
     tokenizer = loading.load_tokenizer(model)
     name = "SmolLM2-135M-Instruct" if model == loading.DEMO else Path(model).name
     first, first_name = load_text(text, "first")
@@ -189,13 +190,13 @@ def run_demo(
     dense, pruned = loading.load_model(model), loading.load_model(model)
     cut = prune(
         pruned,
-        config,
-        calibration,
+        keep,
+        METHOD,
+        text=calibration,
         progress=progress,
         provenance={"model": name, "text": first_name, "versions": machine.versions()},
     )
     mask = cut.mask
-    assert mask is not None
     total = sum(k.intermediate_size for k in mask.layers)
     facts: dict[str, Any] = {
         "model": name,

@@ -1,4 +1,4 @@
-"""The verb `prune`."""
+"""The verbs `prune` and `prune-blocks`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from ..base.errors import InputError, check
 from ..model import checkpoint, loading
 from ..model.mask import Mask
 from ..pruning import importance
-from ..pruning.config import ALLOCATIONS, COMPENSATIONS, STRUCTURES, PruneConfig
+from ..pruning.allocation import ALLOCATIONS
+from ..pruning.blocks import STRUCTURES, BlockOptions, BlockReport
+from ..pruning.blocks import prune_blocks as remove_blocks
 from ..pruning.nested import NestedReport, prune_nested
+from ..pruning.options import PruneOptions
 from ..pruning.prune import PruneReport
 from ..pruning.prune import prune as prune_model
+from ..pruning.repair import REPAIRS
 from .options import (
     DeviceOption,
     DtypeOption,
@@ -33,21 +37,14 @@ from .options import (
 )
 from .screen import Bars, megabytes, show, table, verb
 
-
-def _counts(text: str, argument: str) -> tuple[int, int]:
-    """`4,2` as two counts."""
-    parts = text.split(",")
-    check(len(parts) == 2 and all(p.strip().isdigit() for p in parts), argument, "be two counts like 4,2", text)
-    return int(parts[0]), int(parts[1])
-
-
-def _damping(text: str) -> float | None:
-    if text == "auto":
-        return None
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InputError(f"damping must be a number or auto; got {text!r}") from error
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)]
+SaveMaskOption = Annotated[Path | None, typer.Option(help="Also write the mask to this file.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Do everything but write the model; --save-mask is written.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option(help="Replace a checkpoint that pyprune wrote; it stays whole until then.")
+]
 
 
 def _shares(text: str) -> list[float]:
@@ -76,7 +73,7 @@ def _show_nested(model: str, made: NestedReport, text: str | None, out: Path | N
     )
 
 
-def _rows(report: PruneReport) -> list[tuple[object, ...]]:
+def _rows(report: PruneReport | BlockReport) -> list[tuple[object, ...]]:
     """What a person wants to know first: dense beside pruned."""
     rows: list[tuple[object, ...]] = []
     if report.mask is not None:
@@ -84,9 +81,8 @@ def _rows(report: PruneReport) -> list[tuple[object, ...]]:
         full = max(k.intermediate_size for k in report.mask.layers)
         rows.append(("neurons", sum(k.intermediate_size for k in report.mask.layers), sum(report.mask.widths)))
         rows.append(("FFN width", full, " .. ".join(map(str, dict.fromkeys((widths[0], widths[-1]))))))
-    if report.blocks is not None:
-        count = len(report.blocks.influence)
-        rows.append((f"{report.blocks.structure} blocks", count, len(report.blocks.kept)))
+    if isinstance(report, BlockReport):
+        rows.append((f"{report.structure} blocks", len(report.influence), len(report.kept)))
     rows.append(("parameters", f"{report.parameters_before:,}", f"{report.parameters_after:,}"))
     rows.append(("size", megabytes(report.bytes_before), megabytes(report.bytes_after)))
     return rows
@@ -107,51 +103,100 @@ def _notes(report: PruneReport) -> list[str]:
     return notes
 
 
+def _given(**values: Any) -> dict[str, Any]:
+    """Those that were given on the command line."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _facts(model: str, text: str | None) -> dict[str, Any]:
+    """What the checkpoint says of the run."""
+    name = model if model == loading.DEMO else Path(model).name
+    return {"model": name, "text": text, "versions": machine.versions()}
+
+
+def _check_out(out: Path | None, dry_run: bool, overwrite: bool, max_shard_size: str) -> None:
+    if out is None and not dry_run:
+        raise InputError("out must be given, unless with --dry-run; got None")
+    if out is not None:
+        checkpoint.check_out(out, overwrite, max_shard_size)
+
+
+def _finish(
+    model: str,
+    report: PruneReport | BlockReport,
+    text: str | None,
+    out: Path | None,
+    save_mask: Path | None,
+    notes: list[str],
+    as_json: bool,
+) -> None:
+    """Write the mask, and show what was done and written; `out` is None in a dry run."""
+    written = "nothing (dry run)" if out is None else str(out)
+    if save_mask is not None and report.mask is not None:
+        report.mask.save(save_mask)
+        written = f"{save_mask} only (dry run)" if out is None else f"{written} and {save_mask}"
+    show(
+        {"model": model, **report.to_json(), "text": text, "out": None if out is None else str(out)},
+        as_json,
+        table(f"pruned {escape(model)}", ("what", ">dense", ">pruned"), _rows(report)),
+        *notes,
+        f"text {text or 'not needed'}, {report.tokens} tokens; {report.seconds:.1f} s; "
+        f"peak memory +{megabytes(report.peak_bytes)}; wrote {escape(written)}",
+    )
+
+
 @verb
 def prune(
     model: ModelArgument,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)
-    ] = None,
-    keep: Annotated[float, typer.Option(help="Share of neurons (FFNs, layers) that stays, in (0, 1].")] = 0.7,
-    method: Annotated[str, typer.Option(help=f"Importance criterion: {', '.join(importance.names())}.")] = "wanda",
-    structure: Annotated[
-        str, typer.Option(help=f"What is removed: {', '.join(STRUCTURES)}; whole blocks by block influence.")
-    ] = "neurons",
-    iterative: Annotated[
-        bool, typer.Option("--iterative", help="Whole blocks: measure influences again after each removal.")
-    ] = False,
+    out: OutOption = None,
+    keep: Annotated[float, typer.Option(help="Share of neurons that stays, in (0, 1].")] = 0.7,
+    method: Annotated[str, typer.Option(help=f"Importance criterion: {', '.join(importance.names())}.")] = "obs",
     allocation: Annotated[
-        str, typer.Option(help=f"How many neurons each layer keeps: {', '.join(ALLOCATIONS)}.")
-    ] = "uniform",
+        str | None,
+        typer.Option(
+            help=f"How many neurons each layer keeps: {ALLOCATIONS.help()}. Default: uniform.", show_default=False
+        ),
+    ] = None,
+    repair: Annotated[
+        str, typer.Option(help=f"What kept neurons take over from removed ones: {REPAIRS.help()}.")
+    ] = "least-squares",
     target_speedup: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             help="Make the whole model this much faster here, at the least loss; implies allocation latency.",
             show_default=False,
         ),
     ] = None,
     workload: Annotated[
-        str, typer.Option(help="What that speed-up is of: decode:1, prefill:512, decode:4:int8, ...")
-    ] = "decode:1",
-    protect: Annotated[str, typer.Option(help="How many first,last layers keep all their neurons.")] = "0,0",
-    multiple: Annotated[int, typer.Option(help="Round widths to multiples of this many neurons.")] = 64,
-    floor: Annotated[float, typer.Option(help="Not uniform: the least share of neurons any layer keeps.")] = 0.0,
-    compensate: Annotated[
         str | None,
-        typer.Option(
-            help=f"{', '.join(COMPENSATIONS)}. Default: least-squares for neurons, none for blocks.", show_default=False
-        ),
+        typer.Option(help="What that speed-up is of: decode:1, prefill:512, decode:4:int8, ...", show_default=False),
+    ] = None,
+    protect: Annotated[
+        str | None, typer.Option(help="How many first,last layers keep all their neurons.", show_default=False)
+    ] = None,
+    multiple: Annotated[
+        str | None, typer.Option(help="Round widths to multiples of this many neurons; 64.", show_default=False)
+    ] = None,
+    floor: Annotated[
+        str | None,
+        typer.Option(help="Not uniform: the least share of neurons any layer keeps; 0.", show_default=False),
     ] = None,
     damping: Annotated[
-        str, typer.Option(help="Ridge of least squares, as a share of the mean diagonal; auto: by held-out windows.")
-    ] = "0.01",
+        str | None,
+        typer.Option(
+            help="Ridge of least squares, as a share of the mean diagonal, 0.01; auto: by held-out windows.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of what earlier layers lost that a layer's fit makes up for, in [0, 1]; 0.", show_default=False
+        ),
+    ] = None,
     sequential: Annotated[
         bool, typer.Option(help="Score and fit later layers on what pruned earlier ones produce.")
     ] = True,
-    target: Annotated[
-        float, typer.Option(help="Share of what earlier layers lost that a layer's fit makes up for, in [0, 1].")
-    ] = 0.0,
     nested_widths: Annotated[
         bool,
         typer.Option(
@@ -164,81 +209,110 @@ def prune(
     window: WindowOption = 1024,
     seed: SeedOption = 0,
     mask: Annotated[Path | None, typer.Option(help="Keep the neurons of this mask file instead of scoring.")] = None,
-    save_mask: Annotated[Path | None, typer.Option(help="Also write the mask to this file.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Do everything but write the model; --save-mask is written.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace a checkpoint that pyprune wrote; it stays whole until then.")
-    ] = False,
+    save_mask: SaveMaskOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
     max_shard_size: ShardOption = checkpoint.MAX_SHARD_SIZE,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Remove FFN neurons, whole FFNs or layers, and write a checkpoint that Transformers loads."""
-    if compensate is None:
-        compensate = "least-squares" if structure == "neurons" else "none"
-    if target_speedup is not None and allocation == "uniform":
-        allocation = "latency"
-    config = PruneConfig(
-        keep=keep,
-        method=method,
-        structure=structure,
-        iterative=iterative,
-        allocation=allocation,
-        protect=_counts(protect, "protect"),
-        multiple=multiple,
-        floor=floor,
-        target_speedup=target_speedup,
-        workload=workload,
-        compensate=compensate,
-        damping=_damping(damping),
-        sequential=sequential,
-        target=target,
-        seed=seed,
+    """Remove FFN neurons, and write a checkpoint that Transformers loads.
+
+    --target-speedup to --target are keys of --allocation and --repair, given apart.
+    """
+    spread = _given(target_speedup=target_speedup, workload=workload, protect=protect, multiple=multiple, floor=floor)
+    named = allocation or ("uniform" if target_speedup is None else "latency")
+    options = PruneOptions.of(
+        keep,
+        method,
+        ALLOCATIONS.parse(named, **spread),
+        REPAIRS.parse(repair, **_given(damping=damping, target=target)),
+        sequential,
+        seed,
     )
-    if out is None and not dry_run:
-        raise InputError("out must be given, unless with --dry-run; got None")
-    if out is not None:
-        checkpoint.check_out(out, overwrite, max_shard_size)
-    check(save_mask is None or structure != "layer", "save_mask", "be left out with whole layers", save_mask)
+    _check_out(out, dry_run, overwrite, max_shard_size)
+    if nested_widths:
+        check(mask is None and save_mask is None, "mask", "be left out with --nested", str(mask or save_mask))
+        check(sequential, "sequential", "be True with nested widths", False)
     loaded_mask = Mask.load(mask) if mask else None
     place = choose_device(device)
     batches, text_name, tokenizer = None, None, None
-    if config.compensate != "none" or (loaded_mask is None and config.needs_text):
+    if options.needs_text(loaded_mask is not None):
         tokenizer = loading.load_tokenizer(model)
         batches, text_name = text_windows(tokenizer, text, "first", tokens, window)
     loaded = loading.load_model(model, dtype, place)
     if tokenizer is None and not dry_run:
         tokenizer = tokenizer_to_save(model)
-    facts: dict[str, Any] = {
-        "model": model if model == loading.DEMO else Path(model).name,
-        "text": text_name,
-        "versions": machine.versions(),
-    }
-    if nested_widths:
-        check(mask is None and save_mask is None, "mask", "be left out with --nested", str(mask or save_mask))
-        with Bars() as bars:
-            made = prune_nested(loaded, config, batches, _shares(shares), bars, facts)
-        if not dry_run and out is not None:
-            checkpoint.save(loaded, out, tokenizer, overwrite, max_shard_size=max_shard_size)
-        _show_nested(model, made, text_name, None if dry_run else out, as_json)
-        return
+    common: dict[str, Any] = {"allocation": options.allocation, "repair": options.repair, "text": batches, "seed": seed}
+    common["provenance"] = _facts(model, text_name)
+    made, report = None, None
     with Bars() as bars:
-        report = prune_model(loaded, config, batches, mask=loaded_mask, progress=bars, provenance=facts)
-    if not dry_run and out is not None:
-        checkpoint.save(loaded, out, tokenizer, overwrite, max_shard_size=max_shard_size)
-    if save_mask is not None and report.mask is not None:
-        report.mask.save(save_mask)
-    written = "nothing (dry run)" if dry_run else str(out)
-    if save_mask is not None:
-        written = f"{save_mask} only (dry run)" if dry_run else f"{written} and {save_mask}"
-    show(
-        {"model": model, **report.to_json(), "text": text_name, "out": None if dry_run else str(out)},
-        as_json,
-        table(f"pruned {escape(model)}", ("what", ">dense", ">pruned"), _rows(report)),
-        *_notes(report),
-        f"text {text_name or 'not needed'}, {report.tokens} tokens; {report.seconds:.1f} s; "
-        f"peak memory +{megabytes(report.peak_bytes)}; wrote {escape(written)}",
-    )
+        if nested_widths:
+            made = prune_nested(loaded, _shares(shares), method, progress=bars, **common)
+        else:
+            report = prune_model(loaded, keep, method, sequential=sequential, mask=loaded_mask, progress=bars, **common)
+    written = None if dry_run else out
+    if written is not None:
+        checkpoint.save(loaded, written, tokenizer, overwrite, max_shard_size=max_shard_size)
+    if made is not None:
+        _show_nested(model, made, text_name, written, as_json)
+    if report is not None:
+        _finish(model, report, text_name, written, save_mask, _notes(report), as_json)
+
+
+@verb
+def prune_blocks(
+    model: ModelArgument,
+    out: OutOption = None,
+    structure: Annotated[
+        str, typer.Option(help=f"What is removed, by block influence: {', '.join(STRUCTURES)}.")
+    ] = "ffn",
+    keep: Annotated[float, typer.Option(help="Share of FFNs or layers that stays, in (0, 1].")] = 0.7,
+    protect: Annotated[str, typer.Option(help="How many first,last blocks stay whatever their influence.")] = "0,0",
+    repair: Annotated[
+        str, typer.Option(help="none; for FFNs also bias, which keeps the mean output of a removed one.")
+    ] = "none",
+    iterative: Annotated[
+        bool, typer.Option("--iterative", help="Measure influences again after each removal.")
+    ] = False,
+    sequential: Annotated[bool, typer.Option(help="Mean outputs are those with the earlier FFNs removed.")] = True,
+    text: TextOption = None,
+    tokens: TokensOption = 16384,
+    window: WindowOption = 1024,
+    save_mask: SaveMaskOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    max_shard_size: ShardOption = checkpoint.MAX_SHARD_SIZE,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Remove whole FFNs or whole decoder layers, and write a checkpoint that Transformers loads."""
+    words = protect.split(",")
+    two = len(words) == 2 and all(word.strip().isdigit() for word in words)
+    check(two, "protect", "be two counts like 4,2", protect)
+    options = BlockOptions.of(structure, keep, (int(words[0]), int(words[1])), repair, iterative, sequential)
+    _check_out(out, dry_run, overwrite, max_shard_size)
+    check(save_mask is None or structure != "layer", "save_mask", "be left out with whole layers", str(save_mask))
+    place = choose_device(device)
+    tokenizer = loading.load_tokenizer(model)
+    batches, text_name = text_windows(tokenizer, text, "first", tokens, window)
+    loaded = loading.load_model(model, dtype, place)
+    with Bars() as bars:
+        report = remove_blocks(
+            loaded,
+            structure,
+            keep,
+            options.protect,
+            options.repair,
+            iterative=iterative,
+            sequential=sequential,
+            text=batches,
+            progress=bars,
+            provenance=_facts(model, text_name),
+        )
+    written = None if dry_run else out
+    if written is not None:
+        checkpoint.save(loaded, written, tokenizer, overwrite, max_shard_size=max_shard_size)
+    _finish(model, report, text_name, written, save_mask, [], as_json)

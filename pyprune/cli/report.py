@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from ..report import write
-from ..report.shapes import SHAPES
+from ..report.facts import KINDS
 from .options import JsonOption
 from .screen import show, verb
 
@@ -18,7 +18,7 @@ from .screen import show, verb
 def report(
     folder: Annotated[
         Path,
-        typer.Argument(help=f"A folder with any of {', '.join(SHAPES)}.", metavar="DIR", show_default=False),
+        typer.Argument(help=f"A folder with any of {', '.join(KINDS)}.", metavar="DIR", show_default=False),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The HTML file. Default: DIR/report.html.", show_default=False)

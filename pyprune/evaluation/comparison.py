@@ -27,8 +27,10 @@ from ..base.memory import release
 from ..base.progress import Progress, quiet
 from ..base.windows import check_windows, stack_batches
 from ..model import families
-from ..pruning.config import PruneConfig
-from ..pruning.prune import prune
+from ..pruning.allocation import ALLOCATIONS
+from ..pruning.blocks import BlockOptions, BlockReport, prune_blocks
+from ..pruning.options import PruneOptions
+from ..pruning.prune import PruneReport, prune
 from . import perplexity
 from .summary import Line, comparison_lines
 
@@ -46,7 +48,8 @@ class Recipe:
 
     Attributes:
         label: for people; with keep and seed it names a row of the result.
-        options: fields of `PruneConfig` besides keep, multiple and seed.
+        options: arguments of `prune` besides keep and seed, options as short forms; with `structure`, of
+            `prune_blocks`.
         group: `published`, `ours` or `grid`.
         protected: how many first and last layers keep all neurons, and of how many layers that was published.
         tokens: calibration tokens at most; 0 for all there are.
@@ -58,15 +61,23 @@ class Recipe:
     protected: tuple[int, int, int] | None = None
     tokens: int = TOKENS
 
-    def fitted(self, layers: int) -> dict[str, Any]:
-        """The options for a model of so many layers: what is protected keeps its share of the depth, rounded."""
-        if self.protected is None:
+    def fitted(self, layers: int, multiple: int) -> dict[str, Any]:
+        """The options for a model of so many layers: what is protected keeps its share of the depth, rounded.
+
+        Raises:
+            InputError: an unknown allocation, or one without these options.
+        """
+        if "structure" in self.options:
             return dict(self.options)
-        *ends, depth = self.protected
-        return {**self.options, "protect": tuple(round(end * layers / depth) for end in ends)}
+        more: dict[str, Any] = {"multiple": multiple}
+        if self.protected is not None:
+            *ends, depth = self.protected
+            more["protect"] = tuple(round(end * layers / depth) for end in ends)
+        allocation = ALLOCATIONS.parse(self.options.get("allocation", "uniform"), **more)
+        return {**self.options, "allocation": str(allocation)}
 
 
-_PLAIN = {"allocation": "uniform", "compensate": "none"}
+_PLAIN = {"allocation": "uniform", "repair": "none"}
 
 # Every method with the allocation and the compensation that it was published with. All get the same calibration text
 # and only FFNs are pruned; the papers differ in both.
@@ -77,28 +88,28 @@ PUBLISHED = (
     # Layer by layer, each scored on what the pruned ones before it give.
     Recipe("Wanda-sp", {"method": "wanda", **_PLAIN, "sequential": True}, "published"),
     # One ranking of standardised scores over all layers; every statistic is that of the dense model.
-    Recipe("FLAP", {"method": "flap", "allocation": "global", "compensate": "bias", "sequential": False}, "published"),
+    Recipe("FLAP", {"method": "flap", "allocation": "global", "repair": "bias", "sequential": False}, "published"),
     # In LLaMA-7B layers 4 to 29 of 32 are pruned, all by the same share.
     Recipe("LLM-Pruner Taylor", {"method": "taylor-element", **_PLAIN}, "published", protected=(4, 2, 32)),
     Recipe("Fisher of masks", {"method": "fisher", **_PLAIN}, "published"),
     Recipe("OBD", {"method": "obd", **_PLAIN}, "published"),
     # Whole layers by block influence, their attention with them.
-    Recipe("ShortGPT (whole layers)", {"structure": "layer", **_PLAIN}, "published"),
+    Recipe("ShortGPT (whole layers)", {"structure": "layer"}, "published"),
 )
 
 # What pyprune recommends.
-_BEST = {"method": "obs", "allocation": "sensitivity", "compensate": "least-squares", "target": 0.5}
+_BEST = {"method": "obs", "allocation": "sensitivity", "repair": "least-squares:target=0.5"}
 OURS = (Recipe("pyprune", _BEST, "ours"), Recipe("pyprune, all text", _BEST, "ours", tokens=0))
 
 # The best published method at the first share kept, against ours at the second: a step of sparsity for free.
 GOALS = ((0.8, 0.7), (0.7, 0.5))
 
 
-def grid(criteria: Iterable[str], compensations: Iterable[str], allocations: Iterable[str]) -> tuple[Recipe, ...]:
+def grid(criteria: Iterable[str], repairs: Iterable[str], allocations: Iterable[str]) -> tuple[Recipe, ...]:
     """Every combination. One that cannot be makes a row with the reason."""
     return tuple(
-        Recipe(f"{m} | {c} | {a}", {"method": m, "compensate": c, "allocation": a})
-        for m, c, a in itertools.product(criteria, compensations, allocations)
+        Recipe(f"{m} | {r} | {a}", {"method": m, "repair": r, "allocation": a})
+        for m, r, a in itertools.product(criteria, repairs, allocations)
     )
 
 
@@ -110,7 +121,7 @@ class Setting:
         label, group, tokens: of the `Recipe`.
         keep: share of neurons that stays.
         seed: of everything random.
-        options: the other fields of `PruneConfig`.
+        options: the other arguments of `prune`, or with `structure` of `prune_blocks`.
     """
 
     label: str
@@ -129,13 +140,21 @@ class Setting:
         """What tells rows apart."""
         return self.label, self.keep, self.seed
 
-    def config(self) -> PruneConfig:
-        """The configuration; made when its row is reached, so that options that break a rule cost one row.
+    def chosen(self) -> PruneOptions | BlockOptions:
+        """The options; made when its row is reached, so that options that break a rule cost one row.
 
         Raises:
             InputError: they do.
         """
-        return PruneConfig(**{**self.options, "keep": self.keep, "seed": self.seed})
+        if "structure" in self.options:
+            return BlockOptions.of(keep=self.keep, **self.options)
+        return PruneOptions.of(self.keep, seed=self.seed, **self.options)
+
+    def run(self, model: nn.Module, text: Tensor, progress: Progress) -> PruneReport | BlockReport:
+        """Prune `model`, in place. Errors as `prune`."""
+        if "structure" in self.options:
+            return prune_blocks(model, keep=self.keep, text=text, progress=progress, **self.options)
+        return prune(model, self.keep, seed=self.seed, text=text, progress=progress, **self.options)
 
 
 def settings(
@@ -151,7 +170,7 @@ def settings(
         seeds: how many.
 
     Raises:
-        InputError: no recipe or keep, one given twice, a keep out of range, or no seed.
+        InputError: no recipe or keep, one given twice, a keep out of range, no seed, or an unknown allocation.
     """
     recipes = list(recipes)
     labels = [r.label for r in recipes]
@@ -160,7 +179,7 @@ def settings(
     check(right, "keep", "be shares in (0, 1] that differ", list(keeps))
     check(seeds >= 1, "seeds", "be at least 1", seeds)
     return [
-        Setting(r.label, keep, {**r.fitted(layers), "multiple": multiple}, r.group, seed, r.tokens)
+        Setting(r.label, keep, r.fitted(layers, multiple), r.group, seed, r.tokens)
         for r in recipes
         for keep in keeps
         for seed in range(seeds if r.options.get("method") == "random" else 1)
@@ -224,7 +243,6 @@ def _measure(model: nn.Module, evaluation: Mapping[str, Tensor], progress: Progr
 def _row(
     model: nn.Module,
     setting: Setting,
-    config: PruneConfig,
     calibration: Tensor,
     evaluation: Mapping[str, Tensor],
     progress: Progress,
@@ -232,17 +250,17 @@ def _row(
     """Prune a copy of the model, and measure it."""
     windows = calibration[: setting.tokens // calibration.shape[1]] if setting.tokens else calibration
     pruned = copy.deepcopy(model)
-    report = prune(pruned, config, windows, progress=progress)
-    blocks = report.blocks
-    kept = report.mask.keep if report.mask else len(blocks.kept) / len(blocks.influence) if blocks else 1.0
+    report = setting.run(pruned, windows, progress)
+    whole = isinstance(report, BlockReport)
+    kept = len(report.kept) / len(report.influence) if whole else report.mask.keep  # type: ignore[union-attr]
     started = time.perf_counter()
     found = _measure(pruned, evaluation, progress)
     return {
         "perplexity": found,
         "kept": kept,
         "parameters": report.parameters_after,
-        "widths": list(report.mask.widths) if report.mask else None,
-        "damping": [layer.damping for layer in report.layers],
+        "widths": list(report.mask.widths) if report.mask is not None else None,
+        "damping": [layer.damping for layer in getattr(report, "layers", [])],
         "tokens": report.tokens,
         "prune_seconds": report.seconds,
         "evaluation_seconds": time.perf_counter() - started,
@@ -292,9 +310,9 @@ class _Run:
         }
         self.dense: dict[str, float] = old["dense"] if old and old.get("dense_key") == self.key(None) else {}
 
-    def key(self, config: PruneConfig | None, tokens: int = 0) -> str:
+    def key(self, chosen: PruneOptions | BlockOptions | None, tokens: int = 0) -> str:
         """Names a measurement: all that its numbers depend on."""
-        return _sha256([self._base, config and config.to_json(), tokens])
+        return _sha256([self._base, chosen and chosen.facts(), tokens])
 
     def add(self, setting: Setting, row: dict[str, Any]) -> None:
         names = {"label": setting.label, "group": setting.group, "keep": setting.keep, "seed": setting.seed}
@@ -366,14 +384,14 @@ def compare(
         progress(STAGE, done, len(rows))
         key = None
         try:
-            config = setting.config()
-            key = run.key(config, setting.tokens)
+            chosen = setting.chosen()
+            key = run.key(chosen, setting.tokens)
             old = run.rows.get(setting.name, {})
             if old.get("key") == key and "error" not in old:
                 found += 1
                 continue
-            row = _row(model, setting, config, calibration, evaluation, progress)
-            run.add(setting, {"config": config.to_json(), "key": key, **row})
+            row = _row(model, setting, calibration, evaluation, progress)
+            run.add(setting, {"config": chosen.facts(), "key": key, **row})
         except Exception as error:  # whatever a method makes of this model: the other rows still count
             message = (str(error).strip() or "no message").splitlines()[0][:1000]
             failure = {"kind": type(error).__name__, "message": message}

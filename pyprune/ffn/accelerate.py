@@ -33,6 +33,11 @@ def accelerate(
 
     The FFNs' parameters are others afterwards: an optimizer or adapters made before do not know them.
 
+        >>> model, tokenizer = load("demo")
+        >>> model = accelerate(model, weights="int8")
+        >>> ids = tokenizer("Rain is", return_tensors="pt")["input_ids"]
+        >>> text = tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
+
     Args:
         model: a causal LM of Transformers; changed in place.
         mode: `compact`, or `gather`, which keeps all weights and reads those of the neurons in `mask`.

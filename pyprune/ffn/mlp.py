@@ -57,6 +57,14 @@ def pack(weights: FFNWeights, keep: Tensor | None = None) -> tuple[Tensor, Tenso
 class PrunedMLP(FamilyState):
     """An FFN whose kept neurons are rows of one record: `y = down(act(up(x)))` or `down(act(gate(x)) * up(x))`.
 
+        >>> model, tokenizer = load("demo")
+        >>> dense = model.model.layers[0].mlp
+        >>> keep = KeepIndex(range(0, dense.down_proj.in_features, 2), dense.down_proj.in_features)
+        >>> half = PrunedMLP.from_dense(dense, keep)
+        >>> x = model.get_input_embeddings()(tokenizer("Rain", return_tensors="pt")["input_ids"])
+        >>> half(x).shape == x.shape
+        True
+
     It takes the place of a Transformers FFN module, and its `state_dict` has the names, shapes and dtype of the module
     it stands for, so a model that holds it saves and loads as its family does.
 

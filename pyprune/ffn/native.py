@@ -44,6 +44,7 @@ _NATIVE = {
     ),
 }
 _SOURCES = (".cpp", ".h", ".cu", ".cuh")
+_INTERFACE = 2  # that of csrc/building.py
 
 
 def library(which: str = "cpu") -> Path:
@@ -70,12 +71,15 @@ def _why_missing(which: str) -> str:
 
 
 def _load(which: str) -> str | None:
+    title, record = _NATIVE[which].title, _record(which)
     try:
         if not library(which).is_file():
             return _why_missing(which)
+        if record and record.get("interface") != _INTERFACE:  # its kernels would read operands that are not there
+            return f"native {title} library was built for other operators: run `make native`, or reinstall pyprune"
         torch.ops.load_library(library(which))
     except Exception as error:
-        return f"native {_NATIVE[which].title} library cannot be loaded: {' '.join(str(error).split())}"
+        return f"native {title} library cannot be loaded: {' '.join(str(error).split())}"
     return None
 
 

@@ -74,7 +74,7 @@ def compacted(record: Tensor, index: Tensor) -> Tensor:
     of inference tensors, which do not tell whether they were written to.
 
     In the capture of a CUDA graph nothing is kept: rows that were kept before are read, and nothing is allocated;
-    others are taken by the graph itself, at every replay, with a warning. So call once before, by `pyprune.warmup`. A
+    others are taken by the graph itself, at every replay, with a warning. So call once before, by `warming.warmup`. A
     graph that reads kept rows does not see later changes of the weights, until another call has taken the rows anew.
 
     Args:
@@ -89,7 +89,7 @@ def compacted(record: Tensor, index: Tensor) -> Tensor:
         rows = record.detach().index_select(0, index)
         if capturing:
             warnings.warn(
-                "a gather's rows are copied at every replay of this CUDA graph; call pyprune.warmup before the capture",
+                "a gather's rows are copied at every replay of this CUDA graph; call warming.warmup before the capture",
                 stacklevel=2,
             )
         elif kept_bytes(record.device) + rows.nbytes <= _room(record.device):

@@ -89,6 +89,10 @@ def save(
 ) -> Path:
     """Write a pruned (or accelerated) model as a Hugging Face checkpoint.
 
+        >>> model, tokenizer = load("demo")
+        >>> save(model, "smol", tokenizer).name
+        'smol'
+
     Args:
         model: a causal LM of Transformers.
         path: the folder; made whole beside its place, then renamed. Through a symbolic link, what it names is written.
@@ -189,14 +193,14 @@ def _bounded(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def _config_widths(config: Any) -> list[int]:
+def _config_widths(config: Any) -> list[Any]:
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
         raise CheckpointError(f"config num_hidden_layers must lie in [1, {_MOST_LAYERS}]; got {layers!r}")
     key = families.width_key(config)
     # None where the config has no such key, as GPT-1's.
     layers_of = config.per_layer_config if config.is_heterogeneous else None
-    found = getattr(config, key, None) if layers_of is None else [getattr(c, key) for c in layers_of]
+    found: Any = getattr(config, key, None) if layers_of is None else [getattr(c, key) for c in layers_of]
     widths = list(found) if isinstance(found, list | tuple) else [found] * layers  # Gemma 3n's is a list
     for i, width in enumerate(widths):
         if width is None:  # GPT-2's way of saying 4 * hidden_size

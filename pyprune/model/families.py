@@ -29,8 +29,8 @@ OWN_WIDTH_KEY = "intermediate_size"
 # Config keys that make a family's projections carry a bias where the dense model has none.
 BIAS_KEYS = ("mlp_bias",)
 
-# Config keys that a family derives the FFN width with, and the value that makes it take the width as it stands.
-WIDTH_AS_IT_STANDS: dict[str, dict[str, Any]] = {"lfm2": {"block_auto_adjust_ff_dim": False}}
+# Config keys by which a family derives the FFN width, and the value that makes it take the width as it stands.
+WIDTH_AS_IT_STANDS: dict[str, Any] = {"block_auto_adjust_ff_dim": False}
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,10 @@ _WIDEST = 2**31 - 1  # neuron numbers are int32
 class KeepIndex:
     """The sorted, unique int32 numbers of the neurons that stay in one layer. Immutable; checked once, here.
 
+        >>> keep = KeepIndex([0, 2, 3], intermediate_size=8)
+        >>> len(keep), keep.intermediate_size
+        (3, 8)
+
     Args:
         neurons: `[K]` integers, 1 <= K <= intermediate_size, strictly increasing, each in [0, intermediate_size).
         intermediate_size: F, the width of the layer the numbers refer to.
@@ -125,6 +129,14 @@ def check_scores(scores: Tensor, argument: str = "scores") -> None:
 @dataclass(frozen=True)
 class Mask:
     """Keep indices for all layers of one model.
+
+        >>> model, tokenizer = load("demo")
+        >>> mask = prune(model, keep=0.5, method="magnitude-l2-both", repair=None).mask
+        >>> mask.save("half.safetensors")
+        >>> Mask.load("half.safetensors") == mask
+        True
+        >>> dense, _ = load("demo")
+        >>> model = accelerate(dense, mode="gather", mask=mask)  # all weights stay, the others are not read
 
     Attributes:
         layers: one `KeepIndex` a layer, in order.

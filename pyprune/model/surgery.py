@@ -1,4 +1,4 @@
-"""The only place that changes a model."""
+"""What changes the modules of a model in place: cuts, new weights, fewer layers; and the config that says so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..base.errors import UnsupportedModelError, check
 from ..base.memory import release
-from . import depth, families
+from . import depth, families, provenance
 from .families import FFN
 from .heterogeneous import layer_widths, narrow
 from .mask import KeepIndex
@@ -113,9 +113,7 @@ def permute(ffn: FFN, order: Tensor) -> None:
 
 def forget_nested(model: nn.Module) -> None:
     """Drop what the model's config says of nested widths: its layers are not those any more."""
-    config: Any = model.config
-    if "nested" in (getattr(config, "pyprune", None) or {}):
-        config.pyprune = {k: v for k, v in config.pyprune.items() if k != "nested"}
+    provenance.forget_nested(model.config)
     model.__dict__.pop("pyprune_nested", None)
 
 
@@ -148,8 +146,8 @@ def check_biases(model: nn.Module, ffns: list[FFN]) -> str | None:
     key = families.bias_key(model.config)
     if key is None:
         raise UnsupportedModelError(
-            f"compensate 'bias' needs a bias on the down projection, and {type(model.config).__name__} has no config "
-            f"key for one (looked for {', '.join(families.BIAS_KEYS)}); use compensate 'least-squares' or 'none'"
+            f"repair 'bias' needs a bias on the down projection, and {type(model.config).__name__} has no config "
+            f"key for one (looked for {', '.join(families.BIAS_KEYS)}); use repair 'least-squares' or 'none'"
         )
     return key
 
@@ -185,20 +183,20 @@ def set_widths(model: nn.Module, block: dict[str, Any], widths: list[int]) -> No
     config: Any = model.config
     key = block["width_key"]
     config.per_layer_config = None
-    for name, value in families.WIDTH_AS_IT_STANDS.get(config.model_type, {}).items():
-        setattr(config, name, value)
+    for name, value in families.WIDTH_AS_IT_STANDS.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
     told = families.has_width(config)
     if told:
         setattr(config, key, max(widths))
     forget_nested(model)
-    provenance = {k: v for k, v in (getattr(config, "pyprune", None) or {}).items() if k != "ffn"}
+    differ = len(set(widths)) > 1 or not told
     config.__dict__.pop("allow_global_per_layer_attribute_access", None)
-    if len(set(widths)) > 1 or not told:
+    if differ:
         config.per_layer_config = {i: {key: width} for i, width in enumerate(widths)}
         # Code of others that asks for the one width gets the widest, not an error.
         config.allow_global_per_layer_attribute_access = True
-        provenance["ffn"] = block
-    config.pyprune = provenance
+    provenance.set_ffn(config, block if differ else None)
 
 
 @torch.inference_mode(False)

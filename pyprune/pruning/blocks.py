@@ -1,101 +1,115 @@
-"""Coarser structure: whole FFN blocks, or whole decoder layers, removed by block influence.
-
-Block influence is 1 minus the mean over tokens of the cosine between a hidden state before and after a block: a block
-that hardly turns the residual stream is thought to do little (ShortGPT, Men et al. 2024, arXiv 2403.03853; there for
-layers, one shot, from the dense model).
-"""
+"""The verb `prune_blocks`: whole FFN blocks, or whole decoder layers, removed by block influence (see `influence`)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import check, check_choice
-from ..base.memory import release
+from ..base.errors import check, check_choice, is_count, is_number
+from ..base.memory import PeakMemory, release
 from ..base.progress import Progress, quiet
-from ..model import families, surgery
+from ..model import checkpoint, surgery
+from ..model.described import Described
 from ..model.families import FFN
 from ..model.mask import KeepIndex, Mask
 from ..model.probe import evaluating
 from .calibration import LayerStream, constant_output
-from .config import PruneConfig
+from .influence import influence
+from .repair import REPAIRS, Repair
+from .repair import parse as parse_repair
 from .repair.mean_bias import mean_bias
+from .run import Run, Totals
+from .text import Text
 
 STRUCTURES = ("ffn", "layer")
 
 
 @dataclass(frozen=True)
-class BlockReport:
+class BlockOptions:
+    """How to remove whole blocks; see `prune_blocks` for the fields.
+
+    Raises:
+        InputError: a value breaks its rule.
+    """
+
+    structure: str
+    keep: float
+    protect: tuple[int, int]
+    repair: Repair
+    iterative: bool = False
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice(self.structure, "structure", STRUCTURES)
+        check(is_number(self.keep) and 0 < self.keep <= 1, "keep", "lie in (0, 1]", self.keep)
+        pair = isinstance(self.protect, tuple | list) and len(self.protect) == 2 and all(map(is_count, self.protect))
+        check(pair, "protect", "be two counts of blocks, first and last", self.protect)
+        object.__setattr__(self, "protect", tuple(self.protect))
+        able = " or ".join(repr(r.NAME) for r in REPAIRS if self.structure in r.STRUCTURES)
+        fits = self.structure in self.repair.STRUCTURES
+        check(fits, "repair", f"be {able} with structure {self.structure!r}", self.repair.NAME)
+        check(isinstance(self.iterative, bool), "iterative", "be True or False", self.iterative)
+        check(isinstance(self.sequential, bool), "sequential", "be True or False", self.sequential)
+
+    @classmethod
+    def of(
+        cls,
+        structure: str = "ffn",
+        keep: float = 0.7,
+        protect: tuple[int, int] = (0, 0),
+        repair: Repair | str | None = None,
+        iterative: bool = False,
+        sequential: bool = True,
+    ) -> BlockOptions:
+        """From options or their short forms."""
+        return cls(structure, keep, protect, parse_repair(repair), iterative, sequential)
+
+    def facts(self) -> dict[str, Any]:
+        """What had a say, flat, as checkpoints and reports keep it."""
+        chosen = {"keep": self.keep, "structure": self.structure, "compensate": self.repair.NAME}
+        protect = {} if self.protect == (0, 0) else {"protect": list(self.protect)}
+        order = {"sequential": self.sequential} if self.repair.needs else {}
+        return {**chosen, "iterative": self.iterative, **protect, **order}
+
+
+@dataclass(kw_only=True)
+class BlockReport(Totals):
     """What `prune_blocks` did.
 
     Attributes:
-        structure: `ffn` or `layer`.
+        options: as given.
         influence: of every block of the dense model, in [0, 2]; of one that iterative removal took away, or left for
             last, as it was measured last.
         removed, kept: numbers of the blocks, in the dense model, in order.
         mask: structure `ffn` only: all neurons of a kept FFN, one of a removed one (its down row is zero in the model).
+
+    The others: see `run.Totals`.
     """
 
-    structure: str
+    options: BlockOptions
     influence: list[float]
     removed: list[int]
     kept: list[int]
     mask: Mask | None = None
 
+    @property
+    def structure(self) -> str:
+        """`ffn` or `layer`."""
+        return self.options.structure
+
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, without the mask."""
-        return {k: v for k, v in vars(self).items() if k != "mask"}
-
-
-@torch.no_grad()
-def _influence(
-    model: nn.Module, ffns: list[FFN], ids: Tensor, structure: str, removed: Collection[int], progress: Progress
-) -> dict[int, float]:
-    """Influence of every block outside `removed`, in the model without those."""
-    with evaluating(model):
-        stream = LayerStream(model, ffns, ids)
-        found = {}
-        for ffn in ffns:
-            progress(f"measuring the influence of each {structure}", ffn.layer, len(ffns))
-            if ffn.layer not in removed:
-                found[ffn.layer] = max(0.0, 1.0 - stream.compare(ffn if structure == "ffn" else None))
-            elif structure == "layer":
-                stream.skip()
-            else:
-                with constant_output(ffn):
-                    stream.advance()
-        progress(f"measuring the influence of each {structure}", len(ffns), len(ffns))
-        return found
-
-
-def layer_influence(model: nn.Module, ffns: list[FFN], ids: Tensor, progress: Progress = quiet) -> list[float]:
-    """1 - mean over tokens of cos(x_in, x_out) for each decoder layer; see the module's source.
-
-    Args:
-        model: a causal LM of Transformers; unchanged.
-        ffns: its FFNs (`families.find_ffns`).
-        ids: `[N, W]` token ids.
-        progress: called as `(stage, done, total)`.
-
-    Raises:
-        InputError: activations that are not finite.
-        UnsupportedModelError: the layers do not simply hand one hidden state to the next.
-    """
-    return list(_influence(model, ffns, ids, "layer", (), progress).values())
-
-
-def ffn_influence(model: nn.Module, ffns: list[FFN], ids: Tensor, progress: Progress = quiet) -> list[float]:
-    """1 - mean over tokens of cos(x_without, x_out) for each FFN.
-
-    x_out is what its decoder layer gives, x_without what it would give if the FFN gave nothing. Where the FFN is a
-    layer's last step and has its own residual, x_without is what enters that step, as in the paper; this form holds for
-    FFNs beside the attention and in front of a norm, too. Arguments and errors as `layer_influence`.
-    """
-    return list(_influence(model, ffns, ids, "ffn", (), progress).values())
+        """Plain JSON values; the mask as widths and fingerprint."""
+        mask = self.mask
+        return {
+            **{k: v for k, v in vars(self).items() if k not in ("options", "mask")},
+            "structure": self.structure,
+            "config": self.options.facts(),
+            "widths": None if mask is None else list(mask.widths),
+            "fingerprint": None if mask is None else mask.fingerprint,
+        }
 
 
 def kept_count(keep: float, blocks: int) -> int:
@@ -104,21 +118,32 @@ def kept_count(keep: float, blocks: int) -> int:
 
 
 def _choose(
-    model: nn.Module, ffns: list[FFN], config: PruneConfig, ids: Tensor, progress: Progress, iterative: bool
+    described: Described, options: BlockOptions, ids: Tensor, progress: Progress
 ) -> tuple[list[float], list[int]]:
     """The influence of every block, and the numbers of those to remove, in order."""
-    first, last = config.protect
+    ffns, count = described.ffns, _count(options, len(described.ffns))
+    first, last = options.protect
     free = range(first, len(ffns) - last)
-    count = len(ffns) - kept_count(config.keep, len(ffns))
-    check(count <= len(free), "protect", f"leave {count} of {len(ffns)} blocks to remove", config.protect)
     removed: list[int] = []
-    influence = _influence(model, ffns, ids, config.structure, removed, progress)
+    found = influence(described.model, ffns, ids, options.structure, removed, progress=progress)
     while len(removed) < count:
-        if iterative and removed:
-            influence |= _influence(model, ffns, ids, config.structure, removed, progress)
-        ranked = sorted((i for i in free if i not in removed), key=influence.__getitem__)  # stable: ties by number
-        removed += ranked[: 1 if iterative else count]
-    return [influence[ffn.layer] for ffn in ffns], sorted(removed)
+        if options.iterative and removed:
+            found |= influence(described.model, ffns, ids, options.structure, removed, progress=progress)
+        ranked = sorted((i for i in free if i not in removed), key=found.__getitem__)  # stable: ties by number
+        removed += ranked[: 1 if options.iterative else count]
+    return [found[ffn.layer] for ffn in ffns], sorted(removed)
+
+
+def _count(options: BlockOptions, blocks: int) -> int:
+    """How many of `blocks` are removed."""
+    count = blocks - kept_count(options.keep, blocks)
+    check(
+        count <= max(0, blocks - sum(options.protect)),
+        "protect",
+        f"leave {count} of {blocks} blocks to remove",
+        options.protect,
+    )
+    return count
 
 
 @torch.no_grad()
@@ -168,13 +193,13 @@ def _silence(ffn: FFN, mean: Tensor | None) -> KeepIndex:
 
 
 def _remove_ffns(
-    model: nn.Module, ffns: list[FFN], config: PruneConfig, ids: Tensor, removed: list[int], progress: Progress
+    described: Described, options: BlockOptions, ids: Tensor, removed: list[int], progress: Progress
 ) -> Mask:
-    block, fingerprint = families.ffn_block(model, ffns), families.fingerprint(model, ffns)
+    model, ffns, block, fingerprint = described.model, described.ffns, described.block, described.fingerprint
     means: dict[int, Tensor] = {}
-    if config.compensate == "bias" and removed:
-        means = _mean_outputs(model, ffns, ids, removed, config.sequential, progress)
-        surgery.give_biases(model, ffns)
+    if options.repair.needs and removed:
+        means = _mean_outputs(model, ffns, ids, removed, options.sequential, progress)
+        options.repair.prepare(described)
     keeps = [
         _silence(ffn, means.get(ffn.layer)) if ffn.layer in removed else KeepIndex.all(ffn.intermediate_size)
         for ffn in ffns
@@ -187,38 +212,67 @@ def _remove_ffns(
 @torch.inference_mode(False)
 @torch.no_grad()
 def prune_blocks(
-    model: nn.Module, config: PruneConfig, ids: Tensor, progress: Progress = quiet, iterative: bool = False
+    model: nn.Module,
+    structure: str = "ffn",
+    keep: float = 0.7,
+    protect: tuple[int, int] = (0, 0),
+    repair: Repair | str | None = None,
+    *,
+    iterative: bool = False,
+    sequential: bool = True,
+    text: Text = None,
+    tokenizer: Any = None,
+    progress: Progress = quiet,
+    provenance: dict[str, Any] | None = None,
 ) -> BlockReport:
-    """Remove the FFN blocks or decoder layers of least influence, in place, until the share `config.keep` stays.
+    """Remove the FFN blocks or decoder layers of least influence, in place, until the share `keep` stays.
 
     A removed FFN keeps one neuron, whose down row is zero: no format has a width of 0.
 
+        >>> model, tokenizer = load("demo")
+        >>> report = prune_blocks(model, structure="layer", keep=0.5, tokenizer=tokenizer)
+        >>> len(report.kept) == model.config.num_hidden_layers
+        True
+
     Args:
         model: a causal LM of Transformers, dense or pruned before.
-        config: `structure`, `keep`, `protect` (those blocks stay), and for structure `ffn` `compensate`: `none`, or
-            `bias`, which puts the mean output of a removed FFN into its down bias (`sequential`: with the earlier FFNs
-            removed).
-        ids: `[N, W]` token ids.
-        progress: called as `(stage, done, total)`.
+        structure: `ffn` for FFN blocks, `layer` for decoder layers.
+        keep: share of them that stays, in (0, 1]: the nearest number, at least one.
+        protect: how many (first, last) of them stay whatever their influence.
+        repair: None; for FFNs also `MeanBias()` or `bias`, which puts the mean output of a removed FFN into its down
+            bias.
         iterative: measure all influences again after each removal; False: once, on the dense model, as published.
+        sequential: mean outputs are those with the earlier FFNs removed; False: of the dense model.
+        text, tokenizer, progress, provenance: as for `prune.prune`; text must be given.
 
     Raises:
-        InputError: a value breaks its rule, or activations are not finite; the model is unchanged then.
+        InputError: a value breaks its rule, text is missing, or activations or weights are not finite; the model is
+            unchanged then.
         UnsupportedModelError: an FFN that pyprune does not know, an accelerated model, or a family whose checkpoint
             format cannot hold the result; the model is unchanged then.
     """
-    check_choice(config.structure, "structure", STRUCTURES)
-    ffns = families.find_ffns(model)
-    if config.structure == "ffn":
-        families.ffn_block(model, ffns)
-        if config.compensate == "bias":
-            surgery.check_biases(model, ffns)
-    with evaluating(model):
-        influence, removed = _choose(model, ffns, config, ids, progress, iterative)
-        kept = [i for i in range(len(ffns)) if i not in removed]
+    options = BlockOptions.of(structure, keep, protect, repair, iterative, sequential)
+    run = Run(model, text, tokenizer, True, f"structure {structure!r}", provenance)
+    described, ids = run.described, run.ids
+    assert ids is not None
+    _count(options, len(described.ffns))
+    options.repair.check_model(described)
+    described.fingerprint  # noqa: B018 - of the dense model
+    if structure == "ffn":
+        # What is removed is not known yet: can the config say differing widths at all?
+        widths = [max(1, size - i % 2) for i, size in enumerate(described.sizes)]
+        checkpoint.check_narrows(model, described.block, widths)
+    with evaluating(model), PeakMemory() as memory:
+        found, removed = _choose(described, options, ids, progress)
+        kept = [i for i in range(len(described.ffns)) if i not in removed]
         mask = None
-        if config.structure == "ffn":
-            mask = _remove_ffns(model, ffns, config, ids, removed, progress)
+        if structure == "ffn":
+            mask = _remove_ffns(described, options, ids, removed, progress)
         else:
             surgery.drop_layers(model, kept)
-    return BlockReport(config.structure, influence, removed, kept, mask)
+        blocks = {"structure": structure, "influence": found, "removed": removed, "kept": kept}
+        facts = run.facts(options.facts(), blocks=blocks)
+        totals = run.finish(facts, memory.growth)
+    if mask is not None:
+        mask = replace(mask, provenance=facts)
+    return BlockReport(options=options, influence=found, removed=removed, kept=kept, mask=mask, **totals)

@@ -7,7 +7,7 @@ so memory is one model, what was asked to be kept of the FFNs' weight gradients 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,26 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+class NeuronSums:
+    """What gradients say of F neurons, summed over samples: windows, or the rows of a batch.
+
+    Attributes:
+        sums: `[3, F]` float64: over tokens abs(a g), over samples the square of sum a g, and abs of their sum w g.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.sums = torch.zeros(3, size, dtype=torch.float64, device=device)
+
+    def add_activations(self, absolute: Tensor, of_samples: Tensor) -> None:
+        """Take in `[F]`, sum over all tokens of abs(a g), and `[B, F]`, of each sample the sum of a g."""
+        self.sums[0] += absolute
+        self.sums[1] += of_samples.square().sum(0)
+
+    def add_weights(self, of_samples: Tensor) -> None:
+        """Take in `[B, F]`: of each sample the sum of w g over all weights of a neuron."""
+        self.sums[2] += of_samples.abs().sum(0)
+
+
 class _Layer:
     """Hooks on one FFN, and the sums over what they saw; gradients are those of a window's summed loss."""
 
@@ -49,10 +69,9 @@ class _Layer:
         weights = [_wide(w) for w in neuron_major(ffn, Tensor.detach)[0]]
         self.parts = [torch.zeros_like(w) for w in weights] if parts else []
         self.parts_square = [torch.zeros_like(w) for w in weights] if parts_square else []
-        zeros = weights[0].new_zeros(3, len(weights[0]), dtype=torch.float64)
-        self.neuron_taylor, self.mask_square, self.sample_taylor = zeros
+        self.all = NeuronSums(len(weights[0]), weights[0].device)
         # Of the window at hand: sums over tokens of abs(a g) and of a g, and over weights of w g.
-        self.window = torch.zeros_like(zeros)
+        self.window = torch.zeros_like(self.all.sums)
         self.activation: Tensor | None = None
         # A bias of the down projection belongs to no neuron.
         inputs = [p for name, _ in ffn.pattern.inputs for p in ffn.holder.get_submodule(name).parameters()]
@@ -96,14 +115,14 @@ class _Layer:
         bad = (~self.window.isfinite().all(0)).nonzero()
         message = f"be finite; {len(bad)} of {self.window.shape[1]} neurons are not, the first is"
         check(len(bad) == 0, f"gradients of layer {self.ffn.layer}", message, bad[:1].flatten().tolist())
-        self.neuron_taylor += self.window[0]
-        self.mask_square += self.window[1].square()
-        self.sample_taylor += self.window[2].abs()
+        self.all.add_activations(self.window[0], self.window[None, 1])
+        self.all.add_weights(self.window[None, 2])
         self.window.zero_()
 
     def finish(self, samples: int, tokens: int, predictions: int) -> GradientStats:
         """Means, of the mean loss over a window's predictions."""
-        some = bool(self.neuron_taylor.any())
+        absolute, square, own = self.all.sums
+        some = bool(absolute.any())
         check(some, f"gradients of layer {self.ffn.layer}", "not all be zero, or no neuron can be ranked", 0.0)
         for part in self.parts:
             part /= samples * predictions
@@ -112,27 +131,37 @@ class _Layer:
         return GradientStats(
             samples,
             tokens,
-            self.neuron_taylor / (tokens * predictions),
-            self.mask_square / (samples * predictions**2),
-            self.sample_taylor / (samples * predictions),
+            absolute / (tokens * predictions),
+            square / (samples * predictions**2),
+            own / (samples * predictions),
             tuple(self.parts),
             tuple(self.parts_square),
         )
 
 
 @contextmanager
-def _gradients_of(model: nn.Module, layers: list[_Layer]) -> Iterator[None]:
-    """Inside, only the layers' parameters need a gradient, and have none yet; afterwards all is as it was."""
+def watching(
+    model: nn.Module, parameters: Iterable[nn.Parameter], hooks: Iterable[Callable[[], Iterable[Any]]]
+) -> Iterator[None]:
+    """Inside, in eval mode, only `parameters` need a gradient, and have none yet; afterwards all is as it was.
+
+    Args:
+        model: whose.
+        parameters: some of its own.
+        hooks: each sets hooks on the model when it is called, and gives their handles; they are removed at the end.
+    """
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     handles: list[Any] = []
     try:
         for p, _, _ in before:
             p.requires_grad_(False)
-        for p in (p for layer in layers for p in layer.parameters):
+        for p in parameters:
             p.grad = None
             p.requires_grad_(True)
-        handles += [handle for layer in layers for handle in layer.hook()]
-        yield
+        for hook in hooks:
+            handles += hook()
+        with evaluating(model), torch.enable_grad():
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -158,6 +187,31 @@ def _summed_loss(logits: Tensor, targets: Tensor, rows: int = 128) -> tuple[floa
         p = log_p.exp_()
         gradient[start : start + len(target)] = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
     return total, gradient
+
+
+def backward_windows(
+    model: Any, ids: Tensor, stage: str, loss: Callable[[int, Tensor, Tensor], Tensor], progress: Progress = quiet
+) -> Iterator[int]:
+    """One forward and backward pass a window; gives the window's number after each.
+
+    Args:
+        model: a causal LM of Transformers, which something is `watching`.
+        ids: `[N, W]` token ids.
+        stage: for `progress`.
+        loss: `(number, window [W], logits [W, V])` -> `[W, V]`, gradient by the logits of the window's summed cross
+            entropy, with labels from the text or drawn; the sum, since the mean's gradients could vanish in float16.
+        progress: called as `(stage, done, total)`.
+    """
+    device = next(model.parameters()).device
+    for i in range(len(ids)):
+        progress(stage, i, len(ids))
+        window = ids[i].to(device)
+        logits = model(input_ids=window[None], use_cache=False).logits
+        gradient = loss(i, window, logits[0].detach())
+        logits.backward(gradient[None])
+        del logits, gradient
+        yield i
+    progress(stage, len(ids), len(ids))
 
 
 def _check_loss(layers: list[_Layer], window: int, loss: float) -> None:
@@ -206,19 +260,16 @@ def collect(
     samples, width = ids.shape
     check(width >= 2, "ids", "have windows of at least 2 tokens, one to predict", width)
     layers = [_Layer(ffn, parts, parts_square) for ffn in ffns]
-    device = next(model.parameters()).device
-    with evaluating(model), _gradients_of(model, layers), torch.enable_grad():
-        for i in range(samples):
-            progress("collecting gradients", i, samples)
-            window = ids[i].to(device)
-            logits = model(input_ids=window[None], use_cache=False).logits
-            loss, gradient = _summed_loss(logits[0].detach(), window[1:])
-            _check_loss(layers, i, loss)
-            # The summed loss, since the mean's gradients could vanish in float16.
-            logits.backward(gradient[None])
-            del logits, gradient
+    parameters = [p for layer in layers for p in layer.parameters]
+
+    def of_text(number: int, window: Tensor, logits: Tensor) -> Tensor:
+        loss, gradient = _summed_loss(logits, window[1:])
+        _check_loss(layers, number, loss)
+        return gradient
+
+    with watching(model, parameters, [layer.hook for layer in layers]):
+        for _ in backward_windows(model, ids, "collecting gradients", of_text, progress):
             # From the last layer down, as gradients come: the first that is not finite spoils those below it.
             for layer in reversed(layers):
                 layer.close_window()
-        progress("collecting gradients", samples, samples)
     return [layer.finish(samples, ids.numel(), width - 1) for layer in layers]

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.errors import InputError
 from ..base.memory import release
 from ..base.progress import Progress
 from ..base.statistics import ActivationStats, GradientStats
 from ..model import surgery
+from ..model.described import Described
 from ..model.families import FFN
 from ..model.mask import KeepIndex
 from ..speed import latency
 from ..speed.latency import LatencyTable
 from . import gradients, importance, sensitivity
-from .allocation import bounds
 from .calibration import LayerStream
-from .config import PruneConfig
-from .importance.obs import DAMPING
-from .repair.least_squares import check_tokens, least_squares, warn_of_dead
-from .repair.mean_bias import mean_bias
-from .repair.refit import Fitted, refit
+from .options import PruneOptions
+from .repair import Fitted, Layer
+from .repair.least_squares import warn_of_dead
 from .sensitivity import SensitivityCurves
 
 # Calibration tokens that the curves of layers are taken from, at most.
@@ -56,36 +55,36 @@ class LayerReport:
 
 
 class Pruner:
-    """What one run does to the neurons of a model.
+    """What one run does to the neurons of a model; to an allocation, the layers of the dense one (`allocation.Layers`).
 
     Args:
-        model: a causal LM of Transformers, in eval mode.
-        ffns: its FFNs.
-        config: what to do.
+        described: a causal LM of Transformers, in eval mode.
+        options: what to do.
         ids: `[N, W]` calibration tokens, or None where none are needed.
         progress: called as `(stage, done, total)`.
     """
 
-    def __init__(
-        self, model: nn.Module, ffns: list[FFN], config: PruneConfig, ids: Tensor | None, progress: Progress
-    ) -> None:
-        self.model, self.ffns, self.config, self.ids, self.progress = model, ffns, config, ids, progress
-        self.criterion = importance.get(config.method)
-        self.sizes = [ffn.intermediate_size for ffn in ffns]
+    def __init__(self, described: Described, options: PruneOptions, ids: Tensor | None, progress: Progress) -> None:
+        self.described, self.options, self.ids, self.progress = described, options, ids, progress
+        self.ffns, self.sizes = described.ffns, described.sizes
+        self.criterion = importance.get(options.method)
         self.reports: list[LayerReport] = []
         self._gradients: list[GradientStats] | None = None
+        self._scores: list[Tensor] = []
+        self._curves: dict[int, SensitivityCurves] = {}
 
     def gradients(self) -> list[GradientStats] | None:
         """How the dense model's loss depends on its FFNs, where the criterion asks; collected once."""
         needs = self.criterion.needs
         if self._gradients is None and needs & {"gradients", "gradients2"} and self.ids is not None:
             parts = {"parts": True, "parts_square": "gradients2" in needs}
-            self._gradients = gradients.collect(self.model, self.ffns, self.ids, progress=self.progress, **parts)
+            model = self.described.model
+            self._gradients = gradients.collect(model, self.ffns, self.ids, progress=self.progress, **parts)
         return self._gradients
 
-    def scores(self, ffn: FFN, stats: ActivationStats | None) -> Tensor:
+    def score(self, ffn: FFN, stats: ActivationStats | None) -> Tensor:
         """`[F]` scores of one FFN's neurons."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + ffn.layer)
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + ffn.layer)
         found = self.gradients()
         if found is not None and stats is not None:
             stats = replace(stats, gradients=found[ffn.layer])
@@ -95,49 +94,51 @@ class Pruner:
         """The calibration text in front of the first layer."""
         assert self.ids is not None
         self.progress("embedding the calibration text", 0, 1)
-        return LayerStream(self.model, self.ffns, self.ids, twin)
+        return LayerStream(self.described.model, self.ffns, self.ids, twin)
 
-    def all_scores(self) -> list[Tensor]:
-        """Scores of every layer of the dense model."""
+    def scores(self) -> list[Tensor]:
+        """`[F]` scores of every layer of the dense model, computed once."""
+        if self._scores:
+            return self._scores
         self.gradients()
         stream = self.stream() if self.criterion.needs else None
         scores = []
         for ffn in self.ffns:
             self.progress("scoring neurons", ffn.layer, len(self.ffns))
             gram = "gram" in self.criterion.needs
-            scores.append(self.scores(ffn, stream.statistics(ffn, gram) if stream else None))
+            scores.append(self.score(ffn, stream.statistics(ffn, gram) if stream else None))
             if stream:
                 stream.advance()
         self.progress("scoring neurons", len(self.ffns), len(self.ffns))
+        self._scores = scores
         return scores
 
-    def curves(self) -> SensitivityCurves:
-        """How much the loss grows when one layer alone is narrowed, repaired as the configuration repairs."""
+    def curves(self, multiple: int) -> SensitivityCurves:
+        """How much the loss grows when one layer alone is narrowed and repaired, computed once for a `multiple`."""
+        if multiple in self._curves:
+            return self._curves[multiple]
         assert self.ids is not None
         self.gradients()
         # Curves need less text than fits: of a long one, windows spread evenly.
         windows = min(len(self.ids), max(1, CURVE_TOKENS // self.ids.shape[1]))
         chosen = torch.linspace(0, len(self.ids) - 1, windows).round().long()
-        return sensitivity.curves(
-            self.model,
-            self.ffns,
+        self._curves[multiple] = sensitivity.curves(
+            self.described,
             self.ids[chosen],
-            self.scores,
+            self.score,
             kind="fisher",
-            multiple=self.config.multiple,
-            repair=self.config.fits,
-            damping=self.config.damping or DAMPING,
+            multiple=multiple,
+            damping=self.options.repair.ridge,
             gram="gram" in self.criterion.needs,
-            seed=self.config.seed,
+            seed=self.options.seed,
             progress=self.progress,
         )
+        return self._curves[multiple]
 
-    def latencies(self) -> LatencyTable:
-        """What FFNs of the widths that may be chosen cost on this machine, in this model."""
-        config = self.config
-        rows = bounds.candidate_widths(self.sizes, config.multiple, config.floor, config.protect)
-        workload = latency.Workload.parse(config.workload)
-        return latency.measure(self.model, sorted({w for row in rows for w in row}), workload, progress=self.progress)
+    def latencies(self, widths: Sequence[int], workload: str) -> LatencyTable:
+        """What FFNs of `widths` cost on this machine, in this model."""
+        parsed = latency.Workload.parse(workload)
+        return latency.measure(self.described.model, widths, parsed, progress=self.progress)
 
     def run(self, plan: Sequence[KeepIndex | int]) -> list[KeepIndex]:
         """Prune every layer.
@@ -151,14 +152,16 @@ class Pruner:
         Raises:
             InputError: scores, activations or new weights that are not finite, or too little text for a fit.
         """
-        config = self.config
+        repair = self.options.repair
         widths = [p if isinstance(p, int) else len(p) for p in plan]
         scoring = self.criterion.needs and any(isinstance(p, int) for p in plan)
-        self.check_tokens(widths)
+        cut = [w for w, size in zip(widths, self.sizes, strict=True) if w < size or repair.share]
+        if self.ids is not None and cut:
+            repair.check_tokens(self.ids, max(cut))
         if scoring:
             self.gradients()
-        stream = self.stream(config.target > 0) if config.compensate != "none" or scoring else None
-        if stream and config.target > 0:
+        stream = self.stream(repair.share > 0) if repair.needs or scoring else None
+        if stream and repair.share > 0:
             stream.check_additive(self.ffns[0])
         chosen = []
         for ffn, item in zip(self.ffns, plan, strict=True):
@@ -172,62 +175,30 @@ class Pruner:
         warn_of_dead([r.dead or 0 for r in self.reports], sum(self.sizes))
         return chosen
 
-    def check_tokens(self, widths: Sequence[int]) -> None:
-        """Raise `InputError` when there are fewer calibration tokens than neurons to fit."""
-        cut = [w for w, size in zip(widths, self.sizes, strict=True) if w < size or self.config.target]
-        if not self.config.fits or self.ids is None or not cut:
-            return
-        check_tokens(self.ids, max(cut), self.config.damping)
-
     def step(self, ffn: FFN, item: KeepIndex | int, stream: LayerStream | None) -> KeepIndex:
         """Prune one layer: score it if `item` is a width, fit what stays, cut, and move the text past it."""
-        config = self.config
-        stats = None
+        repair, stats = self.options.repair, None
         if stream:
-            if config.target > 0:
+            if repair.share > 0:
                 stream.advance_twin()
-            gram = config.fits or ("gram" in self.criterion.needs and isinstance(item, int))
-            stats = stream.statistics(ffn, gram, config.fits and config.damping is None)
+            gram = "gram" in repair.needs or ("gram" in self.criterion.needs and isinstance(item, int))
+            stats = stream.statistics(ffn, gram, "held_out" in repair.needs)
         if isinstance(item, int):
-            scores = self.scores(ffn, stats)
-            item = KeepIndex.from_scores(scores, item, f"scores of layer {ffn.layer}")
-        report = LayerReport(ffn.layer, item.intermediate_size, len(item))
-        repaired = self.repair(ffn, item, stats, stream, report)
-        if stream and not config.sequential:
+            item = KeepIndex.from_scores(self.score(ffn, stats), item, f"scores of layer {ffn.layer}")
+        fitted = Fitted()
+        if stats is not None and stream and (len(item) < item.intermediate_size or repair.share):
+            fitted = repair.fit(Layer(ffn, item, stats, partial(stream.inputs, ffn), self.options.seed))
+        dead = None if stats is None else int((stats.square_sum == 0).sum())
+        report = LayerReport(ffn.layer, item.intermediate_size, len(item), dead=dead)
+        report.error_cut, report.error_repaired = fitted.error_cut, fitted.error_repaired
+        report.error_refit, report.damping = fitted.error_refit, fitted.damping
+        if stream and not self.options.sequential:
             stream.advance()
-        surgery.cut(ffn, item, repaired.down, repaired.bias_shift)
-        if repaired.inputs is not None:
-            surgery.set_inputs(ffn, repaired.inputs, repaired.input_biases or ())
+        surgery.cut(ffn, item, fitted.down, fitted.bias_shift)
+        if fitted.inputs is not None:
+            surgery.set_inputs(ffn, fitted.inputs, fitted.input_biases or ())
         self.reports.append(report)
-        if stream and config.sequential:
+        if stream and self.options.sequential:
             stream.advance()
         release()
         return item
-
-    def repair(
-        self,
-        ffn: FFN,
-        keep: KeepIndex,
-        stats: ActivationStats | None,
-        stream: LayerStream | None,
-        report: LayerReport,
-    ) -> Fitted:
-        """New rows for the neurons that stay, as the configuration asks; `report` gets how well they fit."""
-        config, weights = self.config, ffn.weights()
-        kept = keep.neurons.long().to(weights.down.device)
-        if stats is not None:
-            report.dead = int((stats.square_sum == 0).sum())
-        if stats is None or config.compensate == "none" or (len(keep) == keep.intermediate_size and not config.target):
-            return Fitted()
-        if config.compensate == "bias":
-            removed = torch.ones(keep.intermediate_size, dtype=torch.bool, device=kept.device)
-            removed[kept] = False
-            return Fitted(bias_shift=mean_bias(weights.down, stats, removed))
-        solved = least_squares(weights.down, stats, kept, config.damping, config.target)
-        report.error_cut, report.error_repaired = solved.error_before, solved.error_after
-        report.damping = solved.damping
-        if config.compensate != "refit" or stream is None:
-            return Fitted(down=solved.down)
-        fitted = refit(ffn, kept, solved.down, *stream.inputs(ffn), target=config.target, seed=config.seed)
-        report.error_refit = fitted.error
-        return fitted

@@ -1,32 +1,49 @@
-"""The facts of a report: the JSON files of a folder, read and checked before anything is drawn."""
+"""The facts of a report: the JSON files of a folder, read, and known for what they are, before anything is drawn."""
 
 from __future__ import annotations
 
 import json
-import unicodedata
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import InputError, check
-from .shapes import SHAPES
+from .traced import Trail, below, traced
 
 MANIFEST = "pyprune.json"
+# File name -> what its kind has at the top, in one row for each kind; the order of the report's own list of files.
+KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "results.json": (("model", "keep", "evaluation", "prune", "dense", "pruned", "bench"),),
+    "diagnose.json": (("dense", "pruned", "text", "tokens", "window"),),
+    "redundancy.json": (("model", "redundancy"),),
+    "pyprune.json": (("format", "model_type", "widths", "files"),),
+    "bench.json": (("models",),),
+    "nested.json": (("model", "dense", "rows"),),
+    "latency-aware.json": (("model", "dense_perplexity", "rows", "table"),),
+    "compare.json": (("format", "evaluation", "dense", "rows"),),
+    # Of `pyprune recover --json`, or of bench/model/recover.py.
+    "recover.json": (("perplexity", "train"), ("models", "goal", "texts")),
+}
+# Of the files that name their format.
+_FORMAT = 1
 # Of an integer in a file: below the range of floats, which it may be compared with.
 _DIGITS = 30
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the files of a folder say; every file is of the shape that `shapes.SHAPES` gives it.
+    """What the files of a folder say.
 
     Attributes:
         files: file name -> its content.
         places: file name -> where it lies, relative to the folder.
+        trail: what was read last.
     """
 
     files: dict[str, dict[str, Any]]
     places: dict[str, str]
+    trail: Trail
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The content of `NAME.json`, or None where the folder has no such file."""
@@ -57,24 +74,22 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _readable(value: Any) -> Any:
-    """Texts without what no page can show: control characters, halves of a surrogate pair."""
-    if isinstance(value, dict):
-        return {_readable(key): _readable(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_readable(entry) for entry in value]
-    if isinstance(value, str):
-        bad = {c for c in set(value) - {"\n", "\t"} if unicodedata.category(c) in ("Cc", "Cs") or c in "\ufffe\uffff"}
-        return "".join("\ufffd" if c in bad else c for c in value) if bad else value
-    return value
-
-
-def _read(path: Path, place: str) -> Any:
+def _read(path: Path, place: str, trail: Trail) -> dict[str, Any]:
     try:
-        content = path.read_text(encoding="utf-8")
-        return _readable(json.loads(content, parse_constant=_no_constant, parse_int=_integer))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, parse_int=_integer)
+        found = traced(content, f"{place}:", trail)
     except (ValueError, RecursionError) as error:  # of JSON and of UTF-8 alike
         raise InputError(f"{place} must be JSON in UTF-8; {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{place}: must be an object; got {reprlib.repr(content)}")
+    kinds = KINDS[path.name]
+    if not any(found.keys() >= set(kind) for kind in kinds):
+        keys = " or ".join(", ".join(kind) for kind in kinds)
+        raise InputError(f"{place}: must have {keys}; got {', '.join(list(found)[:12]) or 'nothing'}")
+    if "format" in kinds[0] and content["format"] != _FORMAT:
+        where = below(f"{place}:", "format")
+        raise InputError(f"{where} must be {_FORMAT}, which this version reads; got {reprlib.repr(content['format'])}")
+    return found
 
 
 def _place(folder: Path, name: str) -> Path | None:
@@ -92,20 +107,16 @@ def load_facts(folder: str | Path) -> Facts:
     """Read every file of a folder that a report knows.
 
     Args:
-        folder: with at least one of the files in `shapes.SHAPES`; the manifest of a checkpoint may lie one level
+        folder: with at least one of the files in `KINDS`; the manifest of a checkpoint may lie one level
             below, in `pruned/` where there are several.
 
     Raises:
-        InputError: no such folder, none of the files, or one that is damaged or of another shape.
+        InputError: no such folder, none of the files, or one that is damaged or of another kind.
     """
     root = Path(folder)
     check(root.is_dir(), "folder", "be an existing folder", str(folder))
-    found = {name: path for name in SHAPES if (path := _place(root, name)) is not None}
+    found = {name: path for name in KINDS if (path := _place(root, name)) is not None}
     if not found:
-        raise InputError(f"folder must hold at least one of {', '.join(SHAPES)}; {folder} has none of them")
-    files = {}
-    for name, path in found.items():
-        place = path.relative_to(root).as_posix()
-        files[name] = _read(path, place)
-        SHAPES[name](f"{place}:", files[name])
-    return Facts(files, {name: path.relative_to(root).as_posix() for name, path in found.items()})
+        raise InputError(f"folder must hold at least one of {', '.join(KINDS)}; {folder} has none of them")
+    places, trail = {name: path.relative_to(root).as_posix() for name, path in found.items()}, Trail()
+    return Facts({name: _read(path, places[name], trail) for name, path in found.items()}, places, trail)

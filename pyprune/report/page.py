@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..base.errors import PypruneError
 from ..base.files import new_file
@@ -23,6 +25,7 @@ from . import (
 from .answer import answer
 from .facts import Facts, load_facts
 from .parts import Section
+from .traced import named
 
 HERE = Path(__file__).parent
 NAME = "report.html"
@@ -65,7 +68,7 @@ def _check_installed() -> None:
         raise PypruneError(f"the report needs {' and '.join(missing)}: pip install 'pyprune[report]'")
 
 
-def _render(facts: Facts, sections: list[Section]) -> str:
+def _render(first: Any, sections: list[Section]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(HERE)
@@ -73,14 +76,14 @@ def _render(facts: Facts, sections: list[Section]) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     style = (HERE / "report.css").read_text(encoding="utf-8")
-    return environment.get_template("report.html.j2").render(answer=answer(facts), sections=sections, style=style)
+    return environment.get_template("report.html.j2").render(answer=first, sections=sections, style=style)
 
 
 def _compose(folder: str | Path) -> tuple[str, Facts, list[Section]]:
     _check_installed()
     facts = load_facts(folder)
-    sections = [found for make in _SECTIONS if (found := make(facts)) is not None]
-    return _render(facts, sections), facts, sections
+    sections = [made for make in _SECTIONS if (made := named(facts.trail, partial(make, facts))) is not None]
+    return _render(named(facts.trail, partial(answer, facts)), sections), facts, sections
 
 
 def build(folder: str | Path) -> str:
@@ -90,7 +93,7 @@ def build(folder: str | Path) -> str:
         folder: with at least one of the files that `facts.load_facts` reads.
 
     Raises:
-        InputError: see `facts.load_facts`.
+        InputError: see `facts.load_facts`; or a value that its figure cannot use.
         PypruneError: jinja2 or matplotlib is not installed.
     """
     return _compose(folder)[0]

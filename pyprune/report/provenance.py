@@ -133,14 +133,18 @@ def _pruning(facts: Facts) -> Iterator[str]:
     if not {"keep", "target_speedup"} & config.keys():  # a mask said which neurons; it is in no file here
         return
     plain = {key: value for key, value in config.items() if key not in _SELDOM}
+    verb = "prune"
     if config.get("structure", "neurons") != "neurons":
-        plain["structure"] = config["structure"]
+        verb, plain["structure"] = "prune-blocks", config["structure"]
+        plain.pop("seed", None)  # nothing is drawn there
+    if "compensate" in plain:
+        plain["repair"] = plain.pop("compensate")
     sizes = {"tokens": provenance.get("tokens") or None, "window": provenance.get("window") or None}
     if "damping" in config and config["damping"] is None:
         plain["damping"] = "auto"
     flags = "--no-sequential" if config.get("sequential") is False else ""
     text = _text(provenance.get("text"))
-    yield _command("pyprune prune DENSE --out PRUNED", _options(**plain, **sizes), flags, text)
+    yield _command(f"pyprune {verb} DENSE --out PRUNED", _options(**plain, **sizes), flags, text)
 
 
 def _commands(facts: Facts) -> Iterator[str]:

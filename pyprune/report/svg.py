@@ -83,6 +83,9 @@ def draw(name: str, label: str, paint: Paint, size: tuple[float, float] = SIZE) 
         label: what it is, for those who do not see it.
         paint: is called with the axes of matplotlib.
         size: width and height in inches.
+
+    Raises:
+        TypeError: `paint` plots texts; matplotlib would make categories of them.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -94,6 +97,8 @@ def draw(name: str, label: str, paint: Paint, size: tuple[float, float] = SIZE) 
         axes.grid(axis="y")
         axes.tick_params(length=0)
         paint(axes)
+        if axes.xaxis.units is not None or axes.yaxis.units is not None:  # categories: texts were plotted
+            raise TypeError("a text where a number belongs")
         file = io.BytesIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return _inline(file.getvalue(), name, label)

@@ -27,13 +27,16 @@ class Speed:
 
 
 def speeds(bench: dict[str, Any], name: str) -> Iterator[Speed]:
-    """The speeds of model `name` in a `BenchReport.to_json()`: decode, prefill, FFN alone."""
-    entry = bench["models"][name]
-    for batch, value in entry["decode"].items():
+    """The speeds of model `name` in a `BenchReport.to_json()`: decode, prefill, FFN alone, as dense has them."""
+    dense, entry = bench["models"]["dense"], bench["models"][name]
+    for batch in dense["decode"]:
+        value = entry["decode"][batch]
         yield _speed(f"decode, batch {batch}", f"{value['tokens_per_s']:.1f} tokens/s", value)
-    for tokens, value in entry["prefill"].items():
+    for tokens in dense["prefill"]:
+        value = entry["prefill"][tokens]
         yield _speed(f"prefill, {tokens} tokens", f"{value['tokens_per_s']:.0f} tokens/s", value)
-    for tokens, value in entry["ffn"].items():
+    for tokens in dense["ffn"]:
+        value = entry["ffn"][tokens]
         yield _speed(f"one FFN, M = {tokens}", f"{value['us']:.0f} us", value)
 
 

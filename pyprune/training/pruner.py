@@ -1,6 +1,7 @@
 """Pruning neurons while a model trains: masks by a schedule, scores that learn, and the cut at the end.
 
-pruner = TrainingPruner(model, TrainingConfig(method="gum", keep=0.3, steps=1000, warmup=100, cooldown=300))
+config = TrainingConfig(method=Gum(similarity=0.5), keep=0.3, steps=1000, warmup=100, cooldown=300)
+pruner = TrainingPruner(model, config)
 for t in range(1000):
     pruner.before_step(t)      # masks by the schedule
     loss(model).backward()     # once, or several times to accumulate
@@ -14,7 +15,6 @@ The optimizer may go on afterwards: parameters stay the same objects, and its mo
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..base.errors import CheckpointError, InputError, check
 from ..model import families, surgery
+from ..model import provenance as model_provenance
 from ..model.mask import KeepIndex, Mask
 from ..pruning.importance.base import NEEDS
 from . import methods, persist, selection
@@ -61,9 +62,9 @@ class TrainingPruner:
             masked = any(isinstance(getattr(hook, "__self__", None), NeuronMask) for hook in hooks)
             check(not masked, "model", "not be masked by another pruner (see its `remove`)", name)
         self.model, self.config, self.done = model, config, 0
-        self._method = methods.get(config.method)(config)
+        self._method = methods.parse(config.method)
         self._ffns = families.find_ffns(model)
-        if self._method.threshold(self._moment(0)) is None:
+        if self._method.cutoff(self._moment(0)) is None:
             sizes = [ffn.intermediate_size for ffn in self._ffns]
             selection.check_narrows(sizes, config.scope, config.keep, config.floor, config.multiple)
         self._block = families.ffn_block(model, self._ffns)
@@ -126,9 +127,9 @@ class TrainingPruner:
         moment = self._moment(self.done)
         scores = [state["scores"] for state in self._states]
         multiple = self.config.multiple if final else 1
-        threshold = self._method.threshold(moment)
-        if threshold is not None:
-            widths = selection.threshold_widths(scores, threshold, self.config.floor, multiple)
+        cutoff = self._method.cutoff(moment)
+        if cutoff is not None:
+            widths = selection.threshold_widths(scores, cutoff, self.config.floor, multiple)
         elif self.config.scope == "global":
             widths = selection.global_widths(scores, moment.keep, self.config.floor, multiple)
         else:
@@ -208,10 +209,7 @@ class TrainingPruner:
                 that cannot be cut (see `optimizers`).
         """
         self._alive()
-        try:
-            json.dumps(provenance)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"provenance must hold JSON values only; {error}") from error
+        given = model_provenance.check_json(provenance)
         schedule = self.config.schedule
         if self.done <= schedule.end:  # the last step did not train with final masks
             self._set_masks(final=True)
@@ -222,7 +220,7 @@ class TrainingPruner:
                 stacklevel=3,
             )
         still = [i for i, moved in enumerate(self._moved) if not moved]
-        if self._method.learned and still:
+        if self._method.LEARNED and still:
             warnings.warn(
                 f"the scores of layers {still} never moved, so their neurons were kept by their number alone",
                 stacklevel=3,
@@ -233,9 +231,8 @@ class TrainingPruner:
         cuts = [cut for ffn, keep in zip(self._ffns, keeps, strict=True) for cut in surgery.cut(ffn, keep)]
         self._optimizers.follow(cuts, optimizers)
         surgery.set_widths(self.model, self._block, [len(k) for k in keeps])
-        facts = {"training": self.config.to_json(), "steps": self.done, "kept": kept, **(provenance or {})}
-        config: Any = self.model.config
-        config.pyprune = {**config.pyprune, "base_fingerprint": self._fingerprint, "provenance": facts}
+        facts = {"training": self.config.to_json(), "steps": self.done, "kept": kept, **given}
+        model_provenance.write(self.model, self._fingerprint, facts)
         return Mask(keeps, self._fingerprint, facts)
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..base.errors import check
 from ..base.statistics import ActivationStats, GradientStats
 from ..model.families import FFN
-from ..pruning.gradients import neuron_major
+from ..pruning.gradients import NeuronSums, neuron_major
 from ..pruning.moments import Moments
 
 
@@ -57,8 +57,7 @@ class StepStatistics:
         size, hidden = down.shape
         self._moments = Moments(size, hidden, down.device, "gram" in self.needs, False)
         self._count = 0
-        # Sums over tokens of abs(a g), over samples of the squared sum a g, and of the abs of its sum w g.
-        self._sums = torch.zeros(3, size, dtype=torch.float64, device=down.device)
+        self._all = NeuronSums(size, down.device)
         self._own: Tensor | None = None  # [B, F], of each sample of the batch at hand: sum over its weights of w g
         self._missing = 0  # projections whose gradient has not come yet
         parts = len(self.ffn.weights().parts) if self._second else 0
@@ -86,8 +85,7 @@ class StepStatistics:
     def _see_gradient(self, a: Tensor, masked: Tensor, gradient: Tensor) -> None:
         g = self._split(gradient)
         products = a * g
-        self._sums[0] += products.abs().sum((0, 1), dtype=torch.float64)
-        self._sums[1] += products.sum(1).double().square().sum(0)
+        self._all.add_activations(products.abs().sum((0, 1), dtype=torch.float64), products.sum(1).double())
         # The down row's part of w g; the rows that lead in follow, for the backward pass gets to them later.
         self._own, self._missing = (self._split(masked) * g).sum(1).double(), len(self._inputs)
 
@@ -109,7 +107,7 @@ class StepStatistics:
                 self._add_squares(start + i, part, x)
         self._missing -= 1
         if self._missing == 0:
-            self._sums[2] += self._own.abs().sum(0)
+            self._all.add_weights(self._own)
             self._own = None
 
     def _see_output(self, own: nn.Module, module: nn.Module, args: Any, out: Tensor) -> None:
@@ -135,7 +133,7 @@ class StepStatistics:
             stats = self._moments.to_stats()
             self._check_finite("activations", stats.square_sum)
         else:
-            unknown = torch.full_like(self._sums[0], torch.nan)
+            unknown = torch.full_like(self._all.sums[0], torch.nan)
             stats = ActivationStats(tokens, unknown, unknown, unknown)
         if not self._first:
             return stats
@@ -148,10 +146,10 @@ class StepStatistics:
         for parameter in (p for module in (*self._inputs, self.ffn.down) for p in module.parameters()):
             check(parameter.grad is not None, f"weights of layer {self.ffn.layer}", rule, None)
         parts = neuron_major(self.ffn, lambda parameter: parameter.grad.detach())[0]
-        self._check_finite("gradients", self._sums)
+        self._check_finite("gradients", self._all.sums)
         # What came is the derivative of the mean over n samples, so a sample's own loss has n times that.
         n = self._count
-        absolute, square, own = self._sums.clone()
+        absolute, square, own = self._all.sums.clone()
         squares = tuple(n * s for s in self._squares)
         return GradientStats(n, tokens, absolute * n / tokens, square * n, own, tuple(parts), squares)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyprune.training import TrainingConfig, TrainingPruner, train
+from pyprune.training import TrainingConfig, TrainingPruner, methods, train
 from pyprune.training.distillation import attach
 
 from .dense import learning_rate
@@ -19,14 +20,15 @@ from .settings import DENSE, Setting
 
 def training_config(setting: Setting, recipe: Recipe) -> TrainingConfig:
     """What the setting asks of `pyprune.training`; scope, penalties and all else are each method's own."""
+    method = methods.parse(setting.method)
+    if isinstance(method, methods.Movement):
+        method = replace(method, optimizer=recipe.score_optimizer, score_rate=recipe.score_rate)
     return TrainingConfig(
-        method=setting.method,
+        method=method,
         keep=setting.keep,
         steps=recipe.steps,
         warmup=round(recipe.warmup * recipe.steps),
         cooldown=round(recipe.cooldown * recipe.steps),
-        optimizer=recipe.score_optimizer,
-        score_rate=recipe.score_rate,
         seed=setting.seed,
     )
 

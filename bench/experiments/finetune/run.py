@@ -81,7 +81,7 @@ class Work:
         entry = {
             **setting.to_json(),
             "recipe": made.to_json(),
-            **{name: found[name] for name in ("metrics", "samples", "inputs")},
+            **{name: found[name] for name in ("metrics", "inputs")},
             "redundancy": redundancy(model, ids),
             "widths": widths,
             "loss": _thinned(losses),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 
+from bench import by_line
 from pyprune.base.errors import InputError
 from pyprune.base.files import new_file
 
@@ -45,7 +46,7 @@ def save(path: Path, **parts: Any) -> None:
     for name, part in parts.items():
         result[name] = {**result[name], **part} if name in ("dense", "runs") else part
     with new_file(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(by_line.dumps(result, ("dense", "runs")), encoding="utf-8")
 
 
 def pending(settings: Sequence[Setting], runs: dict[str, Entry], recipe: dict[str, Any]) -> list[Setting]:

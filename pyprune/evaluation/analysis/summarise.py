@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..choice import bootstrap
+from ..intervals import bootstrap
 
 
 def number(value: float) -> float | None:

@@ -36,7 +36,7 @@ class Trace:
 
 def first_of(output: Any) -> Tensor:
     """The hidden state in what a decoder layer gives back."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def rows_of(hidden: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from .categorical import Categorical, categorical
 from .choice import choice_correct, option_scores
+from .continuations import Continuation, continuations, continuations_correct
 from .estimates import Estimate, Metric, Order
 from .generation import generation_scores
 from .records import ChoiceRecord, GenerationRecord, RetrievalRecord, read_records, shipped
@@ -11,6 +12,7 @@ from .suite import TaskReport, TaskResult, run_tasks
 __all__ = [
     "Categorical",
     "ChoiceRecord",
+    "Continuation",
     "Estimate",
     "GenerationRecord",
     "Metric",
@@ -20,6 +22,8 @@ __all__ = [
     "TaskResult",
     "categorical",
     "choice_correct",
+    "continuations",
+    "continuations_correct",
     "embeddings",
     "generation_scores",
     "option_scores",

@@ -62,10 +62,35 @@ def option_scores(
     Raises:
         InputError: no record, one longer than the model's context, or logits that are not finite.
     """
-    check(bool(records), "records", "be at least one", len(records))
     encoded = [[joined_ids(tokenizer, full_prompt(r), option) for option in r.choices] for r in records]
+    found = log_likelihoods(model, encoded, progress)
+    return [
+        OptionScores(
+            of,
+            torch.tensor([len(option) for _, option in options]),
+            torch.tensor([len(option.encode()) for option in record.choices]),
+        )
+        for of, options, record in zip(found, encoded, records, strict=True)
+    ]
+
+
+def log_likelihoods(
+    model: Any, encoded: Sequence[Sequence[tuple[Row, Row]]], progress: Progress = quiet, what: str = "records"
+) -> list[Tensor]:
+    """`[K]` float64 for each question, in nats: of each whole option after its prompt.
+
+    Args:
+        model: a causal LM of Transformers, in eval mode.
+        encoded: token ids, for each question K pairs of a prompt and an option.
+        progress: called as `(stage, done, total)`.
+        what: the questions are called in errors.
+
+    Raises:
+        InputError: no question, one longer than the model's context, or logits that are not finite.
+    """
+    check(bool(encoded), what, "be at least one", len(encoded))
     pairs = [pair for options in encoded for pair in options]
-    check_rows(model, [(*prompt, *option) for prompt, option in pairs], "records")
+    check_rows(model, [(*prompt, *option) for prompt, option in pairs], what)
     # The last token of an option is predicted and never read; what is left of one may begin another's.
     reads = [[(*prompt, *option[:-1]) for prompt, option in options] for options in encoded]
     longest = [_longest(options) for options in reads]
@@ -87,11 +112,7 @@ def option_scores(
                 found[pair] = likelihood[range(start, start + len(option)), list(option)].sum()
         done += len(numbers)
     progress("multiple choice", len(rows), len(rows))
-    tokens = torch.tensor([len(option) for _, option in pairs])
-    size = torch.tensor([len(option.encode()) for r in records for option in r.choices])
-    counts = [len(r.choices) for r in records]
-    parts = zip(found.split(counts), tokens.split(counts), size.split(counts), strict=True)
-    return [OptionScores(*part) for part in parts]
+    return list(found.split([len(options) for options in encoded]))
 
 
 def _longest(rows: Sequence[Row]) -> dict[Row, Row]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import dataclass
 
-from ...base.errors import check
+from ...base.errors import check, is_finite
 from ...speed.latency.table import LatencyTable
-from ..sensitivity import SensitivityCurves
+from ..sensitivity.curve import SensitivityCurves
 from . import bounds
+from .base import ALLOCATIONS, Floored, Layers, Plan
 from .knapsack import exact
+
+_WORKLOAD = re.compile(r"(decode|prefill):[1-9]\d{0,6}(:\w+)?")
 
 
 def _least(table: LatencyTable, floor: float, protect: tuple[int, int]) -> list[int]:
@@ -62,3 +67,42 @@ def choose_widths(
     budget = max(table.step / target_speedup - table.step, math.fsum(min(row) for row in costs))
     chosen = exact(losses, costs, budget)
     return [row[i] for row, i in zip(choices, chosen, strict=True)]
+
+
+@ALLOCATIONS.add
+@dataclass(frozen=True, kw_only=True)
+class Latency(Floored):
+    """Of the widths that make the whole model `target_speedup` times faster on this machine, those that cost least.
+
+    `keep` is not used. Further fields: see `Allocation` and `Floored`.
+
+    Attributes:
+        target_speedup: of the whole model over the dense one, both accelerated; above 1. It must be given.
+        workload: what that speed-up is of: `decode:1` for steps of one token with one sequence, `prefill:512` for a
+            prompt of 512 tokens; a third part, as in `decode:1:int8`, for weights that are kept in another dtype.
+    """
+
+    NAME = "latency"
+    SUMMARY = "the widths that cost least among all that reach target_speedup on this machine"
+    NEEDS_TEXT = True
+    USES_KEEP = False
+
+    target_speedup: float | None = None
+    workload: str = "decode:1"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        target = self.target_speedup
+        rule = "be a number above 1 with allocation 'latency'"
+        check(is_finite(target) and target > 1, "target_speedup", rule, target)  # type: ignore[operator]
+        right = isinstance(self.workload, str) and bool(_WORKLOAD.fullmatch(self.workload))
+        check(right, "workload", "be like decode:1, prefill:512 or decode:1:int8", self.workload)
+
+    def plan(self, layers: Layers, keep: float) -> Plan:
+        assert self.target_speedup is not None
+        rules = self.floor, self.protect
+        choices = bounds.candidate_widths(layers.sizes, self.multiple, *rules)
+        table = layers.latencies(sorted({width for row in choices for width in row}), self.workload)
+        check_target(table, self.target_speedup, *rules)  # before the curves, which take longer
+        widths = choose_widths(layers.curves(self.multiple), table, self.target_speedup, *rules)
+        return Plan(widths, table.speedup(widths))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ...base.errors import check
 from ..sensitivity.curve import SensitivityCurves
 from . import bounds
+from .base import ALLOCATIONS, Floored, Layers, Plan
 from .knapsack import exact
 
 
@@ -38,3 +41,16 @@ def choose_widths(
     losses = [curves.at(i, row) for i, row in enumerate(choices)]
     chosen = exact(losses, choices, budget)
     return [row[i] for row, i in zip(choices, chosen, strict=True)]
+
+
+@ALLOCATIONS.add
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity(Floored):
+    """The widths that cost least by curves of each layer. Fields: see `Allocation` and `Floored`."""
+
+    NAME = "sensitivity"
+    SUMMARY = "the widths that cost least by curves of each layer's loss"
+    NEEDS_TEXT = True
+
+    def plan(self, layers: Layers, keep: float) -> Plan:
+        return Plan(choose_widths(layers.curves(self.multiple), keep, self.multiple, self.floor, self.protect))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ...base.errors import check
 from ...model.mask import KeepIndex, check_scores
+from .base import ALLOCATIONS, Floored, Layers, Plan
 from .bounds import check_narrows, highest, least_widths, protected_layers, share_left, standardise
 
 
@@ -62,3 +64,16 @@ def global_top(
         gains[best] = gain(best)
     check_narrows(sizes, widths, keep, multiple, protect)
     return highest(scores, widths)
+
+
+@ALLOCATIONS.add
+@dataclass(frozen=True, kw_only=True)
+class Global(Floored):
+    """Neurons of all layers compete by their standardised scores. Fields: see `Allocation` and `Floored`."""
+
+    NAME = "global"
+    SUMMARY = "neurons of all layers compete by their standardised scores"
+    SOURCE = "An et al. 2023 (FLAP), arXiv 2312.11983, section 3"
+
+    def plan(self, layers: Layers, keep: float) -> Plan:
+        return Plan(global_top(layers.scores(), keep, self.multiple, self.floor, self.protect))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ...model.mask import KeepIndex
+from .base import ALLOCATIONS, Allocation, Layers, Plan
 from .bounds import check_narrows, highest, protected_layers, round_width, share_left
 
 
@@ -39,3 +41,18 @@ def uniform_widths(
     ]
     check_narrows(sizes, widths, keep, multiple, protect)
     return widths
+
+
+@ALLOCATIONS.add
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Allocation):
+    """Every layer keeps the same share. Fields: see `Allocation`."""
+
+    NAME = "uniform"
+    SUMMARY = "every layer keeps the same share"
+
+    def known(self, sizes: Sequence[int], keep: float) -> list[int]:
+        return uniform_widths(sizes, keep, self.multiple, self.protect)
+
+    def plan(self, layers: Layers, keep: float) -> Plan:
+        return Plan(self.known(layers.sizes, keep))

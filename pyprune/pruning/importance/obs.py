@@ -17,7 +17,7 @@ from ...base.statistics import ActivationStats
 from ...model.patterns import FFNWeights
 from .base import criterion
 
-# Share of the mean diagonal of the second moment; the default of `PruneConfig.damping`.
+# Share of the mean diagonal of the second moment; the default of `repair.LeastSquares.damping` too.
 DAMPING = 1e-2
 # Neurons removed at once: F / STEPS. Few lose little against one at a time, and take a fraction of the time.
 STEPS = 96

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...base.errors import CheckpointError, InputError, check
 from ...ffn.mlp import PrunedMLP
 from ...model import families
+from ...model.provenance import read
 from ..allocation import bounds
 
 FILE = "nested.safetensors"
@@ -89,7 +90,7 @@ def count_of(keep: Any, size: int, argument: str = "keep") -> int:
 
 
 def entry_of(model: nn.Module) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = (getattr(getattr(model, "config", None), "pyprune", None) or {}).get("nested")
+    found: dict[str, Any] | None = read(getattr(model, "config", None)).get("nested")
     return found
 
 

@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from ...base.errors import check
 from ...base.memory import release
 from ...base.progress import Progress, quiet
-from ...base.windows import check_windows, stack_batches
 from ...ffn.quantisation import check_fits
 from ...model import families, surgery
-from ...model.families import FFN
+from ...model.described import Described
 from ...model.mask import check_scores
 from ...model.probe import evaluating
-from .. import prune
-from ..allocation import by_sensitivity, ranked
+from ...model.provenance import write
+from ..allocation import Allocation, Uniform
 from ..calibration import LayerStream
-from ..config import PruneConfig
-from ..repair.least_squares import check_tokens, least_squares, warn_of_dead
+from ..options import PruneOptions
+from ..pruner import Pruner
+from ..repair import REPAIRS, LeastSquares, NoRepair, Repair
+from ..repair.least_squares import least_squares, warn_of_dead
+from ..run import Run
+from ..text import Text, calibration
 from .chosen import CLOSE, Nested, Rows, count_of, each
 
 SHARES = (0.8, 0.7, 0.5)
@@ -38,7 +41,7 @@ class NestedReport:
     """What `prune_nested` did.
 
     Attributes:
-        config: as given.
+        options: as given; of them `method`, `repair`, `seed`, and of the allocation what spreads shares.
         shares, widths: as in `Nested`.
         errors: for each share and layer the squared error of the FFN's output over the calibration tokens, relative to
             the squared dense output, as (bare prefix, compensated); empty without compensation.
@@ -46,7 +49,7 @@ class NestedReport:
         seconds: wall time.
     """
 
-    config: PruneConfig
+    options: PruneOptions
     shares: list[float]
     widths: list[list[int]]
     errors: Errors = field(default_factory=list)
@@ -56,7 +59,9 @@ class NestedReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**vars(self), "config": self.config.to_json(), "errors": [[list(e) for e in es] for es in self.errors]}
+        rest = {k: v for k, v in vars(self).items() if k != "options"}
+        errors = [[list(e) for e in es] for es in self.errors]
+        return {**rest, "config": _facts(self.options), "errors": errors}
 
 
 @torch.no_grad()
@@ -99,11 +104,10 @@ def _chosen(shares: Sequence[Share], sizes: Sequence[int]) -> tuple[list[float],
 @torch.no_grad()
 def compensate(
     model: nn.Module,
-    batches: Iterable[Tensor] | Tensor,
+    text: Iterable[Tensor] | Tensor,
     shares: Sequence[Share] = SHARES,
-    damping: float | None = 1e-2,
+    repair: LeastSquares | str = "least-squares",
     progress: Progress = quiet,
-    target: float = 0.0,
 ) -> tuple[Nested, Errors]:
     """Down rows of the first K neurons of every layer, fitted to the dense output for each share; changes nothing.
 
@@ -112,9 +116,9 @@ def compensate(
 
     Args:
         model: a causal LM of Transformers whose neurons are sorted.
-        batches: calibration tokens, as for `prune.prune`.
+        text: calibration tokens, as for `prune.prune`.
         shares: in (0, 1], or counts, one a layer.
-        damping, target: see `PruneConfig`.
+        repair: with which damping and target.
         progress: called as `(stage, done, total)`.
 
     Returns:
@@ -123,27 +127,28 @@ def compensate(
     Raises:
         InputError: a value breaks its rule, too little text, or activations or new rows that are not finite.
     """
-    ffns = families.find_ffns(model)
-    ids = stack_batches(batches, getattr(model.config, "vocab_size", None))
-    check_windows(model, ids, "batches")
-    names, widths = _chosen(shares, [ffn.intermediate_size for ffn in ffns])
-    check_tokens(ids, max(map(max, widths)), damping)
-    rows, errors = _fit(model, ffns, ids, names, widths, damping, progress, target)
-    fingerprint = families.fingerprint(model, ffns)
-    return Nested(tuple(names), tuple(map(tuple, widths)), rows, fingerprint), errors
+    fit = REPAIRS.parse(repair)
+    check(isinstance(fit, LeastSquares), "repair", "be least-squares", str(fit))
+    assert isinstance(fit, LeastSquares)
+    described = Described(model)
+    ids, _ = calibration(model, text)
+    assert ids is not None
+    names, widths = _chosen(shares, described.sizes)
+    fit.check_tokens(ids, max(map(max, widths)))
+    rows, errors = _fit(described, ids, names, widths, fit, progress)
+    return Nested(tuple(names), tuple(map(tuple, widths)), rows, described.fingerprint), errors
 
 
 def _fit(
-    model: nn.Module,
-    ffns: list[FFN],
+    described: Described,
     ids: Tensor,
     names: list[float],
     widths: list[list[int]],
-    damping: float | None,
+    repair: LeastSquares,
     progress: Progress,
-    target: float,
 ) -> tuple[Rows, Errors]:
     """`compensate` for shares and widths that are checked."""
+    model, ffns, target = described.model, described.ffns, repair.target
     dead: list[int] = []
     found: list[tuple[Tensor, ...]] = []
     errors: Errors = []
@@ -159,43 +164,53 @@ def _fit(
                 down = ffn.weights().down
                 if target > 0:
                     stream.advance_twin()
-                stats = stream.statistics(ffn, True, damping is None)
+                stats = stream.statistics(ffn, True, repair.fixed is None)
                 if not found:  # in the first pass
                     dead.append(int((stats.square_sum == 0).sum()))
                 kept = torch.arange(count, device=down.device)
-                repair = least_squares(down, stats, kept, damping, target)
-                check_fits(repair.down, down.dtype, f"compensated rows of layer {ffn.layer}")
-                new = repair.down.to(down.dtype)
+                solved = least_squares(down, stats, kept, repair.fixed, target)
+                check_fits(solved.down, down.dtype, f"compensated rows of layer {ffn.layer}")
+                new = solved.down.to(down.dtype)
                 with surgery.borrowed_down(ffn, new):
                     stream.advance()
                 rows.append(new.cpu())
-                relative.append((repair.error_before, repair.error_after))
+                relative.append((solved.error_before, solved.error_after))
                 release()
             progress(f"fitting width {share:g}", len(ffns), len(ffns))
             found.append(tuple(rows))
             errors.append(relative)
-    warn_of_dead(dead, sum(ffn.intermediate_size for ffn in ffns))
+    warn_of_dead(dead, sum(described.sizes))
     return tuple(found), errors
 
 
-def _check_config(config: PruneConfig) -> None:
-    rule = "with nested widths"
-    check(config.structure == "neurons", "structure", f"be 'neurons' {rule}", config.structure)
-    spread = config.allocation != "latency"
-    check(spread, "allocation", f"be uniform, global or sensitivity {rule}", config.allocation)
-    fits = config.compensate in ("none", "least-squares")
-    check(fits, "compensate", f"be none or least-squares {rule}", config.compensate)
-    check(config.sequential, "sequential", f"be True {rule}", False)
-    check(config.protect == (0, 0), "protect", f"be (0, 0) {rule}", config.protect)
+def _check(options: PruneOptions) -> None:
+    rule, allocation, repair = "with nested widths", options.allocation, options.repair
+    check(allocation.USES_KEEP, "allocation", f"spread a share that is given {rule}", allocation.NAME)
+    check(allocation.protect == (0, 0), "protect", f"be (0, 0) {rule}", allocation.protect)
+    fits = isinstance(repair, NoRepair | LeastSquares)
+    check(fits, "repair", f"be none or least-squares {rule}", repair.NAME)
+
+
+def _facts(options: PruneOptions) -> dict[str, Any]:
+    """What had a say, flat, as in `PruneOptions.facts`."""
+    idle = {"keep", "structure", "sequential"}
+    if isinstance(options.allocation, Uniform):
+        idle |= set(options.allocation.keywords())  # every share is rounded by itself
+    return {k: v for k, v in options.facts().items() if k not in idle}
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def prune_nested(
     model: nn.Module,
-    config: PruneConfig | None = None,
-    batches: Iterable[Tensor] | Tensor | None = None,
     shares: Sequence[Share] = SHARES,
+    method: str = "obs",
+    *,
+    allocation: Allocation | str = "uniform",
+    repair: Repair | str | None = "least-squares",
+    text: Text = None,
+    tokenizer: Any = None,
+    seed: int = 0,
     progress: Progress = quiet,
     provenance: dict[str, Any] | None = None,
 ) -> NestedReport:
@@ -206,78 +221,47 @@ def prune_nested(
 
     Args:
         model: a causal LM of Transformers.
-        config: method, compensation (none or least-squares), damping, target and seed; with allocation `global` or
-            `sensitivity` each share is spread over the layers, in steps of `multiple` and above `floor`. `keep` is not
-            used.
-        batches: calibration tokens, as for `prune.prune`.
         shares: the widths to choose, in (0, 1], or counts, one a layer.
-        progress: called as `(stage, done, total)`.
-        provenance: facts about the run (text, versions) that go into the checkpoint; JSON values.
+        method: the importance criterion.
+        allocation: `uniform` gives every layer the same share, whatever its options; others spread each share over
+            the layers.
+        repair: `none` or `least-squares`, with its options.
+        text, tokenizer, seed, progress, provenance: as for `prune.prune`.
 
     Raises:
         InputError: a value breaks its rule, calibration text is missing or too short, or scores, activations or new
             rows are not finite. Where that shows in the fit, the model is sorted already, which changes nothing else.
         UnsupportedModelError: an FFN that pyprune does not know.
     """
-    config = config or PruneConfig()
+    options = PruneOptions.of(1.0, method, allocation, repair, seed=seed)
     started = time.perf_counter()
-    _check_config(config)
-    ffns = families.find_ffns(model)
-    sizes = [ffn.intermediate_size for ffn in ffns]
-    names, widths = _chosen(shares, sizes)
-    fitted = config.compensate == "least-squares"
-    check(batches is not None or not fitted, "batches", "be given for compensate 'least-squares'", batches)
-    ids = None
-    if batches is not None and config.needs_text:
-        ids = stack_batches(batches, getattr(model.config, "vocab_size", None))
-        check_windows(model, ids, "batches")
-    if fitted and ids is not None:
-        check_tokens(ids, max(map(max, widths)), config.damping)
-    base = families.fingerprint(model, ffns)
-    scores = prune.score(model, config, ids, progress)
-    for i, s in enumerate(scores):
-        check_scores(s, f"scores of layer {i}")
-    if config.allocation != "uniform":
-        free = {n: names[n] for n, share in enumerate(shares) if not isinstance(share, Sequence)}
-        for n, found in zip(free, _spread(model, config, ids, scores, list(free.values()), progress), strict=True):
-            widths[n] = found
+    _check(options)
+    run = Run(model, text, tokenizer, options.needs_text(), options.purpose, provenance)
+    described, ids = run.described, run.ids
+    names, widths = _chosen(shares, described.sizes)
+    fit = options.repair if isinstance(options.repair, LeastSquares) else None
+    if fit is not None and ids is not None:
+        fit.check_tokens(ids, max(map(max, widths)))
+    base = described.fingerprint
+    with evaluating(model):
+        layers = Pruner(described, options, ids, progress)
+        scores = layers.scores()
+        for i, s in enumerate(scores):
+            check_scores(s, f"scores of layer {i}")
+        for n, share in enumerate(shares):
+            if not isinstance(options.allocation, Uniform) and not isinstance(share, Sequence):
+                plan = options.allocation.plan(layers, names[n]).layers
+                widths[n] = [item if isinstance(item, int) else len(item) for item in plan]
     sort_neurons(model, [s.double().argsort(descending=True, stable=True) for s in scores])
+    sorted_model = Described(model)
     errors: Errors = []
     rows: Rows | None = None
-    if fitted and ids is not None:
-        rows, errors = _fit(model, ffns, ids, names, widths, config.damping, progress, config.target)
-    nested = Nested(tuple(names), tuple(map(tuple, widths)), rows, families.fingerprint(model, ffns))
-    used = {k: v for k, v in config.to_json().items() if k not in _unused(config)}
-    tokens, window = (0, 0) if ids is None else (ids.numel(), ids.shape[1])
-    facts = {"config": used, "tokens": tokens, "window": window, **(provenance or {})}
-    own = getattr(model.config, "pyprune", None) or {}
-    settings: Any = model.config
-    settings.pyprune = {**own, "base_fingerprint": base, "provenance": facts, "nested": nested.entry()}
+    if fit is not None and ids is not None:
+        rows, errors = _fit(sorted_model, ids, names, widths, fit, progress)
+    nested = Nested(tuple(names), tuple(map(tuple, widths)), rows, sorted_model.fingerprint)
+    write(model, base, run.facts(_facts(options)), nested=nested.entry())
     holder: Any = model
     holder.pyprune_nested = nested
-    report = NestedReport(config, names, [list(w) for w in nested.widths], errors, tokens, window)
+    report = NestedReport(options, names, [list(w) for w in nested.widths], errors, *run.size)
     report.seconds = time.perf_counter() - started
     return report
-
-
-def _spread(
-    model: nn.Module,
-    config: PruneConfig,
-    ids: Tensor | None,
-    scores: Sequence[Tensor],
-    shares: Sequence[float],
-    progress: Progress,
-) -> list[list[int]]:
-    """The width of every layer for each share, where layers do not all keep the same."""
-    rules = config.multiple, config.floor
-    if config.allocation == "global":
-        return [[len(keep) for keep in ranked.global_top(scores, share, *rules)] for share in shares]
-    curves = prune.curves(model, config, ids, progress)
-    return [by_sensitivity.choose_widths(curves, share, *rules) for share in shares]
-
-
-def _unused(config: PruneConfig) -> set[str]:
-    unused = {"keep", "structure", "iterative", "protect", "target_speedup", "workload", "sequential"}
-    if config.allocation == "uniform":
-        unused |= {"multiple", "floor"}
-    return unused if config.compensate == "least-squares" else unused | {"damping", "target"}

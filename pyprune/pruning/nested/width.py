@@ -61,6 +61,9 @@ def set_width(
     compensated down rows runs these: K x D values are copied into the record, and its own come back, to the bit, with
     the next width. CUDA graphs captured before must be captured again.
 
+        >>> model, tokenizer = load("nested")  # made by `pyprune prune demo --out nested --nested`
+        >>> counts = set_width(accelerate(model), 0.5)
+
     Args:
         model: a nested checkpoint's, after `accelerate` (see `load`).
         keep: a share of neurons in (0, 1], or, as an integer from 2 on, how many; or a list of these, one a layer.

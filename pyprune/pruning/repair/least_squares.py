@@ -1,4 +1,4 @@
-"""Repairs of the down projection after neurons were removed.
+"""Least squares: new down rows for the kept neurons, fitted to the dense output.
 
 Symbols: V `[F, D]` down rows, H the second moment of the activations that enter the down projection, S kept, R removed.
 """
@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...base.errors import InputError, check
+from ...base.errors import InputError, check, is_finite, is_number
 from ...base.statistics import ActivationStats
+from ..importance.obs import DAMPING
+from .base import REPAIRS, Fitted, Layer, Repair
 
 
 @dataclass(frozen=True)
-class Repair:
+class Solved:
     """A new down projection for the kept neurons.
 
     Attributes:
@@ -51,7 +53,7 @@ def check_tokens(ids: Tensor, width: int, damping: float | None) -> None:
     seen = ids.numel() if damping is not None else ids.numel() - max(1, len(ids) // 4) * ids.shape[1]
     needed = width if damping is not None else -(-4 * width // 3)
     rule = f"hold at least {needed} tokens to fit {width} neurons a layer (least squares)"
-    check(seen >= width, "batches", rule, f"{ids.numel()} tokens")
+    check(seen >= width, "text", rule, f"{ids.numel()} tokens")
 
 
 def warn_of_dead(dead: Sequence[int], neurons: int) -> None:
@@ -71,7 +73,7 @@ def warn_of_dead(dead: Sequence[int], neurons: int) -> None:
 
 def least_squares(
     down: Tensor, stats: ActivationStats, keep: Tensor, damping: float | None, target: float = 0.0
-) -> Repair:
+) -> Solved:
     """Down rows of the kept neurons that minimise the output error over the calibration tokens, with a ridge.
 
         V' = H_SS^-1 (H_S: V + target * X_S / T),    H = C / T + damping * mean(diag(C / T)) * I
@@ -96,12 +98,12 @@ def least_squares(
         raise InputError(f"activations must be finite for least squares; their mean square is {scale}")
     chosen = _choose_damping(v, stats, keep, target) if damping is None else damping
     if scale == 0:
-        return Repair(v[keep], 0.0, 0.0, chosen)  # dead neurons only: the bare cut changes nothing
+        return Solved(v[keep], 0.0, 0.0, chosen)  # dead neurons only: the bare cut changes nothing
     new = _Fit(stats, keep, target).rows(v, chosen)
     cut = v.clone()
     cut[keep] = 0.0
     left = _change(v, keep, new)
-    return Repair(new, _relative_error(stats.gram, cut, v), _relative_error(stats.gram, left, v), chosen)
+    return Solved(new, _relative_error(stats.gram, cut, v), _relative_error(stats.gram, left, v), chosen)
 
 
 class _Fit:
@@ -157,3 +159,65 @@ def _choose_damping(down: Tensor, stats: ActivationStats, keep: Tensor, target: 
         return float(total)
 
     return min(DAMPINGS, key=error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Repair):
+    """Base of repairs that fit the kept neurons of a layer to its dense output.
+
+    Attributes:
+        damping: ridge of the least-squares fit, as a share of the mean diagonal of the activations' second moment;
+            `auto` chooses it for each layer on a quarter of the windows that the fit has not seen.
+        target: share of the dense model's residual stream in the target of the fit, in [0, 1]: at 0 a layer is fitted
+            to its own dense output on the input it gets, at 1 it also makes up for what earlier layers lost.
+    """
+
+    damping: float | str = DAMPING
+    target: float = 0.0
+
+    def __post_init__(self) -> None:
+        right = self.damping == "auto" or (is_finite(self.damping) and self.damping > 0)  # type: ignore[operator]
+        check(right, "damping", "be positive and finite, or 'auto'", self.damping)
+        check(is_number(self.target) and 0 <= self.target <= 1, "target", "lie in [0, 1]", self.target)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"activations", "gram"} | ({"held_out"} if self.fixed is None else set()))
+
+    @property
+    def fixed(self) -> float | None:
+        """The damping, or None where it is chosen."""
+        return None if isinstance(self.damping, str) else self.damping
+
+    @property
+    def share(self) -> float:
+        return self.target
+
+    @property
+    def ridge(self) -> float:
+        return self.fixed or DAMPING
+
+    def check(self, sequential: bool) -> None:
+        check(sequential or self.target == 0, "target", "be 0 where nothing is sequential", self.target)
+
+    def check_tokens(self, ids: Tensor, width: int) -> None:
+        check_tokens(ids, width, self.fixed)
+
+    def solve(self, layer: Layer) -> Solved:
+        """Down rows by least squares."""
+        return least_squares(layer.ffn.weights().down, layer.stats, layer.kept, self.fixed, self.target)
+
+
+@REPAIRS.add
+@dataclass(frozen=True, kw_only=True)
+class LeastSquares(Fit):
+    """The down rows of the kept neurons are fitted to the dense output. Fields: see `Fit`."""
+
+    NAME = "least-squares"
+    SUMMARY = "the down rows of the kept neurons are fitted to the dense output"
+
+    def fit(self, layer: Layer) -> Fitted:
+        found = self.solve(layer)
+        return Fitted(
+            down=found.down, error_cut=found.error_before, error_repaired=found.error_after, damping=found.damping
+        )

@@ -8,37 +8,21 @@ error of the FFN's output as the loss.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...base import reference
+from ...base.errors import check
 from ...model.families import FFN
+from .base import REPAIRS, Fitted, Layer
+from .least_squares import Fit
 
 # From trials on layers of SmolLM2-135M (bench/notes/quality.md): larger steps did harm in the first layer.
 EPOCHS = 4
 BATCH = 1024  # tokens in a step
 STEP = 5e-3  # Adam's step at the start, in root mean squares of the weights it moves
-
-
-@dataclass
-class Fitted:
-    """New weights for the neurons that stay; None where the old ones do.
-
-    Attributes:
-        inputs: `[K, D]` gate and up rows (or up rows alone), in record order.
-        input_biases: `[K]` of the same, None where there are none.
-        down: `[K, D]` down rows.
-        bias_shift: `[D]` to add to the down bias.
-        error: squared error of the output on the held-out tokens, relative to the squared dense output.
-    """
-
-    inputs: tuple[Tensor, ...] | None = None
-    input_biases: tuple[Tensor | None, ...] | None = None
-    down: Tensor | None = None
-    bias_shift: Tensor | None = None
-    error: float | None = None
 
 
 def _activations(x: Tensor, rows: list[Tensor], biases: list[Tensor | None], activation: str) -> Tensor:
@@ -94,7 +78,7 @@ def refit(
     after = error(moving)
     best = moving if after < before else start
     found, found_biases, found_down = unpack([t.detach() for t in best])
-    return Fitted(tuple(found), tuple(found_biases), found_down, error=min(before, after))
+    return Fitted(tuple(found), tuple(found_biases), found_down, error_refit=min(before, after))
 
 
 def _project(x: Tensor, rows: list[Tensor], biases: list[Tensor | None], down: Tensor, activation: str) -> Tensor:
@@ -126,3 +110,23 @@ def _descend(moving: list[Tensor], start: list[Tensor], x: Tensor, y: Tensor, ru
             torch.autograd.backward(loss, inputs=moving)
             adam.step()
             schedule.step()
+
+
+@REPAIRS.add
+@dataclass(frozen=True, kw_only=True)
+class Refit(Fit):
+    """Least squares, then gate, up and down rows of the kept neurons together by gradient. Fields: see `Fit`."""
+
+    NAME = "refit"
+    SUMMARY = "least squares, then gate, up and down rows of the kept neurons together by gradient"
+    SOURCE = "Li et al. 2021 (BRECQ), arXiv 2102.05426, section 3.2"
+
+    def check(self, sequential: bool) -> None:
+        super().check(sequential)
+        check(sequential, "sequential", "be True with repair 'refit'", False)
+
+    def fit(self, layer: Layer) -> Fitted:
+        start = self.solve(layer)
+        x, more = layer.inputs()
+        found = refit(layer.ffn, layer.kept, start.down, x, more, target=self.target, seed=layer.seed)
+        return replace(found, error_cut=start.error_before, error_repaired=start.error_after, damping=start.damping)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,19 +12,7 @@ from torch import Tensor, nn
 from ...base.errors import check
 from ...base.progress import Progress, quiet
 from ...model.families import FFN
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside; so a backward pass keeps and computes only what outputs need."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
+from ..gradients import backward_windows, watching
 
 
 def output_gradients(
@@ -33,7 +21,7 @@ def output_gradients(
     """Gradient of a window's summed negative log-likelihood at every FFN's output, with labels that the model draws.
 
     Args:
-        model: a causal LM of Transformers, in eval mode; its weights get no gradients.
+        model: a causal LM of Transformers, its weights get no gradients.
         ffns: its FFNs.
         ids: `[n, W]` token ids.
         seed: of the labels.
@@ -45,34 +33,29 @@ def output_gradients(
     Raises:
         InputError: gradients that are not finite.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    leaves: dict[int, Tensor] = {}
     found: list[list[Tensor]] = [[] for _ in ffns]
-    for i, window in enumerate(ids.to(device)):
-        progress("gradients of FFN outputs", i, len(ids))
-        leaves: dict[int, Tensor] = {}
 
-        def add(layer: int, leaves: dict[int, Tensor] = leaves) -> Callable[..., Tensor]:
-            def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-                leaves[layer] = torch.zeros_like(output, requires_grad=True)
-                return output + leaves[layer]
+    def leaf(layer: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        leaves[layer] = torch.zeros_like(output, requires_grad=True)
+        return output + leaves[layer]
 
-            return hook
+    def hooks() -> list[Any]:
+        return [ffn.down.register_forward_hook(partial(leaf, ffn.layer)) for ffn in ffns]
 
-        handles = [ffn.down.register_forward_hook(add(ffn.layer)) for ffn in ffns]
-        try:
-            with _frozen(model), torch.enable_grad():
-                logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-                finite = bool(logits.isfinite().all())
-                check(finite, f"logits of window {i}", "be finite", "NaN or infinity")
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-                gradients = torch.autograd.grad(loss, [leaves[ffn.layer] for ffn in ffns])
-        finally:
-            for handle in handles:
-                handle.remove()
-        for row, gradient in zip(found, gradients, strict=True):
-            row.append(gradient.reshape(-1, gradient.shape[-1]).float())
+    def drawn(number: int, window: Tensor, logits: Tensor) -> Tensor:
+        plain = logits.requires_grad_()[:-1].float()
+        check(bool(plain.isfinite().all()), f"logits of window {number}", "be finite", "NaN or infinity")
+        labels = torch.multinomial(plain.detach().softmax(-1), 1, generator=generator)[:, 0]
+        return torch.autograd.grad(nn.functional.cross_entropy(plain, labels, reduction="sum"), logits)[0]
+
+    with watching(model, (), [hooks]):
+        for _ in backward_windows(model, ids, "gradients of FFN outputs", drawn, progress):
+            for row, ffn in zip(found, ffns, strict=True):
+                gradient = leaves[ffn.layer].grad
+                assert gradient is not None
+                row.append(gradient.reshape(-1, gradient.shape[-1]).float())
     joined = [torch.cat(row) for row in found]
     for ffn, gradient in zip(ffns, joined, strict=True):
         bad = int((~gradient.isfinite()).sum())

@@ -14,6 +14,7 @@ from ...base.progress import Progress, quiet
 from ...base.statistics import ActivationStats
 from ...base.windows import check_windows
 from ...model import families
+from ...model.described import Described
 from ...model.families import FFN
 from ...model.narrowing import Rest, narrowed
 from ..allocation import bounds
@@ -55,16 +56,14 @@ def _look(stream: LayerStream, ffn: FFN, layer: nn.Module) -> tuple[Tensor, Tens
 
 
 def curves(
-    model: nn.Module,
-    ffns: list[FFN],
+    described: Described,
     ids: Tensor,
     score: Scorer,
     *,
     kind: str = "loss",
     shares: Sequence[float] | None = None,
     multiple: int = 1,
-    repair: bool = False,
-    damping: float = 1e-2,
+    damping: float | None = None,
     gram: bool = False,
     windows: int | None = None,
     seed: int = 0,
@@ -76,15 +75,14 @@ def curves(
     backward pass over them, and a Cholesky factor of each layer.
 
     Args:
-        model: a causal LM of Transformers, in eval mode.
-        ffns: its FFNs (`families.find_ffns`).
+        described: a causal LM of Transformers, in eval mode.
         ids: `[N, W]` calibration tokens for statistics and repairs.
         score: importance from the dense model's statistics.
         kind: one of `KINDS`.
         shares: of each layer's neurons to try, in (0, 1); None for `SHARES`, or a fine grid for an estimate.
         multiple: widths are rounded to it.
-        repair: least squares refits the down rows of each narrowed layer; False for the bare cut.
-        damping: ridge of the repair, as a share of the mean diagonal of the activations' second moment.
+        damping: ridge of the least-squares fit of each narrowed layer's down rows, as a share of the mean diagonal of
+            the activations' second moment; None for the bare cut.
         gram: `score` needs `stats.gram`.
         windows: of `ids`, spread evenly, for which loss or gradients are computed; None for `WINDOWS`.
         seed: of the labels that the estimates draw.
@@ -97,12 +95,13 @@ def curves(
     check_choice(kind, "kind", KINDS)
     tried = tuple(shares) if shares is not None else SHARES[kind] or _FINE
     check(len(tried) > 0 and all(0 < s < 1 for s in tried), "shares", "be one or more shares in (0, 1)", list(tried))
-    check(0 < damping < math.inf, "damping", "be positive and finite", damping)
+    check(damping is None or 0 < damping < math.inf, "damping", "be positive and finite", damping)
     windows = WINDOWS[kind] if windows is None else windows
     check(windows >= 1, "windows", "be at least 1", windows)
     check(ids.ndim == 2 and ids.shape[1] >= 2, "ids", "be [N, W] with at least 2 tokens a window", tuple(ids.shape))
+    model, ffns = described.model, described.ffns
     check_windows(model, ids, "ids")
-    finder = _Finder(model, ffns, ids, score, kind, damping if repair else None, gram, windows, seed, progress)
+    finder = _Finder(model, ffns, ids, score, kind, damping, gram, windows, seed, progress)
     rows = []
     for ffn in ffns:
         size = ffn.intermediate_size
@@ -117,7 +116,7 @@ def curves(
         widths=tuple(tuple(row) for row in rows),
         losses=tuple(tuple(row.values()) for row in rows),
         tokens=finder.predicted,
-        fingerprint=families.fingerprint(model, ffns),
+        fingerprint=described.fingerprint,
     )
 
 

@@ -1,29 +1,53 @@
-"""Methods of pruning during training. One method a file; a file dropped in here is found."""
+"""Methods of pruning during training, each an object of its options. One a file; a file dropped in here is found.
+
+>>> from pyprune.training.methods import Gum, parse
+>>> parse("gum:similarity=0.5,optimizer=adam") == Gum(similarity=0.5, optimizer="adam")
+True
+"""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+from ...base.options import import_all
+from .base import METHODS, Gathered, Method, Moment, State
+from .ema import Ema
+from .gum import Gum
+from .magnitude import Magnitude
+from .movement import Movement
+from .movement_soft import MovementSoft
+from .platon import Platon
+from .random import Random
+from .smoothed import Smoothed
 
-from ...base.errors import check_choice
-from .base import METHODS, Gathered, Method, Moment, State, method
+import_all(__path__, __name__)
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
-
-__all__ = ["METHODS", "Gathered", "Method", "Moment", "State", "get", "method", "names"]
+__all__ = [
+    "METHODS",
+    "Ema",
+    "Gathered",
+    "Gum",
+    "Magnitude",
+    "Method",
+    "Moment",
+    "Movement",
+    "MovementSoft",
+    "Platon",
+    "Random",
+    "Smoothed",
+    "State",
+    "names",
+    "parse",
+]
 
 
 def names() -> list[str]:
     """The names of all methods, sorted."""
-    return sorted(METHODS)
+    return METHODS.names()
 
 
-def get(name: str) -> type[Method]:
-    """The method called `name`.
+def parse(method: str | Method) -> Method:
+    """The method that a short form means, as `gum` or `gum:similarity=0.5`; a method is given back as it is.
 
     Raises:
-        InputError: unknown name; the message has the nearest ones.
+        InputError: an unknown name or option (the message has the nearest ones), or a value that breaks its rule.
     """
-    check_choice(name, "method", names())
-    return METHODS[name]
+    return METHODS.parse(method)

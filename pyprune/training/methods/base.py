@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ...base.errors import check, is_number
+from ...base.options import Option, Registry
 from ...base.statistics import ActivationStats
 from ...model.families import FFN
-
-if TYPE_CHECKING:
-    from ..config import TrainingConfig
 
 # The tensors a method keeps for one layer from step to step; `scores`, `[F]`, is among them.
 State = dict[str, Tensor]
@@ -53,27 +52,31 @@ class Gathered:
     statistics: ActivationStats | None = None
 
 
-class Method:
+@dataclass(frozen=True)
+class Method(Option):
     """A method: how scores start, and what one step does to them. The highest scores are kept.
 
+    A method is a frozen dataclass of its own options under `@METHODS.add`; what it keeps between steps is a `State`.
+
     Attributes:
-        name: as in the configuration.
-        summary: the formula in one line.
-        source: the paper, with section or equation.
-        needs: what must be gathered: `gradient`, `products`, or keys of `importance.base.NEEDS` for `statistics`.
-        learned: scores start equal and are learned, so a layer whose scores never moved was ranked by nothing.
-        defaults: values of `TrainingConfig` fields that the user left open.
+        NAME: as in the configuration.
+        SUMMARY: the formula in one line.
+        SOURCE: the paper, with section or equation.
+        NEEDS: what must be gathered: `gradient`, `products`, or keys of `importance.base.NEEDS` for `statistics`.
+        SCOPE: `layer` or `global`, as the method was published.
+        LEARNED: scores start equal and are learned, so a layer whose scores never moved was ranked by nothing.
     """
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    source: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
-    learned: ClassVar[bool] = False
-    defaults: ClassVar[dict[str, Any]] = {}
+    SUMMARY: ClassVar[str]
+    SOURCE: ClassVar[str]
+    NEEDS: ClassVar[frozenset[str]] = frozenset()
+    SCOPE: ClassVar[str] = "layer"
+    LEARNED: ClassVar[bool] = False
 
-    def __init__(self, config: TrainingConfig) -> None:
-        self.config = config
+    @property
+    def needs(self) -> frozenset[str]:
+        """What this object needs: `NEEDS`, or what its options ask for."""
+        return self.NEEDS
 
     def start(self, ffn: FFN, generator: torch.Generator) -> State:
         """The state of a layer before the first step."""
@@ -84,24 +87,15 @@ class Method:
         """Change `state` by what one optimizer step showed."""
         raise NotImplementedError
 
-    def threshold(self, moment: Moment) -> float | None:
+    def cutoff(self, moment: Moment) -> float | None:
         """Keep where sigmoid(score) is above this; None: keep the share that the schedule says."""
         return None
 
 
-METHODS: dict[str, type[Method]] = {}
+METHODS: Registry[Method] = Registry("method")
 
 
-def method(
-    name: str, *, summary: str, source: str, needs: tuple[str, ...] = (), **defaults: Any
-) -> Callable[[type[Method]], type[Method]]:
-    """Register the decorated class under `name`; `defaults` for configuration fields that the user leaves open."""
-
-    def register(cls: type[Method]) -> type[Method]:
-        if name in METHODS:
-            raise RuntimeError(f"two methods are called {name!r}")
-        cls.name, cls.summary, cls.source, cls.needs, cls.defaults = name, summary, source, frozenset(needs), defaults
-        METHODS[name] = cls
-        return cls
-
-    return register
+def check_amount(value: object, argument: str, zero: bool = True) -> None:
+    """Raise `InputError` unless `value` is finite and positive, or zero where that is allowed."""
+    fits = is_number(value) and 0 <= value < math.inf and (zero or value > 0)  # type: ignore[operator]
+    check(fits, argument, f"be {'non-negative' if zero else 'positive'} and finite", value)

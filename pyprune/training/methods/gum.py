@@ -20,11 +20,15 @@ nothing reads; here `inverted` does it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from ..ema import smooth
-from .base import Gathered, Moment, State, method
+from ...base.errors import check, check_choice
+from ..ema import check_beta, smooth
+from .base import METHODS, Gathered, Moment, State, check_amount
 from .movement import Movement, penalty_gradient
 
 FORMS = ("penalty", "gradient")
@@ -44,30 +48,48 @@ def similarity(products: Tensor, keep: float) -> Tensor:
     return cosines.sum(1) / (products.shape[0] * keep)
 
 
-@method(
-    "gum",
-    summary="movement, global top v, penalty on sigmoid(s_i) times 1 + lambda * similarity_i",
-    source="Santacroce et al. 2023, arXiv 2302.03773; public code santacml/nn_pruning_uniqueness",
-    needs=("gradient", "products"),
-    scope="global",
-    optimizer="sgd",
-    penalty=2.0,
-)
-class GloballyUniqueMovement(Movement):
-    """`uniqueness_form`, `inverted` and `similarity` (lambda) of the configuration choose the variant."""
+@METHODS.add
+@dataclass(frozen=True)
+class Gum(Movement):
+    """Movement of the whole model's neurons, those alike pushed down.
+
+    Attributes:
+        similarity: lambda.
+        similarity_beta: weight of the past in the running sums, in [0, 1).
+        uniqueness_form: `penalty`, or `gradient`, which pushes the score gradient itself.
+        inverted: an ablation: push the neurons that are unlike the others.
+    """
+
+    NAME: ClassVar[str] = "gum"
+    SUMMARY: ClassVar[str] = "movement, global top v, penalty on sigmoid(s_i) times 1 + lambda * similarity_i"
+    SOURCE: ClassVar[str] = "Santacroce et al. 2023, arXiv 2302.03773; public code santacml/nn_pruning_uniqueness"
+    NEEDS: ClassVar[frozenset[str]] = frozenset({"gradient", "products"})
+    SCOPE: ClassVar[str] = "global"
+
+    penalty: float = 2.0
+    similarity: float = 1.0
+    similarity_beta: float = 0.9
+    uniqueness_form: str = "penalty"
+    inverted: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_amount(self.similarity, "similarity")
+        check_beta(self.similarity_beta, "similarity_beta")
+        check_choice(self.uniqueness_form, "uniqueness_form", FORMS)
+        check(isinstance(self.inverted, bool), "inverted", "be true or false", self.inverted)
 
     def gradient(self, state: State, gathered: Gathered, moment: Moment) -> Tensor:
-        config = self.config
         assert gathered.gradient is not None
         if gathered.products is not None:  # None where the layer saw no token
-            smooth(state, "products", gathered.products.float(), config.similarity_beta)
+            smooth(state, "products", gathered.products.float(), self.similarity_beta)
         push = torch.zeros_like(state["scores"])
         if "products" in state:
-            push = config.similarity * similarity(state["products"], moment.keep)
-        if config.inverted:
+            push = self.similarity * similarity(state["products"], moment.keep)
+        if self.inverted:
             push = push.max() - push
         movement = gathered.gradient.float()
-        penalty = penalty_gradient(state["scores"], config.penalty * moment.progress, gathered.layers)
-        if config.uniqueness_form == "gradient":
+        penalty = penalty_gradient(state["scores"], self.penalty * moment.progress, gathered.layers)
+        if self.uniqueness_form == "gradient":
             return movement + push * movement.norm() + penalty
         return movement + penalty * (1 + push)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 
 from ...model.families import FFN
-from .base import Gathered, Method, Moment, State, method
+from .base import METHODS, Gathered, Method, Moment, State
 
 
-@method(
-    "magnitude",
-    summary="L2 norm of a neuron's weights, all parts concatenated",
-    source="Zhu and Gupta 2017, arXiv 1710.01878; of neurons: Santacroce et al. 2023, arXiv 2302.03773",
-    scope="layer",
-)
+@METHODS.add
+@dataclass(frozen=True)
 class Magnitude(Method):
     """Removed neurons keep their weights, and return when others shrink below them.
 
     The public code of Santacroce et al. ranks the rows of the up projection and the columns of the down projection
     apart; here they are one neuron, biases not counted, as in the one-shot criterion `magnitude-l2-both`.
     """
+
+    NAME: ClassVar[str] = "magnitude"
+    SUMMARY: ClassVar[str] = "L2 norm of a neuron's weights, all parts concatenated"
+    SOURCE: ClassVar[str] = "Zhu and Gupta 2017, arXiv 1710.01878; of neurons: Santacroce et al. 2023, arXiv 2302.03773"
 
     def start(self, ffn: FFN, generator: torch.Generator) -> State:
         squares = [part.detach().float().square().sum(1) for part in ffn.weights().parts]

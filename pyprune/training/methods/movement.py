@@ -9,10 +9,16 @@ gradient steps; the public codes of Lagunas et al. and Santacroce et al. by Adam
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from .base import Gathered, Method, Moment, State, method
+from ...base.errors import check_choice
+from .base import METHODS, Gathered, Method, Moment, State, check_amount
+
+OPTIMIZERS = ("sgd", "adam")
 
 
 def penalty_gradient(scores: Tensor, weight: float, layers: int) -> Tensor:
@@ -21,31 +27,45 @@ def penalty_gradient(scores: Tensor, weight: float, layers: int) -> Tensor:
     return (weight / (scores.numel() * layers)) * soft * (1 - soft)
 
 
-@method(
-    "movement",
-    summary="s <- s - rate * sum_t a_j dL/da'_j; top v of the scores",
-    source="Sanh et al. 2020, arXiv 2005.07683, section 4 (hard); of neurons: Lagunas et al. 2021, arXiv 2109.04838",
-    needs=("gradient",),
-    scope="layer",
-    optimizer="sgd",
-    penalty=0.0,
-)
+@METHODS.add
+@dataclass(frozen=True)
 class Movement(Method):
-    """Scores learned by descent; `gradient` is what the variants change."""
+    """Scores learned by descent; `gradient` is what the variants change.
 
-    learned = True
+    Attributes:
+        optimizer: of the scores: `sgd`, or `adam` without weight decay.
+        score_rate: its learning rate, which does not change while training.
+        penalty: weight of mean(sigmoid(s)) in the loss, once the schedule is through.
+    """
+
+    NAME: ClassVar[str] = "movement"
+    SUMMARY: ClassVar[str] = "s <- s - rate * sum_t a_j dL/da'_j; top v of the scores"
+    SOURCE: ClassVar[str] = (
+        "Sanh et al. 2020, arXiv 2005.07683, section 4 (hard); of neurons: Lagunas et al. 2021, arXiv 2109.04838"
+    )
+    NEEDS: ClassVar[frozenset[str]] = frozenset({"gradient"})
+    LEARNED: ClassVar[bool] = True
+
+    optimizer: str = "sgd"
+    score_rate: float = 1e-2
+    penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice(self.optimizer, "optimizer", OPTIMIZERS)
+        check_amount(self.score_rate, "score_rate", zero=False)
+        check_amount(self.penalty, "penalty")
 
     def gradient(self, state: State, gathered: Gathered, moment: Moment) -> Tensor:
         """`[F]`, dL/ds with the penalty's part."""
         assert gathered.gradient is not None
-        weight = self.config.penalty * moment.progress
+        weight = self.penalty * moment.progress
         return gathered.gradient.float() + penalty_gradient(state["scores"], weight, gathered.layers)
 
     def update(self, state: State, gathered: Gathered, moment: Moment) -> None:
         gradient = self.gradient(state, gathered, moment)
-        if self.config.optimizer == "adam":
+        if self.optimizer == "adam":
             gradient = _adam(state, gradient, moment.step + 1)
-        state["scores"] = state["scores"] - self.config.score_rate * gradient
+        state["scores"] = state["scores"] - self.score_rate * gradient
 
 
 def _adam(state: State, gradient: Tensor, count: int, b1: float = 0.9, b2: float = 0.999) -> Tensor:

@@ -10,7 +10,8 @@ clipped too where the loop clips. A removed neuron has no gradient, so its score
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...base.errors import check
 from ...model.families import FFN
-from ..ema import smoothed_score
-from .base import Gathered, Method, Moment, State, method
+from ..ema import check_beta, smoothed_score
+from .base import METHODS, Gathered, Method, Moment, State
 
 
 def neuron_sums(ffn: FFN, value: Callable[[Tensor], Tensor]) -> Tensor:
@@ -57,17 +58,27 @@ def sensitivity(ffn: FFN) -> Tensor:
     return neuron_sums(ffn, product)
 
 
-@method(
-    "platon",
-    summary="EMA of sum abs(w dL/dw), times EMA of its deviation from that mean",
-    source="Zhang et al. 2022, arXiv 2206.12562, section 3; summed over neurons",
-    scope="layer",
-)
+@METHODS.add
+@dataclass(frozen=True)
 class Platon(Method):
-    """`beta` smooths the sensitivity (b1), `uncertainty_beta` its deviation (b2)."""
+    """The highest product of mean and uncertainty stays.
 
-    learned = True
+    Attributes:
+        beta: b1, weight of the past in the smoothed sensitivity, in [0, 1).
+        uncertainty_beta: b2, in its deviation from that.
+    """
+
+    NAME: ClassVar[str] = "platon"
+    SUMMARY: ClassVar[str] = "EMA of sum abs(w dL/dw), times EMA of its deviation from that mean"
+    SOURCE: ClassVar[str] = "Zhang et al. 2022, arXiv 2206.12562, section 3; summed over neurons"
+    LEARNED: ClassVar[bool] = True
+
+    beta: float = 0.85
+    uncertainty_beta: float = 0.85
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta, "beta")
+        check_beta(self.uncertainty_beta, "uncertainty_beta")
 
     def update(self, state: State, gathered: Gathered, moment: Moment) -> None:
-        config = self.config
-        state["scores"] = smoothed_score(state, sensitivity(gathered.ffn), config.beta, config.uncertainty_beta)
+        state["scores"] = smoothed_score(state, sensitivity(gathered.ffn), self.beta, self.uncertainty_beta)

@@ -9,37 +9,48 @@ PLATON smooths its sensitivity so (without the division, which changes no rank);
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from ...base.errors import check_choice
 from ...model.families import FFN
 from ...pruning import importance
-from ..ema import corrected
-from .base import Gathered, Method, Moment, State, method
-
-if TYPE_CHECKING:
-    from ..config import TrainingConfig
+from ..ema import check_beta, corrected
+from .base import METHODS, Gathered, Method, Moment, State
 
 
-@method(
-    "smoothed",
-    summary="bias-corrected EMA of any importance criterion over the steps' batches; beta 0 is the last batch alone",
-    source="smoothing of Zhang et al. 2022, arXiv 2206.12562, section 3; correction of Kingma and Ba 2015, "
-    "arXiv 1412.6980, section 3",
-    scope="layer",
-    criterion="taylor-neuron",
-)
-class SmoothedCriterion(Method):
-    """`criterion` names the score, `beta` smooths it."""
+@METHODS.add
+@dataclass(frozen=True)
+class Smoothed(Method):
+    """The highest smoothed score stays.
 
-    learned = True
+    Attributes:
+        criterion: the score, an importance criterion (`pyprune.pruning.importance.names()`).
+        beta: weight of the past, in [0, 1).
+    """
 
-    def __init__(self, config: TrainingConfig) -> None:
-        super().__init__(config)
-        assert config.criterion is not None
-        self._criterion = importance.get(config.criterion)
-        self.needs = self._criterion.needs  # type: ignore[misc]  # of the criterion, not of the class
+    NAME: ClassVar[str] = "smoothed"
+    SUMMARY: ClassVar[str] = (
+        "bias-corrected EMA of any importance criterion over the steps' batches; beta 0 is the last batch alone"
+    )
+    SOURCE: ClassVar[str] = (
+        "smoothing of Zhang et al. 2022, arXiv 2206.12562, section 3; correction of Kingma and Ba 2015, "
+        "arXiv 1412.6980, section 3"
+    )
+    LEARNED: ClassVar[bool] = True
+
+    criterion: str = "taylor-neuron"
+    beta: float = 0.85
+
+    def __post_init__(self) -> None:
+        check_choice(self.criterion, "criterion", importance.names())
+        check_beta(self.beta, "beta")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return importance.get(self.criterion).needs
 
     def start(self, ffn: FFN, generator: torch.Generator) -> State:
         # The same numbers at every step, or a mean of random orders would forget each of them.
@@ -47,5 +58,5 @@ class SmoothedCriterion(Method):
 
     def update(self, state: State, gathered: Gathered, moment: Moment) -> None:
         generator = torch.Generator().manual_seed(int(state["seed"]))
-        now = self._criterion(gathered.ffn.weights(), gathered.statistics, generator)
-        state["scores"] = corrected(state, now.to(state["scores"]), self.config.beta)
+        now = importance.get(self.criterion)(gathered.ffn.weights(), gathered.statistics, generator)
+        state["scores"] = corrected(state, now.to(state["scores"]), self.beta)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from ...base.memory import PeakMemory
 from ...base.progress import Progress, quiet
 from ...base.windows import check_windows, stack_batches
 from ...model import families
+from ...model import provenance as model_provenance
 from ...model.probe import evaluating
 from ...model.weights import check_plain, check_there, leave_inference
 from ..adapters import Adapters, check_peft, projections
@@ -150,8 +150,7 @@ def recover(
         "window": report.window,
         **(provenance or {}),
     }
-    block = getattr(model.config, "pyprune", None) or {}
-    model.config.pyprune = {**block, "recovery": [*block.get("recovery", []), copy.deepcopy(facts)]}
+    model_provenance.add_recovery(model, facts)
     return report
 
 

@@ -1,0 +1,24 @@
+"""No repair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import REPAIRS, Fitted, Layer, Repair
+
+
+@REPAIRS.add
+@dataclass(frozen=True, kw_only=True)
+class NoRepair(Repair):
+    """Kept neurons stay as they are; `repair=None` means this."""
+
+    NAME = "none"
+    SUMMARY = "kept neurons stay as they are"
+    STRUCTURES = frozenset({"ffn", "layer"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def fit(self, layer: Layer) -> Fitted:
+        return Fitted()

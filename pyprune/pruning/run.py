@@ -1,0 +1,103 @@
+"""What `prune` and `prune_blocks` share: checks before anything changes, totals, provenance."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..base.errors import check
+from ..model import provenance
+from ..model.described import Described
+from ..model.weights import check_finite
+from .text import Text, calibration
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """What a run cost and left.
+
+    Attributes:
+        parameters_before, parameters_after: of the whole model, tied weights once.
+        bytes_before, bytes_after: of those parameters.
+        tokens, window: calibration tokens used, and tokens in a window; 0 where no text was needed.
+        seconds: wall time.
+        peak_bytes: growth of the process's memory while pruning, over what it held before.
+    """
+
+    parameters_before: int = 0
+    parameters_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    tokens: int = 0
+    window: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def _sizes(model: nn.Module) -> tuple[int, int]:
+    parameters = list(model.parameters())  # yields tied weights once
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+class Run:
+    """One run, before which a model is checked and after which its config says what happened.
+
+    Args:
+        model: a causal LM of Transformers.
+        text, tokenizer: see `text.calibration`.
+        needed: whether text is.
+        purpose: what for, in the error where it is missing.
+        given: provenance from outside.
+
+    Attributes:
+        described: the model, dense.
+        ids: `[N, W]` calibration tokens, or None where none are needed.
+
+    Raises:
+        InputError: text is missing, or weights are not finite.
+        UnsupportedModelError: an FFN that pyprune does not know.
+    """
+
+    def __init__(
+        self, model: nn.Module, text: Text, tokenizer: Any, needed: bool, purpose: str, given: dict[str, Any] | None
+    ) -> None:
+        there = text is not None or tokenizer is not None
+        check(there or not needed, "text", f"be given for {purpose}", None)
+        self._given = provenance.check_json(given)
+        self.described = Described(model)
+        self.ids, name = calibration(model, text, tokenizer) if needed else (None, None)
+        if name is not None:
+            self._given = {"text": name, **self._given}
+        check_finite(model)
+        self._before, self._started = _sizes(model), time.perf_counter()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Calibration tokens, and tokens in a window."""
+        return (0, 0) if self.ids is None else (self.ids.numel(), self.ids.shape[1])
+
+    def facts(self, chosen: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """What mask and checkpoint say of a run with the options `chosen`."""
+        tokens, window = self.size
+        return {"config": chosen, "tokens": tokens, "window": window, **self._given, **more}
+
+    def finish(self, facts: dict[str, Any], peak: int) -> dict[str, Any]:
+        """Write provenance into the model's config; returns the fields of `Totals`."""
+        provenance.write(self.described.model, self.described.fingerprint, facts)
+        after = _sizes(self.described.model)
+        tokens, window = self.size
+        return vars(
+            Totals(
+                parameters_before=self._before[0],
+                parameters_after=after[0],
+                bytes_before=self._before[1],
+                bytes_after=after[1],
+                tokens=tokens,
+                window=window,
+                seconds=time.perf_counter() - self._started,
+                peak_bytes=peak,
+            )
+        )
