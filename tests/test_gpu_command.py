@@ -69,7 +69,8 @@ def test_the_rehearsal_goes_through_every_stage(rehearsed: tuple[list[dict[str, 
 def test_the_result_grows_by_case_and_stage(rehearsed: tuple[list[dict[str, Any]], str, Path]) -> None:
     seen, _, _ = rehearsed
     rows = [len(result.get("rows", [])) for result in seen]
-    assert rows == sorted(rows) and len(set(rows)) > 10
+    # Looked at every 50 ms; a busy machine shows fewer of its states.
+    assert rows == sorted(rows) and len(set(rows)) > 3
     during = [result for result in seen if result.get("state") == "running: tests"]
     assert during and all({row["kind"] for row in result["rows"]} == {"decode", "small"} for result in during)
 

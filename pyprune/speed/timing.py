@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from ..base.clock import clock, graphed
+from ..base.errors import UnsupportedModelError
 from ..base.record import described
 from ..ffn.mlp import PrunedMLP
 from ..model import families
@@ -47,6 +48,11 @@ class Decode:
         if self.cache is not None and self.cache.get_seq_length() > 0:
             self.cache.reset()
         out = self.model(input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        if getattr(out, "past_key_values", None) is None:
+            kind = self.model.config.model_type
+            raise UnsupportedModelError(
+                f"decode steps are timed over a KV cache; {kind} keeps none: time its prefill"
+            )
         token = out.logits[:, -1:].argmax(-1)
         batch, length = self.prompt.shape
         seconds = []
