@@ -152,7 +152,7 @@ def test_inference_tensors_are_copied_at_every_call():
 def test_a_capture_keeps_nothing_new(monkeypatch):
     record, index = record_and_index()
     monkeypatch.setattr(scratch, "_capturing", lambda device: True)
-    with pytest.warns(UserWarning, match=r"call pyprune\.warmup before the capture"):
+    with pytest.warns(UserWarning, match=r"call pyprune\.ffn\.warming\.warmup before the capture"):
         scratch.compacted(record, index)
     assert scratch.kept_bytes(record.device) == 0
     monkeypatch.undo()

@@ -222,7 +222,7 @@ def test_a_criterion_is_a_score_to_average():
 def test_refusals(tiny, ids):
     with pytest.raises(InputError, match=r"criterion must be one of .*nearest: wanda"):
         Smoothed("wandas")
-    with pytest.raises(InputError, match=r"option of method 'gum' must be one of .*got 'criterion'"):
+    with pytest.raises(InputError, match="criterion is no option of method 'gum'; it has optimizer"):
         TrainingConfig(method="gum:criterion=wanda", steps=3)
     model = tiny("llama").train()
     pruner = TrainingPruner(model, TrainingConfig(method="smoothed", steps=3))

@@ -39,7 +39,7 @@ REGISTERS = 64 * 1024  # of a multiprocessor
 
 _WEIGHTS = ("float32", "bfloat16", "float16", "int8")  # in the order of Type in csrc/common/problem.h
 _NAME = re.compile(
-    r"pyprune\d+(single_pass_bulk|single_pass|hidden_pass|down_pass|unite|widen)(?:ILNS_4TypeE(\d)ELi(\d)(?:ELb(\d))?)?"
+    r"pyprune\d+(single_pass_bulk|single_pass|hidden_pass|down_pass|widen)(?:ILNS_4TypeE(\d)ELi(\d)(?:ELb(\d))?)?"
 )
 _OPCODE = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
 
@@ -47,7 +47,7 @@ _OPCODE = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
 def most_threads(kernel: str, tokens: int) -> int:
     """Threads of a block for which the kernel is compiled, as in csrc/cuda/params.h, layout.h and before.h."""
     if not kernel.startswith("single_pass"):
-        return 1024 if kernel == "unite" else 256
+        return 256
     return 512 if tokens <= 2 else 256
 
 

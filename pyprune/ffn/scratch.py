@@ -89,7 +89,8 @@ def compacted(record: Tensor, index: Tensor) -> Tensor:
         rows = record.detach().index_select(0, index)
         if capturing:
             warnings.warn(
-                "a gather's rows are copied at every replay of this CUDA graph; call warming.warmup before the capture",
+                "a gather's rows are copied at every replay of this CUDA graph; "
+                "call pyprune.ffn.warming.warmup before the capture",
                 stacklevel=2,
             )
         elif kept_bytes(record.device) + rows.nbytes <= _room(record.device):

@@ -50,9 +50,7 @@ class Decode:
         out = self.model(input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         if getattr(out, "past_key_values", None) is None:
             kind = self.model.config.model_type
-            raise UnsupportedModelError(
-                f"decode steps are timed over a KV cache; {kind} keeps none: time its prefill"
-            )
+            raise UnsupportedModelError(f"decode steps are timed over a KV cache; {kind} keeps none: time its prefill")
         token = out.logits[:, -1:].argmax(-1)
         batch, length = self.prompt.shape
         seconds = []
