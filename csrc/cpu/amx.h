@@ -51,8 +51,7 @@ struct TileGroup {
   int64_t count;
   bool evenly;  // rows lie `record_stride` apart
 
-  TileGroup(const Call& p, int64_t first, int64_t neurons)
-      : count(neurons), evenly(!p.index && neurons == kTileGroup) {
+  TileGroup(const Call& p, int64_t first, int64_t neurons) : count(neurons), evenly(!p.index && neurons == kTileGroup) {
     for (int64_t n = 0; n < kTileGroup; ++n) {
       int64_t neuron = first + (n < count ? n : count - 1);
       rows[n] = Group<W, 1>::at(p, neuron);
@@ -151,8 +150,8 @@ inline void dot_tiles(const Call& p, const Workspace& ws, const TileGroup<W>& gr
 
 // As `dot_tiles`, for one part and two tiles of tokens, so that a tile of weights is read once for both.
 template <Type W>
-inline void dot_tile_pair(const Call& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead,
-                          int64_t part, int64_t t, float* out, int64_t stride) {
+inline void dot_tile_pair(const Call& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead, int64_t part,
+                          int64_t t, float* out, int64_t stride) {
   alignas(kLineBytes) uint16_t buffer[kTile * kDepth];
   int64_t size = p.hidden_size;
   int64_t offset = part * size;
@@ -256,8 +255,8 @@ inline void down_tiles(const Call& p, const Workspace& ws, const TileGroup<W>& g
 }
 
 template <Type W>
-inline void dot_all_tiles(const Call& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead,
-                          float* gate, float* up, int64_t stride) {
+inline void dot_all_tiles(const Call& p, const Workspace& ws, const TileGroup<W>& group, Ahead<W>& ahead, float* gate,
+                          float* up, int64_t stride) {
   int64_t tiles = token_tiles(p);
   for (int64_t part = 0; part < p.parts() - 1; ++part)
     for (int64_t t = 0; t + 1 < tiles; t += 2)

@@ -29,8 +29,7 @@ inline void sum_block(const Workspace& ws, int64_t slabs, int64_t offset, Vec (&
 }
 
 template <Type W, Type X>
-inline void finish_columns(const Call& p, const Workspace& ws, int64_t slabs, int64_t t, int64_t first,
-                           int64_t last) {
+inline void finish_columns(const Call& p, const Workspace& ws, int64_t slabs, int64_t t, int64_t first, int64_t last) {
   using Value = typename Values<X>::Element;
   constexpr int V = Weights<W>::kVectors;
   auto* bias = static_cast<const Value*>(p.down_bias);
