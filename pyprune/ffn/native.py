@@ -75,7 +75,9 @@ def _load(which: str) -> str | None:
     try:
         if not library(which).is_file():
             return _why_missing(which)
-        if record and record.get("interface") != _INTERFACE:  # its kernels would read operands that are not there
+        if (
+            record.get("built") and record.get("interface") != _INTERFACE
+        ):  # its kernels would read operands that are not there
             return f"native {title} library was built for other operators: run `make native`, or reinstall pyprune"
         torch.ops.load_library(library(which))
     except Exception as error:
