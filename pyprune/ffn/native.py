@@ -75,9 +75,8 @@ def _load(which: str) -> str | None:
     try:
         if not library(which).is_file():
             return _why_missing(which)
-        if (
-            record.get("built") and record.get("interface") != _INTERFACE
-        ):  # its kernels would read operands that are not there
+        # Its kernels would read operands that are not there.
+        if record.get("built") and record.get("interface") != _INTERFACE:
             return f"native {title} library was built for other operators: run `make native`, or reinstall pyprune"
         torch.ops.load_library(library(which))
     except Exception as error:
