@@ -237,8 +237,8 @@ def test_what_was_measured_comes_before_what_is_predicted(monkeypatch):
     for backend in dispatch.backends().values():
         monkeypatch.setattr(backend, "why_not", lambda problem: None)
     assert dispatch.choose(problem).backend.NAME == "cublas"
-    slow = dispatch.choices.Entry("triton", dict(dispatch.backends()["triton"].default_config(problem)), 1.0)
-    monkeypatch.setattr(dispatch.choices, "find", lambda problem: [slow])
+    slow = dispatch.tuned.Entry("triton", dict(dispatch.backends()["triton"].default_config(problem)), 1.0)
+    monkeypatch.setattr(dispatch.tuned, "find", lambda problem: [slow])
     forget()
     chosen = dispatch.choose(problem)
     assert (chosen.backend.NAME, chosen.config, chosen.source) == ("triton", slow.config, "tuned")

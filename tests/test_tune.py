@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pyprune import PrunedMLP
 from pyprune.base.errors import BackendError, InputError, UnsupportedModelError
 from pyprune.cli.commands import app
-from pyprune.ffn import backends, choices, dispatch, native, trial, tune
+from pyprune.ffn import backends, contest, dispatch, native, tune, tuned
 from pyprune.model.families import find_ffns
 
 PLAIN = {"gated": False, "activation": "relu", "dtype": torch.float32}
@@ -22,17 +22,17 @@ GATED = {"gated": True, "activation": "silu", "dtype": torch.float32}
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PYPRUNE_CACHE", str(tmp_path / "cache"))
-    choices.reload()
+    tuned.reload()
     yield tmp_path / "cache"
     monkeypatch.undo()
-    choices.reload()
+    tuned.reload()
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Little memory, and Triton's interpreter left out: it runs here, but its speed says nothing."""
-    monkeypatch.setattr(trial, "_COPY_BYTES", 1 << 16)
-    monkeypatch.setattr(trial, "_SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr(contest, "_COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(contest, "_SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr(dispatch.backends()["triton"], "why_not", lambda problem: "is asleep")
     dispatch.choose.cache_clear()
 
@@ -51,7 +51,7 @@ def fake_clock(monkeypatch):
                 return run(x, record)
 
             monkeypatch.setattr(backend, "run", slow)
-        monkeypatch.setattr(trial, "clock", lambda device: lambda: passed[0])
+        monkeypatch.setattr(contest, "clock", lambda device: lambda: passed[0])
 
     return install
 
@@ -63,7 +63,7 @@ def native_library(monkeypatch):
     monkeypatch.setattr(cpu, "why_not", lambda problem: "needs a CPU" if problem.device != "cpu" else None)
     run = torch_backend.run
     monkeypatch.setattr(cpu, "run", lambda x, record, config=None, batch_invariant=False: run(x, record))
-    choices.reload()
+    tuned.reload()
 
 
 def test_problems_of_a_layer():
@@ -159,7 +159,7 @@ def test_real_timings_of_every_form(mode, weights, form, dtype):
         assert [e.seconds for e in one.entries] == sorted(e.seconds for e in one.entries)
     with torch.no_grad():
         for one in report.tuned:
-            x, records = trial._operands(one.problem)
+            x, records = contest._operands(one.problem)
             chosen = dispatch.choose(one.problem)
             assert chosen.source == "tuned"
             assert chosen.backend.run(x, records[0], chosen.config).shape == x.shape
@@ -168,8 +168,8 @@ def test_real_timings_of_every_form(mode, weights, form, dtype):
 def test_every_refused_sum_is_seen_in_large_problems():
     """Only some rows are compared; the first and the last are among them."""
     problem = tune.layer_problems(16, 32, **GATED, tokens=[512])[0]
-    x, (record, *_) = trial._operands(problem)
-    judge = trial._Judge(x, record)
+    x, (record, *_) = contest._operands(problem)
+    judge = contest._Judge(x, record)
     out = backends.torch_eager.run(x, record)
     assert judge.why_wrong(out) is None
     assert {0, 511} <= set(judge.rows.tolist()) and len(judge.rows) == 8
@@ -186,8 +186,8 @@ def test_a_second_call_goes_on_where_the_first_stopped(native_library, fake_cloc
     assert len(first.tuned) >= 2 and len(first.left) >= 2 and not first.skipped
     assert [one.problem.tokens for one in first.tuned] == list(tune.TOKENS["cpu"][: len(first.tuned)])
     second = tune.tune(tune.layer_problems(32, 96, **GATED))
-    assert second.skipped == [choices.key(one.problem) for one in first.tuned]
-    assert [choices.key(one.problem) for one in second.tuned] == first.left
+    assert second.skipped == [tuned.key(one.problem) for one in first.tuned]
+    assert [tuned.key(one.problem) for one in second.tuned] == first.left
     third = tune.tune(tune.layer_problems(32, 96, **GATED), again=True)
     assert len(third.tuned) == 9 and not third.skipped
 

@@ -1,4 +1,4 @@
-"""The tables of what is registered: criteria, allocations, repairs."""
+"""The tables of what is registered: criteria, allocations, repairs, ways to prune while training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pyprune.base.options import Option
 from pyprune.pruning import importance
 from pyprune.pruning.allocation import ALLOCATIONS
 from pyprune.pruning.repair import REPAIRS
+from pyprune.training.methods import METHODS
 
 
 def _options(kinds: Iterable[type[Option]]) -> list[str]:
@@ -35,6 +36,11 @@ def allocations_table(_: dict[str, Any]) -> list[str]:
 def repairs_table(_: dict[str, Any]) -> list[str]:
     """What kept neurons take over from removed ones."""
     return _options(REPAIRS)
+
+
+def training_table(_: dict[str, Any]) -> list[str]:
+    """What gives neurons their scores while a model is trained."""
+    return _options(METHODS)
 
 
 def methods_table(_: dict[str, Any]) -> list[str]:

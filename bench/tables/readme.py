@@ -263,13 +263,14 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "repairs": _elsewhere("bench.tables.methods", "repairs_table"),
     "recover": _elsewhere("bench.tables.quality", "recover_table"),
     "static": static_table,
+    "training": _elsewhere("bench.tables.methods", "training_table"),
     "vae": _elsewhere("bench.tables.vae", "vae_table"),
 }
 
 
 ROOT = HERE.parent
 # Tables that are made of what is registered, not of measurements; and those of several results, by file name.
-_OF_CODE = ("allocations", "methods", "repairs")
+_OF_CODE = ("allocations", "methods", "repairs", "training")
 _TOGETHER = {"glance": ("compare", "model", "nested")}
 
 

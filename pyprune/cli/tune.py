@@ -9,9 +9,9 @@ import typer
 from rich.markup import escape
 
 from ..base.errors import InputError, check, check_choice
-from ..ffn import choices
+from ..ffn import tuned
+from ..ffn.contest import Tuned
 from ..ffn.quantisation import WEIGHTS
-from ..ffn.trial import Tuned
 from ..ffn.tune import MODES, layer_problems, model_problems
 from ..ffn.tune import tune as tune_problems
 from ..model import loading
@@ -105,5 +105,5 @@ def tune(
             [_row(one) for one in report.tuned],
         ),
         *(f"[yellow]refused:[/] {escape(reason)}" for reason in refused),
-        f"{done}; written to {escape(report.path.name)} in {escape(str(choices.folder()))}",
+        f"{done}; written to {escape(report.path.name)} in {escape(str(tuned.folder()))}",
     )

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from ..base.errors import BackendError, check_choice
-from . import choices, native
+from . import native, tuned
 from .backends import Backend, Config, Problem, costs, load_all
-from .choices import Entry
+from .tuned import Entry
 
 # Where nothing was measured, `auto` follows predictions: on CUDA from the bytes and operations of each form, since no
 # kernel of ours has been timed there yet. Few tokens are bound by the weights' bytes, which a kernel of one pass reads
@@ -81,14 +81,14 @@ def _native_best(problem: Problem) -> bool | None:
     entries = _measured(problem)
     if not entries:
         return None
-    best, default = entries[0], backends()[problem.device].default_config(choices.representative(problem))
+    best, default = entries[0], backends()[problem.device].default_config(tuned.representative(problem))
     return best.backend == problem.device and _text(best.config) == _text(default)
 
 
 def _crossover(problem: Problem) -> int:
     """Most tokens for which the native kernel is the best: as predicted, within what was measured."""
     low, high, below = 0, None, 0
-    for tokens in choices.TOKENS:
+    for tokens in tuned.TOKENS:
         best = _native_best(dataclasses.replace(problem, tokens=tokens))
         if best is False:
             high = below
@@ -158,7 +158,7 @@ def _refused(problem: Problem, entry: Entry) -> bool:
     backend = backends().get(entry.backend)
     reason = "there is no backend of that name" if backend is None else backend.why_not(problem)
     if backend is not None and reason is None:
-        offered = backend.candidate_configs(choices.representative(problem))
+        offered = backend.candidate_configs(tuned.representative(problem))
         if _text(entry.config) in map(_text, offered):
             return False
         reason = f"it does not offer the configuration {_text(entry.config)}"
@@ -167,7 +167,7 @@ def _refused(problem: Problem, entry: Entry) -> bool:
 
 
 def _measured(problem: Problem) -> list[Entry]:
-    return [entry for entry in choices.find(problem) if not _refused(problem, entry)]
+    return [entry for entry in tuned.find(problem) if not _refused(problem, entry)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -203,4 +203,4 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
     raise BackendError(f"no backend for {problem}: {'; '.join(reasons)}")
 
 
-choices.DEPENDENT.extend((choose.cache_clear, native_tokens.cache_clear, _warn.cache_clear))
+tuned.DEPENDENT.extend((choose.cache_clear, native_tokens.cache_clear, _warn.cache_clear))

@@ -1,4 +1,4 @@
-"""`pyprune tune`: what is fastest on this machine, written into the user's table of choices."""
+"""`pyprune tune`: what is fastest on this machine, written into the user's table."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import nn
 from ..base import reference
 from ..base.errors import check, check_choice
 from ..model import families
-from . import choices
+from . import tuned
 from .backends import Problem
-from .trial import Tuned, try_all
+from .contest import Tuned, try_all
 
 MODES = ("compact", "gather")
 # Tokens that are timed unless others are asked for: on a CPU the question is where torch begins to be faster.
-TOKENS = {"cpu": tuple(m for m in choices.TOKENS if m <= 512), "cuda": choices.TOKENS}
+TOKENS = {"cpu": tuple(m for m in tuned.TOKENS if m <= 512), "cuda": tuned.TOKENS}
 
 
 class _OutOfTimeError(Exception):
@@ -40,8 +40,8 @@ class TuneReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the table's name without its folder."""
-        tuned = [one.to_json() for one in self.tuned]
-        return {"table": self.path.name, "tuned": tuned, "skipped": self.skipped, "left": self.left}
+        outcomes = [one.to_json() for one in self.tuned]
+        return {"table": self.path.name, "tuned": outcomes, "skipped": self.skipped, "left": self.left}
 
 
 def layer_problems(
@@ -121,7 +121,7 @@ def tune(
         InputError: no problem, problems of two devices, one that is not here, or no time.
         BackendError: no backend computes a problem rightly.
     """
-    chosen = {choices.key(p): choices.representative(p) for p in problems}
+    chosen = {tuned.key(p): tuned.representative(p) for p in problems}
     devices = sorted({p.device for p in chosen.values()})
     check(len(devices) == 1, "problems", "be on one device", devices)
     check(budget > 0, "budget", "be more than 0 seconds", budget)
@@ -131,9 +131,9 @@ def tune(
         if time.monotonic() > deadline:
             raise _OutOfTimeError
 
-    report = TuneReport(choices.path(device))
+    report = TuneReport(tuned.path(device))
     waiting = sorted(chosen, key=lambda name: chosen[name].tokens)  # stable: layers in the order of the model
-    known = choices.tuned(device)
+    known = tuned.known(device)
     for done, name in enumerate(waiting):
         if progress:
             progress("problems timed", done, len(waiting))
@@ -146,7 +146,7 @@ def tune(
         except _OutOfTimeError:
             report.left.append(name)
             continue
-        choices.store(device, {name: outcome.entries})
+        tuned.store(device, {name: outcome.entries})
         report.tuned.append(outcome)
-    choices.reload()
+    tuned.reload()
     return report

@@ -15,10 +15,10 @@ from ..base import reference
 from ..base.clock import Job, clock, graphed, interleave, median, timed
 from ..base.errors import BackendError
 from ..base.record import Record
-from . import choices, dispatch
+from . import dispatch, tuned
 from .backends import Backend, Config, Problem
-from .choices import Entry
 from .quantisation import quantise, widened
+from .tuned import Entry
 
 # Weights lie in copies that are read in turn, so that a call finds them where a model's step does: in memory.
 _COPY_BYTES = 256 << 20
@@ -55,7 +55,7 @@ class Tuned:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            "key": choices.key(self.problem),
+            "key": tuned.key(self.problem),
             "before": None if self.before is None else self.before.to_json(),
             "entries": [entry.to_json() for entry in self.entries],
             "speedup": self.speedup,

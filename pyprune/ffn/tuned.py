@@ -184,7 +184,7 @@ def _read(file: Path, device: str) -> dict[str, list[Entry]]:
 
 
 @functools.cache
-def tuned(device: str) -> Mapping[str, list[Entry]]:
+def known(device: str) -> Mapping[str, list[Entry]]:
     """The table for a device type here: key -> entries, the fastest first."""
     if architecture(device) is None or not folder().is_dir():
         return {}
@@ -193,7 +193,7 @@ def tuned(device: str) -> Mapping[str, list[Entry]]:
 
 def find(problem: Problem) -> list[Entry]:
     """What was measured for problems like this one, the fastest first."""
-    return tuned(problem.device).get(key(problem), [])
+    return known(problem.device).get(key(problem), [])
 
 
 def store(device: str, found: Mapping[str, list[Entry]]) -> Path:
@@ -209,7 +209,7 @@ def store(device: str, found: Mapping[str, list[Entry]]) -> Path:
 
 def reload() -> None:
     """Forget what was read, so that the files count as they are now; PrunedMLPs made before keep their crossovers."""
-    for cached in (tuned, _kernels):
+    for cached in (known, _kernels):
         cached.cache_clear()
     for clear in DEPENDENT:
         clear()

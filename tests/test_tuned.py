@@ -11,8 +11,8 @@ import torch
 from pyprune import PrunedMLP
 from pyprune.base.errors import InputError
 from pyprune.base.record import Record
-from pyprune.ffn import backends, choices, dispatch, ops
-from pyprune.ffn.choices import Entry
+from pyprune.ffn import backends, dispatch, ops, tuned
+from pyprune.ffn.tuned import Entry
 from pyprune.model.families import find_ffns
 
 PROBLEM = backends.Problem("cpu", torch.float32, 1, 32, 96, 96, True, False, "silu")
@@ -23,10 +23,10 @@ CPU, TORCH = Entry("cpu", {}, 2e-6), Entry("torch", {}, 1e-6)
 def own_cache(tmp_path, monkeypatch):
     """An empty folder for the user's tables."""
     monkeypatch.setenv("PYPRUNE_CACHE", str(tmp_path / "cache"))
-    choices.reload()
+    tuned.reload()
     yield tmp_path / "cache"
     monkeypatch.undo()
-    choices.reload()
+    tuned.reload()
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def all_usable(monkeypatch):
 
 
 def stored(table, device="cpu"):
-    file = choices.store(device, table)
-    choices.reload()
+    file = tuned.store(device, table)
+    tuned.reload()
     return file
 
 
@@ -46,13 +46,13 @@ def silent():
 
 
 def test_token_buckets():
-    found = [choices.token_bucket(m) for m in (0, 1, 2, 3, 4, 5, 9, 33, 64, 65, 129, 513, 2049, 8192, 10**6)]
+    found = [tuned.token_bucket(m) for m in (0, 1, 2, 3, 4, 5, 9, 33, 64, 65, 129, 513, 2049, 8192, 10**6)]
     assert found == [1, 1, 2, 4, 4, 8, 16, 64, 64, 128, 512, 2048, 8192, 8192, 8192]
 
 
 def test_neuron_buckets_are_four_to_the_octave():
-    assert [choices.neuron_bucket(k) for k in (0, 1, 64)] == [64] * 3
-    assert [choices.neuron_bucket(k) for k in (65, 80, 81, 96, 97, 112, 113, 128)] == [
+    assert [tuned.neuron_bucket(k) for k in (0, 1, 64)] == [64] * 3
+    assert [tuned.neuron_bucket(k) for k in (65, 80, 81, 96, 97, 112, 113, 128)] == [
         80,
         80,
         96,
@@ -63,18 +63,18 @@ def test_neuron_buckets_are_four_to_the_octave():
         128,
     ]
     for width in (768, 1536, 3072, 7168, 14336, 4096, 8192, 16384):
-        assert choices.neuron_bucket(width) == width
-    every = sorted({choices.neuron_bucket(k) for k in range(1, 20000)})
+        assert tuned.neuron_bucket(width) == width
+    every = sorted({tuned.neuron_bucket(k) for k in range(1, 20000)})
     assert all(a < b <= 1.25 * a for a, b in itertools.pairwise(every))
-    assert all(choices.neuron_bucket(b) == b for b in every)
+    assert all(tuned.neuron_bucket(b) == b for b in every)
     assert len([b for b in every if 1024 < b <= 2048]) == 4
 
 
 def test_layers_of_nearby_widths_share_a_choice():
     widths = (1030, 1100, 1279, 1280)
-    assert len({choices.key(dataclasses.replace(PROBLEM, intermediate_size=k, kept=k)) for k in widths}) == 1
+    assert len({tuned.key(dataclasses.replace(PROBLEM, intermediate_size=k, kept=k)) for k in widths}) == 1
     gather = dataclasses.replace(PROBLEM, gather=True)
-    assert len({choices.key(dataclasses.replace(gather, intermediate_size=4096, kept=k)) for k in widths}) == 1
+    assert len({tuned.key(dataclasses.replace(gather, intermediate_size=4096, kept=k)) for k in widths}) == 1
 
 
 DIFFERENT = [
@@ -91,29 +91,29 @@ DIFFERENT = [
 
 
 def test_everything_else_has_its_own_key():
-    keys = {choices.key(dataclasses.replace(PROBLEM, **changes)) for changes in ({}, *DIFFERENT)}
+    keys = {tuned.key(dataclasses.replace(PROBLEM, **changes)) for changes in ({}, *DIFFERENT)}
     assert len(keys) == len(DIFFERENT) + 1
-    assert choices.key(PROBLEM) == choices.key(dataclasses.replace(PROBLEM, weights=torch.float32))
-    assert choices.key(PROBLEM) == "D32 K96 M1 float32 float32-weights gated compact silu"
+    assert tuned.key(PROBLEM) == tuned.key(dataclasses.replace(PROBLEM, weights=torch.float32))
+    assert tuned.key(PROBLEM) == "D32 K96 M1 float32 float32-weights gated compact silu"
 
 
 @pytest.mark.parametrize("changes", [{}, *DIFFERENT])
 def test_a_representative_stands_for_itself(changes):
-    one = choices.representative(dataclasses.replace(PROBLEM, **changes))
-    assert choices.representative(one) == one
-    assert choices.key(one) == choices.key(dataclasses.replace(PROBLEM, **changes))
+    one = tuned.representative(dataclasses.replace(PROBLEM, **changes))
+    assert tuned.representative(one) == one
+    assert tuned.key(one) == tuned.key(dataclasses.replace(PROBLEM, **changes))
     assert one.kept <= one.intermediate_size and (one.gather or one.kept == one.intermediate_size)
 
 
 def test_nothing_is_known_at_first(own_cache):
     with silent():
-        assert choices.find(PROBLEM) == []
+        assert tuned.find(PROBLEM) == []
     assert not own_cache.exists()
 
 
 def test_tuned_choice_is_taken_and_the_forced_backend_keeps_its_name(all_usable):
     assert dispatch.choose(PROBLEM).backend.NAME == "cpu"
-    stored({choices.key(PROBLEM): [CPU, TORCH]})
+    stored({tuned.key(PROBLEM): [CPU, TORCH]})
     chosen = dispatch.choose(PROBLEM)
     assert (chosen.backend.NAME, chosen.config, chosen.source) == ("torch", {}, "tuned")
     assert dispatch.choose(PROBLEM, "cpu").backend.NAME == "cpu"
@@ -123,30 +123,30 @@ def test_tuned_choice_is_taken_and_the_forced_backend_keeps_its_name(all_usable)
 def test_store_adds_to_what_is_there(own_cache):
     stored({"a": [CPU]})
     file = stored({"b": [TORCH], "c": []})
-    assert set(choices.tuned("cpu")) == {"a", "b", "c"}
+    assert set(tuned.known("cpu")) == {"a", "b", "c"}
     assert [f.name for f in own_cache.iterdir()] == [file.name], "left something beside it"
 
 
 def test_another_machine_or_version_has_another_table(monkeypatch):
-    before, versions = choices.path("cpu"), dict.fromkeys(choices.machine.versions())
+    before, versions = tuned.path("cpu"), dict.fromkeys(tuned.machine.versions())
     for name, value in (
         ("cpu_name", lambda: "another"),
         ("versions", lambda: versions),
     ):
         with monkeypatch.context() as changed:
-            changed.setattr(choices.machine, name, value)
-            assert choices.path("cpu") != before
-    monkeypatch.setattr(choices, "_kernels", lambda device: "edited")
-    assert choices.path("cpu") != before
+            changed.setattr(tuned.machine, name, value)
+            assert tuned.path("cpu") != before
+    monkeypatch.setattr(tuned, "_kernels", lambda device: "edited")
+    assert tuned.path("cpu") != before
     monkeypatch.undo()
 
 
 def test_there_is_no_table_for_a_device_that_is_not_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    choices.reload()
-    assert choices.find(dataclasses.replace(PROBLEM, device="cuda")) == []
+    tuned.reload()
+    assert tuned.find(dataclasses.replace(PROBLEM, device="cuda")) == []
     with pytest.raises(InputError, match="device must be one that is here; got 'cuda'"):
-        choices.path("cuda")
+        tuned.path("cuda")
 
 
 ENTRY = {"backend": "torch", "config": {}, "seconds": 1e-6}
@@ -177,20 +177,20 @@ ENTRY = {"backend": "torch", "config": {}, "seconds": 1e-6}
     ids=lambda text: str(text)[:40].encode("ascii", "replace").decode(),
 )
 def test_a_corrupt_table_is_one_warning_and_no_choice(text):
-    file = stored({choices.key(PROBLEM): [TORCH]})
+    file = stored({tuned.key(PROBLEM): [TORCH]})
     if isinstance(text, dict):
         text = json.dumps({**json.loads(file.read_text()), **text})
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    choices.reload()
+    tuned.reload()
     with pytest.warns(UserWarning, match=f"choices in .*{file.name} are ignored") as told:
         assert dispatch.choose(PROBLEM).source == "predicted"
     assert len(told) == 1
     with silent():
         dispatch.choose(dataclasses.replace(PROBLEM, tokens=3))
     with pytest.warns(UserWarning, match="are ignored"):
-        stored({choices.key(PROBLEM): [TORCH]})
+        stored({tuned.key(PROBLEM): [TORCH]})
     with silent():
-        assert choices.find(PROBLEM) == [TORCH]
+        assert tuned.find(PROBLEM) == [TORCH]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_corrupt_table_is_one_warning_and_no_choice(text):
     ],
 )
 def test_an_outdated_choice_is_skipped_with_a_warning(entry, reason):
-    stored({choices.key(PROBLEM): [entry, TORCH, CPU]})
+    stored({tuned.key(PROBLEM): [entry, TORCH, CPU]})
     with pytest.warns(UserWarning, match=reason) as told:
         chosen = dispatch.choose(PROBLEM)
     assert len(told) == 1
@@ -214,10 +214,10 @@ def test_an_outdated_choice_is_skipped_with_a_warning(entry, reason):
 def test_a_value_of_another_type_is_another_configuration(monkeypatch, all_usable):
     torch_backend = dispatch.backends()["torch"]
     monkeypatch.setattr(torch_backend, "candidate_configs", lambda problem: [{"fused": True}])
-    stored({choices.key(PROBLEM): [Entry("torch", {"fused": 1}, 1e-9)]})
+    stored({tuned.key(PROBLEM): [Entry("torch", {"fused": 1}, 1e-9)]})
     with pytest.warns(UserWarning, match="does not offer"):
         assert dispatch.choose(PROBLEM).source == "predicted"
-    stored({choices.key(PROBLEM): [Entry("torch", {"fused": True}, 1e-9)]})
+    stored({tuned.key(PROBLEM): [Entry("torch", {"fused": True}, 1e-9)]})
     for forced in ("auto", "torch"):
         assert dispatch.choose(PROBLEM, forced).config == {"fused": True}
 
@@ -227,7 +227,7 @@ def test_a_configuration_reaches_its_backend(monkeypatch, all_usable):
     run = torch_backend.run
     monkeypatch.setattr(torch_backend, "candidate_configs", lambda problem: [{}, {"fused": True}])
     monkeypatch.setattr(torch_backend, "run", lambda x, record, config, _: seen.append(config) or run(x, record))
-    stored({choices.key(PROBLEM): [Entry("torch", {"fused": True}, 1e-9)]})
+    stored({tuned.key(PROBLEM): [Entry("torch", {"fused": True}, 1e-9)]})
     record = Record(torch.randn(96, 96), True, "silu")
     for tokens, backend in ((1, "auto"), (1, "torch"), (9, "torch")):
         ops.ffn(torch.randn(tokens, 32), record, backend=backend)
@@ -237,7 +237,7 @@ def test_a_configuration_reaches_its_backend(monkeypatch, all_usable):
 def measured(bests):
     """A table in which, for each number of tokens, one backend is the best."""
     pair = {"cpu": [CPU, dataclasses.replace(TORCH, seconds=1)], "torch": [TORCH, CPU]}
-    return {choices.key(dataclasses.replace(PROBLEM, tokens=m)): pair[best] for m, best in bests.items()}
+    return {tuned.key(dataclasses.replace(PROBLEM, tokens=m)): pair[best] for m, best in bests.items()}
 
 
 @pytest.mark.parametrize(
@@ -274,8 +274,8 @@ def test_crossover_on_cuda_counts_only_what_the_kernel_does_by_itself(plan, toke
     monkeypatch.setattr(cuda, "default_config", lambda problem: {})
     monkeypatch.setattr(cuda, "candidate_configs", lambda problem: [{}, {"stages": 3}])
     problem = dataclasses.replace(PROBLEM, device="cuda")
-    monkeypatch.setattr(choices, "tuned", lambda device: {choices.key(problem): [Entry("cuda", plan, 1e-6)]})
-    for cached in choices.DEPENDENT:
+    monkeypatch.setattr(tuned, "known", lambda device: {tuned.key(problem): [Entry("cuda", plan, 1e-6)]})
+    for cached in tuned.DEPENDENT:
         cached()
     layer = (torch.float32, torch.float32, 32, False, "cuda", 96, True, "silu")
     assert dispatch.native_tokens(*layer) == tokens
@@ -298,5 +298,5 @@ def test_folder_of_each_system(platform, variables, end, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(choices.sys, "platform", platform)
-    assert choices.folder().as_posix().endswith(end)
+    monkeypatch.setattr(tuned.sys, "platform", platform)
+    assert tuned.folder().as_posix().endswith(end)
