@@ -12,7 +12,7 @@ import torch
 from pyprune import InputError
 from pyprune.evaluation import generation_deltas, perplexity
 from pyprune.evaluation.agreement import common_start, repetition
-from pyprune.evaluation.decode import decode
+from pyprune.model.decode import decode
 
 PROMPTS = ("The list", "A class is", "When the call returns,")
 

@@ -15,7 +15,7 @@ from pyprune import InputError, prune
 from pyprune.evaluation import likeness
 from pyprune.evaluation.analysis import generation_drift
 from pyprune.evaluation.analysis.deviation import probability_deviation
-from pyprune.evaluation.decode import decode, end_tokens
+from pyprune.model.decode import decode, end_tokens
 
 Tiny = Callable[..., Any]
 

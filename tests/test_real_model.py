@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pyprune import prune
-from pyprune.base.text import load_text, token_windows
+from pyprune.base.text import load_text
+from pyprune.base.windows import token_windows
 from pyprune.cli import demo
 from pyprune.evaluation import perplexity
 from pyprune.model import checkpoint, families, loading

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from pyprune import CheckpointError, InputError, prune
-from pyprune.base.text import load_text, token_windows
+from pyprune.base.text import load_text
+from pyprune.base.windows import token_windows
 from pyprune.cli import recover as cli
 from pyprune.evaluation import perplexity
 from pyprune.model import checkpoint, families

@@ -13,6 +13,7 @@ from torch import nn
 
 from pyprune import InputError
 from pyprune.base.text import default_text
+from pyprune.base.windows import start_ids
 from pyprune.evaluation import generate_text
 from pyprune.evaluation.tasks import (
     ChoiceRecord,
@@ -26,7 +27,7 @@ from pyprune.evaluation.tasks import (
     retrieval_scores,
 )
 from pyprune.evaluation.tasks.choice import chance, option_deviations
-from pyprune.evaluation.tasks.encoding import joined_ids, prompt_ids, start_ids
+from pyprune.evaluation.tasks.encoding import joined_ids, prompt_ids
 from pyprune.evaluation.tasks.generation import _written_lines, first_line, judge, words, written
 from pyprune.evaluation.tasks.retrieval import chances, ranks
 

@@ -10,6 +10,7 @@ import torch
 
 from pyprune import PrunedMLP
 from pyprune.base.errors import InputError
+from pyprune.base.files import cache_folder
 from pyprune.base.record import Record
 from pyprune.ffn import backends, dispatch, ops, tuned
 from pyprune.ffn.tuned import Entry
@@ -299,4 +300,4 @@ def test_folder_of_each_system(platform, variables, end, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(tuned.sys, "platform", platform)
-    assert tuned.folder().as_posix().endswith(end)
+    assert cache_folder().as_posix().endswith(end)

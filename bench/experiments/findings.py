@@ -23,7 +23,8 @@ from pyprune import prune
 from pyprune.base import machine
 from pyprune.base.errors import check
 from pyprune.base.files import new_file
-from pyprune.base.text import load_text, token_windows
+from pyprune.base.text import load_text
+from pyprune.base.windows import token_windows
 from pyprune.cli.screen import Bars, err, out, verb
 from pyprune.evaluation.diagnose import Budget, diagnose
 from pyprune.model.loading import DEMO, load_model, load_tokenizer

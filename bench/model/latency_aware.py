@@ -26,7 +26,8 @@ from pyprune.base import machine
 from pyprune.base.clock import interleave, median, quantiles
 from pyprune.base.errors import check
 from pyprune.base.files import new_file
-from pyprune.base.text import load_text, token_windows
+from pyprune.base.text import load_text
+from pyprune.base.windows import token_windows
 from pyprune.cli.screen import Bars, show, table, verb
 from pyprune.evaluation import perplexity
 from pyprune.model import families

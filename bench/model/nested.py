@@ -26,7 +26,8 @@ from pyprune.base.clock import Job, interleave, median, quantiles
 from pyprune.base.errors import check
 from pyprune.base.files import new_file
 from pyprune.base.progress import Progress
-from pyprune.base.text import load_text, token_windows
+from pyprune.base.text import load_text
+from pyprune.base.windows import token_windows
 from pyprune.cli.screen import Bars
 from pyprune.evaluation import perplexity
 from pyprune.ffn.warming import warmup

@@ -20,7 +20,8 @@ from torch import Tensor
 from pyprune.base import machine
 from pyprune.base.errors import check
 from pyprune.base.files import new_file
-from pyprune.base.text import load_text, token_windows
+from pyprune.base.text import load_text, plain_text
+from pyprune.base.windows import token_windows
 from pyprune.cli.screen import Bars, show
 from pyprune.evaluation import generation_deltas, perplexity
 from pyprune.evaluation.tasks import continuations, continuations_correct
@@ -85,9 +86,10 @@ def main(
     texts = [load_text(None if path in (None, "default") else path, "second") for path in [text, *(also or [])]]
     windows = {called: token_windows(tokenizer, content, tokens, window) for content, called in texts}
     questions = {
-        called: continuations(content, tokenizer, items, context, continuation, CHOICES) for content, called in texts
+        called: continuations(plain_text(content), tokenizer, items, context, continuation, CHOICES)
+        for content, called in texts
     }
-    starts = prompts_of(texts[0][0], prompts)
+    starts = prompts_of(plain_text(texts[0][0]), prompts)
     paths = {"dense": dense, "pruned": pruned, "recovered": recovered}
     if control is not None:
         paths["control"] = control

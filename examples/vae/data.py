@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyprune.base.errors import check
-from pyprune.base.text import halves, load_text, read_text
+from pyprune.base.text import DEFAULT_TEXT, default_text, halves, plain_text, read_documents
 
 
 def byte_ids(text: str) -> Tensor:
@@ -47,10 +47,10 @@ def load(path: Path | None, length: int, strings: int) -> Data:
     check(length >= 2, "length", "be at least 2 bytes", length)
     check(strings >= 2, "strings", "be at least 2", strings)
     if path is None:
-        (first, name), (second, _) = (load_text(None, part) for part in ("first", "second"))
-        name = name.partition(" ")[0]
+        first, second = halves(default_text())
+        name = DEFAULT_TEXT
     else:
-        first, second = halves(read_text(path))
+        first, second = halves(plain_text(read_documents(path)))
         name = path.name
     train, rest = byte_ids(first), byte_ids(second)
     for half, ids in (("first", train), ("second", rest)):

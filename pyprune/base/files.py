@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,19 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again, which PYPRUNE_CACHE names; it need not exist."""
+    named = os.environ.get("PYPRUNE_CACHE")
+    if named:
+        return Path(named).expanduser().absolute()
+    home = Path.home()
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "pyprune"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "pyprune" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "pyprune"
 
 
 def _sync(path: Path) -> None:

@@ -1,17 +1,38 @@
-"""Text -> token windows. Local files come first; where the user gives none, prose that every CPython carries."""
+"""Files -> documents. Local files come first; where the user gives none, prose that every CPython carries."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from .errors import InputError, check
 
 DEFAULT_TEXT = "pydoc_data.topics"
+# Fields of instruction data, in the order in which they are looked for: what is asked, and what is answered.
+_ASKED = ("instruction", "question", "prompt")
+_ANSWERED = ("output", "response", "answer", "completion")
+_FIELDS = "'text', 'messages', or an instruction with its answer"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A conversation, which a model reads in the words of its own chat template.
+
+    Attributes:
+        messages: each with `role` and `content`.
+        plain: the same without a template, for a tokenizer that has none; None where only a template will do.
+        place: file and line, for errors.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    plain: str | None = None
+    place: str = "text"
+
+
+Document = str | Exchange
 
 
 def default_text() -> str:
@@ -21,11 +42,49 @@ def default_text() -> str:
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
-def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file, or the `text` fields of a `.jsonl` file joined by blank lines.
+def _exchange(entry: dict[str, Any], place: str) -> Exchange | None:
+    """The conversation of a record, or None where it is none."""
+    messages = entry.get("messages")
+    if messages is not None:
+        right = isinstance(messages, list) and bool(messages)
+        right = right and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
+        right = right and all(isinstance(m.get("content"), str) for m in messages)
+        check(right, f"{place}: messages", "be a list of objects with strings 'role' and 'content'", messages)
+        return Exchange(tuple(messages), place=place)
+    asked = next((entry[k] for k in _ASKED if isinstance(entry.get(k), str)), None)
+    answered = next((entry[k] for k in _ANSWERED if isinstance(entry.get(k), str)), None)
+    if asked is None or answered is None:
+        return None
+    more = entry.get("input")
+    if isinstance(more, str) and more.strip():
+        asked = f"{asked}\n\n{more}"
+    said = ({"role": "user", "content": asked}, {"role": "assistant", "content": answered})
+    return Exchange(said, f"{asked}\n{answered}", place)
+
+
+def _record(line: str, place: str) -> Document:
+    try:
+        entry = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"text must be JSON lines; {place} is not JSON ({error})") from error
+    found = entry if isinstance(entry, dict) else {}
+    if isinstance(found.get("text"), str):
+        return str(found["text"])
+    exchange = _exchange(found, place)
+    if exchange is None:
+        raise InputError(f"text must have a string field {_FIELDS} in every line; {place} has none")
+    return exchange
+
+
+def read_documents(path: str | Path) -> list[Document]:
+    """The documents of a file: a UTF-8 text file is one, each line of a `.jsonl` file is one.
+
+    A line is an object with `text`; or with `messages`, each of `role` and `content`; or with an instruction
+    (`instruction`, `question` or `prompt`, and maybe `input`) and its answer (`output`, `response`, `answer` or
+    `completion`).
 
     Raises:
-        InputError: missing file, not UTF-8, a line that is no JSON object with a string `text`.
+        InputError: missing file, not UTF-8, or a line that is no such object.
     """
     file = Path(path)
     check(file.is_file(), "text", "be an existing file", str(path))
@@ -34,19 +93,8 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"text must be UTF-8; {file} is not ({error})") from error
     if file.suffix != ".jsonl":
-        return content
-    texts = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"text must be JSON lines; {file}:{number} is not JSON ({error})") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            raise InputError(f"text must have a string field 'text' in every line; {file}:{number} has none")
-        texts.append(entry["text"])
-    return "\n\n".join(texts)
+        return [content]
+    return [_record(line, f"{file}:{n}") for n, line in enumerate(content.splitlines(), 1) if line.strip()]
 
 
 def halves(text: str) -> tuple[str, str]:
@@ -57,8 +105,27 @@ def halves(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def load_text(path: str | Path | None, part: str) -> tuple[str, str]:
-    """The text to use and its name in reports.
+def plain_text(documents: Sequence[Document]) -> str:
+    """All of it as one text, without templates; conversations that need one are left out."""
+    words = [d if isinstance(d, str) else d.plain for d in documents]
+    return "\n\n".join(word for word in words if word is not None)
+
+
+def _half(found: list[Document], second: bool) -> list[Document]:
+    if len(found) == 1 and isinstance(found[0], str):
+        return [halves(found[0])[second]]
+    middle = (len(found) + 1) // 2
+    return found[middle:] if second else found[:middle]
+
+
+def file_and_half(path: str | Path) -> tuple[str, str]:
+    """A file's name, and `first` or `second` where that half of it is meant, else nothing."""
+    name, _, half = str(path).rpartition(":")
+    return (name, half) if half in ("first", "second") else (str(path), "")
+
+
+def load_text(path: str | Path | None, part: str) -> tuple[list[Document], str]:
+    """The documents to use and their name in reports.
 
     Args:
         path: a file, whole; a file with `:first` or `:second` appended for half of it; or None for the default text,
@@ -66,39 +133,11 @@ def load_text(path: str | Path | None, part: str) -> tuple[str, str]:
         part: `first` or `second`, the half of the default text.
 
     Raises:
-        InputError: see `read_text`.
+        InputError: see `read_documents`.
     """
     if path is None:
-        text = default_text()
-        return halves(text)[part == "second"], f"{DEFAULT_TEXT} ({part} half)"
-    name, _, half = str(path).rpartition(":")
-    if half in ("first", "second"):
-        return halves(read_text(name))[half == "second"], f"{Path(name).name} ({half} half)"
-    return read_text(path), Path(path).name
-
-
-def token_windows(tokenizer: Any, text: str, tokens: int, window: int, argument: str = "text") -> Tensor:
-    """Cut text into windows of equal length, from its start.
-
-    Args:
-        tokenizer: a Transformers tokenizer.
-        text: the text.
-        tokens: how many tokens to use at most; 0 for all.
-        window: tokens in a window, at least 2.
-
-    Returns:
-        `[N, window]` int64, N = min(tokens, tokens in text) // window.
-
-    Raises:
-        InputError: window below 2, `tokens` below one window, or a text shorter than one window.
-    """
-    check(window >= 2, "window", "be at least 2 tokens", window)
-    check(tokens == 0 or tokens >= window, "tokens", f"be at least one window ({window}), or 0 for all", tokens)
-    # A token is at least one byte, and hardly ever more than 16 characters: read no more text than can be needed.
-    excerpt = text[: tokens * 16] if tokens else text
-    ids = tokenizer(excerpt, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < tokens and len(excerpt) < len(text):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    count = min(len(ids), tokens or len(ids)) // window
-    check(count > 0, argument, f"hold at least one window of {window} tokens", f"{len(ids)} tokens")
-    return torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
+        return [halves(default_text())[part == "second"]], f"{DEFAULT_TEXT} ({part} half)"
+    file, half = file_and_half(path)
+    if half:
+        return _half(read_documents(file), half == "second"), f"{Path(file).name} ({half} half)"
+    return read_documents(file), Path(file).name

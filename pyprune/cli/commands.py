@@ -35,6 +35,7 @@ from .options import (
     JsonOption,
     ModelArgument,
     SeedOption,
+    StartOption,
     TextOption,
     TokensOption,
     WeightsOption,
@@ -108,6 +109,7 @@ def evaluate(
     text: TextOption = None,
     tokens: TokensOption = 16384,
     window: WindowOption = 1024,
+    start_token: StartOption = "auto",
     dtype: DtypeOption = "auto",
     weights: WeightsOption = None,
     width: WidthOption = None,
@@ -115,7 +117,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Token perplexity (not word perplexity) over non-overlapping windows of text."""
-    windows, name = text_windows(loading.load_tokenizer(model), text, "second", tokens, window)
+    windows, name = text_windows(loading.load_tokenizer(model), text, "second", tokens, window, start_token)
     loaded = _load(model, dtype, choose_device(device), weights, width)
     provenance = (getattr(loaded.config, "pyprune", None) or {}).get("provenance") or {}
     calibrated = provenance.get("text") == name

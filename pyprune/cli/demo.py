@@ -22,7 +22,8 @@ from ..base import machine
 from ..base.errors import InputError, PypruneError
 from ..base.files import new_file
 from ..base.progress import Progress
-from ..base.text import load_text, token_windows
+from ..base.text import load_text
+from ..base.windows import token_windows
 from ..evaluation import perplexity
 from ..evaluation.analysis import neuron_redundancy
 from ..evaluation.diagnose import Budget, described, diagnose

@@ -24,6 +24,7 @@ from .options import (
     DtypeOption,
     JsonOption,
     SeedOption,
+    StartOption,
     TextOption,
     TokensOption,
     WindowOption,
@@ -151,6 +152,7 @@ def diagnose(
     text: TextOption = None,
     tokens: TokensOption = 4096,
     window: WindowOption = 256,
+    start_token: StartOption = "auto",
     parts: Annotated[str, typer.Option(help="What to look at, by commas.")] = ",".join(PARTS),
     prompts: Annotated[int, typer.Option(help="Continuations, from all over the text.")] = Budget.prompts,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = Budget.prompt_tokens,
@@ -180,7 +182,7 @@ def diagnose(
     place = choose_device(device)
     tokenizer = loading.load_tokenizer(dense)
     check_same_tokenizer(tokenizer, loading.load_tokenizer(pruned), "pruned")
-    windows, name = text_windows(tokenizer, text, "second", tokens, window)
+    windows, name = text_windows(tokenizer, text, "second", tokens, window, start_token)
     starts = _prompts(tokenizer, prompts_file)
     with PeakMemory() as memory, Bars() as bars:
         models = [loading.load_model(path, dtype, place) for path in (dense, pruned)]

@@ -17,6 +17,7 @@ from .options import (
     JsonOption,
     ModelArgument,
     SeedOption,
+    StartOption,
     TextOption,
     TokensOption,
     WindowOption,
@@ -118,6 +119,7 @@ def inspect(
     text: TextOption = None,
     tokens: TokensOption = 8192,
     window: WindowOption = 512,
+    start_token: StartOption = "auto",
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -125,7 +127,7 @@ def inspect(
     """The FFNs found: layer, family, plain or gated, widths, activation, bias, parameters, share of the bytes."""
     windows, name = None, ""
     if redundancy:
-        windows, name = text_windows(loading.load_tokenizer(model), text, "first", tokens, window)
+        windows, name = text_windows(loading.load_tokenizer(model), text, "first", tokens, window, start_token)
     loaded = loading.load_model(
         model, "float32" if redundancy else "auto", choose_device(device) if redundancy else "cpu"
     )

@@ -12,9 +12,11 @@ from rich.markup import escape
 from torch import Tensor
 
 from ..base.errors import InputError, PypruneError, check, check_choice
-from ..base.text import load_text, token_windows
+from ..base.text import load_text
+from ..base.windows import STARTS, check_size, token_windows
 from ..ffn.quantisation import WEIGHTS
 from ..model import loading
+from ..pruning import mixture
 from .screen import err
 
 MODEL_HELP = "A local folder, a hub name, a GGUF file, or 'demo' (SmolLM2-135M-Instruct)."
@@ -37,6 +39,24 @@ TextOption = Annotated[
         help="UTF-8 text or .jsonl with a 'text' field; append :first or :second for half of it. "
         "Default: prose that CPython carries, one half to calibrate, the other to evaluate.",
         show_default=False,
+    ),
+]
+SourcesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="Calibration text, SOURCE or SOURCE@WEIGHT; give several to mix them. A source is a file (UTF-8 text, or "
+        ".jsonl with 'text', 'messages' or an instruction and its answer; append :first or :second for half of it), "
+        "'self' (what the model writes itself) or 'builtin' (prose and code that CPython carries). "
+        "Default: self and builtin.",
+        show_default=False,
+    ),
+]
+StartOption = Annotated[
+    str,
+    typer.Option(
+        "--start-token",
+        help="Windows begin with the start token: auto, as the tokenizer begins a text; always; never.",
     ),
 ]
 TokensOption = Annotated[int, typer.Option("--tokens", help="Tokens of text to use at most; 0 for all.")]
@@ -88,10 +108,19 @@ def tokenizer_to_save(model: str) -> Any:
         return None
 
 
-def text_windows(tokenizer: Any, text: str | None, part: str, tokens: int, window: int) -> tuple[Tensor, str]:
+def text_windows(
+    tokenizer: Any, text: str | None, part: str, tokens: int, window: int, start: str = "auto"
+) -> tuple[Tensor, str]:
     """Token windows of a text, and the text's name."""
     content, name = load_text(text, part)
-    return token_windows(tokenizer, content, tokens, window), name
+    return token_windows(tokenizer, content, tokens, window, start=start), name
+
+
+def check_sources(words: list[str] | None, tokens: int, window: int, start: str) -> dict[str, float]:
+    """The sources of calibration text with their weights, checked before a model is loaded."""
+    check_size(tokens, window)
+    check_choice(start, "start_token", STARTS)
+    return mixture.check_sources(mixture.parse(words or mixture.DEFAULT))
 
 
 def check_same_tokenizer(mine: Any, theirs: Any, argument: str) -> None:

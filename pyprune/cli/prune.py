@@ -16,11 +16,13 @@ from ..pruning import importance
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.blocks import STRUCTURES, BlockOptions, BlockReport
 from ..pruning.blocks import prune_blocks as remove_blocks
+from ..pruning.mixture import mix
 from ..pruning.nested import NestedReport, prune_nested
 from ..pruning.options import PruneOptions
 from ..pruning.prune import PruneReport
 from ..pruning.prune import prune as prune_model
 from ..pruning.repair import REPAIRS
+from ..pruning.text import TOKENS, WINDOW
 from .options import (
     DeviceOption,
     DtypeOption,
@@ -28,11 +30,12 @@ from .options import (
     ModelArgument,
     SeedOption,
     ShardOption,
-    TextOption,
+    SourcesOption,
+    StartOption,
     TokensOption,
     WindowOption,
+    check_sources,
     choose_device,
-    text_windows,
     tokenizer_to_save,
 )
 from .screen import Bars, megabytes, show, table, verb
@@ -108,10 +111,10 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _facts(model: str, text: str | None) -> dict[str, Any]:
+def _facts(model: str) -> dict[str, Any]:
     """What the checkpoint says of the run."""
     name = model if model == loading.DEMO else Path(model).name
-    return {"model": name, "text": text, "versions": machine.versions()}
+    return {"model": name, "versions": machine.versions()}
 
 
 def _check_out(out: Path | None, dry_run: bool, overwrite: bool, max_shard_size: str) -> None:
@@ -204,9 +207,10 @@ def prune(
         ),
     ] = False,
     shares: Annotated[str, typer.Option(help="With --nested: widths whose down rows are fitted.")] = "0.8,0.7,0.5",
-    text: TextOption = None,
-    tokens: TokensOption = 16384,
-    window: WindowOption = 1024,
+    text: SourcesOption = None,
+    tokens: TokensOption = TOKENS,
+    window: WindowOption = WINDOW,
+    start_token: StartOption = "auto",
     seed: SeedOption = 0,
     mask: Annotated[Path | None, typer.Option(help="Keep the neurons of this mask file instead of scoring.")] = None,
     save_mask: SaveMaskOption = None,
@@ -237,15 +241,20 @@ def prune(
         check(sequential, "sequential", "be True with nested widths", False)
     loaded_mask = Mask.load(mask) if mask else None
     place = choose_device(device)
-    batches, text_name, tokenizer = None, None, None
-    if options.needs_text(loaded_mask is not None):
+    windows, tokenizer = None, None
+    needed = options.needs_text(loaded_mask is not None)
+    sources = check_sources(text, tokens, window, start_token)
+    if needed:
         tokenizer = loading.load_tokenizer(model)
-        batches, text_name = text_windows(tokenizer, text, "first", tokens, window)
     loaded = loading.load_model(model, dtype, place)
+    if needed:
+        with Bars() as bars:
+            windows = mix(sources, loaded, tokenizer, tokens, window, start=start_token, seed=seed, progress=bars)
+    text_name = None if windows is None else windows.name
     if tokenizer is None and not dry_run:
         tokenizer = tokenizer_to_save(model)
-    common: dict[str, Any] = {"allocation": options.allocation, "repair": options.repair, "text": batches, "seed": seed}
-    common["provenance"] = _facts(model, text_name)
+    common: dict[str, Any] = {"allocation": options.allocation, "repair": options.repair, "text": windows, "seed": seed}
+    common["provenance"] = _facts(model)
     made, report = None, None
     with Bars() as bars:
         if nested_widths:
@@ -277,9 +286,11 @@ def prune_blocks(
         bool, typer.Option("--iterative", help="Measure influences again after each removal.")
     ] = False,
     sequential: Annotated[bool, typer.Option(help="Mean outputs are those with the earlier FFNs removed.")] = True,
-    text: TextOption = None,
-    tokens: TokensOption = 16384,
-    window: WindowOption = 1024,
+    text: SourcesOption = None,
+    tokens: TokensOption = TOKENS,
+    window: WindowOption = WINDOW,
+    start_token: StartOption = "auto",
+    seed: SeedOption = 0,
     save_mask: SaveMaskOption = None,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
@@ -297,9 +308,10 @@ def prune_blocks(
     check(save_mask is None or structure != "layer", "save_mask", "be left out with whole layers", str(save_mask))
     place = choose_device(device)
     tokenizer = loading.load_tokenizer(model)
-    batches, text_name = text_windows(tokenizer, text, "first", tokens, window)
+    sources = check_sources(text, tokens, window, start_token)
     loaded = loading.load_model(model, dtype, place)
     with Bars() as bars:
+        windows = mix(sources, loaded, tokenizer, tokens, window, start=start_token, seed=seed, progress=bars)
         report = remove_blocks(
             loaded,
             structure,
@@ -308,11 +320,11 @@ def prune_blocks(
             options.repair,
             iterative=iterative,
             sequential=sequential,
-            text=batches,
+            text=windows,
             progress=bars,
-            provenance=_facts(model, text_name),
+            provenance=_facts(model),
         )
     written = None if dry_run else out
     if written is not None:
         checkpoint.save(loaded, written, tokenizer, overwrite, max_shard_size=max_shard_size)
-    _finish(model, report, text_name, written, save_mask, [], as_json)
+    _finish(model, report, windows.name, written, save_mask, [], as_json)

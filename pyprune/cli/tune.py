@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from ..base.errors import InputError, check, check_choice
-from ..ffn import tuned
+from ..base.files import cache_folder
 from ..ffn.contest import Tuned
 from ..ffn.quantisation import WEIGHTS
 from ..ffn.tune import MODES, layer_problems, model_problems
@@ -105,5 +105,5 @@ def tune(
             [_row(one) for one in report.tuned],
         ),
         *(f"[yellow]refused:[/] {escape(reason)}" for reason in refused),
-        f"{done}; written to {escape(report.path.name)} in {escape(str(tuned.folder()))}",
+        f"{done}; written to {escape(report.path.name)} in {escape(str(cache_folder()))}",
     )

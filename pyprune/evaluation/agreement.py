@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..base.errors import check
 from ..base.progress import Progress, quiet
-from .decode import decode
+from ..model.decode import decode
 from .likeness import distinct, divergence, repetition
 
 # Agreement is reported for this many first tokens, and for all.

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..base import machine
 from ..base.errors import check, check_choice, is_count
 from ..base.memory import PeakMemory
 from ..base.progress import Progress, quiet
+from ..base.windows import start_ids
+from ..model.decode import check_prompts
 from .analysis import generation_drift, representation_hierarchy
-from .decode import check_prompts
 from .tasks import run_tasks
 
 PARTS = ("hierarchy", "drift", "tasks")
@@ -66,22 +68,26 @@ class Diagnosis:
         return self.facts
 
 
-def prompts_of(windows: Tensor, count: int, tokens: int) -> list[Tensor]:
+def prompts_of(windows: Tensor, count: int, tokens: int, start: Sequence[int] = ()) -> list[Tensor]:
     """`count` stretches of `tokens` tokens, spread evenly over a text.
 
     Args:
         windows: `[N, W]` token ids; read as one row.
         count: how many.
         tokens: in each.
+        start: tokens with which every text begins; where the windows begin with them, so does every stretch, which is
+            longer by that.
 
     Raises:
         InputError: too little text for stretches that do not overlap.
     """
-    stream = windows.flatten()
+    head = torch.tensor(list(start), dtype=windows.dtype)
+    head = head if bool((windows[:, : len(head)] == head).all()) else head[:0]
+    stream = windows[:, len(head) :].flatten()
     rule = f"hold at least {count * tokens} tokens, for {count} prompts of {tokens}"
     check(len(stream) >= count * tokens, "text", rule, len(stream))
     step = len(stream) // count
-    return [stream[i * step : i * step + tokens] for i in range(count)]
+    return [torch.cat([head, stream[i * step : i * step + tokens]]) for i in range(count)]
 
 
 def check_parts(parts: Sequence[str]) -> None:
@@ -123,7 +129,11 @@ def diagnose(
     chosen = budget or Budget()
     starts: list[Tensor] = []
     if "drift" in parts:
-        starts = list(prompts) if prompts is not None else prompts_of(windows, chosen.prompts, chosen.prompt_tokens)
+        starts = (
+            list(prompts)
+            if prompts is not None
+            else prompts_of(windows, chosen.prompts, chosen.prompt_tokens, start_ids(tokenizer))
+        )
         for model in (dense, pruned):
             check_prompts(model, starts, chosen.new_tokens)
 

@@ -12,8 +12,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import torch
 
 from ..base import machine
 from ..base.errors import check
-from ..base.files import new_file
+from ..base.files import cache_folder, new_file
 from . import native
 from .backends import Config, Problem
 
@@ -94,19 +92,6 @@ def key(problem: Problem) -> str:
     return " ".join(words + ["batch-invariant"] * chosen.batch_invariant)
 
 
-def folder() -> Path:
-    """Where the user's tables are; it need not exist."""
-    named = os.environ.get("PYPRUNE_CACHE")
-    if named:
-        return Path(named).expanduser().absolute()
-    home = Path.home()
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "pyprune"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "pyprune" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "pyprune"
-
-
 def architecture(device: str) -> str | None:
     """What a device type is here, such as `sm_90`; None for CUDA where torch sees no device."""
     if device == "cpu":
@@ -148,7 +133,7 @@ def path(device: str) -> Path:
     """
     check(architecture(device) is not None, "device", "be one that is here", device)
     digest = hashlib.sha256(json.dumps(identity(device), sort_keys=True).encode()).hexdigest()
-    return folder() / f"{architecture(device)}-{digest[:12]}.json"
+    return cache_folder() / f"{architecture(device)}-{digest[:12]}.json"
 
 
 def _entry(found: Any) -> Entry:
@@ -186,7 +171,7 @@ def _read(file: Path, device: str) -> dict[str, list[Entry]]:
 @functools.cache
 def known(device: str) -> Mapping[str, list[Entry]]:
     """The table for a device type here: key -> entries, the fastest first."""
-    if architecture(device) is None or not folder().is_dir():
+    if architecture(device) is None or not cache_folder().is_dir():
         return {}
     return _read(path(device), device)
 

@@ -252,7 +252,7 @@ def prune_blocks(
             format cannot hold the result; the model is unchanged then.
     """
     options = BlockOptions.of(structure, keep, protect, repair, iterative, sequential)
-    run = Run(model, text, tokenizer, True, f"structure {structure!r}", provenance)
+    run = Run(model, text, tokenizer, True, f"structure {structure!r}", provenance, progress=progress)
     described, ids = run.described, run.ids
     assert ids is not None
     _count(options, len(described.ffns))

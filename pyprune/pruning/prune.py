@@ -120,7 +120,7 @@ def prune(
     """
     options = PruneOptions.of(keep, method, allocation, repair, sequential, seed)
     given = mask is not None
-    run = Run(model, text, tokenizer, options.needs_text(given), options.purpose, provenance)
+    run = Run(model, text, tokenizer, options.needs_text(given), options.purpose, provenance, seed, progress)
     described = run.described
     options.repair.check_model(described)
     fingerprint = described.fingerprint
@@ -128,7 +128,7 @@ def prune(
         mask.check_fits(described.sizes, fingerprint)
     _check_rebuilds(described, options, mask)
     with evaluating(model), PeakMemory() as memory:
-        pruner = Pruner(described, options, run.ids, progress)
+        pruner = Pruner(described, options, run.windows, progress)
         plan = options.allocation.plan(pruner, keep) if mask is None else Plan(list(mask.layers))
         options.repair.prepare(described)
         keeps = pruner.run(plan.layers)
@@ -140,8 +140,8 @@ def prune(
 
 
 def _pruner(model: nn.Module, options: PruneOptions, needed: bool, text: Text, tokenizer: Any, p: Progress) -> Pruner:
-    run = Run(model, text, tokenizer, needed, options.purpose, None)
-    return Pruner(run.described, options, run.ids, p)
+    run = Run(model, text, tokenizer, needed, options.purpose, None, options.seed, p)
+    return Pruner(run.described, options, run.windows, p)
 
 
 @torch.inference_mode(False)

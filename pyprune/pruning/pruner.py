@@ -21,6 +21,7 @@ from ..speed import latency
 from ..speed.latency import LatencyTable
 from . import gradients, importance, sensitivity
 from .calibration import LayerStream
+from .mixture import Windows
 from .options import PruneOptions
 from .repair import Fitted, Layer
 from .repair.least_squares import warn_of_dead
@@ -60,12 +61,16 @@ class Pruner:
     Args:
         described: a causal LM of Transformers, in eval mode.
         options: what to do.
-        ids: `[N, W]` calibration tokens, or None where none are needed.
+        windows: of calibration tokens, or None where none are needed.
         progress: called as `(stage, done, total)`.
     """
 
-    def __init__(self, described: Described, options: PruneOptions, ids: Tensor | None, progress: Progress) -> None:
-        self.described, self.options, self.ids, self.progress = described, options, ids, progress
+    def __init__(
+        self, described: Described, options: PruneOptions, windows: Windows | None, progress: Progress
+    ) -> None:
+        self.described, self.options, self.progress = described, options, progress
+        self.ids = None if windows is None else windows.ids
+        self.sources = None if windows is None else windows.sources
         self.ffns, self.sizes = described.ffns, described.sizes
         self.criterion = importance.get(options.method)
         self.reports: list[LayerReport] = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.errors import check
+from ..base.progress import Progress, quiet
 from ..model import provenance
 from ..model.described import Described
 from ..model.weights import check_finite
@@ -23,6 +24,7 @@ class Totals:
         parameters_before, parameters_after: of the whole model, tied weights once.
         bytes_before, bytes_after: of those parameters.
         tokens, window: calibration tokens used, and tokens in a window; 0 where no text was needed.
+        sources: of those tokens: `source`, `tokens`, and their `share`.
         seconds: wall time.
         peak_bytes: growth of the process's memory while pruning, over what it held before.
     """
@@ -33,6 +35,7 @@ class Totals:
     bytes_after: int = 0
     tokens: int = 0
     window: int = 0
+    sources: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
 
@@ -51,10 +54,11 @@ class Run:
         needed: whether text is.
         purpose: what for, in the error where it is missing.
         given: provenance from outside.
+        seed, progress: of text that the model writes.
 
     Attributes:
         described: the model, dense.
-        ids: `[N, W]` calibration tokens, or None where none are needed.
+        windows: of calibration tokens, or None where none are needed.
 
     Raises:
         InputError: text is missing, or weights are not finite.
@@ -62,22 +66,35 @@ class Run:
     """
 
     def __init__(
-        self, model: nn.Module, text: Text, tokenizer: Any, needed: bool, purpose: str, given: dict[str, Any] | None
+        self,
+        model: nn.Module,
+        text: Text,
+        tokenizer: Any,
+        needed: bool,
+        purpose: str,
+        given: dict[str, Any] | None,
+        seed: int = 0,
+        progress: Progress = quiet,
     ) -> None:
         there = text is not None or tokenizer is not None
         check(there or not needed, "text", f"be given for {purpose}", None)
         self._given = provenance.check_json(given)
         self.described = Described(model)
-        self.ids, name = calibration(model, text, tokenizer) if needed else (None, None)
-        if name is not None:
-            self._given = {"text": name, **self._given}
         check_finite(model)
+        self.windows = calibration(model, text, tokenizer, seed, progress) if needed else None
+        if self.windows is not None and any(self.windows.names):
+            self._given = {"text": self.windows.name, "sources": self.windows.facts(), **self._given}
         self._before, self._started = _sizes(model), time.perf_counter()
 
     @property
     def size(self) -> tuple[int, int]:
         """Calibration tokens, and tokens in a window."""
         return (0, 0) if self.ids is None else (self.ids.numel(), self.ids.shape[1])
+
+    @property
+    def ids(self) -> Tensor | None:
+        """`[N, W]` calibration tokens, or None where none are needed."""
+        return None if self.windows is None else self.windows.ids
 
     def facts(self, chosen: dict[str, Any], **more: Any) -> dict[str, Any]:
         """What mask and checkpoint say of a run with the options `chosen`."""
@@ -97,6 +114,7 @@ class Run:
                 bytes_after=after[1],
                 tokens=tokens,
                 window=window,
+                sources=[] if self.windows is None or not any(self.windows.names) else self.windows.facts(),
                 seconds=time.perf_counter() - self._started,
                 peak_bytes=peak,
             )

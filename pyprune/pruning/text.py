@@ -2,47 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..base.errors import check
-from ..base.text import load_text, token_windows
-from ..base.windows import check_windows, stack_batches
+from ..base.progress import Progress, quiet
+from ..base.windows import check_windows, stack_batches, token_windows
+from .mixture import DEFAULT, Windows, mix
 
-# `[N, W]` token ids or an iterable of `[W]` or `[B, W]`; with a tokenizer: prose (str), a file (Path), or None.
-Text = Iterable[Tensor] | Tensor | str | Path | None
+# `[N, W]` token ids or an iterable of `[W]` or `[B, W]`; windows of `mix`; with a tokenizer: prose (str), a file
+# (Path), sources with their weights, or None for the default sources.
+Text = Iterable[Tensor] | Tensor | Windows | Mapping[Any, float] | str | Path | None
 
 # Of text that is not cut into windows yet.
-TOKENS = 16_384
+TOKENS = 65_536
 WINDOW = 1024
 
 
-def calibration(model: nn.Module, text: Text, tokenizer: Any = None) -> tuple[Tensor | None, str | None]:
-    """Token windows, and the text's name where it has one; no windows where neither text nor tokenizer is given.
+def longest(model: nn.Module, window: int = WINDOW) -> int:
+    """`window`, or the model's context where that is shorter."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    return min(window, context) if isinstance(context, int) else window
+
+
+def calibration(
+    model: nn.Module, text: Text, tokenizer: Any = None, seed: int = 0, progress: Progress = quiet
+) -> Windows | None:
+    """Token windows by source; None where neither text nor tokenizer is given.
 
     Args:
-        model: whose text it is to be.
-        text: token ids, `[N, W]` or an iterable of `[W]` or `[B, W]`, all of one W. With a tokenizer also a `str` of
-            prose, a `Path` of a file (UTF-8 text or .jsonl with a 'text' field), or None for prose that CPython
-            carries; of these the first `TOKENS` tokens, in windows of `WINDOW`, or of the model's context if shorter.
+        model: whose text it is to be, dense.
+        text: token ids, `[N, W]` or an iterable of `[W]` or `[B, W]`, all of one W; or `mixture.Windows`. With a
+            tokenizer also a `str` of prose, a `Path` of a file, a mapping of sources to weights (see `mixture.mix`), or
+            None for what the model writes itself beside what CPython carries; of these `TOKENS` tokens, in windows of
+            `WINDOW`, or of the model's context if shorter.
         tokenizer: the model's.
+        seed: of what is sampled.
+        progress: called as `(stage, done, total)`.
 
     Raises:
         InputError: text without a tokenizer, no window, token ids out of range, or windows longer than the context.
     """
-    name = None
     if text is None and tokenizer is None:
-        return None, None
-    if text is None or isinstance(text, str | Path):
+        return None
+    if isinstance(text, Windows):
+        found = text
+    elif isinstance(text, Tensor) or not (text is None or isinstance(text, str | Path | Mapping)):
+        found = _unnamed(stack_batches(text, None, "text"))
+    else:
         check(tokenizer is not None, "tokenizer", "be given with text that is no token ids", None)
-        content = text
-        if not isinstance(content, str):
-            content, name = load_text(content, "first")
-        longest = getattr(model.config, "max_position_embeddings", None)
-        text = token_windows(tokenizer, content, TOKENS, min(WINDOW, longest or WINDOW))
-    ids = stack_batches(text, getattr(model.config, "vocab_size", None), "text")
-    check_windows(model, ids, "text")
-    return ids, name
+        if isinstance(text, str):
+            found = _unnamed(token_windows(tokenizer, text, TOKENS, longest(model)))
+        else:
+            sources: Mapping[Any, float] = dict.fromkeys(DEFAULT if text is None else (text,), 1.0)
+            sources = text if isinstance(text, Mapping) else sources
+            found = mix(sources, model, tokenizer, TOKENS, longest(model), seed=seed, progress=progress)
+    stack_batches(found.ids, getattr(model.config, "vocab_size", None), "text")
+    check_windows(model, found.ids, "text")
+    return found
+
+
+def _unnamed(ids: Tensor) -> Windows:
+    return Windows(ids, torch.zeros(len(ids), dtype=torch.int64), ("",))

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ...base.errors import check, is_finite
 from ...base.memory import release
 from ...base.progress import Progress, quiet
+from ...model.decode import check_prompts, decode
 from ...model.probe import evaluating
 from .. import likeness
-from ..decode import check_prompts, decode
 from .deviation import probability_deviation, vector_deviation
 from .hierarchy import check_same_vocabulary
 from .summarise import interval, number

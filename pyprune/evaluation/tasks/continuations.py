@@ -7,7 +7,7 @@ Perplexity is a mean over tokens, most of them easy; here every item is a decisi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...base.errors import check
 from ...base.progress import Progress, quiet
+from ...base.windows import plain_ids, start_ids
 from .choice import log_likelihoods
 from .encoding import Row
 
@@ -61,7 +62,8 @@ def continuations(
     check(context_tokens >= 1, "context_tokens", "be at least 1", context_tokens)
     check(continuation_tokens >= 1, "continuation_tokens", "be at least 1", continuation_tokens)
     check(choices >= 2, "choices", "be at least 2", choices)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(plain_ids(tokenizer, text), dtype=torch.int64)
+    head = tuple(start_ids(tokenizer))
     size = context_tokens + continuation_tokens
     # One item's length more, so that there is an elsewhere.
     needed = (count + 1) * size
@@ -70,7 +72,8 @@ def continuations(
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randperm(len(ids) // size, generator=generator)[:count].sort().values * size
     sizes = context_tokens, continuation_tokens, choices
-    return [_item(ids, int(start), *sizes, generator) for start in starts]
+    items = [_item(ids, int(start), *sizes, generator) for start in starts]
+    return [replace(item, context=(*head, *item.context)) for item in items]
 
 
 def _item(ids: Tensor, start: int, context: int, length: int, choices: int, generator: torch.Generator) -> Continuation:

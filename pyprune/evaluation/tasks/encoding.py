@@ -10,26 +10,14 @@ import torch
 from torch import Tensor
 
 from ...base.errors import check
-from ...base.windows import check_windows
+from ...base.windows import check_windows, plain_ids, start_ids
 
 Row = tuple[int, ...]
 
 
-def _plain(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def start_ids(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer itself puts in front of a text, such as `<s>`; most put none."""
-    text = "a"
-    plain, whole = _plain(tokenizer, text), list(tokenizer(text, verbose=False)["input_ids"])
-    places = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
-    return whole[: places[0]] if places else []
-
-
 def prompt_ids(tokenizer: Any, prompt: str) -> Row:
     """A prompt as the model meets it: with the tokenizer's start, without an end."""
-    return (*start_ids(tokenizer), *_plain(tokenizer, prompt))
+    return (*start_ids(tokenizer), *plain_ids(tokenizer, prompt))
 
 
 def joined_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[Row, Row]:
@@ -43,10 +31,10 @@ def joined_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[Row, Row]:
         InputError: an answer, or a prompt, without a token.
     """
     space = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
-    start, own = start_ids(tokenizer), _plain(tokenizer, prompt)
-    whole = _plain(tokenizer, prompt + space + answer)
+    start, own = start_ids(tokenizer), plain_ids(tokenizer, prompt)
+    whole = plain_ids(tokenizer, prompt + space + answer)
     apart = whole[: len(own)] != own or len(whole) == len(own)
-    rest = _plain(tokenizer, space + answer) if apart else whole[len(own) :]
+    rest = plain_ids(tokenizer, space + answer) if apart else whole[len(own) :]
     check(bool(start or own), "prompt", "have a token", prompt)
     check(bool(rest), "answer", "have a token", answer)
     return (*start, *own), tuple(rest)

@@ -131,7 +131,8 @@ def compensate(
     check(isinstance(fit, LeastSquares), "repair", "be least-squares", str(fit))
     assert isinstance(fit, LeastSquares)
     described = Described(model)
-    ids, _ = calibration(model, text)
+    found = calibration(model, text)
+    ids = None if found is None else found.ids
     assert ids is not None
     names, widths = _chosen(shares, described.sizes)
     fit.check_tokens(ids, max(map(max, widths)))
@@ -236,7 +237,7 @@ def prune_nested(
     options = PruneOptions.of(1.0, method, allocation, repair, seed=seed)
     started = time.perf_counter()
     _check(options)
-    run = Run(model, text, tokenizer, options.needs_text(), options.purpose, provenance)
+    run = Run(model, text, tokenizer, options.needs_text(), options.purpose, provenance, seed, progress)
     described, ids = run.described, run.ids
     names, widths = _chosen(shares, described.sizes)
     fit = options.repair if isinstance(options.repair, LeastSquares) else None
@@ -244,7 +245,7 @@ def prune_nested(
         fit.check_tokens(ids, max(map(max, widths)))
     base = described.fingerprint
     with evaluating(model):
-        layers = Pruner(described, options, ids, progress)
+        layers = Pruner(described, options, run.windows, progress)
         scores = layers.scores()
         for i, s in enumerate(scores):
             check_scores(s, f"scores of layer {i}")

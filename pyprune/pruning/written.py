@@ -1,0 +1,170 @@
+"""Text that a model writes itself: calibration tokens of its own distribution, where nobody has any of the user's.
+
+A model that follows instructions writes half of it inside its chat template: first what a user would say there, then
+the answer to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from ..base.errors import InputError, check
+from ..base.files import cache_folder, new_file
+from ..base.progress import Progress, quiet
+from ..base.windows import plain_ids, start_ids
+from ..model.decode import end_tokens
+
+KINDS = ("plain", "chat")
+# Tokens of a document, and of what a user says, at most; documents that are written at once.
+LENGTH, _ASKED, _AT_ONCE = 512, 64, 48
+_FORMAT = 1
+_MARK = "\x00what is said\x00"
+
+
+def has_chat(tokenizer: Any) -> bool:
+    """Whether a chat template says how this model is talked to."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def seed_ids(tokenizer: Any) -> list[int]:
+    """What a model writes from: the start of a text, or else the token that stands between texts.
+
+    Raises:
+        InputError: the tokenizer has neither start nor end token.
+    """
+    start = start_ids(tokenizer)
+    token = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
+    check(bool(start) or token is not None, "text", "not be 'self' with a tokenizer without start and end token", None)
+    return start or [int(token)]  # type: ignore[arg-type]
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The chat template in front of what a user says, and between that and the answer.
+
+    Raises:
+        InputError: the template fails, or does not repeat what is said.
+    """
+    try:
+        whole = tokenizer.apply_chat_template(
+            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # whatever a template raises: it is a program of the model's
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"text 'self:chat' needs a chat template that works; this one fails ({said})") from error
+    before, found, after = str(whole).partition(_MARK)
+    check(bool(found), "text", "not be 'self:chat' with a chat template that drops what a user says", None)
+    return plain_ids(tokenizer, before), plain_ids(tokenizer, after)
+
+
+@torch.no_grad()
+def _continued(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, ends: list[int]) -> list[list[int]]:
+    """What the model writes after each prompt, sampled at temperature 1, without the end token."""
+    longest = max(map(len, prompts))
+    pad = ends[0] if ends else 0
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    how = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, eos_token_id=ends or None,
+        pad_token_id=pad,
+    )  # fmt: skip
+    rows = model.generate(ids, attention_mask=mask, generation_config=how)[:, longest:].tolist()
+    stops = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[:stop] for row, stop in zip(rows, stops, strict=True)]
+
+
+def _documents(model: Any, tokenizer: Any, kind: str, count: int, length: int) -> list[list[int]]:
+    """`count` documents with their starts, as a model reads them."""
+    ends = end_tokens(model)
+    end = ends[:1]
+    if kind == "plain":
+        head = seed_ids(tokenizer)
+        return [[*head, *row] for row in _continued(model, [head] * count, length, ends) if row]
+    before, between = _frame(tokenizer)
+    asked = [row for row in _continued(model, [before] * count, min(_ASKED, length), ends) if row]
+    if not asked:
+        return []
+    prompts = [[*before, *row, *between] for row in asked]
+    answers = _continued(model, prompts, length, ends)
+    return [[*prompt, *row, *end] for prompt, row in zip(prompts, answers, strict=True) if row]
+
+
+def write(
+    model: nn.Module, tokenizer: Any, tokens: int, kind: str = "plain", seed: int = 0, progress: Progress = quiet
+) -> list[list[int]]:
+    """Documents of token ids that a model samples from itself, at temperature 1, until there are `tokens` in all.
+
+    Args:
+        model: a causal LM of Transformers, dense, in eval mode.
+        tokenizer: its own.
+        tokens: how many are wanted.
+        kind: `plain`, from the start of a text; `chat`, inside the chat template, the user's words too (Xu et al. 2024,
+            arXiv 2406.08464).
+        seed: of the sampling; torch's own generators stay as they are.
+        progress: called as `(stage, done, total)`.
+
+    Raises:
+        InputError: a model that writes nothing but its end token, a template that fails, or no token to start from.
+    """
+    found: list[list[int]] = []
+    total, context = 0, getattr(model.config, "max_position_embeddings", None)
+    length = min(LENGTH, context // 2) if isinstance(context, int) else LENGTH
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while total < tokens:
+            progress("writing calibration text", total, tokens)
+            made = _documents(model, tokenizer, kind, min(_AT_ONCE, -(-(tokens - total) // length) + 2), length)
+            written = sum(map(len, made))
+            check(written > 0, "text", "not be 'self' for a model that writes nothing but its end token", kind)
+            found += made
+            total += written
+    progress("writing calibration text", tokens, tokens)
+    return found
+
+
+def _cached(facts: dict[str, Any]) -> Path:
+    name = hashlib.sha256(json.dumps({"format": _FORMAT, **facts}, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "written" / f"{name[:24]}.safetensors"
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: Any,
+    tokens: int,
+    kind: str = "plain",
+    seed: int = 0,
+    fingerprint: str = "",
+    progress: Progress = quiet,
+) -> list[int]:
+    """As `write`, in one row, kept in the user's cache by `fingerprint`, tokenizer, seed and kind.
+
+    A file of fewer tokens than are wanted is written anew; one that cannot be read or written is done without.
+    """
+    words = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    template = str(getattr(tokenizer, "chat_template", None) if kind == "chat" else "")
+    file = _cached({"model": fingerprint, "tokenizer": words, "template": template, "seed": seed, "kind": kind})
+    if fingerprint and file.is_file():
+        try:
+            kept: Tensor = load_file(file)["ids"]
+            if len(kept) >= tokens:
+                return [int(t) for t in kept.tolist()]
+        except Exception:
+            pass
+    ids = [token for document in write(model, tokenizer, tokens, kind, seed, progress) for token in document]
+    if fingerprint:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(file) as temporary:
+                save_file({"ids": torch.tensor(ids, dtype=torch.int32)}, temporary)
+        except OSError:
+            pass
+    return ids
