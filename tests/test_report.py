@@ -103,9 +103,7 @@ ALONE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "over 2 kinds of text perplexity is 1.31x (1.26x to 1.36x) of dense",
             "at worst 1.44x (1.39x to 1.49x) (wine)",
         ),
-        (
-            "Over 2 domains perplexity is 1.31x (1.26x to 1.36x) of dense by geometric mean; the worst is wine with 1.44x",
-        ),
+        ("1.31x (1.26x to 1.36x) of dense by geometric mean; the worst is wine with 1.44x",),
     ),
     "redundancy": (
         ("75% of 256 FFN neurons are unique at a cosine of 0.8",),

@@ -229,8 +229,8 @@ def _other_tiles(facts: Facts) -> Iterator[Tile]:
         yield Tile("Held by the top tenth", percent(whole["sensitivity"]["top_tenth"]), held)
     against = facts.part("suite", "against")
     if against is not None:
-        lines = (f"of dense, over {plural(len(against['ratios']), 'kind')} of text",)
-        yield Tile("Perplexity, geometric mean", estimate({"value": against["ratio"]["value"]}, times), lines)
+        ratio, over = against["ratio"]["value"], f"of dense, over {plural(len(against['ratios']), 'kind')} of text"
+        yield Tile("Perplexity, geometric mean", estimate({"value": ratio}, times), (over,))
     compare: dict[str, Any] | None = facts.get("compare")
     if compare is not None:
         for text in list(compare["evaluation"])[:2]:
