@@ -299,7 +299,31 @@ def recover_bench() -> Values:
     return {"machine": machine(), "dense": "demo", "models": models, "goal": goal, "texts": {"one.txt": {"tokens": 1}}}
 
 
+def suite() -> Values:
+    def domain(value: float) -> Values:
+        size = {"tokens": 1024, "window": 128, "sha256": "0"}
+        return {**estimate(value), "source": "a text", **size, "losses": [2.0] * 8}
+
+    def writing(share: float, text: str) -> Values:
+        texts = [{"kind": "list", "prompt": f"Prompt {i}", "text": text, "repetition": share} for i in range(4)]
+        size = {"prompts": 4, "new_tokens": 16, "chat": True, "distinct2": 0.5, "perplexity": 2.0}
+        return {**size, "repetition": estimate(share), "texts": texts}
+
+    def found(scale: float, share: float, text: str) -> Values:
+        domains = {"python-docs": domain(10 * scale), "wine": domain(20 * scale**2)}
+        piqa = {"items": 40, "chance": 0.5, "accuracy": estimate(0.6), "accuracy_byte": estimate(0.6)}
+        mean = {"perplexity": estimate(14.1 * scale**1.5), "missing": ["mathematics"]}
+        return {"format": 1, "domains": domains, **mean, "piqa": piqa, "generation": writing(share, text)}
+
+    ratios = {"python-docs": estimate(1.2), "wine": estimate(1.44)}
+    against = {"ratios": ratios, "ratio": estimate(1.31), "worst": {"domain": "wine", **ratios["wine"]}}
+    against["piqa"] = {name: metric(0.7, 0.66, 0.5) for name in ("accuracy", "accuracy_byte")}
+    against["dense"] = {**found(1.0, 0.05, "It is."), "against": None}
+    return {"model": "small-075", "machine": machine(), **found(1.2, 0.25, "It is, it is."), "against": against}
+
+
 FILES = {
+    "suite.json": suite,
     "results.json": results,
     "diagnose.json": diagnose,
     "redundancy.json": redundancy,

@@ -32,6 +32,7 @@ def chatty(
     monkeypatch.setattr(demo, "_WINDOW", 64)
     monkeypatch.setattr(demo, "_EVALUATION_TOKENS", 128)
     monkeypatch.setattr(demo, "_WHY_WINDOW", 32)
+    monkeypatch.setattr(demo, "_SUITE_TOKENS", 512)
     monkeypatch.setattr(demo, "_BUDGET", Budget(2, 8, 4, items=4))
     monkeypatch.setattr(roofline, "buffer_bytes", lambda device: 1 << 24)
     return str(folder)
@@ -42,7 +43,16 @@ def test_demo_writes_what_it_says(chatty: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = demo.run_demo(out, 0.7, None, 256, lambda stage, done, total: stages.append(stage), chatty)
     assert {p.name for p in out.iterdir()} == {
-        *("dense", "pruned", "results.json", "diagnose.json", "redundancy.json", "demo.png", "report.html")
+        *(
+            "dense",
+            "pruned",
+            "results.json",
+            "diagnose.json",
+            "redundancy.json",
+            "suite.json",
+            "demo.png",
+            "report.html",
+        )
     }
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     facts = json.loads((out / "results.json").read_text())
@@ -54,6 +64,8 @@ def test_demo_writes_what_it_says(chatty: str, tmp_path: Path) -> None:
     diagnosis = json.loads((out / "diagnose.json").read_text())
     assert diagnosis["hierarchy"]["perplexity"]["pruned"] > 0 and diagnosis["text"] == facts["evaluation"]["text"]
     assert json.loads((out / "redundancy.json").read_text())["redundancy"]["text"] == facts["calibration"]["text"]
+    judged = json.loads((out / "suite.json").read_text())["against"]
+    assert list(judged["ratios"]) == ["python-docs", "python-source"] and judged["ratio"]["value"] > 0
     assert "<!doctype html>" in (out / "report.html").read_text(encoding="utf-8").lower()
     assert len(result.tables()) == 4
     assert "pruning layers" in stages and "measuring perplexity" in stages

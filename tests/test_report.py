@@ -42,8 +42,8 @@ def drawn() -> None:
 def test_the_whole_page(tmp_path: Path, drawn: None) -> None:
     made = report.write(cases.fill_all(tmp_path))
     page = made.path.read_text(encoding="utf-8")
-    assert made.path == tmp_path / "report.html" and made.files[3] == "pruned/pyprune.json"
-    assert made.figures == page.count("<figure ") == page.count("</svg>") == len(cases.captions(page)) == 30
+    assert made.path == tmp_path / "report.html" and made.files[4] == "pruned/pyprune.json"
+    assert made.figures == page.count("<figure ") == page.count("</svg>") == len(cases.captions(page)) == 31
     assert not OUTSIDE.findall(page)
     assert "http:" not in page and "https:" not in page and "xmlns" not in page
     assert page.count('role="img"') == made.figures
@@ -97,6 +97,13 @@ ALONE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "diagnose": (
         ("20% of the parameters removed", "perplexity 20.0 → 30.0"),
         ("Most is lost on written (exact): from 50%", "facts keeps 90% (85% to 95%)"),
+    ),
+    "suite": (
+        (
+            "over 2 kinds of text perplexity is 1.31x (1.26x to 1.36x) of dense",
+            "at worst 1.44x (1.39x to 1.49x) (wine)",
+        ),
+        ("1.31x (1.26x to 1.36x) of dense by geometric mean; the worst is wine with 1.44x",),
     ),
     "redundancy": (
         ("75% of 256 FFN neurons are unique at a cosine of 0.8",),

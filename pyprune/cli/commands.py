@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from ..base.errors import CheckpointError, check, check_choice
 from ..evaluation import generate_text, perplexity
+from ..evaluation.domains.suite import NEW_TOKENS, TOKENS, WINDOW
 from ..ffn import dispatch, native
 from ..ffn.accelerate import accelerate
 from ..ffn.mlp import MODES
@@ -40,7 +41,6 @@ from .options import (
     TokensOption,
     WeightsOption,
     WidthOption,
-    WindowOption,
     as_text,
     choose_device,
     text_windows,
@@ -49,7 +49,11 @@ from .prune import prune, prune_blocks
 from .recover import recover
 from .report import report
 from .screen import EXIT_CODES, Bars, err, printable, show, table, verb
+from .suite import AgainstOption, DataOption, ItemsOption, NewTokensOption, check_no_suite, judge
 from .tune import tune
+
+# Of `eval` on one text.
+_TOKENS, _WINDOW = 16384, 1024
 
 app = typer.Typer(
     help="Structurally pruned feed-forward networks (FFNs) that really run faster, inside real GPT-type models.",
@@ -107,8 +111,28 @@ app.command()(prune_blocks)
 def evaluate(
     model: ModelArgument,
     text: TextOption = None,
-    tokens: TokensOption = 16384,
-    window: WindowOption = 1024,
+    whole: Annotated[
+        bool,
+        typer.Option("--suite", help="Judge on six domains, PIQA and 32 prompts at once, instead of one text."),
+    ] = False,
+    data: DataOption = None,
+    against: AgainstOption = None,
+    items: ItemsOption = None,
+    new_tokens: NewTokensOption = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Tokens of text at most; 0 for all. Default: {_TOKENS}, or with --suite {TOKENS} of each domain.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Tokens in a window; windows do not overlap. Default: {_WINDOW}, or with --suite {WINDOW}.",
+            show_default=False,
+        ),
+    ] = None,
     start_token: StartOption = "auto",
     dtype: DtypeOption = "auto",
     weights: WeightsOption = None,
@@ -116,9 +140,21 @@ def evaluate(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Token perplexity (not word perplexity) over non-overlapping windows of text."""
+    """Token perplexity (not word perplexity) over non-overlapping windows of text; or everything, with --suite."""
+    place = choose_device(device)
+    if whole:
+        check(text is None, "text", "be left out with --suite, which has its own", text)
+
+        def load(name: str) -> Any:
+            return _load(name, dtype, place, *((weights, width) if name == model else (None, None)))
+
+        size = TOKENS if tokens is None else tokens, WINDOW if window is None else window
+        judge(model, load, data, against, *size, items or 0, NEW_TOKENS if new_tokens is None else new_tokens, as_json)
+        return
+    check_no_suite(data=data, against=against, items=items, new_tokens=new_tokens)
+    tokens, window = _TOKENS if tokens is None else tokens, _WINDOW if window is None else window
     windows, name = text_windows(loading.load_tokenizer(model), text, "second", tokens, window, start_token)
-    loaded = _load(model, dtype, choose_device(device), weights, width)
+    loaded = _load(model, dtype, place, weights, width)
     provenance = (getattr(loaded.config, "pyprune", None) or {}).get("provenance") or {}
     calibrated = provenance.get("text") == name
     if calibrated:

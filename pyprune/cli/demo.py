@@ -27,6 +27,7 @@ from ..base.windows import token_windows
 from ..evaluation import perplexity
 from ..evaluation.analysis import neuron_redundancy
 from ..evaluation.diagnose import Budget, described, diagnose
+from ..evaluation.domains import suite
 from ..ffn.accelerate import accelerate
 from ..model import checkpoint, loading
 from ..pruning.options import PruneOptions
@@ -45,6 +46,8 @@ _EVALUATION_TOKENS = 8192
 # Of why it got worse: windows of this many tokens, so many of them, and the rest of the budget; a minute or two.
 _WHY_WINDOW, _WHY_WINDOWS = 256, 6
 _BUDGET = Budget(prompts=8, new_tokens=32, items=40)
+# Of other kinds of text, as far as CPython carries them: tokens of each, and of a window; some 20 seconds.
+_SUITE_TOKENS, _SUITE_WINDOW = 2048, 256
 
 
 @dataclass
@@ -52,8 +55,8 @@ class DemoResult:
     """What the demo measured.
 
     Attributes:
-        out: the folder with `dense/`, `pruned/`, `results.json`, `diagnose.json`, `redundancy.json`, `demo.png` and
-            `report.html`.
+        out: the folder with `dense/`, `pruned/`, `results.json`, `diagnose.json`, `redundancy.json`, `suite.json`,
+            `demo.png` and `report.html`.
         facts: everything, as JSON values.
     """
 
@@ -210,6 +213,9 @@ def run_demo(
     }
     names = {"model": name, "first": first_name, "second": second_name}
     explained = _explain(dense, pruned, tokenizer, calibration, held_out, names, progress)
+    sizes: dict[str, Any] = {"tokens": _SUITE_TOKENS, "window": _SUITE_WINDOW, "new_tokens": 0}
+    judged = suite(pruned, tokenizer, dense=dense, **sizes, progress=progress).to_json()
+    explained["suite"] = {"model": "pruned", "dense": name, "machine": machine.facts(), **judged}
     swapped = accelerate(loading.load_model(str(out / "pruned")))
     facts["bench"] = benchmark(dense, {"pruned": pruned, "PrunedMLP": swapped}, progress=progress).to_json()
     facts["seconds"] = time.perf_counter() - started

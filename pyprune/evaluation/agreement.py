@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -15,6 +14,7 @@ from ..base.errors import check
 from ..base.progress import Progress, quiet
 from ..model.decode import decode
 from .likeness import distinct, divergence, repetition
+from .perplexity import exponential
 
 # Agreement is reported for this many first tokens, and for all.
 STEPS = (1, 4, 16)
@@ -76,16 +76,16 @@ def _log_likelihood(model: Any, prompt: Tensor, continuation: Tensor) -> float:
     return -float(torch.nn.functional.cross_entropy(logits.float(), ids[0, len(prompt) :], reduction="sum"))
 
 
+def perplexity_of(model: Any, prompts: Sequence[Tensor], texts: Sequence[Tensor]) -> float:
+    """Of texts, `[n]` token ids, under a model that has read their prompts, `[P]`, which do not count."""
+    mean = -sum(_log_likelihood(model, *pair) for pair in zip(prompts, texts, strict=True)) / sum(map(len, texts))
+    return exponential(mean)
+
+
 def _written(dense: Any, starts: Sequence[Tensor], texts: Sequence[Tensor]) -> Written:
     tokens = [text.tolist() for text in texts]
-    count = sum(map(len, tokens))
-    mean = -sum(_log_likelihood(dense, *pair) for pair in zip(starts, texts, strict=True)) / count
-    return Written(
-        fmean(map(repetition, tokens)),
-        distinct(tokens, 2),
-        math.exp(mean) if mean < 700 else math.inf,
-        count,
-    )
+    perplexity = perplexity_of(dense, starts, texts)
+    return Written(fmean(map(repetition, tokens)), distinct(tokens, 2), perplexity, sum(map(len, tokens)))
 
 
 def generation_deltas(

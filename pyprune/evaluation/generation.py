@@ -9,6 +9,17 @@ import torch
 from ..base.errors import check
 
 
+def chat_prompt(tokenizer: Any, prompt: str) -> str:
+    """A prompt as a user's message in the tokenizer's chat template, with the start of an answer after it.
+
+    Raises:
+        InputError: no chat template.
+    """
+    check(bool(tokenizer.chat_template), "chat", "be used with a tokenizer that has a chat template", None)
+    message = {"role": "user", "content": prompt}
+    return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+
+
 @torch.no_grad()
 def generate_text(
     model: Any,
@@ -37,10 +48,7 @@ def generate_text(
     check(new_tokens >= 1, "new_tokens", "be at least 1", new_tokens)
     check(temperature >= 0, "temperature", "be 0 or more", temperature)
     if chat:
-        check(bool(tokenizer.chat_template), "chat", "be used with a tokenizer that has a chat template", None)
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        prompt = chat_prompt(tokenizer, prompt)
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     device = next(model.parameters()).device
     ids = encoded["input_ids"].to(device)

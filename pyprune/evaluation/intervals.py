@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,4 +41,11 @@ def bootstrap_of(columns: Tensor, statistic: Callable[[Tensor], Tensor], seed: i
         The interval; NaN where no sample counts.
     """
     low, high = statistic(resampled_means(columns, seed)).nanquantile(_TAILS)
+    return float(low), float(high)
+
+
+def bootstrap_mean_of_means(groups: Sequence[Tensor], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean over groups of their means, `[N_i]` each; every group is drawn by itself."""
+    means = [resampled_means(values[:, None], seed + i)[:, 0] for i, values in enumerate(groups)]
+    low, high = torch.stack(means).mean(0).quantile(_TAILS)
     return float(low), float(high)

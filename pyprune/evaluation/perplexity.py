@@ -32,28 +32,43 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(model: Any, windows: Tensor, progress: Progress = quiet) -> Perplexity:
-    """Token perplexity of a causal LM (not word perplexity: text is never detokenised).
+def window_losses(model: Any, windows: Tensor, progress: Progress = quiet) -> Tensor:
+    """Negative log-likelihood of the predicted tokens of each window, summed, in nats.
 
     Args:
         model: a causal LM of Transformers, in eval mode.
-        windows: `[N, W]` token ids.
+        windows: `[N, W]` token ids; W - 1 of a window are predicted.
         progress: called as `(stage, done, total)`.
+
+    Returns:
+        `[N]` float64.
 
     Raises:
         InputError: windows longer than the model's context, or logits that are NaN.
     """
     check_windows(model, windows, "text")
-    total, predicted = 0.0, 0
+    found = torch.zeros(len(windows), dtype=torch.float64)
     device = next(model.parameters()).device
     for i, window in enumerate(windows):
         progress("measuring perplexity", i, len(windows))
         ids = window.to(device)
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.float(), ids[1:], reduction="sum")
-        total += float(loss)
-        predicted += len(ids) - 1
+        found[i] = float(torch.nn.functional.cross_entropy(logits.float(), ids[1:], reduction="sum"))
     progress("measuring perplexity", len(windows), len(windows))
-    mean = total / predicted
-    check(not math.isnan(mean), "model", "give numbers for logits on this text", "NaN")
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.numel(), predicted, windows.shape[1])
+    check(not bool(found.isnan().any()), "model", "give numbers for logits on this text", "NaN")
+    return found
+
+
+def exponential(mean: float) -> float:
+    """Perplexity of a mean loss in nats; infinite where no float holds it."""
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def perplexity(model: Any, windows: Tensor, progress: Progress = quiet) -> Perplexity:
+    """Token perplexity of a causal LM (not word perplexity: text is never detokenised).
+
+    Args and errors as for `window_losses`.
+    """
+    total = sum(window_losses(model, windows, progress).tolist())
+    predicted = len(windows) * (windows.shape[1] - 1)
+    return Perplexity(exponential(total / predicted), windows.numel(), predicted, windows.shape[1])

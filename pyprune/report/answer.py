@@ -122,6 +122,13 @@ def _others(facts: Facts) -> Iterator[str]:
             f"{found['threshold']:g}, and the tenth that matters most holds "
             f"{percent(whole['sensitivity']['top_tenth'])} of the sensitivity"
         )
+    against = facts.part("suite", "against")
+    if against is not None:
+        worst = against["worst"]
+        yield (
+            f"over {plural(len(against['ratios']), 'kind')} of text perplexity is {estimate(against['ratio'], times)} "
+            f"of dense, at worst {estimate(worst, times)} ({clip(worst['domain'], 24)})"
+        )
     compare = facts.get("compare")
     if compare is not None:
         text = next(iter(compare["evaluation"]))
@@ -220,6 +227,10 @@ def _other_tiles(facts: Facts) -> Iterator[Tile]:
         yield Tile("Unique neurons", percent(whole["uniqueness"]), lines)
         held = (f"of all sensitivity, over {whole['neurons']:,} neurons", "10% if all mattered alike")
         yield Tile("Held by the top tenth", percent(whole["sensitivity"]["top_tenth"]), held)
+    against = facts.part("suite", "against")
+    if against is not None:
+        ratio, over = against["ratio"]["value"], f"of dense, over {plural(len(against['ratios']), 'kind')} of text"
+        yield Tile("Perplexity, geometric mean", estimate({"value": ratio}, times), (over,))
     compare: dict[str, Any] | None = facts.get("compare")
     if compare is not None:
         for text in list(compare["evaluation"])[:2]:
@@ -254,7 +265,7 @@ def _other_tiles(facts: Facts) -> Iterator[Tile]:
 
 
 def _title(facts: Facts) -> str:
-    for name in ("results", "diagnose", "compare", "nested", "latency-aware", "redundancy", "recover"):
+    for name in ("results", "diagnose", "suite", "compare", "nested", "latency-aware", "redundancy", "recover"):
         found = facts.get(name) or {}
         model = found.get("model") or found.get("dense")
         if isinstance(model, str):

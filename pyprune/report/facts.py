@@ -16,6 +16,7 @@ MANIFEST = "pyprune.json"
 KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "results.json": (("model", "keep", "evaluation", "prune", "dense", "pruned", "bench"),),
     "diagnose.json": (("dense", "pruned", "text", "tokens", "window"),),
+    "suite.json": (("format", "domains", "missing", "perplexity", "piqa", "generation", "against"),),
     "redundancy.json": (("model", "redundancy"),),
     "pyprune.json": (("format", "model_type", "widths", "files"),),
     "bench.json": (("models",),),

@@ -29,6 +29,9 @@ def _texts(name: str, found: dict[str, Any]) -> tuple[str, str]:
     if name == "compare.json":
         sizes = ", ".join(f"{entry['tokens']:,}" for entry in found["evaluation"].values())
         return "; ".join([found.get("text", "-"), *found["evaluation"]]), sizes
+    if name == "suite.json":
+        domains = found["domains"]
+        return "; ".join(domains), ", ".join(f"{entry['tokens']:,}" for entry in domains.values())
     if name == "redundancy.json":
         inner = found["redundancy"]
         return inner["text"], f"{inner['windows'] * inner['window']:,} in windows of {inner['window']:,}"
@@ -164,6 +167,9 @@ def _commands(facts: Facts) -> Iterator[str]:
         rest = {"items": budget.get("items") or 0, "dtype": diagnose.get("dtype"), "seed": diagnose.get("seed")}
         given = _options(**sizes, parts=parts or None, **counted, **rest)
         yield _command("pyprune diagnose DENSE PRUNED", _text(diagnose["text"]), given, "--out DIR/diagnose.json")
+    suite = facts.get("suite")
+    if suite is not None:
+        yield f"pyprune eval PRUNED --suite --against DENSE {_suite_options(suite)} --json > DIR/suite.json"
     redundancy = facts.part("redundancy", "redundancy")
     if redundancy is not None:
         sizes = {"tokens": redundancy["windows"] * redundancy["window"], "window": redundancy["window"]}
@@ -182,6 +188,13 @@ def _commands(facts: Facts) -> Iterator[str]:
     if facts.get("pyprune") is not None:
         yield "pyprune verify PRUNED --base DENSE"
     yield "pyprune report DIR -o report.html"
+
+
+def _suite_options(suite: dict[str, Any]) -> str:
+    first, piqa, text = next(iter(suite["domains"].values())), suite["piqa"], suite["generation"]
+    more = {"items": piqa["items"] if piqa else None, "new_tokens": text["new_tokens"] if text else 0}
+    data = "" if suite["missing"] else "--data FOLDER"
+    return _command(data, _options(tokens=first["tokens"], window=first["window"], **more))
 
 
 def _experiments(facts: Facts) -> Iterator[str]:
@@ -223,6 +236,7 @@ def section(facts: Facts) -> Section:
     tables = (_files(facts), *([machines] if machines is not None else []))
     lead = (
         "Every number above comes from these files; a figure whose file is not there is not there either. In the "
-        "commands, DENSE, PRUNED and RECOVERED are models, FILE is the text named here, and DIR is this folder."
+        "commands, DENSE, PRUNED and RECOVERED are models, FILE is the text named here, FOLDER holds those of the "
+        "suite, and DIR is this folder."
     )
     return Section("provenance", "Provenance", lead, tables=tables, commands=tuple(_commands(facts)))
