@@ -5,7 +5,7 @@ the teacher runs once over each window: what is kept of it are hidden states, fr
 Text may be of several sources; the state that stays is the best on all of them, and worse than before on none.
 """
 
-from .config import DECAYS, MODES, PRECISIONS, TRAINED, RecoverConfig, RecoverReport
+from .config import DECAYS, MODES, ONLY_TEACHER, PRECISIONS, TRAINED, RecoverConfig, RecoverReport
 from .sources import split
 from .state import STATE
 from .teaching import recover
@@ -13,6 +13,7 @@ from .teaching import recover
 __all__ = [
     "DECAYS",
     "MODES",
+    "ONLY_TEACHER",
     "PRECISIONS",
     "STATE",
     "TRAINED",

@@ -49,8 +49,8 @@ class RecoverConfig:
         InputError: a value breaks its rule.
     """
 
-    steps: int = 200
-    batch: int = 8
+    steps: int = 120
+    batch: int = 4
     learning_rate: float = 3e-4
     warmup: float = 0.05
     decay: str = "cosine"
@@ -114,8 +114,8 @@ class RecoverReport:
         trained: parameters that could change.
         precision: `float32` or `bfloat16`.
         train: of each step, `{step, rate, loss, ce, kl, hidden}`.
-        held_out: measurements, `{step, ce, sources: {name: ce}}`, in nats a token. `ce` is the mean over sources, each of
-            which counts alike; token ids without a source have no `sources`. Step 0 is the model as it came.
+        held_out: measurements, `{step, ce, sources: {name: ce}}`, in nats a token. `ce` is the mean over sources,
+            each of which counts alike; token ids without a source have no `sources`. Step 0 is the model as it came.
         teacher_ce, teacher_sources: the teacher's measures on the same text; None and empty without held-out text.
         best: the step whose weights the model has now: of the lowest `ce` among the measurements in which no source is
             worse than at step 0.
