@@ -31,7 +31,7 @@ from pyprune.model import checkpoint, families
 from pyprune.pruning.mixture import Windows
 from pyprune.training import adapters, persist
 from pyprune.training.distillation import DistillationConfig, distillation_loss_from_hidden, shifted
-from pyprune.training.recovery import ONLY_TEACHER, STATE, RecoverConfig, lesson, order, recover
+from pyprune.training.recovery import ONLY_TEACHER, STATE, RecoverConfig, RecoverReport, lesson, order, recover
 
 TEXT = DistillationConfig(kl_weight=0.0, ce_weight=1.0)
 SHORT = {"steps": 6, "batch": 2, "learning_rate": 1e-3, "held_out": 0.2, "every": 2, "precision": "float32"}
@@ -460,12 +460,24 @@ def pruned(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, toke
 
 
 QUICK = ("--steps", 8, "--batch", 2, "--window", 32, "--tokens", 640, "--also-tokens", 64)
+PROSE = ("--text", "builtin:prose")
 
 
 def test_the_verb_writes_a_checkpoint(pruned: Path, tiny_checkpoint: Path, tmp_path: Path, tokenizer: Any) -> None:
     out, figure = tmp_path / "x", tmp_path / "loss.png"
     done = call(
-        pruned, "--teacher", tiny_checkpoint, "--out", out, "--figure", figure, *QUICK, "--held-out", 0, "--json"
+        pruned,
+        "--teacher",
+        tiny_checkpoint,
+        "--out",
+        out,
+        "--figure",
+        figure,
+        *QUICK,
+        *PROSE,
+        "--held-out",
+        0,
+        "--json",
     )
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
@@ -489,10 +501,11 @@ def test_the_verb_writes_a_checkpoint(pruned: Path, tiny_checkpoint: Path, tmp_p
 
 def test_the_verb_dry_and_resumed(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    quick = (*QUICK, "--learning-rate", 0.1)
+    quick = (*QUICK, *PROSE, "--learning-rate", 0.1)
     done = call(pruned, "--teacher", tiny_checkpoint, "--dry-run", "--resume", state, *quick)
     assert done.exit_code == 0 and "nothing (dry run)" in done.stdout, done.output
-    assert "held out" in done.stdout and "weights of step" in done.stdout
+    assert "held out" in done.stdout and "weights of step" in done.stdout and "gap closed" in done.stdout
+    assert "geometric mean" not in done.stdout, "of one source"
     assert list(tmp_path.iterdir()) == []
     common = (pruned, "--teacher", tiny_checkpoint, "--resume", state, *quick, "--json")
     first, second = (json.loads(call(*common, "--out", tmp_path / name).stdout) for name in "ab")
@@ -502,11 +515,63 @@ def test_the_verb_dry_and_resumed(pruned: Path, tiny_checkpoint: Path, tmp_path:
 
 
 def test_the_verb_writes_nothing_that_is_no_better(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    done = call(pruned, "--teacher", tiny_checkpoint, "--out", tmp_path / "x", *QUICK, "--learning-rate", 0.01)
+    done = call(pruned, "--teacher", tiny_checkpoint, "--out", tmp_path / "x", *QUICK, *PROSE, "--learning-rate", 1e-12)
     assert done.exit_code == 1 and list(tmp_path.iterdir()) == [], done.output
     said = " ".join(done.stderr.split())
     assert "no state was better on the held-out text than the model as it came" in said
-    assert "nothing was written; try a lower --learning-rate than 0.01" in said
+    assert "nothing was written; try a lower --learning-rate than 1e-12" in said
+
+
+def test_the_verb_reads_several_sources(pruned: Path, tiny_checkpoint: Path, tmp_path: Path, tokenizer: Any) -> None:
+    """By default what the teacher writes, and CPython's; with files, by weight; each is shown, behind the mean."""
+    dense = tmp_path / "calm"  # a teacher that has something to teach about any text: to be less sure of it
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        model.model.norm.weight *= 0.1
+    model.save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    common = (pruned, "--teacher", dense, *QUICK, "--train", "all", "--learning-rate", 0.01)
+    done = call(*common, "--out", tmp_path / "x", "--figure", tmp_path / "loss.png", "--json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    prose = "pydoc_data.topics (first half)"
+    assert [(s["source"], s["tokens"]) for s in facts["sources"]] == [
+        ("self:plain", 288), (prose, 128), ("builtin:code", 128)
+    ]  # fmt: skip
+    assert facts["windows"] == 17 and facts["held_out_windows"] == 3
+    mean, *sources, also = facts["perplexity"]
+    assert mean == "geometric mean, held out" and also == "pydoc_data.topics (second half)"
+    assert sources == [f"{name}, held out" for name in ("self:plain", prose, "builtin:code")]
+    for when in ("before", "after", "teacher"):
+        of = [facts["perplexity"][name][when] for name in sources]
+        assert facts["perplexity"][mean][when] == pytest.approx(math.prod(of) ** (1 / 3))
+    (run,) = json.loads((tmp_path / "x" / "config.json").read_text())["pyprune"]["recovery"]
+    assert run["sources"] == facts["sources"] and "self:plain 50%" in run["text"]
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text("The list has some words, and they are many. " * 60)
+    second.write_text("A name of a module is a string of its own. " * 60)
+    files = ("--text", f"{first}@3", "--text", second, "--start-token", "always", "--dry-run")
+    done = call(*common, *files)
+    assert done.exit_code == 0, done.output
+    assert "first.txt, held out" in done.stdout and "geometric mean, held out" in done.stdout
+    facts = json.loads(call(*common, *files, "--json").stdout)
+    assert [s["tokens"] for s in facts["sources"]] == [14 * 32, 4 * 32] and facts["held_out_windows"] == 2
+    text = token_windows(tokenizer, load_text(None, "second")[0], 64, 32, start="always")
+    found = facts["perplexity"]["pydoc_data.topics (second half)"]["teacher"]
+    assert found == pytest.approx(perplexity(model, text).perplexity)
+
+
+def test_a_source_that_was_paid_with_is_named() -> None:
+    report = RecoverReport(RecoverConfig())
+    report.held_out = [
+        {"step": 0, "ce": 4.0, "sources": {"a": 4.0, "b": 4.0}},
+        {"step": 25, "ce": 3.0, "sources": {"a": 1.0, "b": 5.0}},
+        {"step": 50, "ce": 3.5, "sources": {"a": 3.0, "b": 4.0}},
+    ]
+    said = str(cli.none_better(report))
+    assert "the best after it 3.0000, at step 25, but worse than at first on b): nothing was written" in said
+    assert cli.closed({"before": 8.0, "after": 4.0, "teacher": 2.0}) == "50%"
+    assert cli.closed({"before": 2.0, "after": 1.0, "teacher": 2.0}) == "-"
 
 
 def test_the_verb_refuses_wrong_use(pruned: Path, tiny_checkpoint: Path, tmp_path: Path, tokenizer: Any) -> None:
@@ -524,7 +589,13 @@ def test_the_verb_refuses_wrong_use(pruned: Path, tiny_checkpoint: Path, tmp_pat
     assert "text must be an existing file" in refused(*common, *out, "--text", tmp_path / "none.txt")
     short = tmp_path / "short.txt"
     short.write_text("The list has some words. " * 40)
-    assert "text must hold at least 8 windows" in refused(*common, *out, "--text", short, "--window", 64)
+    assert "text must hold at least 8 windows" in refused(*common, *out, "--text", short, "--window", 64, "--batch", 8)
+    assert "text short.txt must hold at least 2 windows, one held out; got 1" in refused(
+        *common, *out, "--text", short, "--text", "builtin:code", "--window", 32, "--tokens", 64
+    )
+    assert "have weights that do not sum to zero" in refused(*common, *out, "--text", f"{short}@0")
+    assert "start_token must be one of auto, always, never" in refused(*common, *out, "--start-token", "yes")
+    assert "tokens must be given with text 'self'" in refused(*common, *out, "--tokens", 0)
     other = tmp_path / "other"
     AutoModelForCausalLM.from_pretrained(tiny_checkpoint).save_pretrained(other)
     changed = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -84,18 +84,16 @@ def _held_out(report: RecoverReport) -> dict[str, dict[str, float]]:
     """Perplexities of every held-out source, behind their mean where there are several."""
     found = {f"{name}, held out": entry for name, entry in report.source_perplexities.items()}
     mean = report.perplexities
-    return (
-        found if len(found) < 2 or mean is None else {f"geometric mean of {len(found)} held-out sources": mean, **found}
-    )
+    return found if len(found) < 2 or mean is None else {"geometric mean, held out": mean, **found}
 
 
-def _closed(entry: dict[str, float]) -> str:
+def closed(entry: dict[str, float]) -> str:
     """The share of what pruning lost, in log perplexity, that came back."""
     before, after, teacher = (math.log(entry[when]) for when in ("before", "after", "teacher"))
     return f"{(before - after) / (before - teacher):.0%}" if before > teacher else "-"
 
 
-def _none_better(report: RecoverReport) -> RecoverError:
+def none_better(report: RecoverReport) -> RecoverError:
     first, tried = report.held_out[0], min(report.held_out[1:], key=lambda m: float(m["ce"]))
     worse = report.worse(tried)
     return RecoverError(
@@ -228,7 +226,7 @@ def recover(
             provenance=_provenance(dense, teacher, windows.name),
         )
         if report.held_out and report.best == 0:
-            raise _none_better(report)
+            raise none_better(report)
         for when, loaded in (("after", student), ("teacher", dense)):
             other[when] = perplexity(loaded, second, bars).perplexity
     found = {**_held_out(report), second_name: other}
@@ -248,7 +246,7 @@ def recover(
         with new_file(figure) as temporary:
             _figure(result, temporary)
     rows = [
-        (escape(t), *(f"{entry[when]:.2f}" for when in ("before", "after", "teacher")), _closed(entry))
+        (escape(t), *(f"{entry[when]:.2f}" for when in ("before", "after", "teacher")), closed(entry))
         for t, entry in found.items()
     ]
     passes = report.tokens / (report.windows * report.window)
