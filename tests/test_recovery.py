@@ -167,7 +167,7 @@ def test_a_source_that_gets_worse_is_seen(
     assert report.held_out[-1]["sources"]["rule"] < report.held_out[0]["sources"]["rule"]
     assert not report.worse(next(m for m in report.held_out if m["step"] == report.best))
     # While a mean that was bought falls, training goes on; but its state is not kept.
-    told = iter([[1.0, 1.0], [5.0, 5.0], [4.0, 5.0], [1.0, 5.5], [3.0, 4.5], [3.0, 6.0], [4.0, 4.0]])
+    told = iter([[1.0, 1.0], [5.0, 5.0], [4.0, 5.0], [1.5, 5.5], [1.0, 5.5], [3.0, 4.5], [3.0, 6.0], [4.0, 4.0]])
     student, teacher = pair()
     seen: list[dict[str, Tensor]] = []
 
@@ -177,9 +177,9 @@ def test_a_source_that_gets_worse_is_seen(
 
     monkeypatch.setattr(lesson.Lesson, "measure", measure)
     report = recover(student, teacher, mixed, config(steps=50, every=1, patience=2))
-    assert (report.best, report.steps, report.stopped) == (3, 5, "patience")
-    assert same(weights(student), seen[4])
-    lowest = {"step": 2, "ce": 3.25, "sources": {"rule": 1.0, "backwards": 5.5}, "worse": ["backwards"]}
+    assert (report.best, report.steps, report.stopped) == (4, 6, "patience")
+    assert same(weights(student), seen[5])
+    lowest = {"step": 3, "ce": 3.25, "sources": {"rule": 1.0, "backwards": 5.5}, "worse": ["backwards"]}
     assert report.passed_over == report.to_json()["passed_over"] == lowest
 
 
