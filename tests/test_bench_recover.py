@@ -56,9 +56,10 @@ def test_a_whole_run(bench: ModuleType, tiny_checkpoint: Path, tmp_path: Path, m
 
 
 def test_the_goal_by_hand(bench: ModuleType) -> None:
-    close = {"dense": {"a": 20.0, "b": 1.0}, "recovered": {"a": 23.0, "b": 9.0}}
-    assert bench.judge(close)["met"]
-    far = bench.judge({"dense": {"a": 20.0}, "recovered": {"a": 23.1}})
+    pruned = {"a": 26.45, "b": 0.5}
+    close = bench.judge({"dense": {"a": 20.0, "b": 1.0}, "pruned": pruned, "recovered": {"a": 23.0, "b": 9.0}})
+    assert close["met"] and close["closed"] == {"a": pytest.approx(0.5)}, "23 is halfway in logarithms; b lost nothing"
+    far = bench.judge({"dense": {"a": 20.0}, "pruned": pruned, "recovered": {"a": 23.1}})
     assert not far["met"] and far["ratio"] == pytest.approx(1.155) and "control" not in far
 
 

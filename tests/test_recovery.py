@@ -1,8 +1,12 @@
-"""Recovery on tiny models: it learns, repeats, resumes bit for bit, and leaves an ordinary checkpoint."""
+"""Recovery on tiny models: it learns, repeats, resumes bit for bit, and leaves an ordinary checkpoint.
+
+With text of several sources: each is measured alone, they count alike, and none may be worse than at first.
+"""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import time
@@ -24,11 +28,12 @@ from pyprune.base.windows import token_windows
 from pyprune.cli import recover as cli
 from pyprune.evaluation import perplexity
 from pyprune.model import checkpoint, families
-from pyprune.training import adapters
-from pyprune.training.distillation import DistillationConfig
-from pyprune.training.recovery import STATE, RecoverConfig, lesson, order, recover
+from pyprune.pruning.mixture import Windows
+from pyprune.training import adapters, persist
+from pyprune.training.distillation import DistillationConfig, distillation_loss_from_hidden, shifted
+from pyprune.training.recovery import ONLY_TEACHER, STATE, RecoverConfig, RecoverReport, lesson, order, recover
 
-TEACH = DistillationConfig(kl_weight=1.0, ce_weight=0.0)
+TEXT = DistillationConfig(kl_weight=0.0, ce_weight=1.0)
 SHORT = {"steps": 6, "batch": 2, "learning_rate": 1e-3, "held_out": 0.2, "every": 2, "precision": "float32"}
 
 
@@ -54,6 +59,13 @@ def windows() -> Tensor:
     """`[12, 16]`: a text with a rule, so that there is something to learn."""
     starts = torch.randint(3, 60, (12, 1), generator=torch.Generator().manual_seed(2))
     return 3 + (starts + 7 * torch.arange(16)) % 60
+
+
+@pytest.fixture
+def mixed(windows: Tensor) -> Windows:
+    """`[12, 16]` of two sources, 9 and 3 windows: the rule, and the rule backwards."""
+    sources = torch.tensor([0, 0, 1, 0] * 3)
+    return Windows(torch.where(sources[:, None] == 1, windows.flip(1), windows), sources, ("rule", "backwards"))
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -88,18 +100,105 @@ def test_the_student_learns(pair: Callable[..., Any], windows: Tensor, mode: str
     json.dumps(report.to_json())
 
 
-def test_the_loss_is_that_of_the_formula(pair: Callable[..., Any], windows: Tensor) -> None:
+@pytest.mark.parametrize("loss", [ONLY_TEACHER, DistillationConfig(2.0, 0.5, 0.5)])
+def test_the_loss_is_that_of_the_formula(pair: Callable[..., Any], windows: Tensor, loss: DistillationConfig) -> None:
     """The first step's, worked out again; so the chunked path and what is kept of the teacher are right."""
     student, teacher = pair()
     rows = windows[order.rows(0, 12, 2, 0)]
     with torch.no_grad():
         z, q = (m(input_ids=rows).logits[:, :-1].double() for m in (student, teacher))
-    q2 = torch.softmax(q / 2, -1)
-    kl = (q2 * (q2.log() - torch.log_softmax(z / 2, -1))).sum(-1).mean()
+    T = loss.temperature
+    soft = torch.softmax(q / T, -1)
+    kl = (soft * (soft.log() - torch.log_softmax(z / T, -1))).sum(-1).mean()
     ce = torch.nn.functional.cross_entropy(z.flatten(0, 1), rows[:, 1:].flatten())
-    report = recover(student, teacher, windows, config(held_out=0.0, steps=1))
-    assert report.train[0]["loss"] == pytest.approx(float(0.5 * ce + 0.5 * 4 * kl), rel=1e-5)
+    report = recover(student, teacher, windows, config(held_out=0.0, steps=1, distillation=loss))
+    wanted = loss.ce_weight * ce + loss.kl_weight * T**2 * kl
+    assert report.train[0]["loss"] == pytest.approx(float(wanted), rel=1e-5)
     assert report.train[0]["kl"] == pytest.approx(float(kl), rel=1e-4)
+    assert RecoverConfig().distillation == DistillationConfig(1.0, 1.0, 0.0) == ONLY_TEACHER
+
+
+def test_sources_by_hand(pair: Callable[..., Any], mixed: Windows) -> None:
+    """The last third of every source is held out; each counts alike, though one is three times as long."""
+    student, teacher = pair()
+    held = {"rule": mixed.ids[mixed.sources == 0][6:], "backwards": mixed.ids[mixed.sources == 1][2:]}
+    wanted = []
+    for model in (student, teacher):
+        with torch.no_grad():
+            z = {n: model(input_ids=ids).logits[:, :-1].double().flatten(0, 1) for n, ids in held.items()}
+        ce = torch.nn.functional.cross_entropy
+        wanted.append({n: float(ce(z[n], ids[:, 1:].flatten())) for n, ids in held.items()})
+    before = copy.deepcopy(student)
+    report = recover(student, teacher, mixed, config(held_out=1 / 3, steps=4))
+    assert (report.windows, report.held_out_windows) == (8, 4)
+    assert report.sources == [
+        {"source": "rule", "tokens": 96, "share": 0.75},
+        {"source": "backwards", "tokens": 32, "share": 0.25},
+    ]
+    assert student.config.pyprune["recovery"][0]["sources"] == report.sources
+    first = report.held_out[0]
+    assert first["sources"] == pytest.approx(wanted[0], rel=1e-5)
+    assert first["ce"] == (first["sources"]["rule"] + first["sources"]["backwards"]) / 2
+    assert report.teacher_sources == pytest.approx(wanted[1], rel=1e-5)
+    assert report.teacher_ce == pytest.approx(sum(wanted[1].values()) / 2, rel=1e-5)
+    mean, found = report.perplexities, report.source_perplexities
+    assert mean is not None
+    for when in ("before", "after", "teacher"):
+        assert math.sqrt(found["rule"][when] * found["backwards"][when]) == pytest.approx(mean[when])
+    assert found["rule"]["before"] == pytest.approx(math.exp(wanted[0]["rule"]), rel=1e-4)
+    json.dumps(report.to_json())
+    # The same held-out windows, given apart, under a name that is there twice.
+    given = Windows(torch.cat(list(held.values())), torch.tensor([0, 0, 0, 1]), ("a", "a"))
+    apart = recover(before, teacher, mixed.ids[[0, 1, 2, 3, 4, 5, 6, 7]], config(steps=4), held_out=given)
+    assert apart.sources == [] and list(apart.teacher_sources) == ["a #1", "a #2"]
+    assert [m["ce"] for m in apart.held_out] == [m["ce"] for m in report.held_out]
+    assert same(weights(before), weights(student))
+
+
+def test_a_source_that_gets_worse_is_seen(
+    pair: Callable[..., Any], mixed: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text of one source alone, learnt by heart, worsens the other; a state like that is never the best."""
+    student, teacher = pair()
+    held = Windows(mixed.ids[-4:], mixed.sources[-4:], mixed.names)
+    asked = config(steps=40, learning_rate=1e-2, every=20, distillation=TEXT)
+    report = recover(student, teacher, mixed.ids[mixed.sources == 0], asked, held_out=held)
+    assert report.worse(report.held_out[-1]) == ["backwards"] and not report.worse(report.held_out[0])
+    assert report.held_out[-1]["sources"]["rule"] < report.held_out[0]["sources"]["rule"]
+    assert not report.worse(next(m for m in report.held_out if m["step"] == report.best))
+    # While a mean that was bought falls, training goes on; but its state is not kept.
+    told = iter([[1.0, 1.0], [5.0, 5.0], [4.0, 5.0], [1.5, 5.5], [1.0, 5.5], [3.0, 4.5], [3.0, 6.0], [4.0, 4.0]])
+    student, teacher = pair()
+    seen: list[dict[str, Tensor]] = []
+
+    def measure(self: Any, model: Any) -> list[float]:
+        seen.append(weights(student))
+        return next(told)
+
+    monkeypatch.setattr(lesson.Lesson, "measure", measure)
+    report = recover(student, teacher, mixed, config(steps=50, every=1, patience=2))
+    assert (report.best, report.steps, report.stopped) == (4, 6, "patience")
+    assert same(weights(student), seen[5])
+    lowest = {"step": 3, "ce": 3.25, "sources": {"rule": 1.0, "backwards": 5.5}, "worse": ["backwards"]}
+    assert report.passed_over == report.to_json()["passed_over"] == lowest
+
+
+def test_token_ids_without_a_source_are_as_ever(pair: Callable[..., Any], windows: Tensor, tmp_path: Path) -> None:
+    """The same bits as before there were sources: the text's name in the state, and what is measured."""
+    student, teacher = pair()
+    training, held = windows[:-5], windows[-5:]
+    total, head = 0.0, student.get_output_embeddings()
+    with torch.no_grad():
+        for ids in held.split(2):
+            states = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            total += distillation_loss_from_hidden((states, head), None, shifted(ids), TEXT).ce * len(ids)
+    report = recover(student, teacher, windows, config(held_out=0.4), folder=tmp_path)
+    assert report.held_out[0] == {"step": 0, "ce": total / 5}
+    assert report.sources == [] and report.source_perplexities == {} and report.passed_over is None
+    name = hashlib.sha256()
+    for part in (training, held):
+        name.update(repr(tuple(part.shape)).encode() + part.numpy().tobytes())
+    assert persist.read(tmp_path / STATE, "pyprune-recovery-1")[1]["text"] == name.hexdigest()
 
 
 def test_every_window_is_seen_once_a_pass() -> None:
@@ -137,10 +236,13 @@ def test_a_teacher_too_large_to_keep_runs_every_time(
     assert calls[0][1] == pytest.approx(calls[1][1], rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_resume_goes_on_bit_for_bit(pair: Callable[..., Any], windows: Tensor, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "by_source"), [("full", False), ("lora", True), ("full", True)])
+def test_resume_goes_on_bit_for_bit(
+    pair: Callable[..., Any], mixed: Windows, tmp_path: Path, mode: str, by_source: bool
+) -> None:
     """Stopped in the second pass and in between two states: the continuation is the run that was never stopped."""
     asked = config(steps=9, save_every=4, mode=mode, patience=0)
+    windows = mixed if by_source else mixed.ids
     whole, teacher = pair()
     wanted = recover(whole, teacher, windows, asked)
     broken, _ = pair()
@@ -156,6 +258,7 @@ def test_resume_goes_on_bit_for_bit(pair: Callable[..., Any], windows: Tensor, t
     found = recover(again, teacher, windows, asked, folder=tmp_path)
     assert (found.train, found.held_out, found.best) == (wanted.train, wanted.held_out, wanted.best)
     assert found.teacher_ce == wanted.teacher_ce and found.perplexities == wanted.perplexities
+    assert found.source_perplexities == wanted.source_perplexities and bool(wanted.source_perplexities) == by_source
     assert same(weights(again), weights(whole))
     finished, _ = pair()
     assert recover(finished, teacher, windows, asked, folder=tmp_path).train == wanted.train
@@ -168,12 +271,15 @@ def test_resume_refuses_another_run(pair: Callable[..., Any], windows: Tensor, t
     for changes, message in (
         ({"steps": 3}, "steps of the state to resume must be 3, as asked for now; got 2"),
         ({"learning_rate": 1.0}, "learning_rate of the state to resume must be 1.0"),
-        ({"distillation": TEACH}, "distillation of the state to resume"),
+        ({"distillation": TEXT}, "distillation of the state to resume"),
     ):
         with pytest.raises(InputError, match=message):
             recover(pair()[0], teacher, windows, config(**{"steps": 2, **changes}), folder=tmp_path)
     with pytest.raises(InputError, match="text of the state to resume"):
         recover(pair()[0], teacher, windows.flip(0), config(steps=2), folder=tmp_path)
+    named = Windows(windows, torch.zeros(len(windows)), ("a",))
+    with pytest.raises(InputError, match="text of the state to resume"):
+        recover(pair()[0], teacher, named, config(steps=2), folder=tmp_path)
     other = copy.deepcopy(teacher)
     prune(other, keep=0.5, method="random", allocation="uniform:multiple=1", repair=None)
     with pytest.raises(InputError, match=r"model.layers.0.mlp.gate_proj.weight of the state to resume"):
@@ -190,9 +296,9 @@ def test_the_best_state_is_kept(pair: Callable[..., Any], windows: Tensor, monke
     told = iter([2.0, 5.0, 4.0, 3.0, 3.5, 3.0, 9.0, 1.0])  # the teacher's first
     seen: list[dict[str, Tensor]] = []
 
-    def measure(self: Any, model: Any) -> float:
+    def measure(self: Any, model: Any) -> list[float]:
         seen.append(weights(student))
-        return next(told)
+        return [next(told)]
 
     monkeypatch.setattr(lesson.Lesson, "measure", measure)
     report = recover(student, teacher, windows, config(steps=50, every=1, patience=3))
@@ -305,7 +411,9 @@ def test_a_config_is_checked(values: dict[str, Any], message: str) -> None:
 def test_bad_input_changes_nothing(pair: Callable[..., Any], tiny: Callable[..., Any], windows: Tensor) -> None:
     student, teacher = pair()
     before = weights(student)
-    cases: list[tuple[Any, Tensor, dict[str, Any], str]] = [
+    several = torch.zeros(12, dtype=torch.int64)
+    one = torch.cat([several[:11], several[:1] + 1])
+    cases: list[tuple[Any, Any, dict[str, Any], str]] = [
         (tiny("llama", vocab_size=96), windows, {}, r"vocabulary of the teacher must be .* \(128\); got 96"),
         (student, windows, {}, "teacher must be another model"),
         (teacher, windows[:2], {}, r"text must hold at least 2 windows \(batch\); got 1"),
@@ -313,6 +421,11 @@ def test_bad_input_changes_nothing(pair: Callable[..., Any], tiny: Callable[...,
         (teacher, windows[:, :1], {}, "windows must have at least 2 tokens"),
         (teacher, windows.repeat(1, 5), {}, "windows must have windows of at most 64 tokens"),
         (teacher, windows, {"held_out": windows.repeat(1, 5)}, "held_out must have windows of at most 64"),
+        (teacher, Windows(windows, one, ("a", "b")), {}, "text b must hold at least 2 windows, one held out; got 1"),
+        (teacher, Windows(windows, several[:9], ("a",)), {}, r"sources of windows must give each of 12 .*; got \(9,\)"),
+        (teacher, Windows(windows, several, ("a", "b")), {}, r"one of 2 names, and each name a window; got \[0\]"),
+        (teacher, windows, {"held_out": Windows(windows, one - 1, ("a",))}, r"sources of held_out .*; got \[-1, 0\]"),
+        (teacher, Windows(windows + 100, several, ("a",)), {}, r"batches must lie in \[0, 128\)"),
     ]
     for other, text, more, message in cases:
         with pytest.raises(InputError, match=message):
@@ -326,7 +439,7 @@ def test_a_loss_that_is_not_finite_is_refused(pair: Callable[..., Any], windows:
     with torch.no_grad():
         teacher.lm_head.weight[0, 0] = float("inf")
     with pytest.raises(InputError, match="loss must be finite at step 0"):
-        recover(student, teacher, windows, config(distillation=TEACH))
+        recover(student, teacher, windows, config())
     assert same(weights(student), before)
 
 
@@ -347,12 +460,24 @@ def pruned(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, toke
 
 
 QUICK = ("--steps", 8, "--batch", 2, "--window", 32, "--tokens", 640, "--also-tokens", 64)
+PROSE = ("--text", "builtin:prose")
 
 
 def test_the_verb_writes_a_checkpoint(pruned: Path, tiny_checkpoint: Path, tmp_path: Path, tokenizer: Any) -> None:
     out, figure = tmp_path / "x", tmp_path / "loss.png"
     done = call(
-        pruned, "--teacher", tiny_checkpoint, "--out", out, "--figure", figure, *QUICK, "--held-out", 0, "--json"
+        pruned,
+        "--teacher",
+        tiny_checkpoint,
+        "--out",
+        out,
+        "--figure",
+        figure,
+        *QUICK,
+        *PROSE,
+        "--held-out",
+        0,
+        "--json",
     )
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
@@ -376,10 +501,11 @@ def test_the_verb_writes_a_checkpoint(pruned: Path, tiny_checkpoint: Path, tmp_p
 
 def test_the_verb_dry_and_resumed(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    quick = (*QUICK, "--learning-rate", 0.1)
+    quick = (*QUICK, *PROSE, "--learning-rate", 0.1)
     done = call(pruned, "--teacher", tiny_checkpoint, "--dry-run", "--resume", state, *quick)
     assert done.exit_code == 0 and "nothing (dry run)" in done.stdout, done.output
-    assert "held out" in done.stdout and "weights of step" in done.stdout
+    assert "held out" in done.stdout and "weights of step" in done.stdout and "gap closed" in done.stdout
+    assert "geometric mean" not in done.stdout, "of one source"
     assert list(tmp_path.iterdir()) == []
     common = (pruned, "--teacher", tiny_checkpoint, "--resume", state, *quick, "--json")
     first, second = (json.loads(call(*common, "--out", tmp_path / name).stdout) for name in "ab")
@@ -389,11 +515,63 @@ def test_the_verb_dry_and_resumed(pruned: Path, tiny_checkpoint: Path, tmp_path:
 
 
 def test_the_verb_writes_nothing_that_is_no_better(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    done = call(pruned, "--teacher", tiny_checkpoint, "--out", tmp_path / "x", *QUICK, "--learning-rate", 0.01)
+    done = call(pruned, "--teacher", tiny_checkpoint, "--out", tmp_path / "x", *QUICK, *PROSE, "--learning-rate", 1e-12)
     assert done.exit_code == 1 and list(tmp_path.iterdir()) == [], done.output
     said = " ".join(done.stderr.split())
     assert "no state was better on the held-out text than the model as it came" in said
-    assert "nothing was written; try a lower --learning-rate than 0.01" in said
+    assert "nothing was written; try a lower --learning-rate than 1e-12" in said
+
+
+def test_the_verb_reads_several_sources(pruned: Path, tiny_checkpoint: Path, tmp_path: Path, tokenizer: Any) -> None:
+    """By default what the teacher writes, and CPython's; with files, by weight; each is shown, behind the mean."""
+    dense = tmp_path / "calm"  # a teacher that has something to teach about any text: to be less sure of it
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        model.model.norm.weight *= 0.1
+    model.save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    common = (pruned, "--teacher", dense, *QUICK, "--train", "all", "--learning-rate", 0.01)
+    done = call(*common, "--out", tmp_path / "x", "--figure", tmp_path / "loss.png", "--json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    prose = "pydoc_data.topics (first half)"
+    assert [(s["source"], s["tokens"]) for s in facts["sources"]] == [
+        ("self:plain", 288), (prose, 128), ("builtin:code", 128)
+    ]  # fmt: skip
+    assert facts["windows"] == 17 and facts["held_out_windows"] == 3
+    mean, *sources, also = facts["perplexity"]
+    assert mean == "geometric mean, held out" and also == "pydoc_data.topics (second half)"
+    assert sources == [f"{name}, held out" for name in ("self:plain", prose, "builtin:code")]
+    for when in ("before", "after", "teacher"):
+        of = [facts["perplexity"][name][when] for name in sources]
+        assert facts["perplexity"][mean][when] == pytest.approx(math.prod(of) ** (1 / 3))
+    (run,) = json.loads((tmp_path / "x" / "config.json").read_text())["pyprune"]["recovery"]
+    assert run["sources"] == facts["sources"] and "self:plain 50%" in run["text"]
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text("The list has some words, and they are many. " * 60)
+    second.write_text("A name of a module is a string of its own. " * 60)
+    files = ("--text", f"{first}@3", "--text", second, "--start-token", "always", "--dry-run")
+    done = call(*common, *files)
+    assert done.exit_code == 0, done.output
+    assert "first.txt, held out" in done.stdout and "geometric mean, held out" in done.stdout
+    facts = json.loads(call(*common, *files, "--json").stdout)
+    assert [s["tokens"] for s in facts["sources"]] == [14 * 32, 4 * 32] and facts["held_out_windows"] == 2
+    text = token_windows(tokenizer, load_text(None, "second")[0], 64, 32, start="always")
+    found = facts["perplexity"]["pydoc_data.topics (second half)"]["teacher"]
+    assert found == pytest.approx(perplexity(model, text).perplexity)
+
+
+def test_a_source_that_was_paid_with_is_named() -> None:
+    report = RecoverReport(RecoverConfig())
+    report.held_out = [
+        {"step": 0, "ce": 4.0, "sources": {"a": 4.0, "b": 4.0}},
+        {"step": 25, "ce": 3.0, "sources": {"a": 1.0, "b": 5.0}},
+        {"step": 50, "ce": 3.5, "sources": {"a": 3.0, "b": 4.0}},
+    ]
+    said = str(cli.none_better(report))
+    assert "the best after it 3.0000, at step 25, but worse than at first on b): nothing was written" in said
+    assert cli.closed({"before": 8.0, "after": 4.0, "teacher": 2.0}) == "50%"
+    assert cli.closed({"before": 2.0, "after": 1.0, "teacher": 2.0}) == "-"
 
 
 def test_the_verb_refuses_wrong_use(pruned: Path, tiny_checkpoint: Path, tmp_path: Path, tokenizer: Any) -> None:
@@ -411,7 +589,13 @@ def test_the_verb_refuses_wrong_use(pruned: Path, tiny_checkpoint: Path, tmp_pat
     assert "text must be an existing file" in refused(*common, *out, "--text", tmp_path / "none.txt")
     short = tmp_path / "short.txt"
     short.write_text("The list has some words. " * 40)
-    assert "text must hold at least 8 windows" in refused(*common, *out, "--text", short, "--window", 64)
+    assert "text must hold at least 8 windows" in refused(*common, *out, "--text", short, "--window", 64, "--batch", 8)
+    assert "text short.txt must hold at least 2 windows, one held out; got 1" in refused(
+        *common, *out, "--text", short, "--text", "builtin:code", "--window", 32, "--tokens", 64
+    )
+    assert "have weights that do not sum to zero" in refused(*common, *out, "--text", f"{short}@0")
+    assert "start_token must be one of auto, always, never" in refused(*common, *out, "--start-token", "yes")
+    assert "tokens must be given with text 'self'" in refused(*common, *out, "--tokens", 0)
     other = tmp_path / "other"
     AutoModelForCausalLM.from_pretrained(tiny_checkpoint).save_pretrained(other)
     changed = json.loads(tokenizer.backend_tokenizer.to_str())

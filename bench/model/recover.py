@@ -10,6 +10,7 @@ is the text's and not recovery's. The JSON goes to bench/results/NAME.json.
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,8 +43,13 @@ def prompts_of(text: str, count: int, words: int = 16) -> list[str]:
 
 
 def judge(perplexities: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """The recovered model against the dense one, and against the dense one trained alike, on the first text."""
+    """The recovered model against the dense one, and against the dense one trained alike, on the first text.
+
+    `closed` is of every text: the share of what pruning lost, in log perplexity, that came back.
+    """
     text = next(iter(perplexities["dense"]))
+    losses = [{t: math.log(p) for t, p in perplexities[name].items()} for name in ("pruned", "recovered", "dense")]
+    before, after, base = losses
     dense, recovered = (perplexities[name][text] for name in ("dense", "recovered"))
     ratio = recovered / dense
     return {
@@ -53,6 +59,7 @@ def judge(perplexities: dict[str, dict[str, float]]) -> dict[str, Any]:
         "ratio": ratio,
         "limit": LIMIT,
         "met": ratio <= LIMIT,
+        "closed": {t: (before[t] - after[t]) / (before[t] - base[t]) for t in base if before[t] > base[t]},
         **({"control": recovered / perplexities["control"][text]} if "control" in perplexities else {}),
     }
 

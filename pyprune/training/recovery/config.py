@@ -13,6 +13,10 @@ MODES = ("full", "lora")
 TRAINED = ("ffn", "layers", "all")
 DECAYS = ("cosine", "linear", "none")
 PRECISIONS = ("auto", "float32", "bfloat16")
+# The teacher's whole distribution and nothing of the text. On text that the teacher wrote, cross entropy has the same
+# gradient in the mean, but with the noise of one sample; on other text it fits that text's domain, which no other
+# domain is better for. At temperature 1 the KL is what perplexity loses on the teacher's own text.
+ONLY_TEACHER = DistillationConfig(temperature=1.0, kl_weight=1.0, ce_weight=0.0)
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,10 @@ class RecoverConfig:
             the device multiplies it fast.
         minutes: of wall time at most, or None. The schedule follows the larger of the shares of steps and of time, so
             the learning rate has come down when the time is over.
-        held_out: share of the text that is not trained on, in [0, 0.5], for choosing the best state and stopping early;
-            0 returns the last state. Not used where held-out windows are given.
+        held_out: share of every source that is not trained on (one window at least), in [0, 0.5], for choosing the best
+            state and stopping early; 0 returns the last state. Not used where held-out windows are given.
         every: steps between measurements on the held-out text.
-        patience: measurements without a new best after which training stops; 0 never stops early.
+        patience: measurements without a new best or a new lowest mean after which training stops; 0 never stops early.
         save_every: steps between states to resume from, where there is a folder for them; 0 for one at the end.
         seed: of the order of the windows, and of dropout.
         distillation: the loss.
@@ -45,8 +49,8 @@ class RecoverConfig:
         InputError: a value breaks its rule.
     """
 
-    steps: int = 200
-    batch: int = 8
+    steps: int = 120
+    batch: int = 4
     learning_rate: float = 3e-4
     warmup: float = 0.05
     decay: str = "cosine"
@@ -63,7 +67,7 @@ class RecoverConfig:
     patience: int = 4
     save_every: int = 0
     seed: int = 0
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    distillation: DistillationConfig = ONLY_TEACHER
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "rank", "alpha", "every"):
@@ -106,12 +110,15 @@ class RecoverReport:
         config: as given.
         steps, tokens: taken and trained on; each pass over a window counts.
         windows, window, held_out_windows: of training text, tokens in each, and not trained on.
+        sources: of the training text, `{source, tokens, share}`; empty for token ids that have none.
         trained: parameters that could change.
         precision: `float32` or `bfloat16`.
         train: of each step, `{step, rate, loss, ce, kl, hidden}`.
-        held_out: measurements, `{step, ce}`, in nats a token; step 0 is the model as it came.
-        teacher_ce: the teacher's measure on the same text, or None without held-out text.
-        best: the step whose weights the model has now.
+        held_out: measurements, `{step, ce, sources: {name: ce}}`, in nats a token. `ce` is the mean over sources,
+            each of which counts alike; token ids without a source have no `sources`. Step 0 is the model as it came.
+        teacher_ce, teacher_sources: the teacher's measures on the same text; None and empty without held-out text.
+        best: the step whose weights the model has now: of the lowest `ce` among the measurements in which no source is
+            worse than at step 0.
         stopped: `steps`, `minutes` or `patience`: what ended it.
         seconds: wall time, those before a resume included; `teacher_seconds` and `held_out_seconds` are parts of it.
         peak_bytes: growth of the process's memory, over what it held before.
@@ -123,11 +130,13 @@ class RecoverReport:
     windows: int = 0
     window: int = 0
     held_out_windows: int = 0
+    sources: list[dict[str, Any]] = field(default_factory=list)
     trained: int = 0
     precision: str = "float32"
     train: list[dict[str, float]] = field(default_factory=list)
-    held_out: list[dict[str, float]] = field(default_factory=list)
+    held_out: list[dict[str, Any]] = field(default_factory=list)
     teacher_ce: float | None = None
+    teacher_sources: dict[str, float] = field(default_factory=dict)
     best: int = 0
     stopped: str = "steps"
     seconds: float = 0.0
@@ -137,11 +146,34 @@ class RecoverReport:
 
     @property
     def perplexities(self) -> dict[str, float] | None:
-        """Of the held-out text: `before`, `after` (the weights of step `best`), and the `teacher`'s."""
+        """Of the held-out text: `before`, `after` (the weights of step `best`), and the `teacher`'s.
+
+        Of several sources it is the geometric mean.
+        """
         if not self.held_out or self.teacher_ce is None:
             return None
         ces = {m["step"]: m["ce"] for m in self.held_out}
         return {"before": math.exp(ces[0]), "after": math.exp(ces[self.best]), "teacher": math.exp(self.teacher_ce)}
+
+    @property
+    def source_perplexities(self) -> dict[str, dict[str, float]]:
+        """As `perplexities`, of every source with a name."""
+        ces = {m["step"]: m.get("sources", {}) for m in self.held_out}
+        return {
+            name: {"before": math.exp(ces[0][name]), "after": math.exp(ces[self.best][name]), "teacher": math.exp(ce)}
+            for name, ce in self.teacher_sources.items()
+        }
+
+    def worse(self, measured: dict[str, Any]) -> list[str]:
+        """The sources on which a measurement is worse than the model as it came."""
+        return [n for n, ce in measured.get("sources", {}).items() if ce > self.held_out[0]["sources"][n]]
+
+    @property
+    def passed_over(self) -> dict[str, Any] | None:
+        """The measurement of the lowest mean, if it is not the best because of sources that are `worse` in it."""
+        lowest = min(self.held_out, key=lambda m: float(m["ce"]), default=None)
+        worse = [] if lowest is None else self.worse(lowest)
+        return {**lowest, "worse": worse} if lowest is not None and worse else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -149,4 +181,5 @@ class RecoverReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**vars(self), "config": self.config.to_json(), "tokens_per_second": self.tokens_per_second}
+        more = {"tokens_per_second": self.tokens_per_second, "passed_over": self.passed_over}
+        return {**vars(self), "config": self.config.to_json(), **more}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...model.probe import evaluating
+from ...pruning.mixture import Windows
 from ..distillation import (
     DistillationConfig,
     DistillationLoss,
@@ -21,6 +22,7 @@ from ..distillation import (
 )
 from .config import RecoverConfig
 from .order import order
+from .sources import of_source
 
 _CACHE_BYTES = 2 << 30
 _ONLY_TEXT = DistillationConfig(kl_weight=0.0, ce_weight=1.0)
@@ -41,7 +43,7 @@ class Lesson:
     """Student, teacher and text: the loss of a batch, and of the held-out windows."""
 
     def __init__(
-        self, student: Any, teacher: Any, windows: Tensor, held_out: Tensor | None, config: RecoverConfig
+        self, student: Any, teacher: Any, windows: Tensor, held_out: Windows | None, config: RecoverConfig
     ) -> None:
         self.student, self.teacher, self.windows, self.held_out = student, teacher, windows, held_out
         self.config = config
@@ -113,20 +115,24 @@ class Lesson:
         return distillation_loss(logits, their_logits, labels, config, states, their_states)
 
     @torch.no_grad()
-    def measure(self, model: Any) -> float:
-        """Nats a token of student or teacher on the held-out windows."""
+    def measure(self, model: Any) -> list[float]:
+        """Nats a token of student or teacher on the held-out windows of each source."""
         assert self.held_out is not None
         started = time.perf_counter()
+        with evaluating(model):
+            found = [self._nats(model, of_source(self.held_out, i)) for i in range(len(self.held_out.names))]
+        self.held_out_seconds += time.perf_counter() - started
+        return found
+
+    def _nats(self, model: Any, windows: Tensor) -> float:
         total = 0.0
         head = None if self._heads is None else self._heads[model is self.teacher]
-        with evaluating(model):
-            for ids in self.held_out.split(self.config.batch):
-                labels = shifted(ids).to(self.device)
-                if head is not None:
-                    states = self._base(model, ids)
-                    loss = distillation_loss_from_hidden((states, head), None, labels, _ONLY_TEXT, self.dtype)
-                else:
-                    loss = distillation_loss(self._full(model, ids, False)[0], None, labels, _ONLY_TEXT)
-                total += loss.ce * len(ids)
-        self.held_out_seconds += time.perf_counter() - started
-        return total / len(self.held_out)
+        for ids in windows.split(self.config.batch):
+            labels = shifted(ids).to(self.device)
+            if head is not None:
+                states = self._base(model, ids)
+                loss = distillation_loss_from_hidden((states, head), None, labels, _ONLY_TEXT, self.dtype)
+            else:
+                loss = distillation_loss(self._full(model, ids, False)[0], None, labels, _ONLY_TEXT)
+            total += loss.ce * len(ids)
+        return total / len(windows)

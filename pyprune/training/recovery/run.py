@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ...base.errors import check
 from .config import RecoverReport
 from .lesson import Lesson
 from .order import rows
+from .sources import UNNAMED
 
 
 class Run:
@@ -61,19 +63,31 @@ class Run:
         parts = {"loss": value, "ce": loss.ce, "kl": loss.kl, "hidden": loss.hidden}
         report.train.append({"step": report.steps, "rate": rate, **parts})
 
+    def measured(self, model: Any) -> dict[str, Any]:
+        """Nats a token on the held-out text: `ce`, the mean over its sources, and each of them if they have names."""
+        assert self.lesson.held_out is not None
+        found, names = self.lesson.measure(model), self.lesson.held_out.names
+        mean = {"ce": sum(found) / len(found)}
+        return mean if names == UNNAMED else {**mean, "sources": dict(zip(names, found, strict=True))}
+
     def measure(self) -> None:
-        """Measure on the held-out text, and remember the weights if they are the best so far."""
+        """Measure on the held-out text, and remember the weights if they are the best so far.
+
+        A state in which a source is worse than it was at first is not the best, whatever it bought with that. But
+        training goes on while the mean falls: what a source lost at a high learning rate can come back.
+        """
         if self.lesson.held_out is None:
             return
         report = self.report
-        found = self.lesson.measure(self.lesson.student)
-        better = not report.held_out or found < min(m["ce"] for m in report.held_out)
-        report.held_out.append({"step": report.steps, "ce": found})
+        found = {"step": report.steps, **self.measured(self.lesson.student)}
+        earlier = {m["step"]: m["ce"] for m in report.held_out}
+        report.held_out.append(found)
+        lowest = not earlier or found["ce"] < min(earlier.values())
+        better = not earlier or (found["ce"] < earlier[report.best] and not report.worse(found))
+        self.stale = 0 if lowest or better else self.stale + 1
         if better:
-            report.best, self.stale = report.steps, 0
+            report.best = report.steps
             self.best = {n: p.detach().to("cpu", copy=True) for n, p in self.named.items()}
-        else:
-            self.stale += 1
 
     def finished(self) -> str | None:
         """Why training ends here, or None."""

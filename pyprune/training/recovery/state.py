@@ -7,21 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...base.errors import CheckpointError, InputError, check
+from ...pruning.mixture import Windows
 from .. import persist
 from .run import Run
+from .sources import UNNAMED
 
 STATE = "recovery.safetensors"
 _FORMAT = "pyprune-recovery-1"
 
 
-def digest(*tensors: Tensor | None) -> str:
-    """One name for what the tensors hold."""
+def digest(*texts: Windows | None) -> str:
+    """One name for what the windows hold, and for their sources where these have names."""
     found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(b"none" if tensor is None else repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+    for text in texts:
+        if text is None:
+            found.update(b"none")
+            continue
+        named = text.names != UNNAMED
+        for tensor in (text.ids, text.sources) if named else (text.ids,):
+            found.update(repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+        if named:
+            found.update(repr(text.names).encode())
     return found.hexdigest()
 
 
@@ -56,7 +64,8 @@ class State:
         numbers = {"steps": report.steps, "tokens": report.tokens, "best": report.best, "stale": run.stale}
         lesson = run.lesson
         seconds = [run.seconds, lesson.teacher_seconds, lesson.held_out_seconds]
-        facts = {**self._facts(), **curves, **numbers, "teacher_ce": report.teacher_ce, "seconds": seconds}
+        taught = {"teacher_ce": report.teacher_ce, "teacher_sources": report.teacher_sources}
+        facts = {**self._facts(), **curves, **numbers, **taught, "seconds": seconds}
         persist.write(self._file, _FORMAT, tensors, facts)
 
     @torch.no_grad()
@@ -87,7 +96,7 @@ class State:
             report = run.report
             report.train, report.held_out = list(facts["train"]), list(facts["held_out"])
             report.steps, report.tokens, report.best = (int(facts[k]) for k in ("steps", "tokens", "best"))
-            report.teacher_ce = facts["teacher_ce"]
+            report.teacher_ce, report.teacher_sources = facts["teacher_ce"], dict(facts.get("teacher_sources", {}))
             run.stale = int(facts["stale"])
             run.before, run.lesson.teacher_seconds, run.lesson.held_out_seconds = map(float, facts["seconds"])
         except InputError:

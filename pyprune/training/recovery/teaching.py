@@ -13,30 +13,18 @@ from torch import Tensor, nn
 from ...base.errors import check
 from ...base.memory import PeakMemory
 from ...base.progress import Progress, quiet
-from ...base.windows import check_windows, stack_batches
 from ...model import families
 from ...model import provenance as model_provenance
 from ...model.probe import evaluating
 from ...model.weights import check_plain, check_there, leave_inference
+from ...pruning.mixture import Windows
 from ..adapters import Adapters, check_peft, projections
 from ..distillation import check_pair
 from .config import RecoverConfig, RecoverReport
 from .lesson import Lesson
 from .run import Run
+from .sources import UNNAMED, as_windows, split
 from .state import State, digest
-
-
-def split(windows: Tensor, held_out: Tensor | None, config: RecoverConfig) -> tuple[Tensor, Tensor | None]:
-    """The windows to train on, and the held-out ones: those given, or the last of the text, or none.
-
-    Raises:
-        InputError: too few windows to train on.
-    """
-    if held_out is None and config.held_out:
-        count = max(1, round(config.held_out * len(windows)))
-        windows, held_out = windows[:-count], windows[-count:]
-    check(len(windows) >= config.batch, "text", f"hold at least {config.batch} windows (batch)", len(windows))
-    return windows, held_out
 
 
 def _freeze(student: nn.Module, config: RecoverConfig) -> None:
@@ -82,10 +70,10 @@ def _trainable(student: Any, config: RecoverConfig) -> Iterator[Adapters | None]
 def recover(
     student: nn.Module,
     teacher: nn.Module,
-    windows: Tensor,
+    windows: Tensor | Windows,
     config: RecoverConfig | None = None,
     *,
-    held_out: Tensor | None = None,
+    held_out: Tensor | Windows | None = None,
     progress: Progress = quiet,
     folder: str | Path | None = None,
     provenance: dict[str, Any] | None = None,
@@ -95,17 +83,19 @@ def recover(
     Args:
         student: a causal LM of Transformers; its weights are float32 while they are trained, and get their dtypes back.
         teacher: the dense model, of the same vocabulary, on the same device; its weights do not change.
-        windows: `[N, W]` token ids to train on.
+        windows: `[N, W]` token ids to train on, or windows of several sources (see `pruning.mixture.mix`).
         config: None for the defaults.
-        held_out: `[M, W']` token ids to choose the best state by; None takes a share of `windows`.
+        held_out: as `windows`, `[M, W']`, to choose the best state by; None takes a share of every source of `windows`.
+            Sources count alike, however long they are, and none may be worse than it was at first.
         progress: called as `(stage, done, total)`.
         folder: where the state to resume from is written. A later call with the same model as it was at first, the same
             text and configuration goes on from it, without a budget of minutes bit for bit.
         provenance: facts about the run (teacher, text, versions) that go into the checkpoint.
 
     Raises:
-        InputError: a value breaks its rule; text too short; a teacher with another vocabulary; a state of another
-            configuration, text or model; a loss that is not finite (the student has the best weights so far then).
+        InputError: a value breaks its rule; text or a source of it too short; a teacher with another vocabulary; a
+            state of another configuration, text or model; a loss that is not finite (the student has the best weights
+            so far then).
         CheckpointError: a damaged state.
         UnsupportedModelError: weights of the student that are quantised, offloaded or not loaded.
     """
@@ -119,21 +109,16 @@ def recover(
         leave_inference(taught)
     check_pair(student, teacher, config.distillation)
     model: Any = student
-    vocabulary = model.config.get_text_config().vocab_size
-    windows = stack_batches(windows, vocabulary)
-    held = None if held_out is None else stack_batches(held_out, vocabulary)
-    for ids, name in ((windows, "windows"), (held, "held_out")):
-        if ids is not None:
-            check(ids.shape[1] >= 2, name, "have at least 2 tokens", ids.shape[1])
-            check_windows(student, ids, name)
-            check_windows(teacher, ids, name)
-    training, held = split(windows, held, config)
+    text = as_windows(windows, (student, teacher), "windows")
+    held = None if held_out is None else as_windows(held_out, (student, teacher), "held_out")
+    training, held = split(text, held, config)
     devices = [next(m.parameters()).device for m in (student, teacher)]
     check(devices[0] == devices[1], "teacher", f"be on the student's device ({devices[0]})", devices[1])
-    report = RecoverReport(config, windows=len(training), window=training.shape[1])
-    report.held_out_windows = 0 if held is None else len(held)
+    report = RecoverReport(config, windows=len(training.ids), window=training.ids.shape[1])
+    report.sources = [] if training.names == UNNAMED else training.facts()
+    report.held_out_windows = 0 if held is None else len(held.ids)
     with evaluating(teacher), torch.random.fork_rng(), PeakMemory() as memory, _trainable(student, config):
-        lesson = Lesson(student, teacher, training, held, config)
+        lesson = Lesson(student, teacher, training.ids, held, config)
         report.precision = str(lesson.dtype).removeprefix("torch.")
         run = Run(lesson, report)
         state = State(run, None if folder is None else Path(folder), digest(training, held))
@@ -148,6 +133,7 @@ def recover(
         "best": report.best,
         "tokens": report.tokens,
         "window": report.window,
+        **({"sources": report.sources} if report.sources else {}),
         **(provenance or {}),
     }
     model_provenance.add_recovery(model, facts)
@@ -159,7 +145,8 @@ def _train(run: Run, state: State, progress: Progress) -> None:
     progress("recovering", 0, config.steps)
     if not state.load():
         if run.lesson.held_out is not None:
-            report.teacher_ce = run.lesson.measure(run.lesson.teacher)
+            taught = run.measured(run.lesson.teacher)
+            report.teacher_ce, report.teacher_sources = taught["ce"], taught.get("sources", {})
         run.measure()
     try:
         while (reason := run.finished()) is None:
