@@ -111,15 +111,13 @@ def _evaluation(tokenizer: Any, text: str | None, also: list[str], tokens: int, 
 
 
 def _answered(result: dict[str, Any]) -> dict[tuple[str, float], tuple[str, ...]]:
-    """Of a suite's tasks by label and share kept: PIQA by bytes, and the share of repeated 4-grams; means over seeds."""
+    """Of a suite's tasks by label and share kept: PIQA by bytes, and repeated 4-grams; means over seeds."""
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         if "error" not in row:
             found.setdefault((row["label"], row["keep"]), []).append(row)
-    return {
-        name: tuple(_mean(rows, *path) for path in _TASKS.values() if path[0] in rows[0])
-        for name, rows in found.items()
-    }
+    paths = [path for path in _TASKS.values() if path[0] in result.get("dense_tasks", {})]
+    return {name: tuple(_mean(rows, *path) for path in paths) for name, rows in found.items()}
 
 
 def _mean(rows: list[dict[str, Any]], task: str, key: str) -> str:

@@ -279,10 +279,10 @@ class Comparison:
             `evaluation` by name).
         dense: perplexity of the dense model on each evaluation text.
         dense_tasks: what the dense model has of the suite's tasks, as `Tasks.measure` gives it; empty without a suite.
-        rows: one a setting. `perplexity` by text, with a suite `piqa` and `generation`, `kept` (share of neurons, or of layers where whole ones went),
-            `parameters` (of the whole model), `widths`, `damping` by layer, `tokens` (of calibration, 0 where none was
-            needed), `prune_seconds`, `evaluation_seconds`, `peak_bytes` (growth of the process while pruning); or
-            `error` with `kind` and `message`.
+        rows: one a setting. `perplexity` by text, with a suite `piqa` and `generation`, `kept` (share of neurons, or of
+            layers where whole ones went), `parameters` (of the whole model), `widths`, `damping` by layer, `tokens` (of
+            calibration, 0 where none was needed), `prune_seconds`, `evaluation_seconds`, `peak_bytes` (growth of the
+            process while pruning); or `error` with `kind` and `message`.
         found: rows that an earlier call had measured.
     """
 

@@ -135,9 +135,10 @@ def _others(facts: Facts) -> Iterator[str]:
         top = best(comparison_lines(compare, text))
         if top is not None:
             removed, line, perplexity = top
+            dense = perplexity_on(compare["dense"], text)
             yield (
                 f"of {plural(len({row['label'] for row in compare['rows']}), 'way')} to prune, {clip(line.label, 40)} "
-                f"loses least at {percent(removed)} removed: perplexity {short(perplexity_on(compare['dense'], text))} → "
+                f"loses least at {percent(removed)} removed: perplexity {short(dense)} → "
                 f"{short(perplexity)} on {clip(text, 60)}"
             )
     nested = facts.get("nested")
