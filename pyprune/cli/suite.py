@@ -16,7 +16,7 @@ from ..base.errors import InputError, check
 from ..evaluation.domains import Suite, read_material, suite
 from ..evaluation.domains.suite import NEW_TOKENS
 from ..model import loading
-from ..report.words import Format, percent, short, times
+from ..report.words import Format, estimate, model_name, percent, short, times
 from .options import check_same_tokenizer
 from .screen import Bars, show, table
 
@@ -135,10 +135,14 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:
             add(name, {"value": text[key]}, {"value": other[key]}, None, form)
     beside = (">dense", ">ratio", ">95 %") if against else ()
     shown: list[Table | str] = [
-        table("token perplexity by domain, and tasks", ("what", f">{escape(facts['model'])}", ">95 %", *beside), rows)
+        table(
+            "token perplexity by domain, and tasks",
+            ("what", f">{escape(model_name(facts['model']))}", ">95 %", *beside),
+            rows,
+        )
     ]
     if against:
-        worst = " ".join(_cells(against["worst"], times)).strip()
+        worst = estimate(against["worst"], times)
         told = "; of PIQA, the ratio is of what is above chance" if tasks else ""
         shown.append(f"worst domain {against['worst']['domain']}: {worst} of dense{told}")
     if facts["missing"]:
