@@ -250,7 +250,7 @@ def test_the_verb(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(facts))
     shown = call("eval", tiny_checkpoint, "--against", file, *small)
     assert shown.exit_code == 0, shown.output
-    for part in (*NAMES, "geometric mean", "PIQA", "repeated 4-grams", "worst domain"):
+    for part in (*NAMES, "geometric mean", "PIQA", "repeated", "worst domain"):
         assert part in shown.stdout
     alone = call("eval", tiny_checkpoint, "--suite", *small[3:])
     assert alone.exit_code == 0 and "dense" not in alone.stdout and "not measured, for want of --data" in alone.stdout
