@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from bench.tables.readme import markdown, model_name, provenance
-from pyprune.evaluation.summary import Line, Point, comparison_lines
+from pyprune.evaluation.summary import MEAN, Line, Point, comparison_lines, judged_texts, perplexity_on
 
 Result = dict[str, Any]
 
@@ -36,10 +36,11 @@ def _compare_goal(goal: Result) -> str:
     if goal["met"] is None:
         return f"- {goal['text']}: ours at {1 - goal['our_keep']:.0%} removed: not measured"
     ours, published = goal["ours"], goal["published"]
+    each = f" (and on {goal['domains_met']} of {goal['domains']} by itself)" if "domains" in goal else ""
     return (
         f"- {goal['text']}: {ours['label']} at {1 - goal['our_keep']:.0%} removed {ours['perplexity']:.2f}; best "
         f"published ({published['label']}) at {1 - goal['published_keep']:.0%} removed "
-        f"{published['perplexity']:.2f}: {'met' if goal['met'] else 'not met'}"
+        f"{published['perplexity']:.2f}: {'met' if goal['met'] else 'not met'}{each}"
     )
 
 
@@ -51,9 +52,11 @@ def compare_table(result: Result) -> list[str]:
     calibration = f"{result['calibration']['tokens']} tokens of {result.get('text', 'the calibration text')}"
     out = [f"{model_name(result.get('model', 'model'))}, calibrated on {calibration}. {provenance(result)}{measured}"]
     header = ["setting", "group", *(f">{1 - keep:.0%} removed" for keep in keeps), ">pruning took"]
-    for text, dense in result["dense"].items():
+    for text in judged_texts(result):
+        dense = perplexity_on(result["dense"], text)
         cells = _compare_cells(comparison_lines(result, text), keeps)
-        tokens = result["evaluation"][text]["tokens"]
+        of = [entry["tokens"] for name, entry in result["evaluation"].items() if text in (name, MEAN)]
+        tokens = sum(of)
         out += ["", f"Token perplexity on {tokens} tokens of {text}; dense {dense:.2f}.", "", *markdown(header, cells)]
     failed = [row for row in result["rows"] if "error" in row]
     if failed:

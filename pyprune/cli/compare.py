@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from ..base.errors import InputError, check, check_choice
 from ..evaluation.comparison import OURS, PUBLISHED, STAGE, Recipe, grid, settings
 from ..evaluation.comparison import compare as compare_settings
-from ..evaluation.summary import comparison_lines
+from ..evaluation.domains import Tasks, domain_windows, read_material
+from ..evaluation.domains.suite import NEW_TOKENS
+from ..evaluation.summary import comparison_lines, judged_texts
 from ..model import loading
 from ..pruning import importance
 from ..pruning.allocation import ALLOCATIONS
@@ -33,9 +36,12 @@ from .options import (
     text_windows,
 )
 from .screen import err, show, table, verb
+from .suite import DataOption, ItemsOption, NewTokensOption, check_no_suite
 
 PRESETS = ("published", "ours", "grid")
 DEFAULT = "default"
+# Column -> where a row has it.
+_TASKS = {"PIQA": ("piqa", "accuracy_byte"), "repeats": ("generation", "repetition")}
 
 
 class _RowBars:
@@ -104,9 +110,25 @@ def _evaluation(tokenizer: Any, text: str | None, also: list[str], tokens: int, 
     return evaluation
 
 
+def _answered(result: dict[str, Any]) -> dict[tuple[str, float], tuple[str, ...]]:
+    """Of a suite's tasks by label and share kept: PIQA by bytes, and repeated 4-grams; means over seeds."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if "error" not in row:
+            found.setdefault((row["label"], row["keep"]), []).append(row)
+    paths = [path for path in _TASKS.values() if path[0] in result.get("dense_tasks", {})]
+    return {name: tuple(_mean(rows, *path) for path in paths) for name, rows in found.items()}
+
+
+def _mean(rows: list[dict[str, Any]], task: str, key: str) -> str:
+    return f"{fmean(row[task][key]['value'] for row in rows):.1%}"
+
+
 def _tables(result: dict[str, Any]) -> list[Table | str]:
     """Settings by perplexity on the first text, one table for each share kept; then what failed, and the goals."""
-    first, *others = result["evaluation"]
+    first, *others = judged_texts(result)
+    tasks, asked = _answered(result), result.get("dense_tasks", {})
+    titles = [f">{title}" for title, (task, _) in _TASKS.items() if task in asked]
     lines = comparison_lines(result, first)
     elsewhere = {
         (name, line.label, point.keep): f"{point.perplexity:.2f}"
@@ -114,7 +136,14 @@ def _tables(result: dict[str, Any]) -> list[Table | str]:
         for line in comparison_lines(result, name)
         for point in line.points
     }
-    columns = ("setting", "group", *(f">{escape(name)}" for name in (first, *others)), ">kept", ">pruning took")
+    columns = (
+        "setting",
+        "group",
+        *(f">{escape(name)}" for name in (first, *others)),
+        *titles,
+        ">kept",
+        ">pruning took",
+    )
     shown: list[Table | str] = []
     for keep in sorted({p.keep for line in lines for p in line.points}, reverse=True):
         here = [(p.perplexity, line, p) for line in lines for p in line.points if p.keep == keep]
@@ -122,6 +151,7 @@ def _tables(result: dict[str, Any]) -> list[Table | str]:
         for _, line, p in sorted(here, key=lambda entry: entry[0]):
             spread = f" ({p.lowest:.2f} to {p.highest:.2f})" if p.seeds > 1 else ""
             beside = [elsewhere[name, line.label, keep] for name in others]
+            beside += tasks[line.label, keep]
             cells = (escape(line.label), line.group, f"{p.perplexity:.2f}{spread}", *beside, f"{p.kept:.1%}")
             rows.append((*cells, f"{p.seconds:.0f} s"))
         shown.append(table(f"{1 - keep:.0%} of the neurons removed: token perplexity", columns, rows))
@@ -132,10 +162,11 @@ def _tables(result: dict[str, Any]) -> list[Table | str]:
 
 def _goal(goal: dict[str, Any]) -> str:
     ours, published = goal["ours"], goal["published"]
+    each = f"; not worse on {goal['domains_met']} of {goal['domains']} by itself" if "domains" in goal else ""
     return escape(
         f"{goal['text']}: {ours['label']} at {1 - goal['our_keep']:.0%} removed {ours['perplexity']:.2f}, "
         f"best published ({published['label']}) at {1 - goal['published_keep']:.0%} {published['perplexity']:.2f}: "
-        f"{'not worse' if goal['met'] else 'worse'}"
+        f"{'not worse' if goal['met'] else 'worse'}{each}"
     )
 
 
@@ -151,6 +182,13 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option("--suite", help="Evaluate on six domains, PIQA and 32 prompts, in place of --text and --also."),
+    ] = False,
+    data: DataOption = None,
+    items: ItemsOption = None,
+    new_tokens: NewTokensOption = None,
     keep: Annotated[str, typer.Option(help="Shares of neurons that stay.")] = "0.8,0.7,0.5",
     preset: Annotated[
         str,
@@ -181,22 +219,34 @@ def compare(
 ) -> None:
     """Prune MODEL in many ways and measure each on the same texts; stopped, it goes on where it was.
 
-    The first half of --text calibrates, its second half and every --also evaluate.
+    The first half of --text calibrates, its second half and every --also evaluate. With --suite, --evaluation-tokens
+    are those of each domain.
     """
     keeps = _shares(keep)
     recipes = _recipes(preset, criteria, repair, allocation)
     settings(recipes, keeps, 1, multiple, seeds)  # complains before a long load
     check(text is None or text not in (also or []), "also", "be other files than text, half of which calibrates", also)
+    check(not (whole and also), "also", "be left out with --suite, which has its own texts", also)
+    material = read_material(data, items or 0) if whole else None
+    if not whole:
+        check_no_suite(data=data, items=items, new_tokens=new_tokens)
     check(figure is None or figure.suffix == ".svg", "figure", "be an .svg file", str(figure))
     place = choose_device(device)
     tokenizer = loading.load_tokenizer(model)
     calibration, calibration_name = text_windows(tokenizer, text and f"{text}:first", "first", tokens, window)
-    evaluation = _evaluation(tokenizer, text, also or [DEFAULT], evaluation_tokens, window)
+    tasks = None
+    if material is not None:
+        evaluation = domain_windows(tokenizer, material.domains, evaluation_tokens, window)
+        tasks = Tasks(tokenizer, material.questions, NEW_TOKENS if new_tokens is None else new_tokens)
+    else:
+        evaluation = _evaluation(tokenizer, text, also or [DEFAULT], evaluation_tokens, window)
     loaded = loading.load_model(model, dtype, place)
     rows = settings(recipes, keeps, loaded.config.num_hidden_layers, multiple, seeds)
     facts = {"model": model if model == loading.DEMO else Path(model).name, "text": calibration_name}
     with _RowBars() as bars:
-        comparison = compare_settings(loaded, rows, calibration, evaluation, out, facts=facts, progress=bars)
+        comparison = compare_settings(
+            loaded, rows, calibration, evaluation, out, tasks=tasks, facts=facts, progress=bars
+        )
     result = comparison.to_json()
     if figure is not None:
         compare_figure(result, figure)

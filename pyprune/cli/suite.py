@@ -16,7 +16,7 @@ from ..base.errors import InputError, check
 from ..evaluation.domains import Suite, read_material, suite
 from ..evaluation.domains.suite import NEW_TOKENS
 from ..model import loading
-from ..report.words import Format, percent, short, times
+from ..report.words import Format, estimate, model_name, short, times
 from .options import check_same_tokenizer
 from .screen import Bars, show, table
 
@@ -104,7 +104,11 @@ def _cells(found: dict[str, Any] | None, form: Format) -> tuple[str, str]:
     if found is None or found.get("value") is None:
         return "-", ""
     low, high = found.get("interval") or (None, None)
-    return form(found["value"]), "" if low is None or high is None else f"{form(low)} to {form(high)}"
+    return form(found["value"]), "" if low is None or high is None else f"{form(low)}-{form(high)}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
 
 
 def tables(facts: dict[str, Any]) -> list[Table | str]:
@@ -124,21 +128,20 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:
     for key, name in (("accuracy", "PIQA"), ("accuracy_byte", "PIQA, by bytes")):
         if facts["piqa"] is not None:
             metric = tasks.get(key) or {"dense": None, "retained": None}
-            add(name, facts["piqa"][key], metric["dense"], metric["retained"], percent, percent)
+            add(name, facts["piqa"][key], metric["dense"], metric["retained"], _share, _share)
     if text is not None:
         other = dense["generation"] or {"repetition": None, "distinct2": None, "perplexity": None}
-        add("repeated 4-grams", text["repetition"], other["repetition"], None, percent)
+        add("repeated 4-grams", text["repetition"], other["repetition"], None, _share)
         for key, name, form in (
-            ("distinct2", "distinct bigrams", percent),
-            ("perplexity", "perplexity of its texts", short),
+            ("distinct2", "distinct bigrams", _share),
+            ("perplexity", "its texts, perplexity", short),
         ):
             add(name, {"value": text[key]}, {"value": other[key]}, None, form)
     beside = (">dense", ">ratio", ">95 %") if against else ()
-    shown: list[Table | str] = [
-        table("token perplexity by domain, and tasks", ("what", f">{escape(facts['model'])}", ">95 %", *beside), rows)
-    ]
+    title = f"{escape(model_name(facts['model']))}: token perplexity by domain, and tasks"
+    shown: list[Table | str] = [table(title, ("what", ">model", ">95 %", *beside), rows)]
     if against:
-        worst = " ".join(_cells(against["worst"], times)).strip()
+        worst = estimate(against["worst"], times)
         told = "; of PIQA, the ratio is of what is above chance" if tasks else ""
         shown.append(f"worst domain {against['worst']['domain']}: {worst} of dense{told}")
     if facts["missing"]:

@@ -13,8 +13,8 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from ..pruning.blocks import BlockOptions, BlockReport, prune_blocks
 from ..pruning.options import PruneOptions
 from ..pruning.prune import PruneReport, prune
 from . import perplexity
-from .summary import Line, comparison_lines
+from .domains import Tasks
+from .summary import MEAN, Line, comparison_lines, judged_texts
 
 STAGE = "comparing settings"
 _FORMAT = 1
@@ -223,10 +224,10 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def _check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Refuse to add rows to those of another model or of other texts."""
-    texts = {"calibration": "calibration text", "evaluation": "evaluation texts"}
-    for key in _SAME:
+    texts = {"calibration": "calibration text", "evaluation": "evaluation texts", "suite": "suite"}
+    for key in (*_SAME, "suite"):
         rule = f"be the one of {path}, or out another file; its {key} is {json.dumps(old.get(key))}"
-        check(old.get(key) == new[key], texts.get(key, "model"), rule, new[key])
+        check(old.get(key) == new.get(key), texts.get(key, "model"), rule, new.get(key))
 
 
 def _measure(model: nn.Module, evaluation: Mapping[str, Tensor], progress: Progress) -> dict[str, float]:
@@ -245,18 +246,19 @@ def _row(
     setting: Setting,
     calibration: Tensor,
     evaluation: Mapping[str, Tensor],
+    measure: Callable[[nn.Module], dict[str, Any]],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Prune a copy of the model, and measure it."""
+    """Prune a copy of the model, and measure it; `measure` says what goes into the row besides perplexity."""
     windows = calibration[: setting.tokens // calibration.shape[1]] if setting.tokens else calibration
     pruned = copy.deepcopy(model)
     report = setting.run(pruned, windows, progress)
     whole = isinstance(report, BlockReport)
     kept = len(report.kept) / len(report.influence) if whole else report.mask.keep  # type: ignore[union-attr]
     started = time.perf_counter()
-    found = _measure(pruned, evaluation, progress)
+    found = {"perplexity": _measure(pruned, evaluation, progress), **measure(pruned)}
     return {
-        "perplexity": found,
+        **found,
         "kept": kept,
         "parameters": report.parameters_after,
         "widths": list(report.mask.widths) if report.mask is not None else None,
@@ -276,10 +278,11 @@ class Comparison:
         facts: about the machine, the model (`fingerprint`, `dtype`, `device`) and the texts (`calibration`, and
             `evaluation` by name).
         dense: perplexity of the dense model on each evaluation text.
-        rows: one a setting. `perplexity` by text, `kept` (share of neurons, or of layers where whole ones went),
-            `parameters` (of the whole model), `widths`, `damping` by layer, `tokens` (of calibration, 0 where none was
-            needed), `prune_seconds`, `evaluation_seconds`, `peak_bytes` (growth of the process while pruning); or
-            `error` with `kind` and `message`.
+        dense_tasks: what the dense model has of the suite's tasks, as `Tasks.measure` gives it; empty without a suite.
+        rows: one a setting. `perplexity` by text, with a suite `piqa` and `generation`, `kept` (share of neurons, or of
+            layers where whole ones went), `parameters` (of the whole model), `widths`, `damping` by layer, `tokens` (of
+            calibration, 0 where none was needed), `prune_seconds`, `evaluation_seconds`, `peak_bytes` (growth of the
+            process while pruning); or `error` with `kind` and `message`.
         found: rows that an earlier call had measured.
     """
 
@@ -287,10 +290,12 @@ class Comparison:
     dense: dict[str, float]
     rows: list[dict[str, Any]]
     found: int = 0
+    dense_tasks: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        result = {"format": _FORMAT, **self.facts, "dense": self.dense, "rows": self.rows}
+        more = {"dense_tasks": self.dense_tasks} if self.dense_tasks else {}
+        result = {"format": _FORMAT, **self.facts, "dense": self.dense, **more, "rows": self.rows}
         return {**result, "goals": goals(result)}
 
 
@@ -304,11 +309,14 @@ class _Run:
         self.facts, self.path = facts, path
         versions = facts["machine"]["versions"]
         self._base = [facts[key] for key in _SAME] + [versions["pyprune"], versions["torch"]]
+        self._base += [facts["suite"]] if "suite" in facts else []
         self._source = {key: facts["machine"][key] for key in ("commit", "dirty", "date")}
         self.rows: dict[tuple[str, float, int], dict[str, Any]] = {
             (row["label"], row["keep"], row["seed"]): row for row in (old["rows"] if old else [])
         }
-        self.dense: dict[str, float] = old["dense"] if old and old.get("dense_key") == self.key(None) else {}
+        same = old if old and old.get("dense_key") == self.key(None) else {}
+        self.dense: dict[str, float] = same.get("dense", {})
+        self.dense_tasks: dict[str, Any] = same.get("dense_tasks", {})
 
     def key(self, chosen: PruneOptions | BlockOptions | None, tokens: int = 0) -> str:
         """Names a measurement: all that its numbers depend on."""
@@ -321,7 +329,7 @@ class _Run:
 
     def result(self, found: int = 0) -> Comparison:
         facts = {**self.facts, "dense_key": self.key(None)}
-        return Comparison(facts, self.dense, list(self.rows.values()), found)
+        return Comparison(facts, self.dense, list(self.rows.values()), found, self.dense_tasks)
 
     def write(self) -> None:
         if self.path:
@@ -335,6 +343,7 @@ def compare(
     evaluation: Mapping[str, Tensor],
     path: str | Path | None = None,
     *,
+    tasks: Tasks | None = None,
     facts: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> Comparison:
@@ -347,6 +356,8 @@ def compare(
         evaluation: `[N, W]` token ids by the text's name; goals are judged on each.
         path: a JSON file, written again after every row. Rows that it has already are not measured again, unless the
             configuration or the version of pyprune or torch is another, or they failed.
+        tasks: what the suite asks besides perplexity; the evaluation texts are then its domains, and goals are also
+            judged on their geometric mean.
         facts: JSON values for the result's head, such as the names of the model and of the calibration text.
         progress: called as `(stage, done, total)`: with stage `STAGE` for the rows, else for what goes on in a row.
 
@@ -373,12 +384,18 @@ def compare(
             "device": parameter.device.type,
             "calibration": _text_facts(calibration),
             "evaluation": {name: _text_facts(windows) for name, windows in evaluation.items()},
+            **({} if tasks is None else {"suite": tasks.facts()}),
         },
         Path(path) if path else None,
     )
     if not run.dense:
         run.dense = _measure(model, evaluation, progress)
+        run.dense_tasks = {} if tasks is None else tasks.measure(model, model, progress=progress)
         run.write()
+
+    def measure(pruned: nn.Module) -> dict[str, Any]:
+        return {} if tasks is None else tasks.measure(pruned, model, run.dense_tasks, progress)
+
     found = 0
     for done, setting in enumerate(rows):
         progress(STAGE, done, len(rows))
@@ -390,7 +407,7 @@ def compare(
             if old.get("key") == key and "error" not in old:
                 found += 1
                 continue
-            row = _row(model, setting, calibration, evaluation, progress)
+            row = _row(model, setting, calibration, evaluation, measure, progress)
             run.add(setting, {"config": chosen.facts(), "key": key, **row})
         except Exception as error:  # whatever a method makes of this model: the other rows still count
             message = (str(error).strip() or "no message").splitlines()[0][:1000]
@@ -411,19 +428,27 @@ def _best(lines: Sequence[Line], group: str, keep: float) -> dict[str, Any] | No
 def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Whether ours is as good as the best published method a step of sparsity earlier, on each evaluation text.
 
+    With a suite it is also asked of the geometric mean of the texts, each side's best by that.
+
     Args:
         result: as `Comparison.to_json` gives it.
 
     Returns:
         For each text and pair of `GOALS`: `text`, `published_keep`, `our_keep`, `published` and `ours` (`label`,
-        `perplexity`, `kept`; None where nothing was measured), and `met` (None then).
+        `perplexity`, `kept`; None where nothing was measured), and `met` (None then). Of the geometric mean also
+        `domains` and `domains_met`: how many texts there are, and on how many ours is met by itself.
     """
-    judged = []
-    for text in result["evaluation"]:
+    judged: list[dict[str, Any]] = []
+    for text in reversed(judged_texts(result)):  # the mean, which counts the others, is first and made last
         best = functools.partial(_best, comparison_lines(result, text))
         for published_keep, our_keep in GOALS:
             published, ours = best("published", published_keep), best("ours", our_keep)
             met = None if published is None or ours is None else ours["perplexity"] <= published["perplexity"]
             keeps = {"text": text, "published_keep": published_keep, "our_keep": our_keep}
-            judged.append({**keeps, "published": published, "ours": ours, "met": met})
-    return judged
+            goal = {**keeps, "published": published, "ours": ours, "met": met}
+            if text == MEAN:
+                of = [other["met"] for other in judged if other["our_keep"] == our_keep and other["text"] != MEAN]
+                goal |= {"domains": len(of), "domains_met": None if met is None else of.count(True)}
+            judged.append(goal)
+    order = judged_texts(result)
+    return sorted(judged, key=lambda goal: order.index(goal["text"]))

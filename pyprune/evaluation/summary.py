@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
+
+# In place of a text: all texts of a result with a suite together.
+MEAN = "geometric mean"
+
+
+def judged_texts(result: Mapping[str, Any]) -> list[str]:
+    """The evaluation texts of a `Comparison.to_json()`; with a suite, their geometric mean before them."""
+    return [*([MEAN] if result.get("suite") else []), *result["evaluation"]]
+
+
+def perplexity_on(perplexities: Mapping[str, float], text: str) -> float:
+    """Of perplexities by text the one of `text`, which may be `MEAN`."""
+    return geometric_mean(perplexities.values()) if text == MEAN else perplexities[text]
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class Line:
 
 
 def comparison_lines(result: Mapping[str, Any], text: str) -> list[Line]:
-    """The settings of a `Comparison.to_json()` on one evaluation text; rows that failed are left out."""
+    """The settings of a `Comparison.to_json()` on one evaluation text, or `MEAN`; rows that failed are left out."""
     groups: dict[tuple[str, str], dict[float, list[Mapping[str, Any]]]] = {}
     for row in result["rows"]:
         if "error" not in row:
@@ -53,6 +66,6 @@ def comparison_lines(result: Mapping[str, Any], text: str) -> list[Line]:
 
 
 def _point(keep: float, rows: Sequence[Mapping[str, Any]], text: str) -> Point:
-    values = [row["perplexity"][text] for row in rows]
+    values = [perplexity_on(row["perplexity"], text) for row in rows]
     kept, seconds = fmean(row["kept"] for row in rows), fmean(row["prune_seconds"] for row in rows)
     return Point(keep, kept, fmean(values), min(values), max(values), len(values), seconds)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ..evaluation.summary import comparison_lines
+from ..evaluation.summary import comparison_lines, judged_texts, perplexity_on
 from ..speed.summary import Speed
 from .facts import Facts
 from .figures_compare import best, recovered
@@ -131,13 +131,14 @@ def _others(facts: Facts) -> Iterator[str]:
         )
     compare = facts.get("compare")
     if compare is not None:
-        text = next(iter(compare["evaluation"]))
+        text = judged_texts(compare)[0]
         top = best(comparison_lines(compare, text))
         if top is not None:
             removed, line, perplexity = top
+            dense = perplexity_on(compare["dense"], text)
             yield (
                 f"of {plural(len({row['label'] for row in compare['rows']}), 'way')} to prune, {clip(line.label, 40)} "
-                f"loses least at {percent(removed)} removed: perplexity {short(compare['dense'][text])} → "
+                f"loses least at {percent(removed)} removed: perplexity {short(dense)} → "
                 f"{short(perplexity)} on {clip(text, 60)}"
             )
     nested = facts.get("nested")
@@ -233,11 +234,11 @@ def _other_tiles(facts: Facts) -> Iterator[Tile]:
         yield Tile("Perplexity, geometric mean", estimate({"value": ratio}, times), (over,))
     compare: dict[str, Any] | None = facts.get("compare")
     if compare is not None:
-        for text in list(compare["evaluation"])[:2]:
+        for text in judged_texts(compare)[:2]:
             top = best(comparison_lines(compare, text))
             if top is not None:
                 removed, line, perplexity = top
-                beside = (f"dense {short(compare['dense'][text])}", clip(line.label, 30), clip(text, 44))
+                beside = (f"dense {short(perplexity_on(compare['dense'], text))}", clip(line.label, 30), clip(text, 44))
                 yield Tile(f"Perplexity, {percent(removed)} removed", short(perplexity), beside)
     nested = facts.get("nested")
     if nested is not None:

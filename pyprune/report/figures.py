@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.errors import check
 from ..base.files import new_file
-from ..evaluation.summary import Line, comparison_lines
+from ..evaluation.summary import Line, comparison_lines, judged_texts, perplexity_on
 from ..speed.summary import Speed, speeds
 
 _DENSE, _PRUNED, _FAST, _CEILING = "#8d99ae", "#2a6f97", "#2a9d6f", "#d62828"
@@ -105,7 +105,7 @@ def apart(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 def compare_figure(result: dict[str, Any], path: str | Path) -> None:
-    """Draw perplexity over the share of neurons removed, a line a setting, on the first evaluation text.
+    """Draw perplexity over the share of neurons removed, a line a setting, on the first text, or all of a suite.
 
     Args:
         result: as `comparison.Comparison.to_json` gives it.
@@ -117,8 +117,8 @@ def compare_figure(result: dict[str, Any], path: str | Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    text = next(iter(result["evaluation"]))
-    lines, dense = comparison_lines(result, text), result["dense"][text]
+    text = judged_texts(result)[0]
+    lines, dense = comparison_lines(result, text), perplexity_on(result["dense"], text)
     check(bool(lines), "result", "have a row that was measured", len(result["rows"]))
     with rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")

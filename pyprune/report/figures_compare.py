@@ -6,7 +6,7 @@ from math import log
 from textwrap import fill
 from typing import Any
 
-from ..evaluation.summary import Line, comparison_lines
+from ..evaluation.summary import Line, comparison_lines, judged_texts, perplexity_on
 from .facts import Facts
 from .figures import apart
 from .parts import Figure, Section, Table, figure
@@ -105,11 +105,11 @@ def section(facts: Facts) -> Section | None:
     if found is None:
         return None
     figures, tables = [], []
-    for i, text in enumerate(found["evaluation"]):
+    for i, text in enumerate(judged_texts(found)):
         lines = comparison_lines(found, text)
         if not lines:
             continue
-        figures.append(_figure(f"compare-{i}", lines, found["dense"][text], text))
+        figures.append(_figure(f"compare-{i}", lines, perplexity_on(found["dense"], text), text))
         keeps = sorted({point.keep for one in lines for point in one.points}, reverse=True)
         rows = []
         for one in lines:

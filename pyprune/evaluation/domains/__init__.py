@@ -1,7 +1,7 @@
 """A model judged on six domains at once, on PIQA's choices, and on what it writes."""
 
 from .result import Losses, Suite
-from .suite import domain_windows, piqa, suite
+from .suite import Tasks, domain_windows, piqa, suite
 from .texts import Domain, Material, read_material
 from .writing import Writing, write
 
@@ -10,6 +10,7 @@ __all__ = [
     "Losses",
     "Material",
     "Suite",
+    "Tasks",
     "Writing",
     "domain_windows",
     "piqa",

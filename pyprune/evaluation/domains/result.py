@@ -179,14 +179,22 @@ def _writing(facts: Mapping[str, Any]) -> Writing:
     )
 
 
-def piqa_facts(correct: Mapping[str, tuple[int, ...]], keep: bool = True) -> dict[str, Any] | None:
-    """Accuracies with intervals, and with `keep` which questions were answered right (`1`, else `0`)."""
+def piqa_facts(correct: Mapping[str, tuple[int, ...]], dense: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Accuracies with intervals, and which questions were answered right (`1`, else `0`), as one text.
+
+    With what this says of the dense model, the share that is retained of what that has above chance instead.
+    """
     if not correct:
         return None
-    found = {name: estimate(torch.tensor(correct[name])).to_json() for name in METRICS}
-    if keep:
-        found = {name: {**of, "correct": "".join(map(str, correct[name]))} for name, of in found.items()}
-    return {"items": len(correct["accuracy"]), "chance": _CHANCE, **found}
+    facts: dict[str, Any] = {"items": len(correct["accuracy"]), "chance": _CHANCE}
+    for name in METRICS:
+        mine, answers = torch.tensor(correct[name]), "".join(map(str, correct[name]))
+        more: dict[str, Any] = {"correct": answers}
+        if dense is not None:
+            theirs = torch.tensor([int(answer) for answer in dense[name]["correct"]])
+            more = {"retained": metric(theirs, mine, _CHANCE).to_json()["retained"]}
+        facts[name] = {**estimate(mine).to_json(), **more}
+    return facts
 
 
 def generation_facts(writing: Writing, keep: bool = True) -> dict[str, Any]:

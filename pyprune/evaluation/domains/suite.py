@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from ...base.windows import token_windows
 from ..perplexity import window_losses
 from ..tasks.choice import choice_correct
 from ..tasks.records import ChoiceRecord
-from .result import METRICS, Losses, Suite
+from .result import METRICS, Losses, Suite, generation_facts, piqa_facts
 from .texts import Domain, Material, read_material
 from .writing import has_chat, write
 
@@ -86,6 +88,52 @@ def suite(
     if earlier is None and dense is not None:
         earlier = _measure(dense, tokenizer, material, windows, new_tokens, dense, progress)
     return _measure(model, tokenizer, material, windows, new_tokens, judge, progress, earlier)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """PIQA and writing, as `compare` asks them of every model.
+
+    Attributes:
+        tokenizer: of all the models.
+        questions: of PIQA; may be none.
+        new_tokens: of what is written to a prompt at most; 0 writes nothing.
+    """
+
+    tokenizer: Any
+    questions: Sequence[ChoiceRecord] = ()
+    new_tokens: int = NEW_TOKENS
+
+    def facts(self) -> dict[str, Any]:
+        """All that the numbers depend on besides the model, as JSON values."""
+        asked = json.dumps([[q.prompt, q.choices, q.answer] for q in self.questions])
+        sha256 = hashlib.sha256(asked.encode()).hexdigest()
+        return {"items": len(self.questions), "sha256": sha256, "new_tokens": self.new_tokens}
+
+    def measure(
+        self, model: Any, dense: Any, found: Mapping[str, Any] | None = None, progress: Progress = quiet
+    ) -> dict[str, Any]:
+        """Ask one model.
+
+        Args:
+            model: a causal LM of Transformers, in eval mode.
+            dense: judges how likely its texts are.
+            found: what this gave for the dense model, for a pruned one.
+            progress: called as `(stage, done, total)`.
+
+        Returns:
+            `piqa` and `generation` as in `Suite.to_json`, without the texts; each only if it is asked for. With `found`
+            the accuracies of PIQA have `retained`, the share of what dense has above chance, in place of `correct`.
+        """
+        facts: dict[str, Any] = {}
+        if self.questions:
+            correct = piqa(model, self.tokenizer, self.questions, progress)
+            facts["piqa"] = piqa_facts(correct, found["piqa"] if found else None)
+        if self.new_tokens:
+            facts["generation"] = generation_facts(
+                write(model, self.tokenizer, self.new_tokens, dense, progress), False
+            )
+        return facts
 
 
 def _sha256(windows: Tensor) -> str:
