@@ -80,6 +80,13 @@ def _gpu() -> dict[str, Any] | None:
     }
 
 
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions that multiply bfloat16; where it has none, that is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
+
+
 def facts() -> dict[str, Any]:
     """What a reader needs to judge a number: plain JSON values; no host name, no user name, no paths.
 

@@ -6,6 +6,7 @@ the answer to it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -19,13 +20,14 @@ from transformers import GenerationConfig
 
 from ..base.errors import InputError, check
 from ..base.files import cache_folder, new_file
+from ..base.machine import fast_bfloat16
 from ..base.progress import Progress, quiet
 from ..base.windows import plain_ids, start_ids
 from ..model.decode import end_tokens
 
 KINDS = ("plain", "chat")
 # Tokens of a document, and of what a user says, at most; documents that are written at once.
-LENGTH, _ASKED, _AT_ONCE = 512, 64, 48
+LENGTH, _ASKED, _AT_ONCE = 256, 64, 48
 _FORMAT = 1
 _MARK = "\x00what is said\x00"
 
@@ -118,11 +120,14 @@ def write(
     found: list[list[int]] = []
     total, context = 0, getattr(model.config, "max_position_embeddings", None)
     length = min(LENGTH, context // 2) if isinstance(context, int) else LENGTH
+    writer = model
+    if next(model.parameters()).dtype == torch.float32 and fast_bfloat16(next(model.parameters()).device):
+        writer = copy.deepcopy(model).bfloat16()  # nearly twice as fast, and a sample all the same
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         while total < tokens:
             progress("writing calibration text", total, tokens)
-            made = _documents(model, tokenizer, kind, min(_AT_ONCE, -(-(tokens - total) // length) + 2), length)
+            made = _documents(writer, tokenizer, kind, min(_AT_ONCE, -(-(tokens - total) // length) + 2), length)
             written = sum(map(len, made))
             check(written > 0, "text", "not be 'self' for a model that writes nothing but its end token", kind)
             found += made

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base.machine import fast_bfloat16
 from ...model.probe import evaluating
 from ...pruning.mixture import Windows
 from ..distillation import (
@@ -32,11 +33,7 @@ def _precision(wanted: str, device: torch.device) -> torch.dtype:
     """The dtype of the products: bfloat16 pays off only where the device has instructions for it."""
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
 
 
 class Lesson:
