@@ -156,8 +156,6 @@ def test_prune_without_text_needs_none(tiny_checkpoint: Path, tmp_path: Path) ->
         "random",
         "--repair",
         "none",
-        "--text",
-        "/none",
     )
     assert facts["text"] is None and facts["tokens"] == 0
 

@@ -23,6 +23,7 @@ CHAT = (
 @pytest.fixture
 def model(tiny, monkeypatch):
     monkeypatch.setattr(written, "LENGTH", 32)
+    monkeypatch.setattr(written, "AT_ONCE", 16)
     return tiny("llama", vocab_size=1024, max_position_embeddings=512)
 
 
@@ -101,19 +102,20 @@ def test_builtin_is_prose_and_code(tokenizer):
 
 def test_a_model_writes_by_itself(model, tokenizer):
     state = torch.get_rng_state()
-    documents = written.write(model, tokenizer, 2000, seed=1)
+    rows = written.write(model, tokenizer, 1500, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert sum(map(len, documents)) >= 2000 and all(d[0] == tokenizer.bos_token_id for d in documents)
-    assert documents == written.write(model, tokenizer, 2000, seed=1) != written.write(model, tokenizer, 2000, seed=2)
-    counts = torch.tensor([t for d in documents for t in d[1:]]).bincount(minlength=1024)
-    assert (counts > 0).sum() > 700, "sampled from the whole distribution, which is nearly flat here"
+    assert sum(map(len, rows)) >= 1500 and all(row[0] == tokenizer.bos_token_id for row in rows)
+    assert rows[:1] == written.write(model, tokenizer, 100, seed=1) != written.write(model, tokenizer, 100, seed=2)
+    assert rows[1:] == written.write(model, tokenizer, 1500, seed=1, before=(len(rows[0]),)), "written further"
+    counts = torch.tensor([token for row in rows for token in row]).bincount(minlength=1024)
+    assert (counts > 0).sum() > 600, "sampled from the whole distribution, which is nearly flat here"
 
 
 def test_a_model_that_follows_instructions_writes_in_its_template(model, tokenizer):
     own = copy.deepcopy(tokenizer)
     own.chat_template = CHAT
-    documents = written.write(model, own, 1500, "chat")
     before, between = (own(t, add_special_tokens=False)["input_ids"] for t in ("<user>", "</s><a>"))
+    documents = written._documents(model, own, "chat", 16, 32)
     for document in documents:
         assert document[: len(before)] == before
         places = [i for i in range(len(document)) if document[i : i + len(between)] == between]
@@ -161,7 +163,8 @@ def test_what_was_written_is_kept_by_model_seed_and_tokenizer(model, tokenizer, 
     assert torch.equal(mix(["self"], model, tokenizer, 64 * 4, 64).ids, first.ids[:4]), "a shorter one is its start"
     assert not called
     mix(["self"], model, tokenizer, 64 * 8, 64, seed=1)
-    mix(["self"], model, tokenizer, 64 * 16, 64)
+    longer = mix(["self"], model, tokenizer, 64 * 16, 64)
+    assert torch.equal(longer.ids[:8], first.ids), "written further, not anew"
     assert len(called) == 2, "another seed, and more than was there"
     file.write_bytes(b"damaged")
     mix(["self"], model, tokenizer, 64 * 8, 64)

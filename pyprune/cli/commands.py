@@ -149,7 +149,17 @@ def evaluate(
             return _load(name, dtype, place, *((weights, width) if name == model else (None, None)))
 
         size = TOKENS if tokens is None else tokens, WINDOW if window is None else window
-        judge(model, load, data, against, *size, items or 0, NEW_TOKENS if new_tokens is None else new_tokens, as_json)
+        judge(
+            model,
+            load,
+            data,
+            against,
+            *size,
+            start_token,
+            items or 0,
+            NEW_TOKENS if new_tokens is None else new_tokens,
+            as_json,
+        )
         return
     check_no_suite(data=data, against=against, items=items, new_tokens=new_tokens)
     tokens, window = _TOKENS if tokens is None else tokens, _WINDOW if window is None else window

@@ -22,6 +22,7 @@ from ..evaluation.summary import comparison_lines, judged_texts
 from ..model import loading
 from ..pruning import importance
 from ..pruning.allocation import ALLOCATIONS
+from ..pruning.mixture import mix
 from ..pruning.repair import REPAIRS
 from ..report.figures import compare_figure
 from .options import (
@@ -29,9 +30,11 @@ from .options import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    StartOption,
     TextOption,
     TokensOption,
     WindowOption,
+    check_sources,
     choose_device,
     text_windows,
 )
@@ -99,11 +102,13 @@ def _recipes(presets: str, criteria: str, repair: str, allocation: str) -> list[
     return [recipe for name in chosen["preset"] for recipe in of[name]]
 
 
-def _evaluation(tokenizer: Any, text: str | None, also: list[str], tokens: int, window: int) -> dict[str, Tensor]:
+def _evaluation(
+    tokenizer: Any, text: str | None, also: list[str], tokens: int, window: int, start: str
+) -> dict[str, Tensor]:
     """The second half of `text`, then each of `also`, by name."""
     evaluation: dict[str, Tensor] = {}
     for path in [text and f"{text}:second", *(None if path == DEFAULT else path for path in also)]:
-        windows, name = text_windows(tokenizer, path, "second", tokens, window)
+        windows, name = text_windows(tokenizer, path, "second", tokens, window, start)
         twice = name in evaluation and path is not None
         check(not twice, "also", "be texts with names that differ", name)
         evaluation[name] = windows
@@ -174,6 +179,15 @@ def _goal(goal: dict[str, Any]) -> str:
 def compare(
     model: ModelArgument,
     text: TextOption = None,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Calibration text, SOURCE or SOURCE@WEIGHT as for prune; repeat to mix. Default: the first half of "
+            "--text where that is given, else self and builtin.",
+            show_default=False,
+        ),
+    ] = None,
+    start_token: StartOption = "auto",
     also: Annotated[
         list[str] | None,
         typer.Option(
@@ -219,8 +233,8 @@ def compare(
 ) -> None:
     """Prune MODEL in many ways and measure each on the same texts; stopped, it goes on where it was.
 
-    The first half of --text calibrates, its second half and every --also evaluate. With --suite, --evaluation-tokens
-    are those of each domain.
+    The first half of --text calibrates unless --calibrate says otherwise, its second half and every --also evaluate.
+    With --suite, --evaluation-tokens are those of each domain.
     """
     keeps = _shares(keep)
     recipes = _recipes(preset, criteria, repair, allocation)
@@ -233,17 +247,19 @@ def compare(
     check(figure is None or figure.suffix == ".svg", "figure", "be an .svg file", str(figure))
     place = choose_device(device)
     tokenizer = loading.load_tokenizer(model)
-    calibration, calibration_name = text_windows(tokenizer, text and f"{text}:first", "first", tokens, window)
+    sources = check_sources(calibrate or ([f"{text}:first"] if text else None), tokens, window, start_token)
     tasks = None
     if material is not None:
-        evaluation = domain_windows(tokenizer, material.domains, evaluation_tokens, window)
+        evaluation = domain_windows(tokenizer, material.domains, evaluation_tokens, window, start_token)
         tasks = Tasks(tokenizer, material.questions, NEW_TOKENS if new_tokens is None else new_tokens)
     else:
-        evaluation = _evaluation(tokenizer, text, also or [DEFAULT], evaluation_tokens, window)
+        evaluation = _evaluation(tokenizer, text, also or [DEFAULT], evaluation_tokens, window, start_token)
     loaded = loading.load_model(model, dtype, place)
     rows = settings(recipes, keeps, loaded.config.num_hidden_layers, multiple, seeds)
-    facts = {"model": model if model == loading.DEMO else Path(model).name, "text": calibration_name}
+    facts: dict[str, Any] = {"model": model if model == loading.DEMO else Path(model).name}
     with _RowBars() as bars:
+        calibration = mix(sources, loaded, tokenizer, tokens, window, start=start_token, progress=bars)
+        facts |= {"text": calibration.name, "sources": calibration.facts()}
         comparison = compare_settings(
             loaded, rows, calibration, evaluation, out, tasks=tasks, facts=facts, progress=bars
         )
@@ -255,6 +271,6 @@ def compare(
         result,
         as_json,
         *_tables(result),
-        escape(f"dense {dense}; calibrated on {calibration.numel()} tokens of {calibration_name}"),
+        escape(f"dense {dense}; calibrated on {calibration.ids.numel()} tokens of {calibration.name}"),
         escape(f"{len(rows)} rows, {comparison.found} of them measured before; written to {out}"),
     )

@@ -72,6 +72,7 @@ def judge(
     against: str | None,
     tokens: int,
     window: int,
+    start: str,
     items: int,
     new_tokens: int,
     as_json: bool,
@@ -82,7 +83,7 @@ def judge(
         model: its name.
         load: gives the model of a name.
         against: the dense model, or a `.json` file with its result; None for neither.
-        data, tokens, window, items, new_tokens: as for `evaluation.domains.suite`.
+        data, tokens, window, start, items, new_tokens: as for `evaluation.domains.suite`.
     """
     material = read_material(data, items)  # complains before a long load
     file = against is not None and against.endswith(".json") and Path(against).is_file()
@@ -92,7 +93,7 @@ def judge(
     if against is not None and not file:
         check_same_tokenizer(loading.load_tokenizer(against), tokenizer, "against")
         dense = load(against)
-    options: dict[str, Any] = {"tokens": tokens, "window": window, "new_tokens": new_tokens}
+    options: dict[str, Any] = {"tokens": tokens, "window": window, "start": start, "new_tokens": new_tokens}
     with Bars() as bars:
         found = suite(load(model), tokenizer, material, dense=dense, reference=reference, **options, progress=bars)
     facts = {"model": model, "dense": against, "machine": machine.facts(), **found.to_json()}

@@ -29,6 +29,7 @@ from ..base.windows import check_windows, stack_batches
 from ..model import families
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.blocks import BlockOptions, BlockReport, prune_blocks
+from ..pruning.mixture import Windows, unnamed
 from ..pruning.options import PruneOptions
 from ..pruning.prune import PruneReport, prune
 from . import perplexity
@@ -151,7 +152,7 @@ class Setting:
             return BlockOptions.of(keep=self.keep, **self.options)
         return PruneOptions.of(self.keep, seed=self.seed, **self.options)
 
-    def run(self, model: nn.Module, text: Tensor, progress: Progress) -> PruneReport | BlockReport:
+    def run(self, model: nn.Module, text: Windows, progress: Progress) -> PruneReport | BlockReport:
         """Prune `model`, in place. Errors as `prune`."""
         if "structure" in self.options:
             return prune_blocks(model, keep=self.keep, text=text, progress=progress, **self.options)
@@ -244,13 +245,13 @@ def _measure(model: nn.Module, evaluation: Mapping[str, Tensor], progress: Progr
 def _row(
     model: nn.Module,
     setting: Setting,
-    calibration: Tensor,
+    calibration: Windows,
     evaluation: Mapping[str, Tensor],
     measure: Callable[[nn.Module], dict[str, Any]],
     progress: Progress,
 ) -> dict[str, Any]:
     """Prune a copy of the model, and measure it; `measure` says what goes into the row besides perplexity."""
-    windows = calibration[: setting.tokens // calibration.shape[1]] if setting.tokens else calibration
+    windows = calibration.first(setting.tokens // calibration.ids.shape[1]) if setting.tokens else calibration
     pruned = copy.deepcopy(model)
     report = setting.run(pruned, windows, progress)
     whole = isinstance(report, BlockReport)
@@ -339,7 +340,7 @@ class _Run:
 def compare(
     model: nn.Module,
     rows: Sequence[Setting],
-    calibration: Tensor,
+    calibration: Tensor | Windows,
     evaluation: Mapping[str, Tensor],
     path: str | Path | None = None,
     *,
@@ -352,7 +353,7 @@ def compare(
     Args:
         model: a dense causal LM of Transformers; unchanged afterwards.
         rows: what to measure, as `settings` makes them.
-        calibration: `[N, W]` token ids.
+        calibration: `[N, W]` token ids, or windows of several sources.
         evaluation: `[N, W]` token ids by the text's name; goals are judged on each.
         path: a JSON file, written again after every row. Rows that it has already are not measured again, unless the
             configuration or the version of pyprune or torch is another, or they failed.
@@ -370,9 +371,10 @@ def compare(
     check(0 < len(names) == len(set(names)), "rows", "be some, each once", len(names))
     check(bool(evaluation), "evaluation", "hold at least one text", list(evaluation))
     vocabulary = getattr(model.config, "vocab_size", None)
-    calibration = stack_batches(calibration, vocabulary)
+    calibrating = calibration if isinstance(calibration, Windows) else unnamed(stack_batches(calibration, vocabulary))
+    stack_batches(calibrating.ids, vocabulary, "calibration")
     evaluation = {name: stack_batches(windows, vocabulary) for name, windows in evaluation.items()}
-    for name, windows in {"calibration": calibration, **evaluation}.items():
+    for name, windows in {"calibration": calibrating.ids, **evaluation}.items():
         check_windows(model, windows, name)
     parameter = next(model.parameters())
     run = _Run(
@@ -382,7 +384,7 @@ def compare(
             "fingerprint": families.fingerprint(model, families.find_ffns(model)),
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": parameter.device.type,
-            "calibration": _text_facts(calibration),
+            "calibration": _text_facts(calibrating.ids),
             "evaluation": {name: _text_facts(windows) for name, windows in evaluation.items()},
             **({} if tasks is None else {"suite": tasks.facts()}),
         },
@@ -407,7 +409,7 @@ def compare(
             if old.get("key") == key and "error" not in old:
                 found += 1
                 continue
-            row = _row(model, setting, calibration, evaluation, measure, progress)
+            row = _row(model, setting, calibrating, evaluation, measure, progress)
             run.add(setting, {"config": chosen.facts(), "key": key, **row})
         except Exception as error:  # whatever a method makes of this model: the other rows still count
             message = (str(error).strip() or "no message").splitlines()[0][:1000]

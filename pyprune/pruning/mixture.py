@@ -40,6 +40,10 @@ class Windows:
     sources: Tensor
     names: tuple[str, ...]
 
+    def first(self, count: int) -> Windows:
+        """The first `count` windows."""
+        return Windows(self.ids[:count], self.sources[:count], self.names)
+
     def facts(self) -> list[dict[str, Any]]:
         """What was used, by source: `source`, `tokens`, and their `share` of all."""
         counts = [int((self.sources == i).sum()) for i in range(len(self.names))]
@@ -53,6 +57,11 @@ class Windows:
         if len(self.names) == 1:
             return self.names[0]
         return " + ".join(f"{fact['source']} {fact['share']:.0%}" for fact in self.facts())
+
+
+def unnamed(ids: Tensor) -> Windows:
+    """Windows (`[N, W]` token ids) of one source without a name."""
+    return Windows(ids, torch.zeros(len(ids), dtype=torch.int64), ("",))
 
 
 Mixture = Mapping[Any, float] | Sequence[str | Path]

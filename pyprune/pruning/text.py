@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..base.errors import check
 from ..base.progress import Progress, quiet
 from ..base.windows import check_windows, stack_batches, token_windows
-from .mixture import DEFAULT, Windows, mix
+from .mixture import DEFAULT, Windows, mix, unnamed
 
 # `[N, W]` token ids or an iterable of `[W]` or `[B, W]`; windows of `mix`; with a tokenizer: prose (str), a file
 # (Path), sources with their weights, or None for the default sources.
@@ -52,11 +51,11 @@ def calibration(
     if isinstance(text, Windows):
         found = text
     elif isinstance(text, Tensor) or not (text is None or isinstance(text, str | Path | Mapping)):
-        found = _unnamed(stack_batches(text, None, "text"))
+        found = unnamed(stack_batches(text, None, "text"))
     else:
         check(tokenizer is not None, "tokenizer", "be given with text that is no token ids", None)
         if isinstance(text, str):
-            found = _unnamed(token_windows(tokenizer, text, TOKENS, longest(model)))
+            found = unnamed(token_windows(tokenizer, text, TOKENS, longest(model)))
         else:
             sources: Mapping[Any, float] = dict.fromkeys(DEFAULT if text is None else (text,), 1.0)
             sources = text if isinstance(text, Mapping) else sources
@@ -64,7 +63,3 @@ def calibration(
     stack_batches(found.ids, getattr(model.config, "vocab_size", None), "text")
     check_windows(model, found.ids, "text")
     return found
-
-
-def _unnamed(ids: Tensor) -> Windows:
-    return Windows(ids, torch.zeros(len(ids), dtype=torch.int64), ("",))

@@ -27,7 +27,7 @@ from ..model.decode import end_tokens
 
 KINDS = ("plain", "chat")
 # Tokens of a document, and of what a user says, at most; documents that are written at once.
-LENGTH, _ASKED, _AT_ONCE = 256, 64, 48
+LENGTH, _ASKED, AT_ONCE = 256, 64, 32
 _FORMAT = 1
 _MARK = "\x00what is said\x00"
 
@@ -100,10 +100,25 @@ def _documents(model: Any, tokenizer: Any, kind: str, count: int, length: int) -
     return [[*prompt, *row, *end] for prompt, row in zip(prompts, answers, strict=True) if row]
 
 
+def _writer(model: nn.Module) -> nn.Module:
+    """The model, or a copy in bfloat16 where that is nearly twice as fast: what it samples is its own all the same."""
+    weight = next(model.parameters())
+    fast = weight.dtype == torch.float32 and fast_bfloat16(weight.device)
+    return copy.deepcopy(model).bfloat16() if fast else model
+
+
 def write(
-    model: nn.Module, tokenizer: Any, tokens: int, kind: str = "plain", seed: int = 0, progress: Progress = quiet
+    model: nn.Module,
+    tokenizer: Any,
+    tokens: int,
+    kind: str = "plain",
+    seed: int = 0,
+    before: tuple[int, ...] = (),
+    progress: Progress = quiet,
 ) -> list[list[int]]:
-    """Documents of token ids that a model samples from itself, at temperature 1, until there are `tokens` in all.
+    """Texts that a model samples from itself at temperature 1, in batches, until there are `tokens` tokens in all.
+
+    What a batch says depends on its number and the seed alone, so more tokens begin as fewer do.
 
     Args:
         model: a causal LM of Transformers, dense, in eval mode.
@@ -112,26 +127,27 @@ def write(
         kind: `plain`, from the start of a text; `chat`, inside the chat template, the user's words too (Xu et al. 2024,
             arXiv 2406.08464).
         seed: of the sampling; torch's own generators stay as they are.
+        before: tokens of each batch that is there already, and is not written again.
         progress: called as `(stage, done, total)`.
+
+    Returns:
+        Token ids, one row a batch.
 
     Raises:
         InputError: a model that writes nothing but its end token, a template that fails, or no token to start from.
     """
     found: list[list[int]] = []
-    total, context = 0, getattr(model.config, "max_position_embeddings", None)
+    total, context = sum(before), getattr(model.config, "max_position_embeddings", None)
     length = min(LENGTH, context // 2) if isinstance(context, int) else LENGTH
-    writer = model
-    if next(model.parameters()).dtype == torch.float32 and fast_bfloat16(next(model.parameters()).device):
-        writer = copy.deepcopy(model).bfloat16()  # nearly twice as fast, and a sample all the same
+    writer = _writer(model)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
         while total < tokens:
             progress("writing calibration text", total, tokens)
-            made = _documents(writer, tokenizer, kind, min(_AT_ONCE, -(-(tokens - total) // length) + 2), length)
-            written = sum(map(len, made))
-            check(written > 0, "text", "not be 'self' for a model that writes nothing but its end token", kind)
-            found += made
-            total += written
+            torch.manual_seed(seed * 1_000_003 + len(before) + len(found))
+            made = [token for row in _documents(writer, tokenizer, kind, AT_ONCE, length) for token in row]
+            check(bool(made), "text", "not be 'self' for a model that writes nothing but its end token", kind)
+            found.append(made)
+            total += len(made)
     progress("writing calibration text", tokens, tokens)
     return found
 
@@ -139,6 +155,15 @@ def write(
 def _cached(facts: dict[str, Any]) -> Path:
     name = hashlib.sha256(json.dumps({"format": _FORMAT, **facts}, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "written" / f"{name[:24]}.safetensors"
+
+
+def _kept(file: Path) -> list[list[int]]:
+    """The batches of a file; none where there is no such file, or it is damaged: it is only a cache."""
+    try:
+        found: dict[str, Tensor] = load_file(file)
+        return [row.tolist() for row in found["ids"].split(found["batches"].tolist())]
+    except Exception:  # whatever is wrong with it
+        return []
 
 
 def stream(
@@ -152,24 +177,24 @@ def stream(
 ) -> list[int]:
     """As `write`, in one row, kept in the user's cache by `fingerprint`, tokenizer, seed and kind.
 
-    A file of fewer tokens than are wanted is written anew; one that cannot be read or written is done without.
+    A file of too few tokens is written further; without a folder for it, or a fingerprint, nothing is kept.
     """
     words = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     template = str(getattr(tokenizer, "chat_template", None) if kind == "chat" else "")
     file = _cached({"model": fingerprint, "tokenizer": words, "template": template, "seed": seed, "kind": kind})
-    if fingerprint and file.is_file():
-        try:
-            kept: Tensor = load_file(file)["ids"]
-            if len(kept) >= tokens:
-                return [int(t) for t in kept.tolist()]
-        except Exception:
-            pass
-    ids = [token for document in write(model, tokenizer, tokens, kind, seed, progress) for token in document]
-    if fingerprint:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(file) as temporary:
-                save_file({"ids": torch.tensor(ids, dtype=torch.int32)}, temporary)
-        except OSError:
-            pass
-    return ids
+    rows = _kept(file) if fingerprint else []
+    if sum(map(len, rows)) < tokens:
+        rows += write(model, tokenizer, tokens, kind, seed, tuple(map(len, rows)), progress)
+        if fingerprint:
+            _keep(file, rows)
+    return [token for row in rows for token in row]
+
+
+def _keep(file: Path, rows: list[list[int]]) -> None:
+    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(file) as temporary:
+            save_file({"ids": ids, "batches": torch.tensor([len(row) for row in rows])}, temporary)
+    except OSError:
+        return  # no folder for it: the text is written anew the next time

@@ -187,8 +187,11 @@ def _learning(found: dict[str, Any]) -> Figure | None:
     )
     caption += f"; the teacher has {short(teacher)}." if teacher is not None else "."
 
+    # With no weight on the text itself nobody measured its cross entropy: what is trained on is the KL to the teacher.
+    key, label = ("ce", "trained on") if any(t["ce"] for t in train) else ("loss", "KL to the teacher")
+
     def paint(axes: Any) -> None:
-        axes.plot([t["step"] for t in train], [t["ce"] for t in train], color=SOFT, linewidth=1, label="trained on")
+        axes.plot([t["step"] for t in train], [t[key] for t in train], color=SOFT, linewidth=1, label=label)
         axes.plot([m["step"] for m in held], [m["ce"] for m in held], color=FAST, marker="o", label="held out")
         if teacher is not None:
             mark(axes, teacher, "teacher", "y", WARM)

@@ -124,6 +124,19 @@ def _text(name: Any, option: str = "--text", half: str = "") -> str:
     return "" if default else f"{option} FILE{half}"
 
 
+def _sources(used: list[dict[str, Any]] | None, else_: str) -> str:
+    """The options for calibration text from several sources, files by a name that stands for them."""
+    if not used:
+        return else_
+    words = []
+    for number, part in enumerate(used, 1):
+        name = str(part["source"])
+        own = name.partition(":")[0] in ("self", "builtin")
+        name = "builtin:prose" if name.startswith(_DEFAULT_TEXT) else name if own else f"FILE{number}"
+        words.append(f"--text {name}@{part['share']:.3g}")
+    return " ".join(words)
+
+
 def _command(*parts: str) -> str:
     return " ".join(part for part in parts if part)
 
@@ -146,7 +159,7 @@ def _pruning(facts: Facts) -> Iterator[str]:
     if "damping" in config and config["damping"] is None:
         plain["damping"] = "auto"
     flags = "--no-sequential" if config.get("sequential") is False else ""
-    text = _text(provenance.get("text"))
+    text = _sources(provenance.get("sources"), _text(provenance.get("text")))
     yield _command(f"pyprune {verb} DENSE --out PRUNED", _options(**plain, **sizes), flags, text)
 
 

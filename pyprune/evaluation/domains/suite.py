@@ -25,14 +25,14 @@ TOKENS, WINDOW, NEW_TOKENS = 8192, 512, 128
 
 
 def domain_windows(
-    tokenizer: Any, domains: Sequence[Domain], tokens: int = TOKENS, window: int = WINDOW
+    tokenizer: Any, domains: Sequence[Domain], tokens: int = TOKENS, window: int = WINDOW, start: str = "auto"
 ) -> dict[str, Tensor]:
     """`[N, window]` token ids by domain, of at most `tokens` tokens each; 0 for all.
 
     Raises:
         InputError: a text shorter than a window, or as `token_windows`.
     """
-    return {d.name: token_windows(tokenizer, d.documents, tokens, window, d.name) for d in domains}
+    return {d.name: token_windows(tokenizer, d.documents, tokens, window, d.name, start) for d in domains}
 
 
 def piqa(
@@ -54,6 +54,7 @@ def suite(
     reference: Suite | Mapping[str, Any] | None = None,
     tokens: int = TOKENS,
     window: int = WINDOW,
+    start: str = "auto",
     items: int = 0,
     new_tokens: int = NEW_TOKENS,
     progress: Progress = quiet,
@@ -68,6 +69,7 @@ def suite(
         reference: an earlier result for the dense model, or its JSON values, of the same texts.
         tokens: of each domain at most; 0 for all.
         window: tokens in a window.
+        start: see `windows.start_ids`.
         items: questions of PIQA at most; 0 for all. Of a `data` that was read before, it is not asked.
         new_tokens: of what is written to a prompt at most; 0 writes nothing.
         progress: called as `(stage, done, total)`.
@@ -79,7 +81,7 @@ def suite(
     material = data if isinstance(data, Material) else read_material(data, items)
     earlier = Suite.of(reference, "reference") if isinstance(reference, Mapping) else reference
     check(new_tokens >= 0, "new_tokens", "be 0 (for no writing) or more", new_tokens)
-    windows = domain_windows(tokenizer, material.domains, tokens, window)
+    windows = domain_windows(tokenizer, material.domains, tokens, window, start)
     if earlier is not None:  # complains before anything is measured
         hashes = {name: _sha256(ids) for name, ids in windows.items()}
         way = (new_tokens, bool(new_tokens) and has_chat(tokenizer))
