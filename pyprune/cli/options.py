@@ -48,7 +48,7 @@ SourcesOption = Annotated[
         help="Calibration text, SOURCE or SOURCE@WEIGHT; give several to mix them. A source is a file (UTF-8 text, or "
         ".jsonl with 'text', 'messages' or an instruction and its answer; append :first or :second for half of it), "
         "'self' (what the model writes itself) or 'builtin' (prose and code that CPython carries). "
-        "Default: self and builtin.",
+        "Default: self@3 and builtin.",
         show_default=False,
     ),
 ]
@@ -120,7 +120,7 @@ def check_sources(words: list[str] | None, tokens: int, window: int, start: str)
     """The sources of calibration text with their weights, checked before a model is loaded."""
     check_size(tokens, window)
     check_choice(start, "start_token", STARTS)
-    return mixture.check_sources(mixture.parse(words or mixture.DEFAULT))
+    return mixture.check_sources(mixture.parse(words) if words else mixture.DEFAULT)
 
 
 def check_same_tokenizer(mine: Any, theirs: Any, argument: str) -> None:

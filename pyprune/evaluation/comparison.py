@@ -30,7 +30,7 @@ from ..model import families
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.blocks import BlockOptions, BlockReport, prune_blocks
 from ..pruning.mixture import Windows, unnamed
-from ..pruning.options import PruneOptions
+from ..pruning.options import ALLOCATION, BEST, METHOD, REPAIR, PruneOptions
 from ..pruning.prune import PruneReport, prune
 from . import perplexity
 from .domains import Tasks
@@ -61,7 +61,7 @@ class Recipe:
     options: Mapping[str, Any]
     group: str = "grid"
     protected: tuple[int, int, int] | None = None
-    tokens: int = TOKENS
+    tokens: int = 0
 
     def fitted(self, layers: int, multiple: int) -> dict[str, Any]:
         """The options for a model of so many layers: what is protected keeps its share of the depth, rounded.
@@ -99,9 +99,11 @@ PUBLISHED = (
     Recipe("ShortGPT (whole layers)", {"structure": "layer"}, "published"),
 )
 
-# What pyprune recommends.
-_BEST = {"method": "obs", "allocation": "sensitivity", "repair": "least-squares:target=0.5"}
-OURS = (Recipe("pyprune", _BEST, "ours"), Recipe("pyprune, all text", _BEST, "ours", tokens=0))
+# What `pyprune prune` does, and what it does with --best.
+OURS = (
+    Recipe("pyprune", {"method": METHOD, "allocation": ALLOCATION, "repair": REPAIR}, "ours"),
+    Recipe("pyprune --best", {"method": METHOD, **BEST}, "ours"),
+)
 
 # The best published method at the first share kept, against ours at the second: a step of sparsity for free.
 GOALS = ((0.8, 0.7), (0.7, 0.5))

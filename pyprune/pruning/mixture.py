@@ -20,10 +20,10 @@ from . import written
 
 SELF, BUILTIN = "self", "builtin"
 # Modules that every CPython carries as source code; other ones are left to evaluations.
-_BUILTIN = ("prose", "code")
 CODE = ("argparse", "ast", "collections", "dataclasses", "email.message", "functools", "inspect", "logging", "pathlib")
-# What is read where nobody names a text.
-DEFAULT = (SELF, BUILTIN)
+# What is read where nobody names a text, and the parts of what has several, by weight (bench/notes/quality.md).
+DEFAULT = {SELF: 3.0, BUILTIN: 1.0}
+_PARTS = {BUILTIN: {"prose": 1.0, "code": 1.0}, SELF: {"plain": 5.0, "chat": 1.0}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ def check_sources(mixture: Mapping[str, float]) -> dict[str, float]:
     check(sum(mixture.values()) > 0, "text", "have weights that do not sum to zero", list(mixture.values()))
     for name in mixture:
         own, _, part = name.partition(":")
-        parts = {SELF: written.KINDS, BUILTIN: _BUILTIN}.get(own)
+        parts = _PARTS.get(own)
         if parts is None:
             file = file_and_half(name)[0]
             check(Path(file).is_file(), "text", f"be an existing file, {SELF} or {BUILTIN}", file)
@@ -116,13 +116,15 @@ def _code() -> list[Document]:
 
 
 def _expanded(mixture: Mapping[str, float], tokenizer: Any) -> dict[str, float]:
-    """Sources that are two, as two of half the weight."""
-    parts = {BUILTIN: _BUILTIN, SELF: written.KINDS if written.has_chat(tokenizer) else ("plain",)}
+    """Sources of several parts as those parts."""
     found: dict[str, float] = {}
     for name, weight in mixture.items():
         if weight > 0:
-            of = parts.get(name)
-            found |= {f"{name}:{part}": weight / len(of) for part in of} if of else {name: weight}
+            of = dict(_PARTS.get(name, {}))
+            if not written.has_chat(tokenizer):
+                of.pop("chat", None)
+            total = sum(of.values())
+            found |= {f"{name}:{part}": weight * w / total for part, w in of.items()} or {name: weight}
     return found
 
 
@@ -160,9 +162,9 @@ def mix(
 
     Args:
         mixture: sources with their weights, or sources that weigh the same. A source is a file (see `load_text`),
-            `self` (see `written`; a model with a chat template writes half of it there; `self:plain` and `self:chat`
-            are the halves alone) or `builtin` (half prose, half source code that CPython carries; `builtin:prose`,
-            `builtin:code`).
+            `self` (see `written`; a model with a chat template writes a sixth of it there; `self:plain` and
+            `self:chat` are those parts alone) or `builtin` (half prose, half source code that CPython carries;
+            `builtin:prose`, `builtin:code`).
         model: the dense model, which writes `self`; None where no source is.
         tokenizer: its own.
         tokens: in all; 0 for all of the files, where every source is one. A source that holds less than its share

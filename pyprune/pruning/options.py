@@ -11,6 +11,11 @@ from .allocation import ALLOCATIONS, Allocation
 from .repair import Repair
 from .repair import parse as parse_repair
 
+# What is done where nobody says otherwise: what every engine loads and every family takes; and what measured best
+# (bench/notes/quality.md).
+KEEP, METHOD, ALLOCATION, REPAIR = 0.7, "obs", "uniform", "least-squares"
+BEST = {"allocation": "sensitivity", "repair": "least-squares:target=0.5"}
+
 
 @dataclass(frozen=True)
 class PruneOptions:
@@ -38,10 +43,10 @@ class PruneOptions:
     @classmethod
     def of(
         cls,
-        keep: float = 0.7,
-        method: str = "obs",
-        allocation: Allocation | str = "uniform",
-        repair: Repair | str | None = "least-squares",
+        keep: float = KEEP,
+        method: str = METHOD,
+        allocation: Allocation | str = ALLOCATION,
+        repair: Repair | str | None = REPAIR,
         sequential: bool = True,
         seed: int = 0,
     ) -> PruneOptions:

@@ -15,7 +15,7 @@ from ..model.described import Described
 from ..model.mask import Mask
 from ..model.probe import evaluating
 from .allocation import Allocation, Plan
-from .options import PruneOptions
+from .options import ALLOCATION, KEEP, METHOD, REPAIR, PruneOptions
 from .pruner import LayerReport, Pruner
 from .repair import Repair
 from .run import Run, Totals
@@ -66,11 +66,11 @@ def _check_rebuilds(described: Described, options: PruneOptions, mask: Mask | No
 @torch.no_grad()
 def prune(
     model: nn.Module,
-    keep: float = 0.7,
-    method: str = "obs",
+    keep: float = KEEP,
+    method: str = METHOD,
     *,
-    allocation: Allocation | str = "uniform",
-    repair: Repair | str | None = "least-squares",
+    allocation: Allocation | str = ALLOCATION,
+    repair: Repair | str | None = REPAIR,
     text: Text = None,
     tokenizer: Any = None,
     seed: int = 0,
@@ -148,7 +148,7 @@ def _pruner(model: nn.Module, options: PruneOptions, needed: bool, text: Text, t
 @torch.no_grad()
 def score(
     model: nn.Module,
-    method: str = "obs",
+    method: str = METHOD,
     *,
     text: Text = None,
     tokenizer: Any = None,
@@ -168,10 +168,10 @@ def score(
 @torch.no_grad()
 def curves(
     model: nn.Module,
-    method: str = "obs",
+    method: str = METHOD,
     *,
     multiple: int = 64,
-    repair: Repair | str | None = "least-squares",
+    repair: Repair | str | None = REPAIR,
     text: Text = None,
     tokenizer: Any = None,
     seed: int = 0,

@@ -18,8 +18,8 @@ from .mixture import DEFAULT, Windows, mix, unnamed
 Text = Iterable[Tensor] | Tensor | Windows | Mapping[Any, float] | str | Path | None
 
 # Of text that is not cut into windows yet.
-TOKENS = 65_536
-WINDOW = 1024
+TOKENS = 32_768
+WINDOW = 512
 
 
 def longest(model: nn.Module, window: int = WINDOW) -> int:
@@ -57,8 +57,8 @@ def calibration(
         if isinstance(text, str):
             found = unnamed(token_windows(tokenizer, text, TOKENS, longest(model)))
         else:
-            sources: Mapping[Any, float] = dict.fromkeys(DEFAULT if text is None else (text,), 1.0)
-            sources = text if isinstance(text, Mapping) else sources
+            given = DEFAULT if text is None else text
+            sources: Mapping[Any, float] = given if isinstance(given, Mapping) else {given: 1.0}
             found = mix(sources, model, tokenizer, TOKENS, longest(model), seed=seed, progress=progress)
     stack_batches(found.ids, getattr(model.config, "vocab_size", None), "text")
     check_windows(model, found.ids, "text")

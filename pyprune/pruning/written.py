@@ -1,6 +1,6 @@
 """Text that a model writes itself: calibration tokens of its own distribution, where nobody has any of the user's.
 
-A model that follows instructions writes half of it inside its chat template: first what a user would say there, then
+A model that follows instructions writes a part of it inside its chat template: first what a user would say there, then
 the answer to it.
 """
 
