@@ -121,7 +121,7 @@ def test_a_model_that_follows_instructions_writes_in_its_template(model, tokeniz
         places = [i for i in range(len(document)) if document[i : i + len(between)] == between]
         assert places and places[0] > len(before), "something is asked, and then answered"
     found = mix(["self"], model, own, 64 * 8, 64)
-    assert found.names == ("self:plain", "self:chat") and found.sources.bincount().tolist() == [4, 4]
+    assert found.names == ("self:plain", "self:chat") and found.sources.bincount().tolist() == [7, 1]
     assert mix(["self"], model, tokenizer, 64 * 8, 64).names == ("self:plain",)
     for template, message in (
         ("{{ raise_exception('no users') }}", r"text 'self:chat' needs a chat template that works; .*no users"),
@@ -163,7 +163,7 @@ def test_what_was_written_is_kept_by_model_seed_and_tokenizer(model, tokenizer, 
     assert torch.equal(mix(["self"], model, tokenizer, 64 * 4, 64).ids, first.ids[:4]), "a shorter one is its start"
     assert not called
     mix(["self"], model, tokenizer, 64 * 8, 64, seed=1)
-    longer = mix(["self"], model, tokenizer, 64 * 16, 64)
+    longer = mix(["self"], model, tokenizer, 64 * 40, 64)
     assert torch.equal(longer.ids[:8], first.ids), "written further, not anew"
     assert len(called) == 2, "another seed, and more than was there"
     file.write_bytes(b"damaged")
@@ -186,4 +186,4 @@ def test_prune_says_what_it_read(tiny, tokenizer, files):
     assert plain.sources == [] and "text" not in plain.mask.provenance
     assert [k.neurons.tolist() for k in plain.mask.layers] == [k.neurons.tolist() for k in report.mask.layers]
     assert isinstance(plain.mask, Mask) and isinstance(windows, Windows)
-    assert mixture.DEFAULT == ("self", "builtin")
+    assert mixture.DEFAULT == {"self": 3.0, "builtin": 1.0}

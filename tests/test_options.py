@@ -22,6 +22,7 @@ from pyprune import (
 )
 from pyprune.cli.commands import app
 from pyprune.model.families import find_ffns
+from pyprune.pruning import text
 from pyprune.pruning.allocation import ALLOCATIONS, Allocation, Plan
 from pyprune.pruning.options import PruneOptions
 from pyprune.pruning.repair import REPAIRS, Fitted, NoRepair, Repair
@@ -110,9 +111,9 @@ def test_several_short_forms_and_overrides():
     found = REPAIRS.parse_all("none, least-squares:damping=auto,target=0.5,refit")
     assert found == [NoRepair(), LeastSquares(damping="auto", target=0.5), Refit()]
     assert ALLOCATIONS.parse_all("uniform:protect=4,2,global") == [Uniform(protect=(4, 2)), Global()]
-    for text in ("", "none,none", "bias,bias:"):
+    for words in ("", "none,none", "bias,bias:"):
         with pytest.raises(InputError, match="repair must be"):
-            REPAIRS.parse_all(text)
+            REPAIRS.parse_all(words)
     assert ALLOCATIONS.parse("global:floor=0.2,multiple=8", floor="0.1") == Global(floor=0.1, multiple=8)
     assert ALLOCATIONS.parse(Global(floor=0.2), protect=(1, 0)) == Global(floor=0.2, protect=(1, 0))
 
@@ -202,7 +203,7 @@ def test_one_more_allocation_and_repair_are_found(toys, tiny, ids, tiny_checkpoi
         REPAIRS.add(louder)
 
 
-def test_text_as_prose_file_and_default(tiny, tmp_path):
+def test_text_as_prose_file_and_default(tiny, tokenizer, tmp_path, monkeypatch):
     class Tokenizer:
         bos_token_id = None
 
@@ -214,10 +215,12 @@ def test_text_as_prose_file_and_default(tiny, tmp_path):
     wide = {"method": "wanda", "repair": None, "allocation": "uniform:multiple=8", "tokenizer": Tokenizer()}
     first = prune(tiny("llama"), text=path.read_text(), **wide)
     second = prune(tiny("llama"), text=path, **wide)
-    third = prune(tiny("llama"), **wide)
+    monkeypatch.setattr(text, "TOKENS", 1024)
+    third = prune(tiny("llama", vocab_size=1024), **{**wide, "tokenizer": tokenizer})
     assert first.mask == second.mask and (first.tokens, first.window) == (768, 64)
     assert second.mask.provenance["text"] == "text.txt" and "text" not in first.mask.provenance
-    assert third.mask.provenance["text"] == "pydoc_data.topics (first half)" and third.tokens == 16384
+    used = [(part["source"], part["tokens"]) for part in third.sources]
+    assert used == [("self:plain", 768), ("pydoc_data.topics (first half)", 128), ("builtin:code", 128)]
     with pytest.raises(InputError, match="tokenizer must be given with text that is no token ids; got None"):
         prune(tiny("llama"), text="prose")
 

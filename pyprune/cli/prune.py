@@ -18,7 +18,7 @@ from ..pruning.blocks import STRUCTURES, BlockOptions, BlockReport
 from ..pruning.blocks import prune_blocks as remove_blocks
 from ..pruning.mixture import mix
 from ..pruning.nested import NestedReport, prune_nested
-from ..pruning.options import PruneOptions
+from ..pruning.options import ALLOCATION, BEST, KEEP, METHOD, REPAIR, PruneOptions, suited
 from ..pruning.prune import PruneReport
 from ..pruning.prune import prune as prune_model
 from ..pruning.repair import REPAIRS
@@ -152,8 +152,16 @@ def _finish(
 def prune(
     model: ModelArgument,
     out: OutOption = None,
-    keep: Annotated[float, typer.Option(help="Share of neurons that stays, in (0, 1].")] = 0.7,
-    method: Annotated[str, typer.Option(help=f"Importance criterion: {', '.join(importance.names())}.")] = "obs",
+    keep: Annotated[float, typer.Option(help="Share of neurons that stays, in (0, 1].")] = KEEP,
+    best: Annotated[
+        bool,
+        typer.Option(
+            "--best",
+            help="What measured best: widths by sensitivity, which not every engine loads, and a fit that makes up for "
+            "what earlier layers lost. Takes longer.",
+        ),
+    ] = False,
+    method: Annotated[str, typer.Option(help=f"Importance criterion: {', '.join(importance.names())}.")] = METHOD,
     allocation: Annotated[
         str | None,
         typer.Option(
@@ -161,8 +169,12 @@ def prune(
         ),
     ] = None,
     repair: Annotated[
-        str, typer.Option(help=f"What kept neurons take over from removed ones: {REPAIRS.help()}.")
-    ] = "least-squares",
+        str | None,
+        typer.Option(
+            help=f"What kept neurons take over from removed ones: {REPAIRS.help()}. Default: {REPAIR}.",
+            show_default=False,
+        ),
+    ] = None,
     target_speedup: Annotated[
         str | None,
         typer.Option(
@@ -226,12 +238,14 @@ def prune(
     --target-speedup to --target are keys of --allocation and --repair, given apart.
     """
     spread = _given(target_speedup=target_speedup, workload=workload, protect=protect, multiple=multiple, floor=floor)
-    named = allocation or ("uniform" if target_speedup is None else "latency")
+    given = {**spread, **_given(allocation=allocation, repair=repair, target=target)}
+    check(not best or not given, "best", "be given without what it chooses itself", ", ".join(given))
+    named = BEST["allocation"] if best else allocation or (ALLOCATION if target_speedup is None else "latency")
     options = PruneOptions.of(
         keep,
         method,
         ALLOCATIONS.parse(named, **spread),
-        REPAIRS.parse(repair, **_given(damping=damping, target=target)),
+        REPAIRS.parse(BEST["repair"] if best else repair or REPAIR, **_given(damping=damping, target=target)),
         sequential,
         seed,
     )
@@ -247,6 +261,8 @@ def prune(
     if needed:
         tokenizer = loading.load_tokenizer(model)
     loaded = loading.load_model(model, dtype, place)
+    if best:
+        options = suited(options, loaded)
     if needed:
         with Bars() as bars:
             windows = mix(sources, loaded, tokenizer, tokens, window, start=start_token, seed=seed, progress=bars)

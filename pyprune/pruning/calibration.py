@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..base.errors import UnsupportedModelError, check
 from ..base.statistics import ActivationStats
 from ..model.families import FFN, decoder_layers
+from ..model.probe import evaluating
 from .moments import Moments
 
 
@@ -292,11 +293,14 @@ class LayerStream:
         for window in range(len(self._twin)):
             self._twin[window] = self._layer_on(self._twin[window : window + 1])[0]
 
-    @torch.no_grad()
-    def check_additive(self, ffn: FFN) -> None:
-        """Raise `UnsupportedModelError` unless what `ffn` puts out is added to the layer's output as it is."""
-        if not adds_output(ffn.down, lambda: self._forward(0)):
-            raise UnsupportedModelError(
-                f"target above 0 needs FFNs whose output is added to the hidden state as it is; in "
-                f"{type(self._model).__name__} something stands between (a norm or a multiplier); use target 0"
-            )
+
+def adds_ffn(model: nn.Module, ffns: list[FFN]) -> bool:
+    """Whether layers add what their FFN puts out to the hidden state as it is: no norm, no multiplier between.
+
+    Errors as `LayerStream`.
+    """
+    vocabulary = getattr(model.config, "vocab_size", None) or 2
+    ids = torch.randint(vocabulary, (1, 8), generator=torch.Generator().manual_seed(0))
+    with evaluating(model):
+        stream = LayerStream(model, ffns, ids)
+        return adds_output(ffns[0].down, lambda: stream._forward(0))

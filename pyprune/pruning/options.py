@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from ..base.errors import check, is_count, is_number
+from ..model.families import find_ffns
 from . import importance
 from .allocation import ALLOCATIONS, Allocation
+from .calibration import adds_ffn
 from .repair import Repair
 from .repair import parse as parse_repair
 
@@ -78,3 +82,10 @@ class PruneOptions:
         keep = {"keep": self.keep} if self.allocation.USES_KEEP else {}
         how = {"method": self.method, "structure": "neurons", "allocation": self.allocation.NAME, "seed": self.seed}
         return {**keep, **how, **spread, **repaired}
+
+
+def suited(options: PruneOptions, model: nn.Module) -> PruneOptions:
+    """The options for a model, without a `target` where its layers do not add what their FFN puts out as it is."""
+    if options.repair.share == 0 or adds_ffn(model, find_ffns(model)):
+        return options
+    return replace(options, repair=replace(options.repair, target=0.0))  # type: ignore[call-arg]

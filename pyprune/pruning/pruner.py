@@ -166,8 +166,6 @@ class Pruner:
         if scoring:
             self.gradients()
         stream = self.stream(repair.share > 0) if repair.needs or scoring else None
-        if stream and repair.share > 0:
-            stream.check_additive(self.ffns[0])
         chosen = []
         for ffn, item in zip(self.ffns, plan, strict=True):
             self.progress("pruning layers", ffn.layer, len(self.ffns))

@@ -153,11 +153,10 @@ def _fit(
     dead: list[int] = []
     found: list[tuple[Tensor, ...]] = []
     errors: Errors = []
+    repair.check_model(described)
     with evaluating(model):
         for share, counts in zip(names, widths, strict=True):
             stream = LayerStream(model, ffns, ids, target > 0)
-            if target > 0:
-                stream.check_additive(ffns[0])
             rows: list[Tensor] = []
             relative: list[tuple[float, float]] = []
             for ffn, count in zip(ffns, counts, strict=True):

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...base.errors import InputError, check, is_finite, is_number
+from ...base.errors import InputError, UnsupportedModelError, check, is_finite, is_number
 from ...base.statistics import ActivationStats
+from ...model.described import Described
+from ..calibration import adds_ffn
 from ..importance.obs import DAMPING
 from .base import REPAIRS, Fitted, Layer, Repair
 
@@ -199,6 +201,13 @@ class Fit(Repair):
 
     def check(self, sequential: bool) -> None:
         check(sequential or self.target == 0, "target", "be 0 where nothing is sequential", self.target)
+
+    def check_model(self, described: Described) -> None:
+        if self.share > 0 and not adds_ffn(described.model, described.ffns):
+            raise UnsupportedModelError(
+                f"target above 0 needs FFNs whose output is added to the hidden state as it is; in "
+                f"{type(described.model).__name__} something stands between (a norm or a multiplier); use target 0"
+            )
 
     def check_tokens(self, ids: Tensor, width: int) -> None:
         check_tokens(ids, width, self.fixed)
