@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_damping_is_chosen_by_the_windows_that_the_fit_has_not_seen():
     def chosen(tokens):
         seen, held = (torch.randn(n, 40, generator=generator, dtype=torch.float64) for n in (tokens, 400))
         whole = stats_of(torch.cat([seen, held]))
-        return seen, held, least_squares(v, ActivationStats(**{**vars(whole), "held_out": stats_of(held)}), keep, None)
+        return seen, held, least_squares(v, replace(whole, held_out=stats_of(held), seen=stats_of(seen)), keep, None)
 
     seen, held, repair = chosen(32)  # hardly more tokens than neurons: the least ridge overfits
     errors = {}
@@ -61,6 +62,28 @@ def test_damping_is_chosen_by_the_windows_that_the_fit_has_not_seen():
         errors[damping] = float((held @ v - held[:, keep] @ new).square().sum())
     assert repair.damping == min(errors, key=errors.get) > DAMPINGS[0]
     assert errors[DAMPINGS[0]] > 1.2 * min(errors.values())
+
+
+def test_every_source_counts_alike_where_the_damping_is_chosen(tiny, text):
+    model = tiny("llama")
+    ffns = find_ffns(model)
+    sources = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0] * 2)
+    stream = LayerStream(model, ffns, text, sources=sources)
+    found = stream.statistics(ffns[0], gram=True, held_out=True)
+    v = ffns[0].weights().down.double()
+    alone = [LayerStream(model, ffns, text[w : w + 1]).statistics(ffns[0], gram=True) for w in range(len(text))]
+    of = [[w for w in range(len(text)) if sources[w] == s] for s in (0, 1)]
+    held = [windows[len(windows) - max(1, len(windows) // 4) :] for windows in of]
+    seen = [w for w in range(len(text)) if w not in held[0] + held[1]]
+    assert found.seen.tokens == sum(alone[w].tokens for w in seen) and found.tokens == text.numel()
+    assert_close(found.seen.gram, sum(alone[w].gram for w in seen))
+    assert_close(found.gram, sum(part.gram for part in alone))
+    grams = [sum(alone[w].gram for w in windows) for windows in held]
+    assert_close(found.held_out.gram, sum(g / (v * (g @ v)).sum() for g in grams))
+    assert_close(float((v * (found.held_out.gram @ v)).sum()), 2.0), "each source has an error of 1 where all is cut"
+    plain = LayerStream(model, ffns, text).statistics(ffns[0], gram=True, held_out=True)
+    last = len(text) - max(1, len(text) // 4)
+    assert_close(plain.seen.gram, sum(alone[w].gram for w in range(last)))
 
 
 def test_chosen_damping_is_reported(tiny, text):

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from pyprune import InputError, prune
 from pyprune.base.text import default_text
 from pyprune.base.windows import token_windows
+from pyprune.cli.commands import app
 from pyprune.model.mask import Mask
 from pyprune.pruning import mixture, written
 from pyprune.pruning.mixture import Windows, mix, parse
@@ -187,3 +189,43 @@ def test_prune_says_what_it_read(tiny, tokenizer, files):
     assert [k.neurons.tolist() for k in plain.mask.layers] == [k.neurons.tolist() for k in report.mask.layers]
     assert isinstance(plain.mask, Mask) and isinstance(windows, Windows)
     assert mixture.DEFAULT == {"self": 3.0, "builtin": 1.0}
+
+
+def test_the_command_line_mixes_and_refuses(tiny_checkpoint, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(written, "LENGTH", 32)
+    small = ["--tokens", "1024", "--window", "64", "--method", "wanda", "--keep", "0.5", "--dry-run", "--json"]
+
+    def run(*words):
+        return CliRunner().invoke(app, ["prune", str(tiny_checkpoint), *small, *map(str, words)])
+
+    mixed = run("--text", f"{files / 'a.txt'}:first@3", "--text", "self")
+    facts = json.loads(mixed.stdout)
+    assert [(part["source"], part["tokens"]) for part in facts["sources"]] == [
+        ("a.txt (first half)", 768),
+        ("self:plain", 256),
+    ]
+    plain = json.loads(run().stdout)
+    assert [part["source"] for part in plain["sources"]] == [
+        "self:plain",
+        "pydoc_data.topics (first half)",
+        "builtin:code",
+    ]
+    best = json.loads(run("--best").stdout)
+    assert (best["config"]["target"], best["config"]["allocation"]) == (0.5, "uniform")
+    for words, message in (
+        (["--text", "self@-1"], "weight of self must be 0 or more"),
+        (["--text", "self@0"], "text must have weights that do not sum to zero"),
+        (["--text", "nothing.txt"], "text must be an existing file, self or builtin"),
+        (["--best", "--repair", "none"], "best must be given without what it chooses itself; got 'repair'"),
+        (["--start-token", "often"], "start_token must be one of auto, always, never"),
+    ):
+        refused = run(*words)
+        assert refused.exit_code == 2 and message in " ".join(refused.stderr.split()), refused.stderr
+
+
+def test_best_asks_for_no_more_than_a_family_can(tiny, tokenizer):
+    from pyprune.pruning.options import PruneOptions, suited
+
+    options = PruneOptions.of(repair="least-squares:target=0.5")
+    assert suited(options, tiny("llama")) == options
+    assert suited(options, tiny("gemma2")).repair.target == 0.0

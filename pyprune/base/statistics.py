@@ -43,7 +43,9 @@ class ActivationStats:
         gradients: of the dense model, or None when nobody asked for them.
         cross: `[F, D]`, sum over t of a e^T, where e is what the dense model's hidden state after the layer has more
             than this one's with all its neurons; None when nobody asked for it.
-        held_out: the last quarter of the windows alone: only `gram` and `cross` are of them; None as above.
+        held_out: the last quarter of each source's windows: `gram` and `cross`, those of a source over the energy of
+            the dense output on it, so that sources count alike; None as above.
+        seen: all other windows: `gram` and `cross`, and how many tokens; None as above.
     """
 
     tokens: int
@@ -54,6 +56,7 @@ class ActivationStats:
     gradients: GradientStats | None = None
     cross: Tensor | None = None
     held_out: ActivationStats | None = None
+    seen: ActivationStats | None = None
 
     @property
     def norm(self) -> Tensor:

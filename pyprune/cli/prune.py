@@ -18,11 +18,11 @@ from ..pruning.blocks import STRUCTURES, BlockOptions, BlockReport
 from ..pruning.blocks import prune_blocks as remove_blocks
 from ..pruning.mixture import mix
 from ..pruning.nested import NestedReport, prune_nested
-from ..pruning.options import ALLOCATION, BEST, KEEP, METHOD, REPAIR, PruneOptions, suited
+from ..pruning.options import ALLOCATION, BEST_REPAIR, KEEP, METHOD, REPAIR, PruneOptions, suited
 from ..pruning.prune import PruneReport
 from ..pruning.prune import prune as prune_model
 from ..pruning.repair import REPAIRS
-from ..pruning.text import TOKENS, WINDOW
+from ..pruning.text import MANY_TOKENS, TOKENS, WINDOW
 from .options import (
     DeviceOption,
     DtypeOption,
@@ -157,8 +157,8 @@ def prune(
         bool,
         typer.Option(
             "--best",
-            help="What measured best: widths by sensitivity, which not every engine loads, and a fit that makes up for "
-            "what earlier layers lost. Takes longer.",
+            help=f"What measured best: a fit that makes up for what earlier layers lost, on {MANY_TOKENS:,} tokens. "
+            "Takes longer.",
         ),
     ] = False,
     method: Annotated[str, typer.Option(help=f"Importance criterion: {', '.join(importance.names())}.")] = METHOD,
@@ -220,7 +220,13 @@ def prune(
     ] = False,
     shares: Annotated[str, typer.Option(help="With --nested: widths whose down rows are fitted.")] = "0.8,0.7,0.5",
     text: SourcesOption = None,
-    tokens: TokensOption = TOKENS,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Tokens of text to use at most; 0 for all. Default: {TOKENS}, or {MANY_TOKENS} with --best.",
+            show_default=False,
+        ),
+    ] = None,
     window: WindowOption = WINDOW,
     start_token: StartOption = "auto",
     seed: SeedOption = 0,
@@ -238,17 +244,19 @@ def prune(
     --target-speedup to --target are keys of --allocation and --repair, given apart.
     """
     spread = _given(target_speedup=target_speedup, workload=workload, protect=protect, multiple=multiple, floor=floor)
-    given = {**spread, **_given(allocation=allocation, repair=repair, target=target)}
+    given = _given(repair=repair, target=target)
     check(not best or not given, "best", "be given without what it chooses itself", ", ".join(given))
-    named = BEST["allocation"] if best else allocation or (ALLOCATION if target_speedup is None else "latency")
+    named = allocation or (ALLOCATION if target_speedup is None else "latency")
     options = PruneOptions.of(
         keep,
         method,
         ALLOCATIONS.parse(named, **spread),
-        REPAIRS.parse(BEST["repair"] if best else repair or REPAIR, **_given(damping=damping, target=target)),
+        REPAIRS.parse(BEST_REPAIR if best else repair or REPAIR, **_given(damping=damping, target=target)),
         sequential,
         seed,
     )
+    if tokens is None:
+        tokens = MANY_TOKENS if best else TOKENS
     _check_out(out, dry_run, overwrite, max_shard_size)
     if nested_widths:
         check(mask is None and save_mask is None, "mask", "be left out with --nested", str(mask or save_mask))

@@ -30,7 +30,7 @@ from ..model import families
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.blocks import BlockOptions, BlockReport, prune_blocks
 from ..pruning.mixture import Windows, unnamed
-from ..pruning.options import ALLOCATION, BEST, METHOD, REPAIR, PruneOptions
+from ..pruning.options import ALLOCATION, BEST_REPAIR, METHOD, REPAIR, PruneOptions
 from ..pruning.prune import PruneReport, prune
 from . import perplexity
 from .domains import Tasks
@@ -102,7 +102,7 @@ PUBLISHED = (
 # What `pyprune prune` does, and what it does with --best.
 OURS = (
     Recipe("pyprune", {"method": METHOD, "allocation": ALLOCATION, "repair": REPAIR}, "ours"),
-    Recipe("pyprune --best", {"method": METHOD, **BEST}, "ours"),
+    Recipe("pyprune --best", {"method": METHOD, "allocation": ALLOCATION, "repair": BEST_REPAIR}, "ours"),
 )
 
 # The best published method at the first share kept, against ours at the second: a step of sparsity for free.

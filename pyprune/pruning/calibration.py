@@ -19,7 +19,7 @@ from ..base.errors import UnsupportedModelError, check
 from ..base.statistics import ActivationStats
 from ..model.families import FFN, decoder_layers
 from ..model.probe import evaluating
-from .moments import Moments
+from .moments import Moments, added, output_energy
 
 
 class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest nobody needs
@@ -87,13 +87,16 @@ class LayerStream:
         ffns: its FFNs, as `families.find_ffns` gives them; their order is the order of the layers.
         ids: `[N, W]` token ids.
         twin: also carry the hidden states that the dense model would have (see `advance_twin`).
+        sources: `[N]`, which source each window is from; None for one.
 
     Raises:
         UnsupportedModelError: the layers do not simply hand one hidden state to the next.
     """
 
-    def __init__(self, model: nn.Module, ffns: list[FFN], ids: Tensor, twin: bool = False) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, ffns: list[FFN], ids: Tensor, twin: bool = False, sources: Tensor | None = None
+    ) -> None:
+        self._model, self._sources = model, sources
         self._layers: list[nn.Module] = list(decoder_layers(model)[1])
         self._device = next(model.parameters()).device
         self._position = 0
@@ -199,6 +202,19 @@ class LayerStream:
         finally:
             handle.remove()
 
+    def _groups(self, held_out: bool) -> list[list[int]]:
+        """Windows: first those of the fit; then, if asked for, those to judge it by, each source's last quarter."""
+        count = len(self._hidden)
+        if not held_out:
+            return [list(range(count))]
+        sources = [0] * count if self._sources is None else self._sources.tolist()
+        by_source = [[w for w in range(count) if sources[w] == source] for source in sorted(set(sources))]
+        # A source of one window is fitted and not judged, unless it is the only one.
+        judged = [windows for windows in by_source if len(windows) > 1 or len(by_source) == 1]
+        held = [windows[len(windows) - max(1, len(windows) // 4) :] for windows in judged or by_source]
+        apart = {w for windows in held for w in windows}
+        return [[w for w in range(count) if w not in apart], *held]
+
     @torch.no_grad()
     def statistics(self, ffn: FFN, gram: bool, held_out: bool = False) -> ActivationStats:
         """Moments of what enters `ffn`'s down projection, over all windows; the stream stays where it is.
@@ -207,33 +223,38 @@ class LayerStream:
             ffn: the FFN of the layer the stream stands in front of.
             gram: also collect the `[F, F]` second moment; float32 products within a window, float64 sums over windows.
                 With a twin, which must be one layer ahead, also the `[F, D]` cross moment with what it has more.
-            held_out: also give the second moments of the last quarter of the windows alone.
+            held_out: also give apart the second moments of the last quarter of each source's windows, and of the rest.
 
         Raises:
             InputError: activations that are not finite.
         """
         assert ffn.layer == self._position
         moments = Moments(ffn.intermediate_size, ffn.hidden_size, self._device, gram, self._twin is not None)
-        count = len(self._hidden)
-        first = count - max(1, count // 4) if held_out else count
-        part: ActivationStats | None = None
-        for window in range(count):
-            if window == first:
-                part, moments.second = moments.to_stats(), moments.empty_second()
-            seen: list[Tensor] = []
-            out = self._run_to(ffn.down, seen.append, window, stop=self._twin is None)
-            more = None if self._twin is None or out is None else self._twin[window] - out[0]
-            moments.add(seen.pop().float(), more)
+        down = ffn.weights().down.double() if held_out else None
+        fit = total = held = None
+        for windows in self._groups(held_out):
+            moments.second, before = moments.empty_second(), moments.tokens
+            for window in windows:
+                seen: list[Tensor] = []
+                out = self._run_to(ffn.down, seen.append, window, stop=self._twin is None)
+                more = None if self._twin is None or out is None else self._twin[window] - out[0]
+                moments.add(seen.pop().float(), more)
+            part = moments.to_stats()
+            if down is None:
+                continue
+            part = replace(part, tokens=part.tokens - before)
+            if fit is None:
+                fit = part
+            else:
+                held = added(held, part, output_energy(part, down))
+            total = added(total, part)
         whole = moments.to_stats()
         bad = (~whole.square_sum.isfinite()).nonzero()
         message = f"be finite; {len(bad)} of {ffn.intermediate_size} neurons are not, the first is"
         check(len(bad) == 0, f"activations of layer {ffn.layer}", message, bad[:1].flatten().tolist())
-        if part is None:
+        if total is None:
             return whole
-        assert whole.gram is not None and part.gram is not None
-        cross = None if whole.cross is None or part.cross is None else whole.cross + part.cross
-        held = replace(whole, tokens=whole.tokens - part.tokens)
-        return replace(whole, gram=whole.gram + part.gram, cross=cross, held_out=held)
+        return replace(whole, gram=total.gram, cross=total.cross, seen=fit, held_out=held)
 
     @torch.no_grad()
     def inputs(self, ffn: FFN) -> tuple[Tensor, Tensor | None]:

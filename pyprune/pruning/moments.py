@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,25 @@ class Moments:
         gram, cross = self.second
         t = max(1, self.tokens)
         return ActivationStats(self.tokens, self.total / t, self.absolute / t, self.square.clone(), gram, cross=cross)
+
+
+def output_energy(stats: ActivationStats, down: Tensor) -> float:
+    """Sum over tokens of the squared output of an FFN with down rows `down` (`[F, D]` float64), without its bias."""
+    assert stats.gram is not None
+    return float((down * (stats.gram @ down)).sum().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def added(to: ActivationStats | None, part: ActivationStats, scale: float = 1.0) -> ActivationStats:
+    """The second moments of `part` over `scale` added to those of `to`, in place; of None, to zero.
+
+    Where a scale is a part's own output energy, every part counts alike in a relative error, however long it is.
+    """
+    assert part.gram is not None
+    if to is None:
+        cross = None if part.cross is None else part.cross / scale
+        return replace(part, gram=part.gram / scale, cross=cross)
+    assert to.gram is not None
+    to.gram.add_(part.gram, alpha=1 / scale)
+    if to.cross is not None and part.cross is not None:
+        to.cross.add_(part.cross, alpha=1 / scale)
+    return replace(to, tokens=to.tokens + part.tokens)

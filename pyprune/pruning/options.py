@@ -15,10 +15,10 @@ from .calibration import adds_ffn
 from .repair import Repair
 from .repair import parse as parse_repair
 
-# What is done where nobody says otherwise: what every engine loads and every family takes; and what measured best
-# (bench/notes/quality.md).
+# What is done where nobody says otherwise, which every family takes and every engine loads; and what measured best, on
+# four times the text (bench/notes/quality.md).
 KEEP, METHOD, ALLOCATION, REPAIR = 0.7, "obs", "uniform", "least-squares"
-BEST = {"allocation": "sensitivity", "repair": "least-squares:target=0.5"}
+BEST_REPAIR = "least-squares:target=0.5"
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Pruner:
         """The calibration text in front of the first layer."""
         assert self.ids is not None
         self.progress("embedding the calibration text", 0, 1)
-        return LayerStream(self.described.model, self.ffns, self.ids, twin)
+        return LayerStream(self.described.model, self.ffns, self.ids, twin, self.sources)
 
     def scores(self) -> list[Tensor]:
         """`[F]` scores of every layer of the dense model, computed once."""

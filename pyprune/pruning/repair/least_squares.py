@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def least_squares(
 
     Args:
         down: `[F, D]` dense down rows.
-        stats: with `gram`; with `cross` where `target` is above 0, with `held_out` where `damping` is None.
+        stats: with `gram`; with `cross` where `target` is above 0, with `held_out` and `seen` where `damping` is None.
         keep: `[K]` kept neurons.
         damping: lambda above; None takes that of `DAMPINGS` whose fit to the other windows is best on `held_out`.
         target: share of the hidden state's difference to make up for.
@@ -141,14 +141,10 @@ def _change(down: Tensor, keep: Tensor, new: Tensor) -> Tensor:
 
 
 def _choose_damping(down: Tensor, stats: ActivationStats, keep: Tensor, target: float) -> float:
-    """That of `DAMPINGS` whose fit to all but the held-out windows leaves the least error on those."""
-    held = stats.held_out
-    assert held is not None and held.gram is not None and stats.gram is not None
+    """That of `DAMPINGS` whose fit to all but the held-out windows leaves the least error on those, mean of sources."""
+    held, seen = stats.held_out, stats.seen
+    assert held is not None and held.gram is not None and seen is not None
     gram = held.gram
-    more = None
-    if target and stats.cross is not None and held.cross is not None:
-        more = stats.cross - held.cross
-    seen = replace(stats, tokens=stats.tokens - held.tokens, gram=stats.gram - held.gram, cross=more, held_out=None)
     fit = _Fit(seen, keep, target)
     if fit.scale <= 0:
         return DAMPINGS[-1]
@@ -169,7 +165,7 @@ class Fit(Repair):
 
     Attributes:
         damping: ridge of the least-squares fit, as a share of the mean diagonal of the activations' second moment;
-            `auto` chooses it for each layer on a quarter of the windows that the fit has not seen.
+            `auto` chooses it for each layer on a quarter of each source's windows that the fit has not seen.
         target: share of the dense model's residual stream in the target of the fit, in [0, 1]: at 0 a layer is fitted
             to its own dense output on the input it gets, at 1 it also makes up for what earlier layers lost.
     """
