@@ -267,3 +267,10 @@ def _compile_anew(request):
     """Tests that compile start without what others compiled: a function may be compiled a limited number of times."""
     if "torch.compile" in inspect.getsource(request.function):
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def short_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model writes itself is in many short documents: steps of decoding are what takes time."""
+    monkeypatch.setattr("pyprune.pruning.written.LENGTH", 32)
+    monkeypatch.setattr("pyprune.pruning.written.AT_ONCE", 256)

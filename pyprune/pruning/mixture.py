@@ -136,6 +136,8 @@ def _counts(weights: Sequence[float], windows: int) -> list[int]:
     order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in order[: max(0, windows - sum(counts))]:
         counts[i] += 1
+    while sum(counts) > windows and max(counts) > 1:
+        counts[counts.index(max(counts))] -= 1
     return counts
 
 
