@@ -19,11 +19,11 @@ from pyprune.base.text import default_text, halves
 from pyprune.cli.suite import tables
 from pyprune.evaluation import perplexity
 from pyprune.evaluation.comparison import compare, goals
-from pyprune.evaluation.decode import decode
 from pyprune.evaluation.domains import Losses, Suite, Tasks, Writing, domain_windows, read_material, suite, write
 from pyprune.evaluation.domains.texts import MODULES, NAMES
 from pyprune.evaluation.domains.writing import prompts
 from pyprune.evaluation.summary import MEAN, comparison_lines, judged_texts
+from pyprune.model.decode import decode
 
 CARRIED = ["python-docs", "python-source"]
 SMALL: dict[str, Any] = {"tokens": 256, "window": 64, "new_tokens": 4}

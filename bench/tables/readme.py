@@ -271,7 +271,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
 ROOT = HERE.parent
 # Tables that are made of what is registered, not of measurements; and those of several results, by file name.
 _OF_CODE = ("allocations", "methods", "repairs", "training")
-_TOGETHER = {"glance": ("compare", "model", "nested")}
+_TOGETHER = {"glance": ("compare-suite", "model", "nested")}
 
 
 def texts() -> list[Path]:
