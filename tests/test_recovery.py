@@ -536,7 +536,7 @@ def test_the_verb_reads_several_sources(pruned: Path, tiny_checkpoint: Path, tmp
     facts = json.loads(done.stdout)
     prose = "pydoc_data.topics (first half)"
     assert [(s["source"], s["tokens"]) for s in facts["sources"]] == [
-        ("self:plain", 288), (prose, 128), ("builtin:code", 128)
+        ("self:plain", 448), (prose, 64), ("builtin:code", 32)
     ]  # fmt: skip
     assert facts["windows"] == 17 and facts["held_out_windows"] == 3
     mean, *sources, also = facts["perplexity"]
@@ -546,7 +546,7 @@ def test_the_verb_reads_several_sources(pruned: Path, tiny_checkpoint: Path, tmp
         of = [facts["perplexity"][name][when] for name in sources]
         assert facts["perplexity"][mean][when] == pytest.approx(math.prod(of) ** (1 / 3))
     (run,) = json.loads((tmp_path / "x" / "config.json").read_text())["pyprune"]["recovery"]
-    assert run["sources"] == facts["sources"] and "self:plain 50%" in run["text"]
+    assert run["sources"] == facts["sources"] and "self:plain 75%" in run["text"]
     first, second = tmp_path / "first.txt", tmp_path / "second.txt"
     first.write_text("The list has some words, and they are many. " * 60)
     second.write_text("A name of a module is a string of its own. " * 60)

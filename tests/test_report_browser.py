@@ -102,7 +102,7 @@ def test_as_a_reader_sees_it(size: str, scheme: str, browser: Any, page_file: Pa
     assert found["cut"] == []
     left, top, right, bottom = found["answer"]
     assert 0 <= left < right <= width and 0 <= top < bottom <= found["height"] == height
-    assert len(found["figures"]) == 30
+    assert len(found["figures"]) == 31
     for figure in found["figures"]:
         assert figure["width"] > 200 and figure["height"] > 100, figure
         assert figure["paths"] >= 3 and figure["texts"] >= 3, figure

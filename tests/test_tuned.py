@@ -299,5 +299,5 @@ def test_folder_of_each_system(platform, variables, end, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(tuned.sys, "platform", platform)
+    monkeypatch.setattr("pyprune.base.files.sys.platform", platform)
     assert cache_folder().as_posix().endswith(end)
