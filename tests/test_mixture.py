@@ -122,16 +122,17 @@ def test_a_model_that_follows_instructions_writes_in_its_template(model, tokeniz
         assert document[: len(before)] == before
         places = [i for i in range(len(document)) if document[i : i + len(between)] == between]
         assert places and places[0] > len(before), "something is asked, and then answered"
-    found = mix(["self"], model, own, 64 * 8, 64)
-    assert found.names == ("self:plain", "self:chat") and found.sources.bincount().tolist() == [7, 1]
-    assert mix(["self"], model, tokenizer, 64 * 8, 64).names == ("self:plain",)
+    found = mix(["self:plain", "self:chat"], model, own, 64 * 8, 64)
+    assert found.names == ("self:plain", "self:chat") and found.sources.bincount().tolist() == [4, 4]
+    assert mix(["self"], model, own, 64 * 8, 64).names == ("self:plain",)
     for template, message in (
+        (None, "text must not be 'self:chat' without a chat template"),
         ("{{ raise_exception('no users') }}", r"text 'self:chat' needs a chat template that works; .*no users"),
         ("hello", "text must not be 'self:chat' with a chat template that drops what a user says"),
     ):
         own.chat_template = template
         with pytest.raises(InputError, match=message):
-            mix(["self"], model, own, 64 * 8, 64)
+            mix(["self:chat"], model, own, 64 * 8, 64)
 
 
 def test_what_cannot_be_written_is_refused(model, tokenizer):

@@ -23,7 +23,7 @@ SELF, BUILTIN = "self", "builtin"
 CODE = ("argparse", "ast", "collections", "dataclasses", "email.message", "functools", "inspect", "logging", "pathlib")
 # What is read where nobody names a text, and the parts of what has several, by weight (bench/notes/quality.md).
 DEFAULT = {SELF: 3.0, BUILTIN: 1.0}
-_PARTS = {BUILTIN: {"prose": 1.0, "code": 1.0}, SELF: {"plain": 5.0, "chat": 1.0}}
+_PARTS = {BUILTIN: {"prose": 1.0, "code": 1.0}, SELF: {"plain": 1.0, "chat": 0.0}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,16 +115,14 @@ def _code() -> list[Document]:
     return [file.read_text(encoding="utf-8") for file in files if file.suffix == ".py" and file.is_file()]
 
 
-def _expanded(mixture: Mapping[str, float], tokenizer: Any) -> dict[str, float]:
+def _expanded(mixture: Mapping[str, float]) -> dict[str, float]:
     """Sources of several parts as those parts."""
     found: dict[str, float] = {}
     for name, weight in mixture.items():
         if weight > 0:
-            of = dict(_PARTS.get(name, {}))
-            if not written.has_chat(tokenizer):
-                of.pop("chat", None)
-            total = sum(of.values())
-            found |= {f"{name}:{part}": weight * w / total for part, w in of.items()} or {name: weight}
+            parts = {part: share for part, share in _PARTS.get(name, {}).items() if share}
+            total = sum(parts.values())
+            found |= {f"{name}:{part}": weight * share / total for part, share in parts.items()} or {name: weight}
     return found
 
 
@@ -164,8 +162,8 @@ def mix(
 
     Args:
         mixture: sources with their weights, or sources that weigh the same. A source is a file (see `load_text`),
-            `self` (see `written`; a model with a chat template writes a sixth of it there; `self:plain` and
-            `self:chat` are those parts alone) or `builtin` (half prose, half source code that CPython carries;
+            `self` (see `written`; from the start of a text, as `self:plain`; `self:chat` is written in the
+            model's chat template) or `builtin` (half prose, half source code that CPython carries;
             `builtin:prose`, `builtin:code`).
         model: the dense model, which writes `self`; None where no source is.
         tokenizer: its own.
@@ -183,7 +181,7 @@ def mix(
     given = {str(k): v for k, v in mixture.items()} if isinstance(mixture, Mapping) else {str(k): 1.0 for k in mixture}
     check_sources(given)
     check_size(tokens, window)
-    chosen = _expanded(given, tokenizer)
+    chosen = _expanded(given)
     own = [name for name in chosen if name.partition(":")[0] == SELF]
     check(tokens > 0 or not own, "tokens", "be given with text 'self', which has no end", tokens)
     check(model is not None or not own, "text", "be token ids or files where there is no model to write 'self'", own)

@@ -1,7 +1,6 @@
 """Text that a model writes itself: calibration tokens of its own distribution, where nobody has any of the user's.
 
-A model that follows instructions writes a part of it inside its chat template: first what a user would say there, then
-the answer to it.
+In a chat template (`chat`) it writes what a user would say first, then the answer to it.
 """
 
 from __future__ import annotations
@@ -32,11 +31,6 @@ _FORMAT = 1
 _MARK = "\x00what is said\x00"
 
 
-def has_chat(tokenizer: Any) -> bool:
-    """Whether a chat template says how this model is talked to."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
 def seed_ids(tokenizer: Any) -> list[int]:
     """What a model writes from: the start of a text, or else the token that stands between texts.
 
@@ -55,6 +49,7 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     Raises:
         InputError: the template fails, or does not repeat what is said.
     """
+    check(bool(getattr(tokenizer, "chat_template", None)), "text", "not be 'self:chat' without a chat template", None)
     try:
         whole = tokenizer.apply_chat_template(
             [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
