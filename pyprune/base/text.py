@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ def default_text() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
+def module_source(module: str) -> str | None:
+    """Of a module that CPython carries, without running it; None where there is no source."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.origin or not spec.origin.endswith(".py") or not Path(spec.origin).is_file():
+        return None
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def _exchange(entry: dict[str, Any], place: str) -> Exchange | None:

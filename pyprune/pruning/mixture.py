@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..base.errors import InputError, check, is_finite
 from ..base.progress import Progress, quiet
-from ..base.text import DEFAULT_TEXT, Document, file_and_half, load_text
+from ..base.text import DEFAULT_TEXT, Document, file_and_half, load_text, module_source
 from ..base.windows import check_size, cut, start_ids, token_stream
 from ..model import families
 from . import written
@@ -110,9 +109,7 @@ def check_sources(mixture: Mapping[str, float]) -> dict[str, float]:
 
 def _code() -> list[Document]:
     """Source code of the standard library."""
-    specs = [importlib.util.find_spec(name) for name in CODE]
-    files = [Path(spec.origin) for spec in specs if spec is not None and spec.origin and spec.has_location]
-    return [file.read_text(encoding="utf-8") for file in files if file.suffix == ".py" and file.is_file()]
+    return [source for name in CODE if (source := module_source(name)) is not None]
 
 
 def _expanded(mixture: Mapping[str, float]) -> dict[str, float]:

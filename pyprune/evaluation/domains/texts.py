@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import random
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...base.errors import InputError, check, is_count
-from ...base.text import DEFAULT_TEXT, default_text, halves
+from ...base.text import DEFAULT_TEXT, default_text, halves, module_source
 from ..tasks.records import ChoiceRecord
 
 # Modules of good size that every CPython from 3.11 carries as source, but none that `builtin` calibration reads.
@@ -73,19 +72,11 @@ def _passages(text: str) -> Iterator[str]:
             passage = ""
 
 
-def _source_of(module: str) -> str | None:
-    """Of a module of the standard library, without importing it; None where there is none."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-        return None
-    return Path(spec.origin).read_text(encoding="utf-8")
-
-
 def _python_source() -> tuple[str, ...]:
     """Passages of the second halves of `MODULES`, one of each module in turn."""
-    found = {name: _source_of(name) for name in MODULES}
+    found = {name: module_source(name) for name in MODULES}
     if found["_pydatetime"] is None:  # before 3.12
-        found["_pydatetime"] = _source_of("datetime")
+        found["_pydatetime"] = module_source("datetime")
     columns = [list(_passages(halves(text)[1])) for text in found.values() if text is not None]
     return tuple(passage for passage in chain(*zip_longest(*columns)) if passage)
 
