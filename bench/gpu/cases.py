@@ -63,34 +63,34 @@ def _large(kind: str, tokens: int, keep: float, **more: object) -> list[Case]:
 
 # What a GPU is measured for before its time is spent on anything else.
 FIRST = ("decode", "small")
-# So many configurations of the native kernels come first for a reason: overlap, early, cluster 4, two passes, bulk, and
-# bulk with overlap.
-PLANS = 6
+# So many configurations of the native kernels come first for a reason: overlap, bulk, both, larger steps, larger steps
+# in bulk, one team, two passes, and those overlapping.
+PLANS = 9
 # The shapes and M that torch.compile is tried on, in this order; the first two belong to a goal.
 INDUCTOR = (("gpt2", 1), ("smollm2-135m", 1), ("llama-3-8b", 1), ("opt-6.7b", 1))
 
 
 def all_cases() -> list[Case]:
     """Every case, the most important first."""
-    small = [Case("small", BY_NAME[name], 1, 0.5, 16, configs=2, plans=PLANS + 3) for name in SMALL]
+    small = [Case("small", BY_NAME[name], 1, 0.5, 9, configs=2, plans=PLANS + 5) for name in SMALL]
     return [
-        *_large("decode", 1, 0.5, seconds=26, configs=3, plans=PLANS + 2, wants=("two-kernel gather", "2:4", "liger")),
-        *_large("decode", 1, 1.0, seconds=16, configs=2, plans=PLANS),
+        *_large("decode", 1, 0.5, seconds=12, configs=5, plans=PLANS + 5, wants=("two-kernel gather", "2:4", "liger")),
+        *_large("decode", 1, 1.0, seconds=8, configs=3, plans=PLANS),
         *small,
-        *_large("decode", 1, 0.25, seconds=16, plans=PLANS, wants=("two-kernel gather",)),
-        *_large("few", 16, 0.5, seconds=14, configs=1),
-        *_large("few", 4, 0.5, seconds=14, configs=1, plans=3),
-        *_large("few", 64, 0.5, seconds=14, configs=1),
-        Case("inductor", BY_NAME[SMALL[0]], seconds=35),
-        Case("model", BY_NAME["llama-3-8b"], 1, 0.5, seconds=35),
-        *_large("prefill", 4096, 0.5, seconds=16, configs=1, wants=("2:4", "liger")),
-        *_large("int8", 1, 0.5, seconds=14, configs=2, plans=PLANS),
-        *_large("medium", 512, 0.5, seconds=14),
-        *_large("int8", 1, 1.0, seconds=12),
-        *_large("few", 8, 0.5, seconds=12),
-        *_large("few", 16, 0.25, seconds=12),
-        *_large("few", 4, 0.25, seconds=12),
-        *_large("few", 64, 0.25, seconds=12),
+        *_large("decode", 1, 0.25, seconds=8, configs=1, plans=PLANS, wants=("two-kernel gather",)),
+        *_large("few", 16, 0.5, seconds=6, configs=2),
+        *_large("few", 4, 0.5, seconds=6, configs=2, plans=PLANS),
+        *_large("few", 64, 0.5, seconds=6, configs=2),
+        Case("model", BY_NAME["llama-3-8b"], 1, 0.5, seconds=30),
+        *_large("prefill", 4096, 0.5, seconds=8, configs=1, wants=("2:4", "liger")),
+        *_large("int8", 1, 0.5, seconds=8, configs=2, plans=PLANS),
+        *_large("medium", 512, 0.5, seconds=6),
+        Case("inductor", BY_NAME[SMALL[0]], seconds=30),
+        *_large("few", 8, 0.5, seconds=6),
+        *_large("int8", 1, 1.0, seconds=6),
+        *_large("few", 16, 0.25, seconds=6),
+        *_large("few", 4, 0.25, seconds=6),
+        *_large("few", 64, 0.25, seconds=6),
     ]
 
 

@@ -42,6 +42,8 @@ _NAME = re.compile(
     r"pyprune\d+(single_pass_bulk|single_pass|hidden_pass|down_pass|widen)(?:ILNS_4TypeE(\d)ELi(\d)(?:ELb(\d))?)?"
 )
 _OPCODE = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
+# A copy to a shared address with a uniform register in it: see `CopyAddress` in csrc/cuda/device.h.
+_UNIFORM, _UNIFORM_COPY = "LDGSTS to a uniform register", re.compile(r"LDGSTS\S*\s+\[[^]]*\bUR")
 
 
 def most_threads(kernel: str, tokens: int) -> int:
@@ -59,7 +61,7 @@ def _functions(assembly: str) -> Iterator[tuple[str, Counter[str]]]:
     """Name and opcodes of each function of a disassembly."""
     for section in re.split(r"^\.text\.", assembly, flags=re.MULTILINE)[1:]:
         name = section.partition(":")[0]
-        yield name, Counter(_OPCODE.findall(section))
+        yield name, Counter({**Counter(_OPCODE.findall(section)), _UNIFORM: len(_UNIFORM_COPY.findall(section))})
 
 
 def _count(opcodes: Counter[str], pattern: str) -> int:
@@ -86,6 +88,7 @@ def _row(name: str, architecture: str, opcodes: Counter[str], usage: dict[str, t
         "stl": _count(opcodes, r"STL\..*|STL"),
         "copies_128": _count(opcodes, r"LDGSTS\..*128.*"),
         "copies_narrow": _count(opcodes, r"LDGSTS\.(?!.*128).*"),
+        "copies_uniform": opcodes.pop(_UNIFORM, 0),
         "copies_bulk": _count(opcodes, r"UBLKCP.*"),
         "loads_128": _count(opcodes, r"LDG\..*128.*"),
         "instructions": opcodes.total(),
@@ -98,7 +101,7 @@ def rows(library: Path) -> list[dict[str, Any]]:
     Returns:
         kernel, architecture, weights, tokens, gated, threads (most of a block), registers (of a thread), stack_bytes,
         ldl and stl (spill loads and stores), copies_128 and copies_narrow (asynchronous copies to shared memory of 16
-        bytes, and of fewer), copies_bulk (of whole neurons), loads_128 (to registers), instructions.
+        bytes, and of fewer), copies_uniform (those to an address that no Hopper takes), copies_bulk (of whole neurons), loads_128 (to registers), instructions.
     """
     cuobjdump, nvdisasm = triton.knobs.nvidia.cuobjdump.path, triton.knobs.nvidia.nvdisasm.path
     table = []

@@ -27,12 +27,16 @@ EAGER_CALLS = 64
 
 @dataclass
 class Replay:
-    """Calls ready to be timed: `run()` makes `calls` of them; `first` and `last` are where those two's results lie."""
+    """Calls ready to be timed: `run()` makes `calls` of them; `first` and `last` are where those two's results lie.
+
+    `holds` keeps alive what a graph reads.
+    """
 
     run: Callable[[], object]
     calls: int
     first: Tensor
     last: Tensor
+    holds: object = None
 
 
 class Timer(Protocol):
@@ -114,7 +118,7 @@ class CudaTimer:
             first = last = calls[0]()
             for call in itertools.islice(itertools.cycle(calls), 1, times * len(calls)):
                 last = call()
-        return Replay(graph.replay, times * len(calls), first, last)
+        return Replay(graph.replay, times * len(calls), first, last, calls)
 
     def capture(self, calls: Sequence[Call]) -> Replay:
         self._warm(calls)

@@ -30,10 +30,19 @@ __device__ inline uint64_t weight_policy(bool evict_first) {
   return policy;
 }
 
+// `value`, the same in every thread of the block, in a register of each: the compiler does not know that no thread has a
+// number of `blockDim.x` or above. (It sees through a shuffle.)
+__device__ inline uint32_t in_every_thread(uint32_t value) { return threadIdx.x < blockDim.x ? value : 0; }
+
+// An address in shared memory for `copy_piece`. To be summed up of what is `in_every_thread` or differs among threads:
+// where a uniform register is in the sum, nvcc 13.0 encodes a copy with a cache policy so that an H200 refuses it as an
+// illegal instruction. tests/test_cuda_static.py looks for such copies.
+using CopyAddress = uint32_t;
+__device__ inline CopyAddress copy_address(const void* shared) { return in_every_thread(shared_address(shared)); }
+
 // Copy 16 bytes to shared memory, past the registers and the L1 cache; complete when `wait_for_copies` says so.
-__device__ inline void copy_piece(void* shared, const void* global, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "l"(policy)
+__device__ inline void copy_piece(CopyAddress shared, const void* global, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "l"(policy)
                : "memory");
 }
 

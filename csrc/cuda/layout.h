@@ -36,6 +36,13 @@ PYPRUNE_BOTH constexpr SinglePassLayout single_pass_layout(Type weights, int32_t
 }
 
 constexpr int kTwoPassThreads = 256;
+// Blocks of a multiprocessor at once, for which registers are rationed: what is under way is what loads are waited for.
+// Two where three would spill.
+PYPRUNE_BOTH constexpr int two_pass_blocks(Type weights, int32_t tokens) {
+  bool lean = weights == Type::bf16 || weights == Type::f32;
+  return tokens > 1 ? 1 : lean ? 3 : 2;
+}
+
 constexpr int kTwoPassWarps = kTwoPassThreads / static_cast<int>(kWarp);
 
 // Channels of a tile of the down pass.

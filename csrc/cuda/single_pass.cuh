@@ -51,6 +51,7 @@ struct SinglePass {
   int32_t width;                   // D
   uint32_t apart;                  // bytes from a thread's piece to its next, in the ring and in a part of the record
   uint32_t ring;                   // offset of the ring of this team
+  CopyAddress target;              // where this thread's copies go: its place in the ring's first neuron
   bool indexed;
   uint64_t policy;
   float x[T][kPieces][kPiece];
@@ -64,8 +65,12 @@ struct SinglePass {
     at = single_pass_layout(W, T, kParts, threads, p.teams, p.step, p.stages, p.share, BULK,
                             static_cast<uint32_t>(width));
     policy = weight_policy(p.evict_first);
-    apart = threads * 16;
     ring = at.ring + team * up_to_multiple(at.neuron * static_cast<uint32_t>(p.step * p.stages), 16);
+    if constexpr (!BULK) {
+      at.neuron = in_every_thread(at.neuron), at.part = in_every_thread(at.part);
+      target = copy_address(memory + ring) + member * 16;
+    }
+    apart = in_every_thread(threads * 16);
   }
 
   __device__ int32_t channel(int i) const { return static_cast<int32_t>(i * threads + member) * kPiece; }
@@ -95,14 +100,19 @@ struct SinglePass {
     return rest < p.step ? rest : p.step;
   }
 
-  // Where one neuron lies of the step that has slot `slot` of the ring.
-  __device__ unsigned char* place(int32_t slot, int neuron) const {
-    return memory + ring + static_cast<uint32_t>(slot * p.step + neuron) * at.neuron;
+  // From the ring's begin to a neuron of the step that has slot `slot` of it.
+  __device__ uint32_t offset(int32_t slot, int neuron) const {
+    return static_cast<uint32_t>(slot * p.step + neuron) * at.neuron;
   }
 
-  // This thread's piece of one of its parts.
+  // From there to this thread's piece of one of its parts, but for `member`.
+  __device__ uint32_t within(int part, int i) const {
+    return static_cast<uint32_t>(part) * at.part + static_cast<uint32_t>(i) * apart;
+  }
+
+  __device__ unsigned char* place(int32_t slot, int neuron) const { return memory + ring + offset(slot, neuron); }
   __device__ unsigned char* place(int32_t slot, int neuron, int part, int i) const {
-    return place(slot, neuron) + member * 16 + static_cast<uint32_t>(part) * at.part + static_cast<uint32_t>(i) * apart;
+    return place(slot, neuron) + member * 16 + within(part, i);
   }
 
   __device__ const char* record_of(int32_t neuron) const {
@@ -140,7 +150,7 @@ struct SinglePass {
       for (int part = 0; part < kParts; ++part)
 #pragma unroll
         for (int j = 0; j < kPieces; ++j)
-          if (live(j)) copy_piece(place(slot, n, part, j), from + part * part_bytes + j * apart, policy);
+          if (live(j)) copy_piece(target + offset(slot, n) + within(part, j), from + part * part_bytes + j * apart, policy);
     }
     commit_copies();
   }

@@ -67,7 +67,10 @@ inline unsigned char* shared_memory() { return simulator::here().shared; }
 
 inline uint64_t weight_policy(bool) { return 0; }
 
-inline void copy_piece(void* shared, const void* global, uint64_t) { simulator::copy_later(shared, global); }
+inline uint32_t in_every_thread(uint32_t value) { return value; }
+using CopyAddress = unsigned char*;
+inline CopyAddress copy_address(unsigned char* shared) { return shared; }
+inline void copy_piece(CopyAddress shared, const void* global, uint64_t) { simulator::copy_later(shared, global); }
 inline void commit_copies() { simulator::commit_copies(); }
 
 template <int N>

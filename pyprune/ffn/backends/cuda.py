@@ -101,14 +101,15 @@ def candidate_configs(problem: Problem) -> list[Config]:
         offered += [{**_INVARIANT, "splits": n} for n in (4, 8, 16, 32)]
     else:
         single, two = ({"algorithm": name} for name in ALGORITHMS)
-        ways: list[Config] = [{"overlap": True}, {"overlap": True, "early": True}, {"cluster": 4}]
+        ways: list[Config] = [{"overlap": True}, {"bulk": True}, {"bulk": True, "overlap": True}]
+        ways += [{"step": 2, "stages": 2}, {"step": 2, "stages": 2, "bulk": True}, {"teams": 1}]
         offered += [{**single, **way} for way in ways]
-        offered += [two, single, {**single, "bulk": True}, {**single, "bulk": True, "overlap": True}]
-        ways = [{"stages": 2}, {"stages": 3}, {"step": 2}, {"step": 3}]
-        ways += [{"step": 1, "stages": 4}, {"step": 1, "stages": 6}, {"teams": 1}, {"teams": 2}, {"evict_first": False}]
+        offered += [two, {**two, "overlap": True}, {**two, "overlap": True, "splits": 24}, single]
+        ways = [{"teams": 8}, {"teams": 2}, {"overlap": True, "early": True}, {"cluster": 4}, {"cluster": 2}]
+        ways += [{"stages": 2}, {"stages": 3}, {"step": 2}, {"step": 3}, {"teams": 1, "bulk": True}]
+        ways += [{"step": 1, "stages": 4}, {"step": 1, "stages": 6}, {"evict_first": False}]
         offered += [{**single, **way} for way in ways]
-        ways = [{"overlap": True}, *({"splits": n} for n in (8, 16, 32))]
-        offered += [{**two, **way} for way in ways]
+        offered += [{**two, "splits": n} for n in (8, 16, 32)]
     planned: dict[str, Config] = {}
     for config in offered:
         if plan := _fits(problem, config):
