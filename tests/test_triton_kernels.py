@@ -97,8 +97,10 @@ def check(out: Tensor, p: dict[str, Any]) -> None:
     truth = twin(p, torch.float64)
     error = (out.double() - truth).abs()
     torch_error = (twin(p, dtype).double() - truth).abs()
-    # Rounding the output alone costs half a unit; float32 may also lose some in the activation.
-    floor = truth.abs().max() * torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+    # Rounding the output alone costs half a unit; float32 may also lose some in the activation, and more of them where
+    # exp and erf are a GPU's own (up to 6.7 units seen on an H200, with one channel or one neuron).
+    units = 1 if dtype != torch.float32 else 8 if out.is_cuda else 4
+    floor = truth.abs().max() * torch.finfo(dtype).eps * units
     allowed = torch.maximum(2 * torch_error.max(), floor)
     worst = error.nan_to_num(float("inf")).argmax().item()
     assert error.max() <= allowed, (

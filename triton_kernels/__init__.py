@@ -90,8 +90,8 @@ def ffn(
         down_bias: `[D]` or None.
         index: `[K]` int32 rows of `record` to use, each in `0..F-1`, or None for all of them.
         scales: `[F, P]` float32 with an int8 record, else None.
-        config: None chooses analytically: a single pass up to `DECODE_MAX_TOKENS` tokens, in which a row depends on
-            nothing beside it, to the bit; two matrix products for more.
+        config: None chooses analytically: a single pass, in which a row depends on nothing beside it, to the bit, or
+            two matrix products; see `default_config`.
         batch_invariant: without `config`, choose such that a row has the same bits whatever the rows beside it.
 
     Returns:

@@ -63,8 +63,8 @@ def _large(kind: str, tokens: int, keep: float, **more: object) -> list[Case]:
 
 # What a GPU is measured for before its time is spent on anything else.
 FIRST = ("decode", "small")
-# So many configurations of the native kernels come first for a reason: overlap, bulk, both, larger steps, larger steps
-# in bulk, one team, two passes, and those overlapping.
+# So many configurations of the native kernels come first for a reason: overlap, by pieces, early, two passes, those
+# overlapping and split more finely, and larger steps.
 PLANS = 9
 # The shapes and M that torch.compile is tried on, in this order; the first two belong to a goal.
 INDUCTOR = (("gpt2", 1), ("smollm2-135m", 1), ("llama-3-8b", 1), ("opt-6.7b", 1))

@@ -101,7 +101,8 @@ def rows(library: Path) -> list[dict[str, Any]]:
     Returns:
         kernel, architecture, weights, tokens, gated, threads (most of a block), registers (of a thread), stack_bytes,
         ldl and stl (spill loads and stores), copies_128 and copies_narrow (asynchronous copies to shared memory of 16
-        bytes, and of fewer), copies_uniform (those to an address that no Hopper takes), copies_bulk (of whole neurons), loads_128 (to registers), instructions.
+        bytes, and of fewer), copies_uniform (those to an address that Hopper refuses), copies_bulk (of whole neurons),
+        loads_128 (to registers), instructions.
     """
     cuobjdump, nvdisasm = triton.knobs.nvidia.cuobjdump.path, triton.knobs.nvidia.nvdisasm.path
     table = []

@@ -21,6 +21,9 @@ HEADER = (
     ">of read",
 )
 MODEL_HEADER = ("model", ">kept", ">FFN share", ">dense, ms", ">narrow, ms", ">ms", ">ratio", ">ceiling", ">of ceiling")
+BACKENDS = ("cuda", "triton", "cublas")
+BACKEND_HEADER = ("FFN", ">M", ">kept", ">best dense", ">narrow torch", *(f">{name}" for name in BACKENDS), "by",
+                  ">over dense", ">of read")  # fmt: skip
 OVERLAP_HEADER = ("case", "variant", "way", ">us in turn", ">us with a kernel between", ">that kernel", ">early edges")
 _FEW_TOKENS = 16
 
@@ -70,6 +73,27 @@ def cells(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
         gather["backend"] if gather else "",
         *rate,
     ]
+
+
+def backend_cells(row: dict[str, Any], read: float) -> list[str]:
+    """One case: the fastest of all configurations that were timed of each backend, and of these all."""
+    form, us = "int8" if row["weights"] == "int8" else "compact", {}
+    for name, entry in row["variants"].items():
+        own, _, rest = name.partition(":")
+        if own == form and rest:
+            backend = rest.split()[0]
+            us[backend] = min(us.get(backend, entry["us"]), entry["us"])
+    found = {name: min((row["variants"][v]["us"] for v in of if v in row["variants"]), default=None)
+             for name, of in (("dense", ("dense", "dense fused")),
+                              ("narrow", ("compact cublas", "compact cublas fused")))}  # fmt: skip
+    ours = {name: us[name] for name in BACKENDS if name in us}
+    best = min(ours, key=ours.__getitem__)
+    size = row["variants"][f"{form}:{best}"]["bytes"]
+    words = [row["model"] + (" int8" if form == "int8" else ""), str(row["tokens"]), f"{row['keep']:.0%}"]
+    times = [found["dense"], found["narrow"], *map(us.get, BACKENDS)]
+    ratio = f"{found['dense'] / ours[best]:.2f}x" if found["dense"] else "-"
+    share = f"{size / ours[best] / 1e3 / read:.0%}" if row["tokens"] <= _FEW_TOKENS else ""
+    return [*words, *(_us(t and {"us": t}) for t in times), best, ratio, share]
 
 
 def model_cells(row: dict[str, Any]) -> list[str]:

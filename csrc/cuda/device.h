@@ -30,8 +30,8 @@ __device__ inline uint64_t weight_policy(bool evict_first) {
   return policy;
 }
 
-// `value`, the same in every thread of the block, in a register of each: the compiler does not know that no thread has a
-// number of `blockDim.x` or above. (It sees through a shuffle.)
+// `value`, the same in every thread of the block, in a register of each: the compiler does not know that no thread has
+// a number of `blockDim.x` or above. (It sees through a shuffle.)
 __device__ inline uint32_t in_every_thread(uint32_t value) { return threadIdx.x < blockDim.x ? value : 0; }
 
 // An address in shared memory for `copy_piece`. To be summed up of what is `in_every_thread` or differs among threads:

@@ -1,11 +1,15 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "layout.h"
 
 namespace pyprune {
 namespace {
+
+// Threads of a team for whose layers two passes are faster, where both can be.
+constexpr uint32_t kNarrow = 64;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -58,15 +62,18 @@ struct SinglePassPlanner {
     require(plan.teams <= most, "plan", "have at most " + std::to_string(most) + " teams for this problem");
   }
 
-  // The most neurons a step with at least three stages, then as many stages as fit; else what fits. No step larger and
-  // no more stages than a team has neurons to fill them: shared memory that is free lets the next kernel begin.
+  // The most neurons a step with at least three stages, then as many stages as fit; else what fits. With one token a
+  // step of two neurons with two stages comes before one of one: what is done once a step is most of its instructions
+  // (an H200, LLaMA-3-8B's layer: 67.8 us by one neuron and four stages, 54.6 by two and two). No step larger and no
+  // more stages than a team has neurons to fill them: shared memory that is free lets the next kernel begin.
   void choose_ring(int64_t blocks) {
     int most = most_neurons(plan.tokens);
     int64_t own = std::max<int64_t>(1, divide_up(sizes.neurons, blocks * plan.teams));
     int even = static_cast<int>(divide_up(own, divide_up(own, most)));
+    int two = plan.tokens == 1 ? 2 : 1;
     plan.step = 0;
-    for (int least : {3, 1})
-      for (int step = chosen.step ? most : even; step >= 1 && !plan.step; --step) {
+    for (auto [least, smallest] : {std::pair{3, two}, std::pair{2, two}, std::pair{3, 1}, std::pair{1, 1}})
+      for (int step = chosen.step ? most : even; step >= smallest && !plan.step; --step) {
         if (chosen.step && step != chosen.step) continue;
         int64_t enough = divide_up(own, step);
         for (int stages : {4, 3, 2, 1, 6}) {
@@ -139,16 +146,18 @@ Plan make_plan(const Sizes& sizes, const PlanOptions& chosen, const Device& devi
   Plan plan{};
   plan.tokens = single_pass_tokens(sizes.tokens);
   plan.evict_first = chosen.evict_first != 0;
-  plan.overlap = chosen.overlap == 1;
   plan.early = chosen.early == 1;
-  plan.bulk = chosen.bulk == 1;
+  plan.bulk = chosen.bulk < 0 ? device.clusters && chosen.stages != 1 : chosen.bulk == 1;
 
   SinglePassPlanner single{sizes, chosen, device, plan};
+  bool narrow = single.threads() <= kNarrow;
   std::string reason = single.why_not();
   require(chosen.algorithm != 0 || reason.empty(), "plan", "have algorithm 1 for this problem: " + reason);
-  // Without clusters the last block alone adds up a partial of every other: two passes leave it less to add.
-  bool one = chosen.algorithm < 0 ? reason.empty() && device.clusters : chosen.algorithm == 0;
+  // Without clusters the last block alone adds up a partial of every other: two passes leave it less to add. A narrow
+  // layer is all latencies, of which two passes that overlap have fewer in a row (an H200, GPT-2: 9.3 us and 11.4).
+  bool one = chosen.algorithm < 0 ? reason.empty() && device.clusters && !narrow : chosen.algorithm == 0;
   plan.algorithm = one ? Algorithm::single_pass : Algorithm::two_pass;
+  plan.overlap = chosen.overlap < 0 ? narrow && !one && device.clusters : chosen.overlap == 1;
   if (one) {
     single.choose_teams();
     single.choose_grid(running);
@@ -156,6 +165,7 @@ Plan make_plan(const Sizes& sizes, const PlanOptions& chosen, const Device& devi
     plan.tickets = static_cast<int32_t>(plan.single.cluster);
     return plan;
   }
+  plan.bulk = false;
   plan.tokens = two_pass_tokens(sizes.tokens);
   // Enough warps to fill every multiprocessor; a warp takes one neuron after another.
   int64_t blocks = std::min<int64_t>(device.processors * std::max(2, two_pass_blocks(sizes.weights, plan.tokens)),

@@ -150,7 +150,8 @@ struct SinglePass {
       for (int part = 0; part < kParts; ++part)
 #pragma unroll
         for (int j = 0; j < kPieces; ++j)
-          if (live(j)) copy_piece(target + offset(slot, n) + within(part, j), from + part * part_bytes + j * apart, policy);
+          if (live(j))
+            copy_piece(target + offset(slot, n) + within(part, j), from + part * part_bytes + j * apart, policy);
     }
     commit_copies();
   }

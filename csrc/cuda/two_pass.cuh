@@ -69,7 +69,8 @@ __device__ inline void dots(const Params& p, const typename Element<W>::Bits* re
 }
 
 template <Type W, int T, bool GATED>
-__global__ void __launch_bounds__(kTwoPassThreads, two_pass_blocks(W, T)) hidden_pass(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kTwoPassThreads, two_pass_blocks(W, T))
+    hidden_pass(const __grid_constant__ Params p) {
   using Bits = typename Element<W>::Bits;
   allow_next_kernel();
   wait_for_previous_kernel();

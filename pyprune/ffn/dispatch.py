@@ -11,15 +11,17 @@ from dataclasses import dataclass
 import torch
 
 from ..base.errors import BackendError, check_choice
-from . import native, tuned
-from .backends import Backend, Config, Problem, costs, load_all
+from . import native, scratch, tuned
+from .backends import Backend, Config, Problem, load_all
 from .tuned import Entry
 
-# Where nothing was measured, `auto` follows predictions: on CUDA from the bytes and operations of each form, since no
-# kernel of ours has been timed there yet. Few tokens are bound by the weights' bytes, which a kernel of one pass reads
-# once; from five on its arithmetic takes longer, and matrix units are better. With more, see `backends.costs`.
-_DECODE_TOKENS = 4
+# Most tokens for which `auto` takes the native CUDA kernel, by whether weights are int8. Measured on an H200, see
+# bench/notes/gpu.md: with one token it is within some percent of the fastest in a CUDA graph, and asks the host for a
+# fifth of the time; with four cuBLAS is 1.8 times as fast, but has no int8. _CUDA_TOKENS: it is not offered for more.
+_DECODE_TOKENS = {False: 1, True: 4}
 _CUDA_TOKENS = 8
+# Most tokens for which reading a gather's rows where they are beats copying them at every call. From measured times.
+_COPIED_TOKENS = 256
 
 # Most tokens for which `auto` prefers the native kernel on a CPU, by dtype of the record and gather, for layers of at
 # most _NARROW and for wider ones: with more tokens arithmetic outweighs the bytes of the weights, and torch's matrix
@@ -69,7 +71,7 @@ def names() -> list[str]:
 def _predicted_tokens(problem: Problem) -> int:
     """Most tokens for which the native kernel of the problem's device is the best, as predicted."""
     if problem.device == "cuda":
-        return _DECODE_TOKENS
+        return _DECODE_TOKENS[problem.weights == torch.int8]
     weights = problem.weights or problem.dtype
     most = _NATIVE_TOKENS[weights, problem.gather][problem.hidden_size > _NARROW]
     tiles = problem.dtype == torch.bfloat16 and native.isa() == "amx"
@@ -136,11 +138,25 @@ def _order(problem: Problem) -> tuple[str, ...]:
         return ("cpu", "torch") if problem.tokens <= _native_tokens(problem) else ("torch", "cpu")
     if problem.device != "cuda":
         return ("torch",)
-    if problem.tokens <= _DECODE_TOKENS:
+    if problem.batch_invariant:
+        return ("triton", "cuda", "torch")  # one for every number of tokens
+    if problem.tokens <= _DECODE_TOKENS[problem.weights == torch.int8]:
         return ("cuda", "triton", "cublas", "torch")
-    if problem.tokens <= _CUDA_TOKENS:
-        return ("triton", "cuda", "cublas", "torch")
-    return (*costs.fastest_first(problem), "torch")
+    few = ("cuda",) if problem.tokens <= _CUDA_TOKENS else ()
+    if problem.tokens <= _COPIED_TOKENS and problem.gather and not _rows_are_kept(problem):
+        return ("triton", *few, "cublas", "torch")
+    return ("cublas", "triton", *few, "torch")
+
+
+def _rows_are_kept(problem: Problem) -> bool:
+    """Whether the copied rows of a gather are taken to be kept, so that only a first call pays for them; see `scratch`.
+
+    Said once for all calls of a problem, and from sizes alone: were it to follow what is kept now, the same call could
+    have other bits later.
+    """
+    element = (problem.weights or problem.dtype).itemsize
+    rows = problem.kept * (3 if problem.gated else 2) * problem.hidden_size * element
+    return scratch.holds_a_model_of(rows, problem.device)
 
 
 def _text(config: Config) -> str:

@@ -101,13 +101,12 @@ def candidate_configs(problem: Problem) -> list[Config]:
         offered += [{**_INVARIANT, "splits": n} for n in (4, 8, 16, 32)]
     else:
         single, two = ({"algorithm": name} for name in ALGORITHMS)
-        ways: list[Config] = [{"overlap": True}, {"bulk": True}, {"bulk": True, "overlap": True}]
-        ways += [{"step": 2, "stages": 2}, {"step": 2, "stages": 2, "bulk": True}, {"teams": 1}]
+        ways: list[Config] = [{"overlap": True}, {"bulk": False}, {"overlap": True, "early": True}]
         offered += [{**single, **way} for way in ways]
         offered += [two, {**two, "overlap": True}, {**two, "overlap": True, "splits": 24}, single]
-        ways = [{"teams": 8}, {"teams": 2}, {"overlap": True, "early": True}, {"cluster": 4}, {"cluster": 2}]
-        ways += [{"stages": 2}, {"stages": 3}, {"step": 2}, {"step": 3}, {"teams": 1, "bulk": True}]
-        ways += [{"step": 1, "stages": 4}, {"step": 1, "stages": 6}, {"evict_first": False}]
+        ways = [{"step": 2, "stages": 3}, {"step": 3, "stages": 2}, {"step": 4, "stages": 2}, {"teams": 1}]
+        ways += [{"cluster": 4}, {"cluster": 2}, {"teams": 4}, {"teams": 8}, {"stages": 3}, {"step": 1, "stages": 4}]
+        ways += [{"step": 1, "stages": 6}, {"teams": 1, "bulk": False}, {"evict_first": False}]
         offered += [{**single, **way} for way in ways]
         offered += [{**two, "splits": n} for n in (8, 16, 32)]
     planned: dict[str, Config] = {}
