@@ -269,7 +269,7 @@ def test_measured_crossover_of_the_native_kernel(bests, tokens, all_usable, monk
     assert dispatch.choose(dataclasses.replace(PROBLEM, tokens=10**5)).backend.NAME == "torch"
 
 
-@pytest.mark.parametrize(("plan", "tokens"), [({}, 4), ({"stages": 3}, 0)])
+@pytest.mark.parametrize(("plan", "tokens"), [({}, 1), ({"stages": 3}, 0)])
 def test_crossover_on_cuda_counts_only_what_the_kernel_does_by_itself(plan, tokens, all_usable, monkeypatch):
     cuda = dispatch.backends()["cuda"]
     monkeypatch.setattr(cuda, "default_config", lambda problem: {})

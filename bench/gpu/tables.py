@@ -75,25 +75,32 @@ def cells(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
     ]
 
 
-def backend_cells(row: dict[str, Any], read: float) -> list[str]:
-    """One case: the fastest of all configurations that were timed of each backend, and of these all."""
-    form, us = "int8" if row["weights"] == "int8" else "compact", {}
-    for name, entry in row["variants"].items():
-        own, _, rest = name.partition(":")
-        if own == form and rest:
-            backend = rest.split()[0]
-            us[backend] = min(us.get(backend, entry["us"]), entry["us"])
-    found = {name: min((row["variants"][v]["us"] for v in of if v in row["variants"]), default=None)
-             for name, of in (("dense", ("dense", "dense fused")),
-                              ("narrow", ("compact cublas", "compact cublas fused")))}  # fmt: skip
-    ours = {name: us[name] for name in BACKENDS if name in us}
-    best = min(ours, key=ours.__getitem__)
-    size = row["variants"][f"{form}:{best}"]["bytes"]
+def backend_cells(row: dict[str, Any], read: float) -> list[str] | None:
+    """One case: the fastest of all configurations that were timed of each backend, and of these all; None for none."""
+    variants, form = row["variants"], "int8" if row["weights"] == "int8" else "compact"
+    ours: dict[str, dict[str, Any]] = {}
+    for name, entry in sorted(variants.items(), key=lambda item: -item[1]["us"]):
+        if name.startswith(f"{form}:"):
+            ours[name.partition(":")[2].split()[0]] = entry
+
+    def fastest(*names: str) -> dict[str, Any] | None:
+        return min((variants[n] for n in names if n in variants), key=lambda e: e["us"], default=None)
+
+    ours = {name: ours[name] for name in BACKENDS if name in ours}
+    if not ours:
+        return None
+    by = min(ours, key=lambda name: ours[name]["us"])
+    dense = fastest("dense", "dense fused")
     words = [row["model"] + (" int8" if form == "int8" else ""), str(row["tokens"]), f"{row['keep']:.0%}"]
-    times = [found["dense"], found["narrow"], *map(us.get, BACKENDS)]
-    ratio = f"{found['dense'] / ours[best]:.2f}x" if found["dense"] else "-"
-    share = f"{size / ours[best] / 1e3 / read:.0%}" if row["tokens"] <= _FEW_TOKENS else ""
-    return [*words, *(_us(t and {"us": t}) for t in times), best, ratio, share]
+    times = [dense, fastest("compact cublas", "compact cublas fused"), *map(ours.get, BACKENDS)]
+    ratio = f"{dense['us'] / ours[by]['us']:.2f}x" if dense else "-"
+    return [
+        *words,
+        *map(_us, times),
+        by,
+        ratio,
+        f"{ours[by]['gb_s'] / read:.0%}" if row["tokens"] <= _FEW_TOKENS else "",
+    ]
 
 
 def model_cells(row: dict[str, Any]) -> list[str]:

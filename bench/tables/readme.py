@@ -230,9 +230,9 @@ def gpu_table(result: Result) -> list[str]:
     start = f"One FFN in a CUDA graph over weights that the L2 does not hold, medians in us. {provenance(result)}"
     cells = [tables.cells(row, result) for row in result["rows"]]
     lines = [start, "", *markdown(tables.HEADER, cells), "", tables.ceilings_line(result)]
-    read = result["ceilings"]["read"]["gb_s"]
-    lines += ["", "The fastest configuration of each of our backends, whatever `auto` took in that run.", ""]
-    lines += markdown(tables.BACKEND_HEADER, [tables.backend_cells(row, read) for row in result["rows"]])
+    if read := result.get("ceilings", {}).get("read", {}).get("gb_s"):
+        lines += ["", "The fastest configuration of each of our backends, whatever `auto` took in that run.", ""]
+        lines += markdown(tables.BACKEND_HEADER, filter(None, (tables.backend_cells(r, read) for r in result["rows"])))
     if result["models"]:
         rows = map(tables.model_cells, result["models"])
         lines += ["", "A whole model's decode step at batch 1, in a CUDA graph.", ""]
