@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyprune import InputError, UnsupportedModelError
+from pyprune import InputError, UnsupportedModelError, prune
 from pyprune.base.windows import stack_batches
 from pyprune.model import surgery
 from pyprune.model.families import find_ffns
@@ -147,3 +147,25 @@ def test_stack_batches():
 def test_bad_batches_are_refused(batches, message):
     with pytest.raises(InputError, match=message):
         stack_batches(batches, 10)
+
+
+def test_products_in_bfloat16_between_float32_states(tiny, ids):
+    """Half the digits in the layers' products, none lost in hidden states, moments and the fit."""
+    model = tiny("llama")
+    ffns = find_ffns(model)
+    exact, lower = LayerStream(model, ffns, ids), LayerStream(model, ffns, ids, products=torch.bfloat16)
+    for stream in (exact, lower):
+        stream.advance()
+    assert lower._hidden.dtype == torch.float32
+    difference = float((lower._hidden - exact._hidden).norm() / exact._hidden.norm())
+    assert 1e-6 < difference < 2e-2
+    found = lower.statistics(ffns[1], gram=True)
+    assert found.gram is not None and found.gram.dtype == torch.float64
+    want = exact.statistics(ffns[1], gram=True)
+    assert float((found.gram - want.gram).norm() / want.gram.norm()) < 5e-2
+
+
+def test_unknown_precision_is_refused_before_anything_changes(tiny):
+    model = tiny("llama")
+    with pytest.raises(InputError, match="precision must be one of auto, float32, bfloat16"):
+        prune(model, 0.5, "random", repair=None, precision="half")

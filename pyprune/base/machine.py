@@ -87,6 +87,16 @@ def fast_bfloat16(device: torch.device) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
 
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def products(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype in which matrices are multiplied: `auto` is bfloat16 where the device has instructions for it."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+
+
 def facts() -> dict[str, Any]:
     """What a reader needs to judge a number: plain JSON values; no host name, no user name, no paths.
 

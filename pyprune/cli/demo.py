@@ -42,12 +42,12 @@ PROMPT = "Explain in two sentences what a list is in Python."
 METHOD = "wanda"  # looks at activations only, so it takes seconds
 _NEW_TOKENS = 48
 _WINDOW = 1024
-_EVALUATION_TOKENS = 8192
+_EVALUATION_TOKENS = 4096
 # Of why it got worse: windows of this many tokens, so many of them, and the rest of the budget; a minute or two.
-_WHY_WINDOW, _WHY_WINDOWS = 256, 6
-_BUDGET = Budget(prompts=8, new_tokens=32, items=40)
+_WHY_WINDOW, _WHY_WINDOWS = 256, 4
+_BUDGET = Budget(prompts=4, new_tokens=32, items=20)
 # Of other kinds of text, as far as CPython carries them: tokens of each, and of a window; some 20 seconds.
-_SUITE_TOKENS, _SUITE_WINDOW = 2048, 256
+_SUITE_TOKENS, _SUITE_WINDOW = 1024, 256
 
 
 @dataclass

@@ -230,6 +230,13 @@ def prune(
     window: WindowOption = WINDOW,
     start_token: StartOption = "auto",
     seed: SeedOption = 0,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="In which float32 layers multiply while text runs through them: float32, bfloat16, or auto: bfloat16 "
+            "where this machine is fast in it."
+        ),
+    ] = "auto",
     mask: Annotated[Path | None, typer.Option(help="Keep the neurons of this mask file instead of scoring.")] = None,
     save_mask: SaveMaskOption = None,
     dry_run: DryRunOption = False,
@@ -254,6 +261,7 @@ def prune(
         REPAIRS.parse(BEST_REPAIR if best else repair or REPAIR, **_given(damping=damping, target=target)),
         sequential,
         seed,
+        precision,
     )
     if tokens is None:
         tokens = MANY_TOKENS if best else TOKENS
@@ -284,7 +292,8 @@ def prune(
         if nested_widths:
             made = prune_nested(loaded, _shares(shares), method, progress=bars, **common)
         else:
-            report = prune_model(loaded, keep, method, sequential=sequential, mask=loaded_mask, progress=bars, **common)
+            more: dict[str, Any] = {"sequential": sequential, "precision": precision, "mask": loaded_mask}
+            report = prune_model(loaded, keep, method, **more, progress=bars, **common)
     written = None if dry_run else out
     if written is not None:
         checkpoint.save(loaded, written, tokenizer, overwrite, max_shard_size=max_shard_size)

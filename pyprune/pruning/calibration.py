@@ -88,15 +88,22 @@ class LayerStream:
         ids: `[N, W]` token ids.
         twin: also carry the hidden states that the dense model would have (see `advance_twin`).
         sources: `[N]`, which source each window is from; None for one.
+        products: bfloat16: float32 layers multiply matrices in it (autocast), between hidden states in float32.
 
     Raises:
         UnsupportedModelError: the layers do not simply hand one hidden state to the next.
     """
 
     def __init__(
-        self, model: nn.Module, ffns: list[FFN], ids: Tensor, twin: bool = False, sources: Tensor | None = None
+        self,
+        model: nn.Module,
+        ffns: list[FFN],
+        ids: Tensor,
+        twin: bool = False,
+        sources: Tensor | None = None,
+        products: torch.dtype = torch.float32,
     ) -> None:
-        self._model, self._sources = model, sources
+        self._model, self._sources, self._products = model, sources, products
         self._layers: list[nn.Module] = list(decoder_layers(model)[1])
         self._device = next(model.parameters()).device
         self._position = 0
@@ -179,7 +186,9 @@ class LayerStream:
 
     def _layer_on(self, hidden: Tensor) -> Tensor:
         args, kwargs = self._calls[self._position]
-        return _first(self._layers[self._position](hidden, *args, **kwargs))
+        lower = self._products != torch.float32 and hidden.dtype == torch.float32
+        with torch.autocast(hidden.device.type, self._products, enabled=lower):
+            return _first(self._layers[self._position](hidden, *args, **kwargs))
 
     def _forward(self, window: int) -> Tensor:
         return self._layer_on(self._hidden[window : window + 1])

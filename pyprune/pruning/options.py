@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..base.errors import check, is_count, is_number
+from ..base.errors import check, check_choice, is_count, is_number
+from ..base.machine import PRECISIONS
 from ..model.families import find_ffns
 from . import importance
 from .allocation import ALLOCATIONS, Allocation
@@ -35,12 +36,14 @@ class PruneOptions:
     repair: Repair
     sequential: bool = True
     seed: int = 0
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         check(is_number(self.keep) and 0 < self.keep <= 1, "keep", "lie in (0, 1]", self.keep)
         importance.get(self.method)
         check(isinstance(self.sequential, bool), "sequential", "be True or False", self.sequential)
         check(is_count(self.seed), "seed", "be a non-negative integer", self.seed)
+        check_choice(self.precision, "precision", PRECISIONS)
         self.allocation.check(self.keep)
         self.repair.check(self.sequential)
 
@@ -53,9 +56,10 @@ class PruneOptions:
         repair: Repair | str | None = REPAIR,
         sequential: bool = True,
         seed: int = 0,
+        precision: str = "float32",
     ) -> PruneOptions:
         """From options or their short forms."""
-        return cls(keep, method, ALLOCATIONS.parse(allocation), parse_repair(repair), sequential, seed)
+        return cls(keep, method, ALLOCATIONS.parse(allocation), parse_repair(repair), sequential, seed, precision)
 
     def needs_text(self, mask: bool = False) -> bool:
         """Whether calibration text is read; with `mask`, where the neurons that stay are given."""

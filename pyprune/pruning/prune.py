@@ -75,6 +75,7 @@ def prune(
     tokenizer: Any = None,
     seed: int = 0,
     sequential: bool = True,
+    precision: str = "float32",
     mask: Mask | None = None,
     progress: Progress = quiet,
     provenance: dict[str, Any] | None = None,
@@ -106,6 +107,8 @@ def prune(
         seed: of everything random.
         sequential: later layers are scored and repaired on what the already pruned earlier ones produce; False: on
             what the dense model produces.
+        precision: of matrix products while calibration text runs through float32 layers: `float32`, `bfloat16`, or
+            `auto` for bfloat16 where the device multiplies it fast. Statistics and fits stay as they are.
         mask: neurons to keep, instead of scoring; `keep`, `method` and `allocation` are not used then.
         progress: called as `(stage, done, total)`.
         provenance: facts about the run (text, versions) that go into the mask and the checkpoint.
@@ -118,7 +121,7 @@ def prune(
         UnsupportedModelError: an FFN that pyprune does not know, a repair that its format cannot hold, or widths
             that its config cannot say; the model is unchanged then.
     """
-    options = PruneOptions.of(keep, method, allocation, repair, sequential, seed)
+    options = PruneOptions.of(keep, method, allocation, repair, sequential, seed, precision)
     given = mask is not None
     run = Run(model, text, tokenizer, options.needs_text(given), options.purpose, provenance, seed, progress)
     described = run.described

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import InputError
+from ..base.machine import products
 from ..base.memory import release
 from ..base.progress import Progress
 from ..base.statistics import ActivationStats, GradientStats
@@ -99,7 +100,9 @@ class Pruner:
         """The calibration text in front of the first layer."""
         assert self.ids is not None
         self.progress("embedding the calibration text", 0, 1)
-        return LayerStream(self.described.model, self.ffns, self.ids, twin, self.sources)
+        model = self.described.model
+        multiplied = products(self.options.precision, next(model.parameters()).device)
+        return LayerStream(model, self.ffns, self.ids, twin, self.sources, multiplied)
 
     def scores(self) -> list[Tensor]:
         """`[F]` scores of every layer of the dense model, computed once."""

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...base.errors import check, check_choice, is_count, is_finite
+from ...base.machine import PRECISIONS
 from ..distillation import DistillationConfig
 
 MODES = ("full", "lora")
 TRAINED = ("ffn", "layers", "all")
 DECAYS = ("cosine", "linear", "none")
-PRECISIONS = ("auto", "float32", "bfloat16")
 # The teacher's whole distribution and nothing of the text. On text that the teacher wrote, cross entropy has the same
 # gradient in the mean, but with the noise of one sample; on other text it fits that text's domain, which no other
 # domain is better for. At temperature 1 the KL is what perplexity loses on the teacher's own text.

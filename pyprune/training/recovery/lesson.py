@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base.machine import fast_bfloat16
+from ...base.machine import products
 from ...model.probe import evaluating
 from ...pruning.mixture import Windows
 from ..distillation import (
@@ -29,13 +29,6 @@ _CACHE_BYTES = 2 << 30
 _ONLY_TEXT = DistillationConfig(kl_weight=0.0, ce_weight=1.0)
 
 
-def _precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of the products: bfloat16 pays off only where the device has instructions for it."""
-    if wanted != "auto":
-        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
-
-
 class Lesson:
     """Student, teacher and text: the loss of a batch, and of the held-out windows."""
 
@@ -45,7 +38,7 @@ class Lesson:
         self.student, self.teacher, self.windows, self.held_out = student, teacher, windows, held_out
         self.config = config
         self.device = next(student.parameters()).device
-        self.dtype = _precision(config.precision, self.device)
+        self.dtype = products(config.precision, self.device)
         self.teacher_seconds = self.held_out_seconds = 0.0
         heads = plain_head(student), plain_head(teacher)
         fits = None not in heads and not config.distillation.hidden_weight
