@@ -3,16 +3,17 @@
 import dataclasses
 import itertools
 import json
+import os
 import time
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from pyprune import PrunedMLP
+from pyprune import PrunedMLP, accelerate
 from pyprune.base.errors import BackendError, InputError, UnsupportedModelError
 from pyprune.cli.commands import app
-from pyprune.ffn import backends, contest, dispatch, native, tune, tuned
+from pyprune.ffn import backends, contest, dispatch, first_use, native, tune, tuned
 from pyprune.model.families import find_ffns
 
 PLAIN = {"gated": False, "activation": "relu", "dtype": torch.float32}
@@ -31,8 +32,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Little memory, and Triton's interpreter left out: it runs here, but its speed says nothing."""
-    monkeypatch.setattr(contest, "_COPY_BYTES", 1 << 16)
-    monkeypatch.setattr(contest, "_SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr(contest, "CAREFUL", contest.Effort(copy_bytes=1 << 16, sample=1e-4))
     monkeypatch.setattr(dispatch.backends()["triton"], "why_not", lambda problem: "is asleep")
     dispatch.choose.cache_clear()
 
@@ -159,7 +159,7 @@ def test_real_timings_of_every_form(mode, weights, form, dtype):
         assert [e.seconds for e in one.entries] == sorted(e.seconds for e in one.entries)
     with torch.no_grad():
         for one in report.tuned:
-            x, records = contest._operands(one.problem)
+            x, records = contest._operands(one.problem, 1 << 16)
             chosen = dispatch.choose(one.problem)
             assert chosen.source == "tuned"
             assert chosen.backend.run(x, records[0], chosen.config).shape == x.shape
@@ -168,7 +168,7 @@ def test_real_timings_of_every_form(mode, weights, form, dtype):
 def test_every_refused_sum_is_seen_in_large_problems():
     """Only some rows are compared; the first and the last are among them."""
     problem = tune.layer_problems(16, 32, **GATED, tokens=[512])[0]
-    x, (record, *_) = contest._operands(problem)
+    x, (record, *_) = contest._operands(problem, 1 << 16)
     judge = contest._Judge(x, record)
     out = backends.torch_eager.run(x, record)
     assert judge.why_wrong(out) is None
@@ -206,6 +206,25 @@ def test_the_module_follows_what_was_tuned(native_library, fake_clock, tiny):
     tune.tune(tune.model_problems(tiny("llama")))
     assert PrunedMLP.from_dense(ffn).native_tokens == 0
     assert PrunedMLP.from_dense(ffn, weights="int8").native_tokens > 0, "not what was timed"
+
+
+def test_accelerate_measures_each_shape_once_on_a_cpu(native_library, fake_clock, tiny, own_cache, monkeypatch):
+    accelerate(tiny("llama"), measure=False)
+    assert not own_cache.exists()
+    fake_clock(lambda name, config, tokens: 1e-6 * (tokens if name == "cpu" else 20))
+    model = accelerate(tiny("llama"))
+    assert PrunedMLP.from_dense(find_ffns(tiny("llama"))[0]).native_tokens == 16
+    assert {m.native_tokens for m in model.modules() if isinstance(m, PrunedMLP)} == {16}
+    monkeypatch.setattr(first_use, "tune", lambda *args, **kwargs: pytest.fail("timed again"))
+    accelerate(tiny("llama"))
+    accelerate(tiny("gpt2"), backend="torch")
+
+
+def test_accelerate_without_a_folder_for_what_it_measures_goes_by_predictions(native_library, tiny, monkeypatch):
+    monkeypatch.setenv("PYPRUNE_CACHE", os.devnull)
+    monkeypatch.setattr(first_use, "tune", lambda *args, **kwargs: pytest.fail("timed for nothing"))
+    model = accelerate(tiny("llama"))
+    assert {m.native_tokens for m in model.modules() if isinstance(m, PrunedMLP)} == {32}
 
 
 @pytest.mark.parametrize(

@@ -87,13 +87,19 @@ def doctor(as_json: JsonOption = False) -> None:
     """Machine, versions and backends: usable, or why not, in one line each."""
     facts = found_here()
     states = [(name, device, state) for name, by in facts["backends"].items() for device, state in by.items()]
-    choices = facts["choices"]
+    choices, measured = facts["choices"], facts["measured"]
+    timed = (
+        [table("timed on this machine", tuple(measured[0]), [tuple(row.values()) for row in measured])]
+        if measured
+        else []
+    )
     show(
         facts,
         as_json,
         table("machine", ("what", "value"), _flat(facts["machine"])),
         table("backends", ("backend", "device", "state"), states),
         table("what `auto` chooses", tuple(choices[0]), [tuple(choice.values()) for choice in choices]),
+        *timed,
         escape(native.describe()),
         escape(native.describe("cuda")),
         *(escape(f"  {device}: {code}") for device, code in facts["cuda_devices"].items()),

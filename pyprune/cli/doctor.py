@@ -9,7 +9,7 @@ import torch
 
 from ..base import machine
 from ..base.errors import BackendError, InputError
-from ..ffn import dispatch, native
+from ..ffn import dispatch, native, tuned
 from ..ffn.backends import Problem
 from ..model import loading
 
@@ -53,9 +53,21 @@ def _choices() -> list[dict[str, str]]:
     ]
 
 
+def _measured() -> list[dict[str, str]]:
+    """What was timed on this machine, by `accelerate` or `pyprune tune`: the fastest of each layer, and by how much."""
+    rows = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for name, entries in tuned.known(device).items():
+            best, *others = entries
+            ahead = f"{others[0].seconds / best.seconds:.2f}x {others[0].backend}" if others else ""
+            rows.append({"device": device, "layer": name, "backend": best.backend, "as fast as": ahead})
+    return rows
+
+
 def found_here() -> dict[str, Any]:
     """JSON values: `machine` (see `machine.facts`), `native` and `native_cuda` (see `native.facts`),
-    `cuda_devices` (see `native.cuda_devices`), `backends`, `choices`, and `demo`, the state of the demo model.
+    `cuda_devices` (see `native.cuda_devices`), `backends`, `choices`, `measured`, and `demo`, the state of the demo
+    model.
     """
     try:
         demo = f"usable ({loading.demo_file().name})"
@@ -68,5 +80,6 @@ def found_here() -> dict[str, Any]:
         "cuda_devices": native.cuda_devices(),
         "backends": _states(),
         "choices": _choices(),
+        "measured": _measured(),
         "demo": demo,
     }

@@ -14,7 +14,7 @@ from ..model.families import FFN
 from ..model.mask import Mask
 from ..model.surgery import set_widths
 from ..model.weights import check_finite
-from . import dispatch
+from . import dispatch, first_use
 from .mlp import MODES, PrunedMLP
 from .mlp_state import DownStandIn
 from .quantisation import WEIGHTS, check_fits
@@ -28,6 +28,7 @@ def accelerate(
     mask: Mask | None = None,
     weights: str | None = None,
     batch_invariant: bool = False,
+    measure: bool = True,
 ) -> nn.Module:
     """Swap every FFN of a loaded model, pruned or not, for a `PrunedMLP`, layer by layer, freeing the originals.
 
@@ -47,6 +48,8 @@ def accelerate(
             weights of its own dtype all the same, rounded as they are kept.
         batch_invariant: make each FFN's result for a token independent, to the bit, of the tokens beside it; slower
             where there are many.
+        measure: on a CPU, time once which kernel is faster for layers of these shapes, in two seconds at most, and keep
+            it for this machine; False: by prediction, or as `pyprune tune` found. Counts for `auto` alone.
 
     Returns:
         `model`.
@@ -68,6 +71,8 @@ def accelerate(
         _check_finite(ffns, WEIGHTS[weights])
     if mask is not None and mode == "compact":
         set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
+    if measure and backend == "auto" and not batch_invariant:
+        first_use.measure(first_use.problems(ffns, mode, mask, weights))
     room = Room(_record_bytes(ffns, mask if mode == "compact" else None, weights))
     ffns.reverse()
     while ffns:

@@ -20,15 +20,31 @@ from .backends import Backend, Config, Problem
 from .quantisation import quantise, widened
 from .tuned import Entry
 
-# Weights lie in copies that are read in turn, so that a call finds them where a model's step does: in memory.
-_COPY_BYTES = 256 << 20
 _MOST_COPIES = 64
 _CHECKED_ROWS = 8
 # A candidate this much slower than its backend's best at the first sample is not timed again.
 _HOPELESS = 1.5
-_ROUNDS = (3, 7)  # fewest and most, of all candidates in turn
-_SAMPLE_SECONDS = 2e-3
-_PROBLEM_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How well a problem is timed.
+
+    Attributes:
+        copy_bytes: of weights, in copies that are read in turn, so that a call finds them where a model's step does: in
+            memory.
+        rounds: fewest and most, of all candidates in turn.
+        sample: seconds of one sample, about.
+        problem: seconds of all rounds, about.
+    """
+
+    copy_bytes: int = 256 << 20
+    rounds: tuple[int, int] = (3, 7)
+    sample: float = 2e-3
+    problem: float = 1.0
+
+
+CAREFUL = Effort()
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ class Tuned:
         }
 
 
-def _operands(problem: Problem) -> tuple[Tensor, list[Record]]:
+def _operands(problem: Problem, copy_bytes: int) -> tuple[Tensor, list[Record]]:
     """Random x, and copies of one record; plain FFNs have biases, as the families' have."""
     device, d, f, dtype = problem.device, problem.hidden_size, problem.intermediate_size, problem.dtype
     generator = torch.Generator(device).manual_seed(0)
@@ -81,7 +97,7 @@ def _operands(problem: Problem) -> tuple[Tensor, list[Record]]:
         index = order[: problem.kept].sort().values.int()
     bias, down_bias = (None, None) if problem.gated else (randn(f, 1).to(dtype), randn(d).to(dtype))
     record = Record(rows, problem.gated, problem.activation, scales, bias, down_bias, index)
-    copies = 1 if problem.tokens > 256 else min(_MOST_COPIES, -(-_COPY_BYTES // max(rows.nbytes, 1)))
+    copies = 1 if problem.tokens > 256 else min(_MOST_COPIES, -(-copy_bytes // max(rows.nbytes, 1)))
     others = (dataclasses.replace(record, rows=rows.clone()) for _ in range(copies - 1))
     return randn(problem.tokens, d).to(dtype), [record, *others]
 
@@ -168,18 +184,19 @@ def _used_now(problem: Problem) -> tuple[str, Config] | None:
 
 
 @torch.no_grad()
-def try_all(problem: Problem, check_time: Callable[[], None]) -> Tuned:
+def try_all(problem: Problem, check_time: Callable[[], None], effort: Effort | None = None) -> Tuned:
     """Time every candidate of every backend that can run `problem`, the representative of its bucket.
 
     Args:
         problem: what to time.
         check_time: called before every candidate; raises to stop.
+        effort: how well; None for `CAREFUL`.
 
     Raises:
         BackendError: nobody computes it rightly.
     """
-    before = _used_now(problem)
-    found, refused = _candidates(problem, *_operands(problem), check_time)
+    before, effort = _used_now(problem), effort or CAREFUL
+    found, refused = _candidates(problem, *_operands(problem, effort.copy_bytes), check_time)
     if not found:
         raise BackendError(f"no backend for {problem}: {'; '.join(refused)}")
     fastest: dict[str, float] = {}
@@ -192,11 +209,11 @@ def try_all(problem: Problem, check_time: Callable[[], None]) -> Tuned:
     }
     check_time()
     for one in kept.values():
-        one.again = max(1, min(200, round(_SAMPLE_SECONDS / max(one.seconds * one.calls, 1e-9))))
+        one.again = max(1, min(200, round(effort.sample / max(one.seconds * one.calls, 1e-9))))
     now = clock(problem.device)
     round_seconds = sum(one.seconds * one.calls * one.again for one in kept.values())
-    fewest, most = _ROUNDS
-    rounds = max(fewest, min(most, int(_PROBLEM_SECONDS / max(round_seconds, 1e-9))))
+    fewest, most = effort.rounds
+    rounds = max(fewest, min(most, int(effort.problem / max(round_seconds, 1e-9))))
     jobs: dict[str, Job] = {i: functools.partial(one.sample, now) for i, one in kept.items()}
     for i, samples in interleave(jobs, rounds).items():
         kept[i].seconds = median(samples)

@@ -16,7 +16,7 @@ from ..base.errors import check, check_choice
 from ..model import families
 from . import tuned
 from .backends import Problem
-from .contest import Tuned, try_all
+from .contest import Effort, Tuned, try_all
 
 MODES = ("compact", "gather")
 # Tokens that are timed unless others are asked for: on a CPU the question is where torch begins to be faster.
@@ -106,6 +106,7 @@ def tune(
     budget: float = 300.0,
     again: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    effort: Effort | None = None,
 ) -> TuneReport:
     """Time the problems, those of few tokens first, and write the best of each into the user's table as it is found.
 
@@ -116,6 +117,7 @@ def tune(
         budget: seconds after which no other candidate is begun; what is not finished by then is left.
         again: time also what the table has.
         progress: called as `(stage, done, total)`.
+        effort: how well each is timed; None for `contest.CAREFUL`.
 
     Raises:
         InputError: no problem, problems of two devices, one that is not here, or no time.
@@ -142,7 +144,7 @@ def tune(
             continue
         try:
             check_time()
-            outcome = try_all(chosen[name], check_time)
+            outcome = try_all(chosen[name], check_time, effort)
         except _OutOfTimeError:
             report.left.append(name)
             continue

@@ -26,8 +26,8 @@ from ..model.decode import end_tokens
 
 KINDS = ("plain", "chat")
 # Tokens of a document, and of what a user says, at most; documents that are written at once.
-LENGTH, _ASKED, AT_ONCE = 256, 64, 32
-_FORMAT = 1
+LENGTH, _ASKED, AT_ONCE = 256, 64, 64
+_FORMAT = 2
 _MARK = "\x00what is said\x00"
 
 
