@@ -15,6 +15,7 @@ from pyprune.cli.commands import app
 from pyprune.model.mask import Mask
 from pyprune.pruning import mixture, written
 from pyprune.pruning.mixture import Windows, mix, parse
+from pyprune.pruning.options import PruneOptions
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -185,7 +186,9 @@ def test_prune_says_what_it_read(tiny, tokenizer, files):
     assert report.sources == windows.facts() == report.to_json()["sources"]
     assert json.dumps(report.mask.provenance["sources"]) == json.dumps(windows.facts())
     assert report.mask.provenance["text"] == "a.txt 50% + builtin:code 50%"
-    plain = prune(tiny("llama", vocab_size=1024, max_position_embeddings=512), 0.5, text=windows.ids)
+    plain = prune(
+        tiny("llama", vocab_size=1024, max_position_embeddings=512), 0.5, text=windows.ids, repair="least-squares"
+    )
     assert plain.sources == [] and "text" not in plain.mask.provenance
     assert [k.neurons.tolist() for k in plain.mask.layers] == [k.neurons.tolist() for k in report.mask.layers]
     assert isinstance(plain.mask, Mask) and isinstance(windows, Windows)
@@ -217,16 +220,16 @@ def test_the_command_line_mixes_and_refuses(tiny_checkpoint, files, tmp_path, mo
         (["--text", "self@-1"], "weight of self must be 0 or more"),
         (["--text", "self@0"], "text must have weights that do not sum to zero"),
         (["--text", "nothing.txt"], "text must be an existing file, self or builtin"),
-        (["--best", "--repair", "none"], "best must be given without what it chooses itself; got 'repair'"),
         (["--start-token", "often"], "start_token must be one of auto, always, never"),
     ):
         refused = run(*words)
         assert refused.exit_code == 2 and message in " ".join(refused.stderr.split()), refused.stderr
 
 
-def test_best_asks_for_no_more_than_a_family_can(tiny, tokenizer):
-    from pyprune.pruning.options import PruneOptions, suited
-
-    options = PruneOptions.of(repair="least-squares:target=0.5")
-    assert suited(options, tiny("llama")) == options
-    assert suited(options, tiny("gemma2")).repair.target == 0.0
+def test_the_default_asks_for_no_more_than_a_family_can(tiny):
+    options = PruneOptions.of()
+    assert options.suited(tiny("llama")).repair.target == 0.5
+    assert options.suited(tiny("gemma2")).repair.target == 0.0
+    assert PruneOptions.of(sequential=False).suited(tiny("llama")).repair.target == 0.0
+    forced = PruneOptions.of(repair="least-squares:target=0.5")
+    assert forced.suited(tiny("gemma2")) == forced, "refused later, not replaced"

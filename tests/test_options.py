@@ -55,7 +55,7 @@ FORMS = {
         (Latency, "target_speedup", (None, 1, INF, NAN, "2"), "target_speedup must be a number above 1 with alloc"),
         *[(c, "damping", (0, -1.0, NAN, INF, "x", None), "damping must be positive and finite, or 'auto'; got")
           for c in (LeastSquares, Refit)],
-        (LeastSquares, "target", (-0.1, 1.1, NAN, "1"), r"target must lie in \[0, 1\]; got"),
+        (LeastSquares, "target", (-0.1, 1.1, NAN, "1"), r"target must lie in \[0, 1\], or be 'auto'; got"),
     ],
 )  # fmt: skip
 def test_bad_value_is_refused(make, argument, values, message):

@@ -188,7 +188,7 @@ def test_provenance_says_only_what_had_a_say(tiny, ids, random_mask):
         "compensate": "least-squares",
         "damping": 0.01,
         "sequential": True,
-        "target": 0.0,
+        "target": 0.5,
     }
     assert facts["mask"] == mask.provenance
 

@@ -18,7 +18,7 @@ from ..pruning.blocks import STRUCTURES, BlockOptions, BlockReport
 from ..pruning.blocks import prune_blocks as remove_blocks
 from ..pruning.mixture import mix
 from ..pruning.nested import NestedReport, prune_nested
-from ..pruning.options import ALLOCATION, BEST_REPAIR, KEEP, METHOD, REPAIR, PruneOptions, suited
+from ..pruning.options import ALLOCATION, KEEP, METHOD, REPAIR, PruneOptions
 from ..pruning.prune import PruneReport
 from ..pruning.prune import prune as prune_model
 from ..pruning.repair import REPAIRS
@@ -157,8 +157,7 @@ def prune(
         bool,
         typer.Option(
             "--best",
-            help=f"What measured best: a fit that makes up for what earlier layers lost, on {MANY_TOKENS:,} tokens. "
-            "Takes longer.",
+            help=f"What measured best: {MANY_TOKENS:,} tokens unless --tokens says otherwise. Takes longer.",
         ),
     ] = False,
     method: Annotated[str, typer.Option(help=f"Importance criterion: {', '.join(importance.names())}.")] = METHOD,
@@ -206,7 +205,9 @@ def prune(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Share of what earlier layers lost that a layer's fit makes up for, in [0, 1]; 0.", show_default=False
+            help="Share of what earlier layers lost that a layer's fit makes up for, in [0, 1], or auto: 0.5 where the "
+            "model lets it.",
+            show_default=False,
         ),
     ] = None,
     sequential: Annotated[
@@ -251,14 +252,14 @@ def prune(
     --target-speedup to --target are keys of --allocation and --repair, given apart.
     """
     spread = _given(target_speedup=target_speedup, workload=workload, protect=protect, multiple=multiple, floor=floor)
-    given = _given(repair=repair, target=target)
-    check(not best or not given, "best", "be given without what it chooses itself", ", ".join(given))
     named = allocation or (ALLOCATION if target_speedup is None else "latency")
     options = PruneOptions.of(
         keep,
         method,
         ALLOCATIONS.parse(named, **spread),
-        REPAIRS.parse(BEST_REPAIR if best else repair or REPAIR, **_given(damping=damping, target=target)),
+        REPAIRS.parse(
+            repair or (REPAIR if target is None else "least-squares"), **_given(damping=damping, target=target)
+        ),
         sequential,
         seed,
         precision,
@@ -277,8 +278,7 @@ def prune(
     if needed:
         tokenizer = loading.load_tokenizer(model)
     loaded = loading.load_model(model, dtype, place)
-    if best:
-        options = suited(options, loaded)
+    options = options.suited(loaded)
     if needed:
         with Bars() as bars:
             windows = mix(sources, loaded, tokenizer, tokens, window, start=start_token, seed=seed, progress=bars)

@@ -30,8 +30,9 @@ from ..model import families
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.blocks import BlockOptions, BlockReport, prune_blocks
 from ..pruning.mixture import Windows, unnamed
-from ..pruning.options import ALLOCATION, BEST_REPAIR, METHOD, REPAIR, PruneOptions
+from ..pruning.options import ALLOCATION, METHOD, REPAIR, PruneOptions
 from ..pruning.prune import PruneReport, prune
+from ..pruning.text import TOKENS as ORDINARY
 from . import perplexity
 from .domains import Tasks
 from .summary import MEAN, Line, comparison_lines, judged_texts
@@ -101,8 +102,8 @@ PUBLISHED = (
 
 # What `pyprune prune` does, and what it does with --best.
 OURS = (
-    Recipe("pyprune", {"method": METHOD, "allocation": ALLOCATION, "repair": REPAIR}, "ours"),
-    Recipe("pyprune --best", {"method": METHOD, "allocation": ALLOCATION, "repair": BEST_REPAIR}, "ours"),
+    Recipe("pyprune", {"method": METHOD, "allocation": ALLOCATION, "repair": REPAIR}, "ours", tokens=ORDINARY),
+    Recipe("pyprune --best", {"method": METHOD, "allocation": ALLOCATION, "repair": REPAIR}, "ours"),
 )
 
 # The best published method at the first share kept, against ours at the second: a step of sparsity for free.

@@ -9,17 +9,13 @@ from torch import nn
 
 from ..base.errors import check, check_choice, is_count, is_number
 from ..base.machine import PRECISIONS
-from ..model.families import find_ffns
 from . import importance
 from .allocation import ALLOCATIONS, Allocation
-from .calibration import adds_ffn
 from .repair import Repair
 from .repair import parse as parse_repair
 
-# What is done where nobody says otherwise, which every family takes and every engine loads; and what measured best, on
-# four times the text (bench/notes/quality.md).
-KEEP, METHOD, ALLOCATION, REPAIR = 0.7, "obs", "uniform", "least-squares"
-BEST_REPAIR = "least-squares:target=0.5"
+# What is done where nobody says otherwise: what measured best of all that every engine loads (bench/notes/quality.md).
+KEEP, METHOD, ALLOCATION, REPAIR = 0.7, "obs", "uniform", "least-squares:target=auto"
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,10 @@ class PruneOptions:
         """From options or their short forms."""
         return cls(keep, method, ALLOCATIONS.parse(allocation), parse_repair(repair), sequential, seed, precision)
 
+    def suited(self, model: nn.Module) -> PruneOptions:
+        """The same with what the repair chooses for a model."""
+        return replace(self, repair=self.repair.suited(model, self.sequential))
+
     def needs_text(self, mask: bool = False) -> bool:
         """Whether calibration text is read; with `mask`, where the neurons that stay are given."""
         scoring = self.allocation.NEEDS_TEXT or bool(importance.get(self.method).needs)
@@ -86,10 +86,3 @@ class PruneOptions:
         keep = {"keep": self.keep} if self.allocation.USES_KEEP else {}
         how = {"method": self.method, "structure": "neurons", "allocation": self.allocation.NAME, "seed": self.seed}
         return {**keep, **how, **spread, **repaired}
-
-
-def suited(options: PruneOptions, model: nn.Module) -> PruneOptions:
-    """The options for a model, without a `target` where its layers do not add what their FFN puts out as it is."""
-    if options.repair.share == 0 or adds_ffn(model, find_ffns(model)):
-        return options
-    return replace(options, repair=replace(options.repair, target=0.0))  # type: ignore[call-arg]

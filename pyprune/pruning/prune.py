@@ -125,6 +125,7 @@ def prune(
     given = mask is not None
     run = Run(model, text, tokenizer, options.needs_text(given), options.purpose, provenance, seed, progress)
     described = run.described
+    options = options.suited(model)
     options.repair.check_model(described)
     fingerprint = described.fingerprint
     if mask is not None:

@@ -75,6 +75,7 @@ class Pruner:
         self.ffns, self.sizes = described.ffns, described.sizes
         self.criterion = importance.get(options.method)
         self.reports: list[LayerReport] = []
+        self._share = options.repair.share
         self._gradients: list[GradientStats] | None = None
         self._scores: list[Tensor] = []
         self._curves: dict[int, SensitivityCurves] = {}
@@ -163,12 +164,14 @@ class Pruner:
         repair = self.options.repair
         widths = [p if isinstance(p, int) else len(p) for p in plan]
         scoring = self.criterion.needs and any(isinstance(p, int) for p in plan)
-        cut = [w for w, size in zip(widths, self.sizes, strict=True) if w < size or repair.share]
+        narrower = any(w < size for w, size in zip(widths, self.sizes, strict=True))
+        self._share = repair.share if narrower else 0.0  # where nothing is lost, nothing is made up for
+        cut = [w for w, size in zip(widths, self.sizes, strict=True) if w < size or self._share]
         if self.ids is not None and cut:
             repair.check_tokens(self.ids, max(cut))
         if scoring:
             self.gradients()
-        stream = self.stream(repair.share > 0) if repair.needs or scoring else None
+        stream = self.stream(self._share > 0) if repair.needs or scoring else None
         chosen = []
         for ffn, item in zip(self.ffns, plan, strict=True):
             self.progress("pruning layers", ffn.layer, len(self.ffns))
@@ -185,14 +188,14 @@ class Pruner:
         """Prune one layer: score it if `item` is a width, fit what stays, cut, and move the text past it."""
         repair, stats = self.options.repair, None
         if stream:
-            if repair.share > 0:
+            if self._share > 0:
                 stream.advance_twin()
             gram = "gram" in repair.needs or ("gram" in self.criterion.needs and isinstance(item, int))
             stats = stream.statistics(ffn, gram, "held_out" in repair.needs)
         if isinstance(item, int):
             item = KeepIndex.from_scores(self.score(ffn, stats), item, f"scores of layer {ffn.layer}")
         fitted = Fitted()
-        if stats is not None and stream and (len(item) < item.intermediate_size or repair.share):
+        if stats is not None and stream and (len(item) < item.intermediate_size or self._share):
             fitted = repair.fit(Layer(ffn, item, stats, partial(stream.inputs, ffn), self.options.seed))
         dead = None if stats is None else int((stats.square_sum == 0).sum())
         report = LayerReport(ffn.layer, item.intermediate_size, len(item), dead=dead)

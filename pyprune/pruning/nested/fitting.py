@@ -149,7 +149,7 @@ def _fit(
     progress: Progress,
 ) -> tuple[Rows, Errors]:
     """`compensate` for shares and widths that are checked."""
-    model, ffns, target = described.model, described.ffns, repair.target
+    model, ffns, target = described.model, described.ffns, repair.share
     dead: list[int] = []
     found: list[tuple[Tensor, ...]] = []
     errors: Errors = []

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...base.options import Option, Registry
 from ...base.statistics import ActivationStats
@@ -86,6 +86,10 @@ class Repair(Option):
     def ridge(self) -> float | None:
         """Damping with which curves of layers foresee this repair; None where it fits no down rows."""
         return None
+
+    def suited(self, model: nn.Module, sequential: bool) -> Repair:
+        """The same with what is chosen for a model; `sequential` as in `prune`."""
+        return self
 
     def check(self, sequential: bool) -> None:
         """Raise `InputError` where the order of scoring and fitting contradicts these options."""

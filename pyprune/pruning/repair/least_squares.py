@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...base.errors import InputError, UnsupportedModelError, check, is_finite, is_number
 from ...base.statistics import ActivationStats
 from ...model.described import Described
+from ...model.families import find_ffns
 from ..calibration import adds_ffn
 from ..importance.obs import DAMPING
 from .base import REPAIRS, Fitted, Layer, Repair
@@ -37,6 +38,8 @@ class Solved:
     damping: float
 
 
+# Of the dense model's residual stream: what measured best on text that no fit had seen (bench/notes/quality.md).
+TARGET = 0.5
 # Of these the ridge is chosen where nobody gives it.
 DAMPINGS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
@@ -167,16 +170,18 @@ class Fit(Repair):
         damping: ridge of the least-squares fit, as a share of the mean diagonal of the activations' second moment;
             `auto` chooses it for each layer on a quarter of each source's windows that the fit has not seen.
         target: share of the dense model's residual stream in the target of the fit, in [0, 1]: at 0 a layer is fitted
-            to its own dense output on the input it gets, at 1 it also makes up for what earlier layers lost.
+            to its own dense output on the input it gets, at 1 it also makes up for what earlier layers lost. `auto`:
+            `TARGET`, or 0 where a model's layers do not add what their FFN puts out as it is, or nothing is sequential.
     """
 
     damping: float | str = DAMPING
-    target: float = 0.0
+    target: float | str = 0.0
 
     def __post_init__(self) -> None:
         right = self.damping == "auto" or (is_finite(self.damping) and self.damping > 0)  # type: ignore[operator]
         check(right, "damping", "be positive and finite, or 'auto'", self.damping)
-        check(is_number(self.target) and 0 <= self.target <= 1, "target", "lie in [0, 1]", self.target)
+        share = self.target == "auto" or (is_number(self.target) and 0 <= self.target <= 1)  # type: ignore[operator]
+        check(share, "target", "lie in [0, 1], or be 'auto'", self.target)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -189,14 +194,20 @@ class Fit(Repair):
 
     @property
     def share(self) -> float:
-        return self.target
+        return TARGET if isinstance(self.target, str) else self.target
+
+    def suited(self, model: nn.Module, sequential: bool) -> Fit:
+        if not isinstance(self.target, str):
+            return self
+        return replace(self, target=TARGET if sequential and adds_ffn(model, find_ffns(model)) else 0.0)
 
     @property
     def ridge(self) -> float:
         return self.fixed or DAMPING
 
     def check(self, sequential: bool) -> None:
-        check(sequential or self.target == 0, "target", "be 0 where nothing is sequential", self.target)
+        right = sequential or self.target in (0, "auto")
+        check(right, "target", "be 0 where nothing is sequential", self.target)
 
     def check_model(self, described: Described) -> None:
         if self.share > 0 and not adds_ffn(described.model, described.ffns):
@@ -210,7 +221,7 @@ class Fit(Repair):
 
     def solve(self, layer: Layer) -> Solved:
         """Down rows by least squares."""
-        return least_squares(layer.ffn.weights().down, layer.stats, layer.kept, self.fixed, self.target)
+        return least_squares(layer.ffn.weights().down, layer.stats, layer.kept, self.fixed, self.share)
 
 
 @REPAIRS.add

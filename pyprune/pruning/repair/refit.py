@@ -128,5 +128,5 @@ class Refit(Fit):
     def fit(self, layer: Layer) -> Fitted:
         start = self.solve(layer)
         x, more = layer.inputs()
-        found = refit(layer.ffn, layer.kept, start.down, x, more, target=self.target, seed=layer.seed)
+        found = refit(layer.ffn, layer.kept, start.down, x, more, target=self.share, seed=layer.seed)
         return replace(found, error_cut=start.error_before, error_repaired=start.error_after, damping=start.damping)
