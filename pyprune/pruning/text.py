@@ -18,7 +18,7 @@ from .mixture import DEFAULT, Windows, mix, unnamed
 Text = Iterable[Tensor] | Tensor | Windows | Mapping[Any, float] | str | Path | None
 
 # Of text that is not cut into windows yet.
-TOKENS, MANY_TOKENS = 65_536, 262_144
+TOKENS, MANY_TOKENS = 49_152, 131_072
 WINDOW = 512
 
 
