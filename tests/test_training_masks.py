@@ -235,6 +235,29 @@ def test_l0_reaches_its_share_and_is_cut_to_it(scope, widths, tiny, ids):
         assert keep.neurons.tolist() == sorted(chance.argsort(descending=True, stable=True)[: len(keep)].tolist())
 
 
+def test_l0_finds_the_neurons_that_matter(tiny, ids):
+    """Half of all neurons speak, more in later layers; the loss is the distance to the dense model's own logits."""
+    model = tiny("llama")
+    speaks = [torch.arange(96) % 96 < count for count in (16, 48, 80)]
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for i, ffn in enumerate(find_ffns(model)):
+            speaks[i] = speaks[i][torch.randperm(96, generator=generator)]
+            ffn.down.weight.mul_(20.0 * speaks[i])
+        target = model.eval()(ids).logits
+    pruner = pruner_of(model, method="l0", steps=150, warmup=5, cooldown=1, keep=0.5)
+    model.train()
+    for step in range(150):
+        pruner.before_step(step)
+        (model(ids).logits - target).square().mean().backward()
+        pruner.step()
+        model.zero_grad()
+    found = [float((mask & truth).sum() / truth.sum()) for mask, truth in zip(pruner.masks, speaks, strict=True)]
+    assert min(found) > 0.8, found
+    widths = pruner.finish().widths
+    assert sum(widths) == 144 and widths[0] < widths[1] < widths[2]
+
+
 def test_l0_is_not_cut_where_it_did_not_get(tiny, ids):
     """The error comes when the schedule ends, or at the cut; the model is as it was, and says how far the gates got."""
     model = tiny("llama")
