@@ -11,27 +11,28 @@ from ...base.errors import check
 from .knapsack import exact
 from .samples import Widths
 
-_RIDGES = tuple(10.0**power for power in range(-4, 5))
+_LITTLE = 1e-9
+_POWERS = np.array([2.0, 4.0])
+_RIDGES = tuple(10.0 ** (power / 2) for power in range(-8, 9))
 
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """loss = c + b sum_l x_l^2 + sum_l (u_l x_l + w_l x_l^2), with x_l the share of layer l that is removed.
+    """loss = c + sum_l ((b + u_l) x_l^2 + (d + w_l) x_l^4), with x_l the share of layer l that is removed.
 
-    c and b are free, and u_l and w_l are kept small by the ridge. So where samples say nothing of single layers these
+    c, b and d are free, u_l and w_l are kept small by the ridge. So where samples say nothing of single layers these
     are alike, each neuron costs more than the one before it, and the even spread is best.
 
     Attributes:
         sizes: F of each layer.
-        linear, square: `[L]`, u_l and b + w_l.
+        weights: `[L, 2]`, b + u_l and d + w_l.
         constant: c.
         ridge: the penalty, of `fit`'s choice.
         error: root mean square of the residuals where each sample was left out of the fit.
     """
 
     sizes: tuple[int, ...]
-    linear: np.ndarray
-    square: np.ndarray
+    weights: np.ndarray
     constant: float
     ridge: float
     error: float
@@ -39,7 +40,7 @@ class Predictor:
     def parts(self, layer: int, widths: Sequence[int]) -> list[float]:
         """What a layer adds to the loss at each of `widths`."""
         x = 1 - np.asarray(widths, dtype=np.float64) / self.sizes[layer]
-        return (self.linear[layer] * x + self.square[layer] * x**2).tolist()
+        return (x[:, None] ** _POWERS @ self.weights[layer]).tolist()
 
     def __call__(self, widths: Sequence[int]) -> float:
         """The loss at `widths`, one for each layer."""
@@ -57,29 +58,30 @@ def fit(sizes: Sequence[int], samples: Sequence[Widths], losses: Sequence[float]
     Raises:
         InputError: losses that are not finite, or another number of them.
     """
-    y, layers = np.asarray(losses, dtype=np.float64), len(sizes)
+    y = np.asarray(losses, dtype=np.float64)
     check(len(samples) == len(y), "losses", f"be given for {len(samples)} samples", len(y))
     check(bool(np.isfinite(y).all()), "losses", "be finite", y[~np.isfinite(y)][:1].tolist())
     x = 1 - np.asarray(samples, dtype=np.float64) / np.asarray(sizes, dtype=np.float64)
-    own = np.concatenate([x, x**2], 1)
-    scale = np.where(own.std(0) > 0, own.std(0), 1.0)
-    common = (x**2).sum(1, keepdims=True)
-    columns = np.concatenate([np.ones((len(y), 1)), common, (own - own.mean(0)) / scale], 1)
-    penalty = np.r_[0.0, 0.0, np.ones(2 * layers)]
+    powers = x[:, :, None] ** _POWERS  # [N, L, 2]
+    own, common = powers.reshape(len(y), -1), powers.sum(1)
+    mean, scale = own.mean(0), np.where(own.std(0) > 0, own.std(0), 1.0)
+    columns = np.concatenate([np.ones((len(y), 1)), common, (own - mean) / scale], 1)
+    penalty = np.r_[np.zeros(1 + len(_POWERS)), np.ones(own.shape[1])]
     best: tuple[float, float, np.ndarray] | None = None
     for ridge in _RIDGES:
-        # A little on every column, or samples alike in `common` would leave b open.
-        solved = np.linalg.solve(columns.T @ columns + np.diag(ridge * penalty + 1e-9), columns.T)
-        influence = np.clip((columns * solved.T).sum(1), 0.0, 1 - 1e-9)
-        weights = solved @ y
-        error = float(np.sqrt(np.mean(((y - columns @ weights) / (1 - influence)) ** 2)))
+        # A little on every column, for samples may be alike in the free ones.
+        solved = np.linalg.solve(columns.T @ columns + np.diag(ridge * penalty + _LITTLE), columns.T)
+        influence = np.minimum((columns * solved.T).sum(1), 1 - _LITTLE)
+        found = solved @ y
+        error = float(np.sqrt(np.mean(((y - columns @ found) / (1 - influence)) ** 2)))
         if best is None or error < best[0]:
-            best = error, ridge, weights
+            best = error, ridge, found
     assert best is not None
-    error, ridge, weights = best
-    single = weights[2:] / scale
-    constant = float(weights[0] - single @ own.mean(0))
-    return Predictor(tuple(sizes), single[:layers], weights[1] + single[layers:], constant, ridge, error)
+    error, ridge, found = best
+    free, single = found[1 : 1 + len(_POWERS)], found[1 + len(_POWERS) :] / scale
+    return Predictor(
+        tuple(sizes), free + single.reshape(-1, len(_POWERS)), float(found[0] - single @ mean), ridge, error
+    )
 
 
 def search(
