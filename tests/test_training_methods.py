@@ -144,7 +144,10 @@ def test_gum_inverted_and_in_the_gradient():
 
 def prepared(method, scores, moment, scope="layer"):
     """States of layers with `scores`, ready for the step of `moment`, and their gates."""
-    states = [{"scores": T(row), "multipliers": torch.zeros(2), "seed": T(i)} for i, row in enumerate(scores)]
+    states = [
+        {"scores": T(row), "multipliers": torch.zeros(2), "slope": T(1.5 + i), "seed": T(i)}
+        for i, row in enumerate(scores)
+    ]
     return states, method.prepare(states, moment, scope)
 
 
@@ -182,12 +185,12 @@ def test_l0_starts_where_it_was_told():
     state = method.start(layer(500), torch.Generator().manual_seed(3))
     assert method.chance(state["scores"]).mean() == pytest.approx(0.9, abs=1e-3)
     assert 0 < state["scores"].std() < 0.02
-    assert state["multipliers"].tolist() == [0.0, 300.0]
+    assert state["multipliers"].tolist() == [0.0, 30.0]
     assert torch.equal(method.start(layer(500), torch.Generator().manual_seed(3))["scores"], state["scores"])
 
 
 def test_l0_descends_through_the_gates_and_the_lagrangian():
-    """Against autograd through the loss sum g_j z_j + lambda_1 (e - v) + lambda_2 (e - v)^2, multipliers ascending.
+    """Against autograd: sum g_j z_j + c (lambda_1 (e - v) + lambda_2 (e - v)^2), with c = 1.5 + 2.5; lambdas ascend.
 
     One update of Adam from zero is the sign of the gradient times the rate; so its first moment is looked at.
     """
@@ -200,15 +203,20 @@ def test_l0_descends_through_the_gates_and_the_lagrangian():
     assert (gates[1] < 1).any() and (gates[1] > 0).any()
     multipliers = T([0.7, -3.0], requires_grad=True)
     gap = method.chance(torch.cat(scores)).mean() - 0.25
-    loss = (T([5.0, -4.0, 3.0]) * z).sum() + multipliers[0] * gap + multipliers[1] * gap**2
+    loss = (T([5.0, -4.0, 3.0]) * z).sum() + 4.0 * (multipliers[0] * gap + multipliers[1] * gap**2)
     loss.backward()
     states[1]["multipliers"] = multipliers.detach().clone()
     method.update(states[1], Gathered(layer(3), 2, T([5.0, -4.0, 3.0])), moment)
     torch.testing.assert_close(states[1]["first"], 0.1 * scores[1].grad)
     torch.testing.assert_close(states[1]["scores"], scores[1].detach() - 0.1 * scores[1].grad.sign(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(states[1]["multipliers_first"], 0.1 * multipliers.grad)
+    torch.testing.assert_close(states[1]["multipliers_first"], 0.1 * multipliers.grad / 4.0)
     assert float(gap.detach()) > 0  # too many are open, so both multipliers rise
     assert states[1]["multipliers"].tolist() == pytest.approx([2.7, -1.0], rel=1e-5)
+    assert float(states[1]["slope"]) == pytest.approx(12.0)  # abs of 5, -4 and 3; the first value has no past
+    method.prepare(states, Moment(1, 0.25, 0.5), "global")
+    assert [float(state["unit"]) for state in states] == pytest.approx([13.5, 13.5])
+    method.update(states[1], Gathered(layer(3), 2, T([1.0, 0.0, -1.0])), Moment(1, 0.25, 0.5))
+    assert float(states[1]["slope"]) == pytest.approx((0.09 * 12 + 0.1 * 2) / 0.19)
 
 
 def test_l0_counts_what_is_expected_by_layer_or_over_the_model():

@@ -9,7 +9,11 @@ A gate is drawn anew at every step, by the reparametrisation of Louizos et al. 2
 The score is log_alpha. It descends the loss through z, and the Lagrangian of Wang et al. 2020, section 3, whose
 multipliers ascend it, both by Adam:
 
-    lambda_1 (e - v) + lambda_2 (e - v)^2,    e the mean of P(z > 0) over the neurons, v = v(t) the share to keep
+    c (lambda_1 (e - v) + lambda_2 (e - v)^2),   e the mean of P(z > 0) over the neurons, v = v(t) the share to keep
+
+In the paper c is 1, and the rate of the multipliers has to fit the loss. Here c is sum_j abs(dL/dz_j), smoothed over
+steps: what the loss changes by as all gates close together. So loss and constraint have one unit whatever the loss is;
+with c = 1 and a small loss the constraint drowns what gates learn, and with a large one it comes too late.
 
 From the end of the schedule on nothing is drawn: the highest scores are kept, their number the share, and scores rest.
 
@@ -20,7 +24,7 @@ zero its row of `up` and `gate` and its column of `down` go, and nothing has to 
 matrices and embeddings are left out. What else differs: the published cut counts the components of each matrix that are
 expected open, and leaves the factor sigmoid(0.8 log_alpha / b) in those that stay; here the count is the share itself,
 a kept neuron counts in full, and the cool-down trains that way. The target follows the schedule of all methods instead
-of a straight line, lambda_2 may start above zero (`hold`), and the gates of a step are the same for all its batches.
+of a straight line, lambda_2 starts above zero (`hold`), and the gates of a step are the same for all its batches.
 Temperature and stretch are those of Louizos et al., section 4, and of CoFi (Xia et al. 2022, arXiv 2204.00408); the
 public code of Wang et al. has a temperature of 1 by default.
 """
@@ -37,9 +41,11 @@ from torch import Tensor
 
 from ...base.errors import check, is_number
 from ...model.families import FFN
+from ..ema import corrected
 from .base import METHODS, Gathered, Method, Moment, State, check_amount
 from .movement import adam
 
+_SMOOTH = 0.9  # weight of the past in c
 _NOISE = 0.01  # of the first scores, as published: without it all neurons would be alike to the cut
 
 
@@ -52,7 +58,8 @@ class L0(Method):
         score_rate: learning rate of log_alpha.
         multiplier_rate: of lambda_1 and lambda_2.
         hold: lambda_2 before the first step; lambda_1 is 0. Published runs start from 0 and have thousands of steps
-            for the share to settle; with some hundreds it swings past the target.
+            for the share to settle; with some hundreds it swings past the target. Below 150 steps of the schedule or
+            so it takes higher rates.
         temperature: b, positive.
         stretch: how far the gates reach below 0 and above 1 before they are clamped, positive.
         initial: P(z > 0) before the first step, in (0, 1). Near 1 a trained model starts nearly as it was.
@@ -70,8 +77,8 @@ class L0(Method):
     LEARNED: ClassVar[bool] = True
 
     score_rate: float = 0.1
-    multiplier_rate: float = 0.3
-    hold: float = 300.0
+    multiplier_rate: float = 0.1
+    hold: float = 30.0
     temperature: float = 2 / 3
     stretch: float = 0.1
     initial: float = 0.99
@@ -109,10 +116,11 @@ class L0(Method):
         zeros, mean = state["scores"], math.log(self.initial / (1 - self.initial)) + self._shift
         noise = torch.randn(zeros.shape, generator=generator).to(zeros)
         seed = torch.tensor(generator.initial_seed())
-        return {"scores": mean + _NOISE * noise, "multipliers": zeros.new_tensor([0.0, self.hold]), "seed": seed}
+        multipliers = zeros.new_tensor([0.0, self.hold])
+        return {"scores": mean + _NOISE * noise, "multipliers": multipliers, "slope": zeros.new_zeros(()), "seed": seed}
 
     def prepare(self, states: Sequence[State], moment: Moment, scope: str) -> list[Tensor] | None:
-        """The gates of step t; and every state learns the expected share and the size of what competes.
+        """The gates of step t; and every state learns of all that competes the expected share, the size, and c.
 
         Raises:
             InputError: the schedule has ended, and the expected share is not near its target.
@@ -127,8 +135,10 @@ class L0(Method):
                 "hold it better"
             )
             check(not moment.final or abs(share - moment.keep) <= self.tolerance, "keep", rule, moment.keep)
+            unit = sum(float(state["slope"]) for state in group)
             for state in group:
-                state["share"], state["count"] = (state["scores"].new_tensor(value) for value in (share, count))
+                for name, value in (("share", share), ("count", count), ("unit", unit)):
+                    state[name] = state["scores"].new_tensor(value)
         if moment.final:
             return None
         for state in states:
@@ -144,8 +154,10 @@ class L0(Method):
             return
         chance, gap = self.chance(state["scores"]), state["share"] - moment.keep
         first, second = state["multipliers"]
-        pull = (first + 2 * second * gap) / state["count"] * chance * (1 - chance)
-        gradient = gathered.gradient.float() * self.slope(state["gates"]) + pull
+        pull = state["unit"] * (first + 2 * second * gap) / state["count"] * chance * (1 - chance)
+        loss = gathered.gradient.float()
+        state["slope"] = corrected(state, loss.abs().sum(), _SMOOTH)
+        gradient = loss * self.slope(state["gates"]) + pull
         ascent = adam(state, torch.stack([gap, gap.square()]), moment.step + 1, "multipliers_")
         state["multipliers"] = state["multipliers"] + self.multiplier_rate * ascent
         state["scores"] = state["scores"] - self.score_rate * adam(state, gradient, moment.step + 1)
