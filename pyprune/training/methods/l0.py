@@ -12,8 +12,8 @@ multipliers ascend it, both by Adam:
     c (lambda_1 (e - v) + lambda_2 (e - v)^2),   e the mean of P(z > 0) over the neurons, v = v(t) the share to keep
 
 In the paper c is 1, and the rate of the multipliers has to fit the loss. Here c is sum_j abs(dL/dz_j), smoothed over
-steps: what the loss changes by as all gates close together. So loss and constraint have one unit whatever the loss is;
-with c = 1 and a small loss the constraint drowns what gates learn, and with a large one it comes too late.
+steps: a bound on the loss's slope as all gates close together. So loss and constraint have one unit whatever the loss
+is; with c = 1 the constraint drowns what gates learn where that slope is small, and comes too late where it is large.
 
 From the end of the schedule on nothing is drawn: the highest scores are kept, their number the share, and scores rest.
 
