@@ -16,7 +16,7 @@ from pyprune.model.families import find_ffns
 from pyprune.model.mask import KeepIndex
 from pyprune.model.narrowing import Rest
 from pyprune.pruning.allocation.bounds import candidate_widths
-from pyprune.pruning.allocation.masked_loss import MaskedLoss, windows_by_source
+from pyprune.pruning.allocation.masked_loss import MaskedLoss, turns, windows_by_source
 from pyprune.pruning.allocation.predictor import fit, search
 from pyprune.pruning.allocation.samples import draw, fill
 from pyprune.pruning.mixture import Windows
@@ -140,6 +140,18 @@ def test_the_masked_loss_is_that_of_the_cut_model(tiny, ids):
     want = [Rest(cut, w).loss(0, None) for w in windows]
     assert found == pytest.approx(sum(want) / 2, rel=1e-6)
     assert found != pytest.approx(Rest(model, ids).loss(0, None), rel=1e-6)
+
+
+def test_samples_take_turns_with_the_windows():
+    ids = torch.arange(10)[:, None]
+    own = windows_by_source(ids, torch.tensor([0, 1, 0, 1, 0, 1, 0, 0, 0, 0]), 4)
+    assert [w.flatten().tolist() for w in own] == [[0, 4, 7, 9], [1, 3, 5]]
+    groups = turns(own, 2, 3)
+    assert [[w.flatten().tolist() for w in group] for group in groups] == [
+        [[0, 4], [1, 3]],
+        [[7, 9], [5, 1]],
+        [[0, 4], [3, 5]],
+    ]
 
 
 @pytest.fixture

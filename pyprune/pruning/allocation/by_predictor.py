@@ -3,9 +3,10 @@
 Ji et al. 2023 sample pruned architectures, measure each, fit gradient boosted trees from the layers' sparsities to the
 accuracy, and take the best prediction among many random architectures. Here the measure is the loss of the narrowed
 model on a few windows of every source of calibration text, all samples spend the same budget, and the predictor is a
-ridge regression that is a sum over layers (`predictor`), so that the search is exact and no draw; its best few, the
-even spread and the best sample are measured again on more windows, and the best of these wins. Unlike curves of single
-layers it sees layers narrowed together; it sees them without repair.
+ridge regression that is a sum over layers (`predictor`), so that the search is exact and no draw. Samples take turns
+with the windows, each is compared with the even spread on the same ones, and so the fit sees much text at the price of
+little. The best few, the even spread and the best sample are measured on all of these windows, and the best of them
+wins. Unlike curves of single layers this sees layers narrowed together; it sees them without repair.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from dataclasses import dataclass
 from ...base.errors import check, is_count
 from . import bounds
 from .base import ALLOCATIONS, Floored, Layers, Plan
-from .masked_loss import MaskedLoss, windows_by_source
+from .masked_loss import MaskedLoss, turns, windows_by_source
 from .predictor import fit, search
 from .samples import Widths, draw
 
 STAGE = "measuring samples of widths"
-_MORE = 4  # times as many windows where the best few are compared
+_TURNS = 8  # groups of windows, of which a sample sees one
 
 
 @ALLOCATIONS.add
@@ -31,8 +32,8 @@ class Predicted(Floored):
     Attributes:
         samples: widths that are measured, more than there are layers to narrow. A sample costs a pass over `windows`
             windows of every source.
-        windows: of every source, for a sample; four times as many where the best few are measured again.
-        verify: predictions that are measured again.
+        windows: of every source, for a sample; eight times as many in all.
+        verify: predictions that are measured on all of them.
         draws: seed of the samples.
     """
 
@@ -43,7 +44,7 @@ class Predicted(Floored):
 
     samples: int = 128
     windows: int = 1
-    verify: int = 4
+    verify: int = 3
     draws: int = 0
 
     def __post_init__(self) -> None:
@@ -71,17 +72,17 @@ class Predicted(Floored):
         )
         check(len(samples) > free, "multiple", rule, self.multiple)
         assert layers.ids is not None
-        few, more = (windows_by_source(layers.ids, layers.sources, self.windows * n) for n in (1, _MORE))
+        own = windows_by_source(layers.ids, layers.sources, self.windows * _TURNS)
         scores = layers.scores()
-        loss = MaskedLoss(layers.described, scores, few)
-        measured = []
-        for number, widths in enumerate(samples):
+        losses = [MaskedLoss(layers.described, scores, group) for group in turns(own, self.windows, _TURNS)]
+        even = [loss(samples[0]) for loss in losses]
+        growth = [0.0]
+        for number, widths in enumerate(samples[1:], 1):
             layers.progress(STAGE, number, len(samples))
-            measured.append(loss(widths))
-        found = search(fit(sizes, samples, measured), choices, samples, budget, self.verify)
-        finalists: list[Widths] = [samples[0], samples[measured.index(min(measured))], *found]
-        loss = MaskedLoss(layers.described, scores, more)
+            growth.append(losses[number % _TURNS](widths) - even[number % _TURNS])
+        found = search(fit(sizes, samples, growth), choices, samples, budget, self.verify)
         layers.progress(STAGE, len(samples), len(samples))
-        verified = {widths: loss(widths) for widths in dict.fromkeys(finalists)}
+        finalists: list[Widths] = [samples[growth.index(min(growth))], *found]
+        verified = {widths: sum(loss(widths) for loss in losses) for widths in dict.fromkeys(finalists)}
         best = min(verified, key=verified.__getitem__)
-        return Plan(list(best))
+        return Plan(list(best if verified[best] < sum(even) else samples[0]))

@@ -29,6 +29,17 @@ def windows_by_source(ids: Tensor, sources: Tensor | None, count: int) -> list[T
     return found
 
 
+def turns(windows: Sequence[Tensor], count: int, groups: int) -> list[list[Tensor]]:
+    """`groups` groups with `count` windows of each source; a source that has fewer gives the same again.
+
+    Args:
+        windows: `[n, W]` a source.
+        count: at least 1.
+        groups: at least 1.
+    """
+    return [[own[[(turn * count + i) % len(own) for i in range(count)]] for own in windows] for turn in range(groups)]
+
+
 class MaskedLoss:
     """Mean cross entropy of a token in nats, every source counting alike, as a function of the layers' widths.
 
