@@ -5,8 +5,8 @@
     >>> folder = save(model, "smol-070", tokenizer)  # an ordinary Hugging Face checkpoint
     >>> model = accelerate(model)  # `PrunedMLP` in the place of every FFN
 
-Options of `prune`: how many neurons each layer keeps (`Uniform`, `Global`, `Sensitivity`, `Latency`), and how what
-stays is mended (`MeanBias`, `LeastSquares`, `Refit`). Everything that goes wrong is a `PypruneError`.
+Options of `prune`: how many neurons each layer keeps (`Uniform`, `Global`, `Sensitivity`, `Predicted`, `Latency`), and
+how what stays is mended (`MeanBias`, `LeastSquares`, `Refit`). Everything that goes wrong is a `PypruneError`.
 
 Importing this package wraps the constructor of Transformers' `PreTrainedModel` and the saving of its configs, so that
 checkpoints whose FFN widths differ by layer load and save; every other model passes through untouched.
@@ -18,7 +18,7 @@ from .ffn.mlp import PrunedMLP
 from .model import heterogeneous, remote_code
 from .model.checkpoint import save
 from .model.mask import KeepIndex, Mask
-from .pruning.allocation import Global, Latency, Sensitivity, Uniform
+from .pruning.allocation import Global, Latency, Predicted, Sensitivity, Uniform
 from .pruning.blocks import prune_blocks
 from .pruning.load import load
 from .pruning.nested import set_width
@@ -40,6 +40,7 @@ __all__ = [
     "LeastSquares",
     "Mask",
     "MeanBias",
+    "Predicted",
     "PrunedMLP",
     "PypruneError",
     "Refit",

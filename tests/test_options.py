@@ -14,6 +14,7 @@ from pyprune import (
     Latency,
     LeastSquares,
     MeanBias,
+    Predicted,
     Refit,
     Sensitivity,
     Uniform,
@@ -32,6 +33,7 @@ FORMS = {
     "uniform": Uniform(),
     "uniform:multiple=8,protect=4,2": Uniform(multiple=8, protect=(4, 2)),
     "global:multiple=1": Global(multiple=1),
+    "predictor:samples=200,windows=2": Predicted(samples=200, windows=2),
     "sensitivity:floor=0.2": Sensitivity(floor=0.2),
     "latency:target_speedup=1.3,workload=decode:1:int8": Latency(target_speedup=1.3, workload="decode:1:int8"),
     "none": NoRepair(),
@@ -52,6 +54,9 @@ FORMS = {
         *[(c, "floor", (-0.1, 1.1, NAN, "0", None), r"floor must lie in \[0, 1\]; got") for c in (Global, Sensitivity)],
         *[(c, "multiple", (0, -64, 1.5, "64"), "multiple must be a positive int.*; got") for c in (Uniform, Global)],
         (Uniform, "protect", (1, (1,), (1, -1), "1,2"), "protect must be two counts of layers, first and last; got"),
+        *[(Predicted, name, (0, -1, 1.5, True, None), f"{name} must be a positive integer; got")
+          for name in ("samples", "windows", "verify")],
+        (Predicted, "draws", (-1, None), "draws must be a non-negative integer; got"),
         (Latency, "target_speedup", (None, 1, INF, NAN, "2"), "target_speedup must be a number above 1 with alloc"),
         *[(c, "damping", (0, -1.0, NAN, INF, "x", None), "damping must be positive and finite, or 'auto'; got")
           for c in (LeastSquares, Refit)],

@@ -77,7 +77,13 @@ def assert_same(one, other, **tolerance):
 
 @pytest.mark.parametrize(
     ("method", "name", "accumulate"),
-    [("movement", "llama", 1), ("gum", "gpt2", 2), ("magnitude", "gpt2", 1), ("movement-soft", "llama", 2)],
+    [
+        ("movement", "llama", 1),
+        ("gum", "gpt2", 2),
+        ("magnitude", "gpt2", 1),
+        ("l0:tolerance=1", "llama", 2),
+        ("movement-soft", "llama", 2),
+    ],
 )
 def test_the_trainer_and_the_loop_agree(method, name, accumulate, tiny, rows, tmp_path):
     """The same masks, and the same weights to float tolerance: the Trainer divides the loss in another order.
@@ -102,7 +108,7 @@ def test_the_trainer_and_the_loop_agree(method, name, accumulate, tiny, rows, tm
     assert_same(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["gum", "movement-soft", "platon"])
+@pytest.mark.parametrize("method", ["gum", "l0:tolerance=1", "movement-soft", "platon"])
 def test_the_loop_resumes_bit_for_bit(method, tiny, rows, tmp_path):
     """Eight steps, against four, a checkpoint, new objects, and four more; with dropout, so random state counts."""
     config = config_of("gum:optimizer=adam" if method == "gum" else method)

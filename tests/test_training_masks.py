@@ -169,6 +169,7 @@ def test_every_method_follows_the_schedule(method, tiny, ids):
     model = tiny("llama")
     kind = methods.METHODS[method]
     option = kind(penalty=50.0) if issubclass(kind, methods.Movement) else kind()
+    option = methods.L0(tolerance=1.0) if method == "l0" else option  # two steps reach no share
     pruner = pruner_of(model, method=option, steps=4, cooldown=2, multiple=32, floor=0.3, keep=0.4)
     for _ in range(4):
         one_step(model, pruner, ids)
@@ -193,6 +194,82 @@ def test_soft_movement_keeps_what_the_penalty_leaves(tiny, ids):
         kept.append(pruner.keep)
     assert kept[0] < 0.1 < kept[1]
     assert kept[0] >= 3 / 288  # a neuron a layer
+
+
+def test_l0_trains_under_gates_and_is_judged_under_the_mask(tiny, ids):
+    """Activations times gates in training, times the highest scores elsewhere; removed neurons learn on."""
+    model = tiny("llama")
+    pruner = pruner_of(model, method=methods.L0(initial=0.5), steps=9, keep=0.3, cooldown=1)
+    seen = []
+    down = find_ffns(model)[1].down
+    down.register_forward_pre_hook(lambda module, args: seen.append(args[0]), prepend=True)
+    down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for _ in range(3):
+        one_step(model, pruner, ids)
+    seen.clear()
+    pruner.before_step(3)
+    model.train()(ids)
+    model.eval()(ids)
+    gates = pruner._states[1]["gates"]
+    assert ((gates > 0) & (gates < 1)).any() and (gates == 0).any() and (gates == 1).any()
+    torch.testing.assert_close(seen[1], seen[0] * gates)
+    torch.testing.assert_close(seen[3], seen[2] * pruner.masks[1])
+    assert sum(pruner.widths) == round(pruner.config.schedule(3) * 288)
+
+
+@pytest.mark.parametrize(("scope", "widths"), [("layer", (48, 48, 48)), ("global", None)])
+def test_l0_reaches_its_share_and_is_cut_to_it(scope, widths, tiny, ids):
+    model = tiny("llama")
+    pruner = pruner_of(model, method="l0", scope=scope, steps=190, warmup=5, cooldown=10, keep=0.5)
+    for step in range(190):
+        one_step(model, pruner, ids)
+        if step == 181:
+            decided = pruner.masks
+    assert all(torch.equal(one, other) for one, other in zip(decided, pruner.masks, strict=True))
+    expected = [pruner._method.chance(score) for score in pruner.scores]
+    assert float(torch.cat(expected).mean()) == pytest.approx(0.5, abs=0.05)
+    mask = pruner.finish()
+    assert sum(mask.widths) == 144
+    assert mask.widths == widths if widths else len(set(mask.widths)) > 1
+    for keep, chance in zip(mask.layers, expected, strict=True):
+        assert keep.neurons.tolist() == sorted(chance.argsort(descending=True, stable=True)[: len(keep)].tolist())
+
+
+def test_l0_finds_the_neurons_that_matter(tiny, ids):
+    """Half of all neurons speak, more in later layers; the loss is the distance to the dense model's own logits."""
+    model = tiny("llama")
+    speaks = [torch.arange(96) % 96 < count for count in (16, 48, 80)]
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for i, ffn in enumerate(find_ffns(model)):
+            speaks[i] = speaks[i][torch.randperm(96, generator=generator)]
+            ffn.down.weight.mul_(20.0 * speaks[i])
+        target = model.eval()(ids).logits
+    pruner = pruner_of(model, method="l0", steps=150, warmup=5, cooldown=1, keep=0.5)
+    model.train()
+    for step in range(150):
+        pruner.before_step(step)
+        (model(ids).logits - target).square().mean().backward()
+        pruner.step()
+        model.zero_grad()
+    found = [float((mask & truth).sum() / truth.sum()) for mask, truth in zip(pruner.masks, speaks, strict=True)]
+    assert min(found) > 0.95, found
+    widths = pruner.finish().widths
+    assert sum(widths) == 144 and widths[0] < widths[1] < widths[2]
+
+
+def test_l0_is_not_cut_where_it_did_not_get(tiny, ids):
+    """The error comes when the schedule ends, or at the cut; the model is as it was, and says how far the gates got."""
+    model = tiny("llama")
+    pruner = pruner_of(model, method="l0", steps=4, cooldown=1, keep=0.2)
+    for _ in range(3):
+        one_step(model, pruner, ids)
+    message = r"keep must be reached by the gates of the model within 0.05 .*at step 3 .* is 0.9\d+; .*; got 0.2"
+    for call in (lambda: pruner.before_step(3), pruner.finish):
+        with pytest.raises(InputError, match=message):
+            call()
+    assert [ffn.intermediate_size for ffn in find_ffns(model)] == [96] * 3
+    pruner.remove()
 
 
 def test_a_schedule_without_cooldown_is_cut_at_the_end(tiny, ids):

@@ -142,6 +142,114 @@ def test_gum_inverted_and_in_the_gradient():
     )
 
 
+def prepared(method, scores, moment, scope="layer"):
+    """States of layers with `scores`, ready for the step of `moment`, and their gates."""
+    states = [
+        {"scores": T(row), "multipliers": torch.zeros(2), "slope": T(1.5 + i), "seed": T(i)}
+        for i, row in enumerate(scores)
+    ]
+    return states, method.prepare(states, moment, scope)
+
+
+def test_hard_concrete_gates_by_hand():
+    """With u = 1/2 s is sigmoid(log_alpha / b); b = 1, stretched to (-0.5, 1.5): z = 2 s - 0.5, clamped."""
+    method = make("l0", temperature=1.0, stretch=0.5)
+    scores, half = T([0.0, math.log(3.0), -2.0, 2.0]), torch.full((4,), 0.5)
+    gates = method.draw(scores, half)
+    assert gates.tolist() == pytest.approx([0.5, 1.0, 0.0, 1.0])  # s = 1/2, 3/4, 0.12, 0.88
+    # u = 1/4: log u - log(1 - u) = -log 3, so log_alpha = log 3 stands where 0 stood
+    assert method.draw(T([math.log(3.0)]), T([0.25])).tolist() == pytest.approx([0.5])
+    assert method.slope(T([0.5, 1.0, 0.0])).tolist() == [0.5, 0.0, 0.0]  # 2 * 1/4; nothing where it is clamped
+    # P(z > 0) = sigmoid(log_alpha - log(0.5 / 1.5))
+    assert method.chance(T([0.0, -math.log(3.0)])).tolist() == pytest.approx([0.75, 0.5])
+    assert method.draw(T([0.0, 9.0]), torch.zeros(2)).tolist() == [0.0, 0.0]  # the lowest u there is
+
+
+@pytest.mark.parametrize("values", [{}, {"temperature": 1.0, "stretch": 0.3}])
+def test_hard_concrete_gates_against_their_definition(values):
+    """The slope against autograd, and the expected share against the share of many draws that is open."""
+    method = make("l0", **values)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.linspace(-4, 4, 400, dtype=torch.float64, requires_grad=True)
+    uniform = torch.rand(2000, 400, dtype=torch.float64, generator=generator)
+    gates = method.draw(scores, uniform)
+    (slope,) = torch.autograd.grad(gates[0].sum(), scores)
+    torch.testing.assert_close(method.slope(gates[0].detach()), slope)
+    assert 0 < int((slope > 0).sum()) < 400
+    # 800,000 draws: a deviation of 0.5 / sqrt(800,000) at most
+    assert float((gates > 0).double().mean()) == pytest.approx(float(method.chance(scores.detach()).mean()), abs=2e-3)
+
+
+def test_l0_starts_where_it_was_told():
+    method = make("l0", initial=0.9)
+    state = method.start(layer(500), torch.Generator().manual_seed(3))
+    assert method.chance(state["scores"]).mean() == pytest.approx(0.9, abs=1e-3)
+    assert 0 < state["scores"].std() < 0.02
+    assert state["multipliers"].tolist() == [0.0, 30.0]
+    assert torch.equal(method.start(layer(500), torch.Generator().manual_seed(3))["scores"], state["scores"])
+
+
+def test_l0_descends_through_the_gates_and_the_lagrangian():
+    """Against autograd: sum g_j z_j + c (lambda_1 (e - v) + lambda_2 (e - v)^2), with c = 1.5 + 2.5; lambdas ascend.
+
+    One update of Adam from zero is the sign of the gradient times the rate; so its first moment is looked at.
+    """
+    method, moment = make("l0", multiplier_rate=2.0), Moment(0, 0.25, 0.5)
+    states, gates = prepared(method, [[0.3, -1.0, -1.6], [0.2, 1.0, -2.0]], moment, "global")
+    generator = torch.Generator().manual_seed(1 * 1_000_003 + 0)
+    scores = [T([0.3, -1.0, -1.6], requires_grad=True), T([0.2, 1.0, -2.0], requires_grad=True)]
+    z = method.draw(scores[1], torch.rand(3, generator=generator))
+    assert torch.equal(gates[1], z.detach())
+    assert (gates[1] < 1).any() and (gates[1] > 0).any()
+    multipliers = T([0.7, -3.0], requires_grad=True)
+    gap = method.chance(torch.cat(scores)).mean() - 0.25
+    loss = (T([5.0, -4.0, 3.0]) * z).sum() + 4.0 * (multipliers[0] * gap + multipliers[1] * gap**2)
+    loss.backward()
+    states[1]["multipliers"] = multipliers.detach().clone()
+    method.update(states[1], Gathered(layer(3), 2, T([5.0, -4.0, 3.0])), moment)
+    torch.testing.assert_close(states[1]["first"], 0.1 * scores[1].grad)
+    torch.testing.assert_close(states[1]["scores"], scores[1].detach() - 0.1 * scores[1].grad.sign(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(states[1]["multipliers_first"], 0.1 * multipliers.grad / 4.0)
+    assert float(gap.detach()) > 0  # too many are open, so both multipliers rise
+    assert states[1]["multipliers"].tolist() == pytest.approx([2.7, -1.0], rel=1e-5)
+    assert float(states[1]["slope"]) == pytest.approx(12.0)  # abs of 5, -4 and 3; the first value has no past
+    method.prepare(states, Moment(1, 0.25, 0.5), "global")
+    assert [float(state["unit"]) for state in states] == pytest.approx([13.5, 13.5])
+    method.update(states[1], Gathered(layer(3), 2, T([1.0, 0.0, -1.0])), Moment(1, 0.25, 0.5))
+    assert float(states[1]["slope"]) == pytest.approx((0.09 * 12 + 0.1 * 2) / 0.19)
+
+
+def test_l0_counts_what_is_expected_by_layer_or_over_the_model():
+    """Chances of 3/4 and 1/2 by hand: a temperature of 1, a stretch of 1/2."""
+    method, even = make("l0", temperature=1.0, stretch=0.5), -math.log(3.0)
+    scores, moment = [[0.0, 0.0], [even, even, even, even]], Moment(3, 0.5, 0.5)
+    states, _ = prepared(method, scores, moment, "layer")
+    assert [float(s["share"]) for s in states] == pytest.approx([0.75, 0.5])
+    assert [float(s["count"]) for s in states] == [2, 4]
+    states, gates = prepared(method, scores, moment, "global")
+    assert [float(s["share"]) for s in states] == pytest.approx([3.5 / 6] * 2)
+    assert [float(s["count"]) for s in states] == [6, 6]
+    _, same = prepared(method, scores, moment, "layer")
+    _, later = prepared(method, scores, Moment(4, 0.5, 0.5), "layer")
+    assert all(torch.equal(one, other) for one, other in zip(gates, same, strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(gates, later, strict=True))
+    assert not torch.equal(gates[0], gates[1][:2])
+
+
+def test_l0_says_what_it_reached_when_that_is_not_the_target():
+    method, even = make("l0", temperature=1.0, stretch=0.5, tolerance=0.1), -math.log(3.0)
+    last = Moment(30, 0.5, 1.0, final=True)
+    message = r"keep must be reached by the gates of layer 1 within 0.1 .* at step 30 the share expected open is 0.7500"
+    with pytest.raises(InputError, match=message + r"; more steps, .*; got 0.5"):
+        prepared(method, [[even, even], [0.0, 0.0]], last)
+    with pytest.raises(InputError, match=r"the gates of the model within 0.1 .* expected open is 0.6250; .*got 0.5"):
+        prepared(method, [[even, even], [0.0, 0.0]], last, "global")
+    states, gates = prepared(method, [[even, even], [even]], last)
+    assert gates is None  # nothing is drawn any more, and scores rest
+    method.update(states[0], Gathered(layer(), 2, T([1.0, 2.0])), last)
+    assert states[0]["scores"].tolist() == pytest.approx([even, even])
+
+
 def test_magnitude_is_the_norm_of_the_neuron_now():
     ffn = layer(neurons=2, hidden=2, bias=True)
     method = make("magnitude")

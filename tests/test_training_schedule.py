@@ -81,6 +81,12 @@ def test_bad_configurations(values, message):
         (methods.Gum, {"penalty": -1.0}, "penalty must be non-negative"),
         (methods.Gum, {"similarity": float("inf")}, "similarity must be non-negative and finite"),
         (methods.MovementSoft, {"threshold": 1.0}, "threshold must lie in"),
+        (methods.L0, {"score_rate": 0.0}, "score_rate must be positive and finite"),
+        (methods.L0, {"hold": -1.0}, "hold must be non-negative and finite"),
+        (methods.L0, {"stretch": 0}, "stretch must be positive and finite"),
+        (methods.L0, {"temperature": float("nan")}, "temperature must be positive and finite"),
+        (methods.L0, {"initial": 1.0}, r"initial must lie in \(0, 1\); got 1.0"),
+        (methods.L0, {"tolerance": 1.5}, r"tolerance must lie in \(0, 1\]; got 1.5"),
         (methods.Ema, {"beta": 1.0}, r"beta must lie in \[0, 1\)"),
         (methods.Smoothed, {"beta": -0.1}, r"beta must lie in \[0, 1\)"),
         (methods.Platon, {"beta": 1.0}, r"^beta must lie in \[0, 1\)"),
@@ -126,7 +132,7 @@ def test_configuration_goes_through_json_and_short_forms(method):
 
 def test_every_method_says_what_it_does():
     assert methods.names() == [
-        *("ema", "gum", "magnitude", "movement", "movement-soft", "platon", "random", "smoothed")
+        *("ema", "gum", "l0", "magnitude", "movement", "movement-soft", "platon", "random", "smoothed")
     ]
     for kind in methods.METHODS:
         assert kind.SUMMARY

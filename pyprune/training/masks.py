@@ -21,7 +21,8 @@ from .statistics import StepStatistics
 class _StraightThrough(torch.autograd.Function):
     """a' = a * m, with dL/dm_j = sum over tokens of a_tj * dL/da'_tj, for removed neurons (m_j = 0) too.
 
-    The sum runs in float32 at least, in one precision above what a half-width activation has.
+    Gates between 0 and 1 do as well. The sum runs in float32 at least, in one precision above what a half-width
+    activation has.
     """
 
     @staticmethod
@@ -60,12 +61,19 @@ class NeuronMask:
         self.set(torch.ones(ffn.intermediate_size, dtype=torch.bool))
         self._handle = self._down.register_forward_pre_hook(self._hook)
 
-    def set(self, keep: Tensor) -> None:
-        """Put the mask `keep` (`[F]` bool) in force, and forget what was gathered."""
+    def set(self, keep: Tensor, gates: Tensor | None = None) -> None:
+        """Put the mask `keep` (`[F]` bool) in force, and forget what was gathered.
+
+        Args:
+            keep: in force where nothing trains; and in training, without `gates`.
+            gates: `[F]`, what activations are multiplied by in training.
+        """
         weight = self.ffn.weights().down
         self.keep = keep.to(weight.device)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self._mask = self.keep.to(dtype).requires_grad_(self._gathers_gradient)
+        mask = self.keep if gates is None else gates.detach().to(weight.device)
+        self._mask = mask.to(dtype, copy=True).requires_grad_(self._gathers_gradient)
+        self._still = self._mask.detach() if gates is None else self.keep.to(dtype)
         self.products: Tensor | None = None
         if self._step is not None:
             self._step.reset()
@@ -91,7 +99,7 @@ class NeuronMask:
             return None  # a copy of the projection, as `probe` makes them: it has other neurons
         activations, *rest = args
         if not (module.training and torch.is_grad_enabled()):
-            return (activations * self._mask.detach().to(activations.dtype), *rest)
+            return (activations * self._still.to(activations.dtype), *rest)
         if self._gathers_gradient:
             masked = _StraightThrough.apply(activations, self._mask)
         else:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class TrainingPruner:
 
     def _moment(self, step: int) -> Moment:
         schedule = self.config.schedule
-        return Moment(step, schedule(step), schedule.progress(step))
+        return Moment(step, schedule(step), schedule.progress(step), step >= schedule.end)
 
     def _alive(self) -> None:
         check(bool(self._masks), "pruner", "not have been finished or removed", "one that was")
@@ -112,19 +113,21 @@ class TrainingPruner:
         """Put the masks of optimizer step t = `step` in force, and start gathering.
 
         Raises:
-            InputError: `step` is not the number of steps taken so far.
+            InputError: `step` is not the number of steps taken so far, or the schedule ends and the method did not get
+                to its share (`l0`).
         """
         self._alive()
         check(step == self.done, "step", f"be {self.done}, the number of steps taken so far", step)
         self._set_masks(final=step >= self.config.schedule.end)
 
     def _set_masks(self, final: bool) -> None:
-        """Masks by the share of this step, `final` ones rounded to multiples."""
+        """Masks by the share of this step, `final` ones rounded to multiples and without gates."""
         for ffn, state in zip(self._ffns, self._states, strict=True):  # the model may have moved
             device = ffn.weights().down.device
             for name, tensor in state.items():
                 state[name] = tensor.to(device)
-        moment = self._moment(self.done)
+        moment = replace(self._moment(self.done), final=final)
+        gates = self._method.prepare(self._states, moment, self.config.scope)
         scores = [state["scores"] for state in self._states]
         multiple = self.config.multiple if final else 1
         cutoff = self._method.cutoff(moment)
@@ -134,8 +137,8 @@ class TrainingPruner:
             widths = selection.global_widths(scores, moment.keep, self.config.floor, multiple)
         else:
             widths = selection.layer_widths(scores, moment.keep, self.config.floor, multiple)
-        for mask, score, width in zip(self._masks, scores, widths, strict=True):
-            mask.set(selection.top(score, width))
+        for i, (mask, score, width) in enumerate(zip(self._masks, scores, widths, strict=True)):
+            mask.set(selection.top(score, width), None if gates is None else gates[i])
         self._share = moment.keep
 
     @torch.no_grad()
@@ -202,7 +205,7 @@ class TrainingPruner:
             The mask, with the fingerprint of the model as it was before training.
 
         Raises:
-            InputError: `provenance` holds something else than JSON values.
+            InputError: `provenance` holds something else than JSON values, or as `before_step`.
 
         Warns:
             UserWarning: the schedule has not ended, the scores of a layer never moved, or an optimizer keeps something

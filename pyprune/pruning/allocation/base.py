@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ...base.errors import check, is_count, is_number
 from ...base.options import Option, Registry
+from ...base.progress import Progress
+from ...model.described import Described
 from ...model.mask import KeepIndex
 from ...speed.latency import LatencyTable
 from ..sensitivity.curve import SensitivityCurves
@@ -20,9 +22,17 @@ class Layers(Protocol):
 
     Attributes:
         sizes: F of each layer.
+        described: the model.
+        ids: `[N, W]` calibration tokens, or None where none are needed.
+        sources: `[N]`, the source of each window; None where there is one.
+        progress: called as `(stage, done, total)`.
     """
 
     sizes: list[int]
+    described: Described
+    ids: Tensor | None
+    sources: Tensor | None
+    progress: Progress
 
     def scores(self) -> list[Tensor]:
         """`[F]` a layer, higher = keep."""

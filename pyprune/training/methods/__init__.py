@@ -11,6 +11,7 @@ from ...base.options import import_all
 from .base import METHODS, Gathered, Method, Moment, State
 from .ema import Ema
 from .gum import Gum
+from .l0 import L0
 from .magnitude import Magnitude
 from .movement import Movement
 from .movement_soft import MovementSoft
@@ -21,6 +22,7 @@ from .smoothed import Smoothed
 import_all(__path__, __name__)
 
 __all__ = [
+    "L0",
     "METHODS",
     "Ema",
     "Gathered",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,11 +27,13 @@ class Moment:
         step: t, the optimizer steps taken before this one.
         keep: v(t), the share of neurons that the schedule keeps.
         progress: the share already removed, of all that is to be removed (`CubicSchedule.progress`).
+        final: nothing more is to be removed: the cut, or a step of the cool-down.
     """
 
     step: int
     keep: float
     progress: float
+    final: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,19 @@ class Method(Option):
     def update(self, state: State, gathered: Gathered, moment: Moment) -> None:
         """Change `state` by what one optimizer step showed."""
         raise NotImplementedError
+
+    def prepare(self, states: Sequence[State], moment: Moment, scope: str) -> list[Tensor] | None:
+        """Called before every step, and before the cut, with the states of all layers.
+
+        Args:
+            states: of all layers; they may be changed.
+            moment: of the step to come.
+            scope: `layer` or `global`.
+
+        Returns:
+            What activations are multiplied by while training, one `[F]` a layer; None: the masks.
+        """
+        return None
 
     def cutoff(self, moment: Moment) -> float | None:
         """Keep where sigmoid(score) is above this; None: keep the share that the schedule says."""

@@ -64,13 +64,21 @@ class Movement(Method):
     def update(self, state: State, gathered: Gathered, moment: Moment) -> None:
         gradient = self.gradient(state, gathered, moment)
         if self.optimizer == "adam":
-            gradient = _adam(state, gradient, moment.step + 1)
+            gradient = adam(state, gradient, moment.step + 1)
         state["scores"] = state["scores"] - self.score_rate * gradient
 
 
-def _adam(state: State, gradient: Tensor, count: int, b1: float = 0.9, b2: float = 0.999) -> Tensor:
-    """The direction of Adam's update number `count` (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1)."""
+def adam(state: State, gradient: Tensor, count: int, of: str = "", b1: float = 0.9, b2: float = 0.999) -> Tensor:
+    """The direction of Adam's update number `count` (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1).
+
+    Args:
+        state: holds the moments between updates, as `of` + `first` and `of` + `second`.
+        gradient: of any shape.
+        count: from 1.
+        of: whose moments they are, where a state has several.
+        b1, b2: weights of the past.
+    """
     zeros = torch.zeros_like(gradient)
-    first = state["first"] = b1 * state.get("first", zeros) + (1 - b1) * gradient
-    second = state["second"] = b2 * state.get("second", zeros) + (1 - b2) * gradient.square()
+    first = state[f"{of}first"] = b1 * state.get(f"{of}first", zeros) + (1 - b1) * gradient
+    second = state[f"{of}second"] = b2 * state.get(f"{of}second", zeros) + (1 - b2) * gradient.square()
     return (first / (1 - b1**count)) / ((second / (1 - b2**count)).sqrt() + 1e-8)
