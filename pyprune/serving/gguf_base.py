@@ -18,7 +18,7 @@ _SAMPLE = 64  # rows of a tensor that are compared
 # How far the values of a base may lie from the model's, root mean square over root mean square, by the bits of a
 # weight; another model's lie 1.4 apart. Floats: a rounding to bfloat16.
 _FLOATS = ("F32", "F16", "BF16")
-_ROUNDED = 2.0**-7
+_ROUNDED = 2.0**-8
 _APART = {8: 0.02, 6: 0.05, 5: 0.15, 4: 0.2, 3: 0.35}
 
 

@@ -210,7 +210,10 @@ def plan(base: Base, ffns: list[FFN], widths: list[int], kind: str, arch: str) -
         InputError: the base's FFNs are narrower than the model's.
         UnsupportedModelError: the base's FFNs are spelt otherwise.
     """
-    kinds = package().GGMLQuantizationType
+    gguf = package()
+    kinds = gguf.GGMLQuantizationType
+    block, hidden = gguf.GGML_QUANT_SIZES[kinds[kind.upper()]][0], ffns[0].hidden_size
+    check(hidden % block == 0, "type", f"split the hidden size {hidden} into whole blocks, of {block} in {kind}", kind)
     new: dict[str, Entry] = {}
     for ffn, width in zip(ffns, widths, strict=True):
         made = dict(ffn_tensors(ffn, width, is_fused(base, ffn)))

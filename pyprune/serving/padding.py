@@ -27,9 +27,8 @@ def padded(ffn: FFN, width: int) -> FFNWeights:
         return None if bias is None else functional.pad(bias.detach(), (0, more))
 
     gate = None if own.gate is None else rows(own.gate)
-    return FFNWeights(
-        rows(own.up), rows(own.down), gate, values(own.up_bias), values(own.gate_bias), own.down_bias
-    )
+    down_bias = None if own.down_bias is None else own.down_bias.detach().clone()
+    return FFNWeights(rows(own.up), rows(own.down), gate, values(own.up_bias), values(own.gate_bias), down_bias)
 
 
 @torch.no_grad()
@@ -46,7 +45,7 @@ def widen(ffn: FFN, width: int) -> None:
             module.weight = nn.Parameter(weight.contiguous())
             module.out_features, module.in_features = weight.shape
         if bias is not None:
-            module.bias = nn.Parameter(bias.clone())
+            module.bias = nn.Parameter(bias)
 
     pattern = ffn.pattern
     if pattern.fused:
