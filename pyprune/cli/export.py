@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,7 +118,7 @@ def export(
         ("check", checks, "gguf"),
         ("multiple", multiple, "padded"),
     ):
-        check(value is None or to == of, argument, f"be left out unless --to is {of}", os.fspath(value or ""))
+        check(value is None or to == of, argument, f"be left out unless --to is {of}", str(value))
     if to == "gguf":
         _gguf(model, base, out, kind or "bf16", widths or "as-is", checks or "auto", overwrite, as_json)
         return
