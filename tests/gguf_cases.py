@@ -27,9 +27,11 @@ def write_dense(model: Any, path: Path, kind: str = "f32") -> Path:
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
+    writer.add_layer_norm_eps(1e-5)
     writer.add_rope_dimension_count(config.hidden_size // heads)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
     writer.add_token_list([f"token {i}" for i in range(config.vocab_size)])
     for key, tensor in model.state_dict().items():
         told = names.get_name(key, try_suffixes=(".weight", ".bias"))
