@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench.engines.places import ask_vllm
 from gguf_cases import write_dense
 
 from pyprune import prune
@@ -85,7 +85,10 @@ def test_vllm_writes_the_tokens_of_the_checkpoint(
     random_mask: Callable[..., Any],
     ids: torch.Tensor,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    ask_vllm = importlib.import_module("bench.engines.places").ask_vllm
     sizes = {"gpt2": {"n_embd": 128, "n_head": 2}, "opt": {"hidden_size": 128, "num_attention_heads": 2}}
     model = pruned(tiny, random_mask, family, **sizes.get(family, SIZES))
     folder = checkpoint.save(model, tmp_path / "pruned")
@@ -105,7 +108,14 @@ def test_vllm_writes_the_tokens_of_the_checkpoint(
         "model_impl": "transformers" if target == "transformers" else "auto",
     }
     rows = ids.tolist()
-    request = {"model": str(folder), "options": options, "context": 64, "prompts": rows, "new_tokens": 8, "windows": rows}
+    request = {
+        "model": str(folder),
+        "options": options,
+        "context": 64,
+        "prompts": rows,
+        "new_tokens": 8,
+        "windows": rows,
+    }
     found = ask_vllm(request)
     assert found["class"].endswith(kind)
     assert found["nll"] == pytest.approx(float(nll), rel=1e-4)

@@ -74,7 +74,9 @@ def test_deci_is_read_without_pyprune(pruned: Callable[..., Path], tmp_path: Pat
         done = export(*words)
         assert done.exit_code == 0, done.output
         assert "overwrite" in export(*words).stderr and export(*words, "--overwrite").exit_code == 0
-        read = subprocess.run([sys.executable, "-c", READ, out], capture_output=True, text=True, check=True, cwd=tmp_path)
+        read = subprocess.run(
+            [sys.executable, "-c", READ, out], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
         blocks = [[False, 2, False, width, False] for width in DIFFERING]
         assert json.loads(read.stdout) == ["nemotron-nas", ["DeciLMForCausalLM"], blocks, DIFFERING[0], bias]
 

@@ -99,9 +99,11 @@ def test_widths() -> None:
     assert plan_widths("gemma4", [64, 96], "bf16", "as-is") == ("gemma4", [64, 96])
     assert plan_widths("llama", [60, 96], "q8_0", "padded") == ("deci", [64, 96])
     assert plan_widths("gpt2", [60, 90], "bf16", "padded") == ("gpt2", [90, 90])
-    with pytest.raises(InputError, match="type q4_0 must .* blocks of 32; layer 1 has 33: prune with --multiple 32"):
+    with pytest.raises(InputError, match=r"type q4_0 must .* blocks of 32; layer 1 has 33: prune with --multiple 32"):
         plan_widths("llama", [32, 33], "q4_0", "as-is")
-    with pytest.raises(InputError, match="widths must be the same in all layers for 'gpt2'.* 32 to 64: .*--widths padded"):
+    with pytest.raises(
+        InputError, match=r"widths must be the same in all layers for 'gpt2'.* 32 to 64: .*--widths padded"
+    ):
         plan_widths("gpt2", [32, 64], "bf16", "as-is")
 
 

@@ -29,7 +29,9 @@ class Column:
 class Merged(Column):
     """As vLLM's, it calls the constructor that it inherits, with the sum of its sizes and the same name."""
 
-    def __init__(self, input_size: int, output_sizes: list[int], bias: bool = True, prefix: str = "", *, disable_tp=False):
+    def __init__(
+        self, input_size: int, output_sizes: list[int], bias: bool = True, prefix: str = "", *, disable_tp=False
+    ):
         self.output_sizes = output_sizes
         super().__init__(input_size, sum(output_sizes), bias, prefix, disable_tp=disable_tp)
 
@@ -125,7 +127,9 @@ def test_names_of_other_families(
 def test_widths_that_tensor_parallelism_cannot_divide(vllm: Any, pruned: Callable[[str], Any]) -> None:
     vllm_plugin.register()
     vllm.config, vllm.degree = pruned("llama"), 5
-    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj has 64 neurons, .* of 5 must divide: prune with --mult"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.mlp.down_proj has 64 neurons, .* of 5 must divide: prune with --mult"
+    ):
         Row(96, 32, prefix="model.layers.0.mlp.down_proj")
     Row(96, 32, prefix="model.layers.0.mlp.down_proj", disable_tp=True)
 

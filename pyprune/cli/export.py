@@ -52,8 +52,8 @@ def _gguf(
     written = to_gguf(loaded, base, out, kind, widths, overwrite, tokens)
     found = written.check
     by_logits = (
-        f"; llama.cpp's next tokens diverge by {found['divergence']:.2g} nats, {found['agree']:.1%} of {found['positions']} "
-        "likeliest ones agree"
+        f"; llama.cpp's next tokens diverge by {found['divergence']:.2g} nats, {found['agree']:.1%} of "
+        f"{found['positions']} likeliest ones agree"
         if "divergence" in found
         else "; no logits compared (llama-cpp-python is not installed, or --check tensors)"
     )
@@ -62,8 +62,8 @@ def _gguf(
         as_json,
         f"wrote {escape(written.path)}: {megabytes(written.bytes)}, architecture {written.arch}, "
         f"{_spread(written.widths)} in {written.type}",
-        f"{written.kept} tensors as they are in {escape(str(base))}, {written.compared} of them found in {escape(model)}; "
-        f"read back, the FFNs' lie {found['apart']:.2g} from the model's{by_logits}",
+        f"{written.kept} tensors as they are in {escape(str(base))}, {written.compared} of them found in "
+        f"{escape(model)}; read back, the FFNs' lie {found['apart']:.2g} from the model's{by_logits}",
     )
 
 
@@ -87,7 +87,9 @@ def export(
         Path | None,
         typer.Option(help="With gguf: the dense model's file, for everything but the FFNs.", show_default=False),
     ] = None,
-    kind: Annotated[str | None, typer.Option("--type", help="With gguf: of the FFNs; bf16.", show_default=False)] = None,
+    kind: Annotated[
+        str | None, typer.Option("--type", help="With gguf: of the FFNs; bf16.", show_default=False)
+    ] = None,
     widths: Annotated[
         str | None,
         typer.Option(
@@ -129,7 +131,7 @@ def export(
         show(
             vars(made),
             as_json,
-            f"wrote {escape(made.path)}: DeciLM, {_spread(made.widths)}; engines need --trust-remote-code for its config",
+            f"wrote {escape(made.path)}: DeciLM, {_spread(made.widths)}; engines need --trust-remote-code for it",
         )
         return
     tokens = prompts(tokenizer, loaded.config)

@@ -98,7 +98,9 @@ class Base:
         gguf = package()
         arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}.get(self.arch)
         if arch is None:
-            raise UnsupportedModelError(f"base has architecture {self.arch!r}, of which the package gguf knows no names")
+            raise UnsupportedModelError(
+                f"base has architecture {self.arch!r}, of which the package gguf knows no names"
+            )
         names = gguf.get_tensor_name_map(arch, self.layers)
         for key, tensor in model.state_dict().items():
             name = names.get_name(key, try_suffixes=(".weight", ".bias"))

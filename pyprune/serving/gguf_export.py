@@ -138,8 +138,8 @@ def to_gguf(
         base: the GGUF file of the dense model; tokenizer, metadata and all tensors but the FFNs' come from it.
         out: the file; made whole beside its place, then renamed.
         kind: type of the FFNs' matrices, one of `TYPES`; biases are float32.
-        widths: `as-is`, or `padded`: zero neurons where the architecture has one width for all layers (to the widest) or
-            the type has blocks (to the next one). They change no value.
+        widths: `as-is`, or `padded`: zero neurons where the architecture has one width for all layers (to the widest)
+            or the type has blocks (to the next one). They change no value.
         overwrite: replace a file.
         tokens: `[N, L]` prompts whose logits are compared, where llama-cpp-python is installed; None compares none.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,7 +39,7 @@ def widen(ffn: FFN, width: int) -> None:
     new = padded(ffn, width)
 
     def write(name: str, weight: Tensor, bias: Tensor | None) -> None:
-        module = ffn.holder.get_submodule(name)
+        module: Any = ffn.holder.get_submodule(name)
         if not isinstance(module, nn.Linear):  # Conv1D of Transformers: [in, out]
             module.weight = nn.Parameter(weight.t().contiguous())
             module.nx, module.nf = weight.shape[1], weight.shape[0]
@@ -58,5 +60,6 @@ def widen(ffn: FFN, width: int) -> None:
             assert new.gate is not None
             write(pattern.gate, new.gate, new.gate_bias)
     write(pattern.down, new.down.t(), new.down_bias)
-    if hasattr(ffn.holder, "intermediate_size"):
-        ffn.holder.intermediate_size = width
+    holder: Any = ffn.holder
+    if hasattr(holder, "intermediate_size"):
+        holder.intermediate_size = width

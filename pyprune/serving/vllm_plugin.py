@@ -2,8 +2,8 @@
 
 vLLM calls `register` in each of its processes before it makes a model (entry point group `vllm.general_plugins`). Its
 own model classes ask the config for one FFN width and hand it to parallel linear layers, each of which knows its name
-in the model, such as `model.layers.3.mlp.down_proj`. So these layers take their own layer's width here instead, whatever
-the family; where vLLM runs the modules of Transformers, `heterogeneous` has given them their widths already.
+in the model, such as `model.layers.3.mlp.down_proj`. So these layers take their own layer's width here instead,
+whatever the family; where vLLM runs the modules of Transformers, `heterogeneous` has given them their widths already.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def register() -> None:
         install()
     except Exception as error:  # whatever another version of vLLM lacks
         log.warning(
-            "pyprune's plugin does not fit this vLLM and is off, so checkpoints whose FFN widths differ by layer do not "
-            "load (export them with --to padded): %s",
+            "pyprune's plugin does not fit this vLLM and is off, so checkpoints whose FFN widths differ by layer do "
+            "not load (export them with --to padded): %s",
             one_line(error),
         )
 
