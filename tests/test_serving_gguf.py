@@ -149,6 +149,14 @@ def test_an_ffn_that_the_base_spells_otherwise(
         to_gguf(model, base, tmp_path / "out.gguf")
 
 
+def test_heads_that_stand_in_one_tensor_cannot_be_turned(pair: Callable[..., Any], tmp_path: Path) -> None:
+    model, base = pair("qwen2", DIFFERING)
+    dense = Base(base)
+    dense.tensors["blk.0.attn_qkv.weight"] = dense.tensors.pop("blk.0.attn_q.weight")
+    with pytest.raises(UnsupportedModelError, match=r"in one tensor, blk.0.attn_qkv.weight"):
+        gguf_export.plan(dense, families.find_ffns(model), list(DIFFERING), "f32", "deci")
+
+
 def test_what_reads_back_otherwise_is_not_kept(
     pair: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

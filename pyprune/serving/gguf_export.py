@@ -223,6 +223,11 @@ def plan(base: Base, ffns: list[FFN], widths: list[int], kind: str, arch: str) -
             new[name] = Entry(of, tuple(values.shape), _quantised(values, of))
     result: dict[str, Entry] = {}
     turned = arch == "deci" and AS_DECI.get(base.arch, False)
+    if turned and (fused := next((name for name in base.tensors if ".attn_qkv." in name), None)):
+        raise UnsupportedModelError(
+            f"{base.path.name} has queries and keys in one tensor, {fused}, so heads cannot be put in the order that "
+            "llama.cpp's deci needs: export with another base, or --to padded and convert that"
+        )
     for name, tensor in base.tensors.items():
         if name not in new:
             shape = tuple(int(n) for n in reversed(tensor.shape))
@@ -268,6 +273,12 @@ def _check_spelling(base: Base, ffn: FFN, made: dict[str, Tensor], arch: str) ->
         )
     full = int(base.tensors[f"{prefix}down.weight"].shape[0])
     own = ffn.intermediate_size
+    rows, blocks = int(base.tensors[f"{prefix}up.weight"].shape[1]), 2 if is_fused(base, ffn) else 1
+    if rows != full * blocks:
+        raise UnsupportedModelError(
+            f"{base.path.name} ({base.arch}) spells the FFN of layer {ffn.layer} otherwise: {rows} rows lead into "
+            f"{full} neurons, where the checkpoint has {blocks} a neuron"
+        )
     check(full >= own, "base", f"have at least the checkpoint's {own} neurons in layer {ffn.layer}", full)
     for name in sorted(theirs):
         if not _of_ffn(name) and full != ffn.hidden_size and full in base.tensors[name].shape:
@@ -285,6 +296,8 @@ def _write(
         writer.add_custom_alignment(alignment)
     for key, field in base.reader.fields.items():
         if key.startswith("GGUF.") or key in ("general.architecture", "general.alignment"):
+            continue
+        if field.types[0] == kinds.ARRAY and not field.data:  # its writer takes no empty ones
             continue
         new = f"{arch}{key.removeprefix(base.arch)}" if key.startswith(f"{base.arch}.") else key
         sub = field.types[-1] if field.types[0] == kinds.ARRAY else None
