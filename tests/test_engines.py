@@ -14,7 +14,7 @@ from gguf_cases import write_dense
 from pyprune import prune
 from pyprune.base.errors import CheckpointError
 from pyprune.model import checkpoint
-from pyprune.serving import gguf_check, gguf_export
+from pyprune.serving import gguf_check, gguf_plan
 from pyprune.serving.deci import to_deci
 from pyprune.serving.gguf_export import to_gguf
 from pyprune.serving.padded import to_padded
@@ -54,7 +54,7 @@ def test_llama_cpp_tells_a_wrong_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = write_dense(tiny("qwen2"), tmp_path / "dense.gguf")
-    monkeypatch.setitem(gguf_export.AS_DECI, "qwen2", False)  # heads stay in the order of another architecture
+    monkeypatch.setitem(gguf_plan.AS_DECI, "qwen2", False)  # heads stay in the order of another architecture
     with pytest.raises(CheckpointError, match=r"llama.cpp's next tokens diverge by"):
         to_gguf(pruned(tiny, random_mask, "qwen2"), base, tmp_path / "out.gguf", "f32", tokens=ids)
     assert not (tmp_path / "out.gguf").exists()

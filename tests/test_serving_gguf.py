@@ -18,7 +18,7 @@ from pyprune import prune
 from pyprune.base.errors import CheckpointError, InputError, UnsupportedModelError
 from pyprune.cli.commands import app
 from pyprune.model import checkpoint, families, loading, provenance
-from pyprune.serving import gguf_check, gguf_export
+from pyprune.serving import gguf_check, gguf_plan
 from pyprune.serving.gguf_base import Base, heads_apart
 from pyprune.serving.gguf_export import plan_widths, to_gguf
 
@@ -154,19 +154,19 @@ def test_heads_that_stand_in_one_tensor_cannot_be_turned(pair: Callable[..., Any
     dense = Base(base)
     dense.tensors["blk.0.attn_qkv.weight"] = dense.tensors.pop("blk.0.attn_q.weight")
     with pytest.raises(UnsupportedModelError, match=r"in one tensor, blk.0.attn_qkv.weight"):
-        gguf_export.plan(dense, families.find_ffns(model), list(DIFFERING), "f32", "deci")
+        gguf_plan.plan(dense, families.find_ffns(model), list(DIFFERING), "f32", "deci")
 
 
 def test_what_reads_back_otherwise_is_not_kept(
     pair: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, base = pair("llama", DIFFERING)
-    good = gguf_export.ffn_tensors
+    good = gguf_plan.ffn_tensors
 
     def bad(*arguments: Any) -> Any:
         return ((name, -values if "up" in name else values) for name, values in good(*arguments))
 
-    monkeypatch.setattr(gguf_export, "ffn_tensors", bad)
+    monkeypatch.setattr(gguf_plan, "ffn_tensors", bad)
     with pytest.raises(CheckpointError, match=r"blk.0.ffn_up.weight reads back 2 from the model's"):
         to_gguf(model, base, tmp_path / "out.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["dense.gguf"]

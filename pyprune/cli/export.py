@@ -14,7 +14,8 @@ from ..serving import gguf_check
 from ..serving.agreement import prompts
 from ..serving.deci import to_deci
 from ..serving.gguf_base import CONVERTER, Base
-from ..serving.gguf_export import TYPES, WIDTHS, check_out_file, to_gguf
+from ..serving.gguf_export import check_out_file, to_gguf
+from ..serving.gguf_plan import TYPES, WIDTHS
 from ..serving.padded import to_padded
 from .options import JsonOption
 from .screen import megabytes, show, verb
