@@ -33,11 +33,10 @@ def engines_table(result: dict[str, Any]) -> list[str]:
     found = [f"SmolLM2-135M-Instruct, dense and 30 % removed. {provenance(result)}", "", *markdown(header, lines)]
     if result["speed"]:
         dense = {_case(row): row["tokens_per_s"] for row in result["speed"] if row["model"] == "dense"}
-        speeds = [
-            [NAMES[row["model"]], *map(str, _case(row)), f"{row['tokens_per_s']:,.0f}"]
-            + [f"{row['tokens_per_s'] / dense[_case(row)]:.2f}x"]
-            for row in result["speed"]
-        ]
+        speeds = []
+        for row in result["speed"]:
+            ratio = row["tokens_per_s"] / dense[_case(row)]
+            speeds.append([NAMES[row["model"]], *map(str, _case(row)), f"{row['tokens_per_s']:,.0f}", f"{ratio:.2f}x"])
         header = ("model", "engine", "type", "what", ">batch", ">tokens/s", ">over dense")
         found += ["", "Speed, medians.", "", *markdown(header, speeds)]
     return found
