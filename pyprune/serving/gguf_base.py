@@ -77,7 +77,8 @@ class Base:
             raise
         except Exception as error:  # whatever the reader makes of a damaged file
             raise CheckpointError(f"base {str(path)!r} cannot be read as GGUF: {one_line(error)}") from error
-        check(self.value("split.count", 1) in (0, 1), "base", "be one file (join its parts by llama-gguf-split)", path)
+        whole = self.value("split.count", 1) in (0, 1)
+        check(whole, "base", "be one file (join its parts by llama-gguf-split)", str(path))
         check(self.reader.byte_order == "I", "base", "have this machine's byte order", str(path))
         self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in self.reader.tensors}
 

@@ -119,7 +119,8 @@ def logits(path: Path, model: nn.Module, tokens: Tensor, kind: str = "bf16") -> 
     needed()
     import llama_cpp
 
-    wide: Any = copy.deepcopy(model).float()
+    given: Any = model
+    wide = given if given.dtype == torch.float32 else copy.deepcopy(given).float()
     divergences, same = [], []
     try:
         # Its default cache of keys and values is float16.
