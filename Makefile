@@ -6,7 +6,7 @@ JOBS ?= 2
 NATIVE := $(wildcard $(addprefix csrc/,*/*.cpp */*.h */*.cu */*.cuh cuda/simulator/*.cpp cuda/simulator/*.h))
 ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_cpu_calls.py tests/test_cuda_simulated.py
 
-.PHONY: demo test test-all browser test-asan native style format bench bench-all gpu clean
+.PHONY: demo test test-all browser test-asan native style format bench bench-all engines gpu clean
 
 demo: native
 	$(BIN)/pyprune demo --out out/demo
@@ -16,7 +16,7 @@ test: native
 	$(BIN)/pytest -q -n $(JOBS) --dist loadfile
 
 test-all: native
-	$(BIN)/pytest -q -m "not gpu"
+	$(BIN)/pytest -q -m "not gpu and not engine"
 
 # Chromium from Debian's packages, for the test that opens the report in a browser; without one it is skipped. Nothing
 # else here installs a system package.
@@ -67,6 +67,13 @@ bench: native
 bench-all: bench
 	$(BIN)/python -m bench.model.run
 	$(BIN)/python -m bench.tables.readme
+
+# vLLM and llama.cpp under build/engines (the first time 20 minutes on two cores, 6 GB), the tests of exports and plugin
+# in both, and how well they agree with Transformers; speed too where nothing else runs.
+engines: native
+	JOBS=$(JOBS) $(BIN)/python -m bench.engines.setup
+	$(BIN)/python -m bench.engines.tests
+	$(BIN)/python -m bench.engines.run
 
 # On a machine with a GPU: build, measure and test in 9 minutes, by any Python that has torch; bench/results/gpu.json.
 # Where there is no GPU it says so and does nothing. Without make: python3 bench/gpu.py [--quick].

@@ -255,6 +255,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "allocations": _elsewhere("bench.tables.methods", "allocations_table"),
     "compare": _elsewhere("bench.tables.quality", "compare_table"),
     "cpu": cpu_table,
+    "engines": _elsewhere("bench.tables.engines", "engines_table"),
     "ffn": ffn_table,
     "finetune": _elsewhere("bench.experiments.finetune.table", "finetune_table"),
     "glance": _elsewhere("bench.tables.glance", "glance_table"),

@@ -29,6 +29,7 @@ from .compare import compare
 from .demo import run_demo
 from .diagnose import diagnose
 from .doctor import found_here
+from .export import export
 from .inspect import inspect
 from .options import (
     DeviceOption,
@@ -280,6 +281,7 @@ def bench(
     )
 
 
+app.command()(export)
 app.command()(compare)
 app.command()(recover)
 app.command()(diagnose)

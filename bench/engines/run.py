@@ -1,0 +1,177 @@
+"""Dense and pruned SmolLM2-135M in vLLM and llama.cpp: do they write what Transformers writes, and how fast.
+
+    python -m bench.engines.run            agreement, and speed where the machine is quiet
+    python -m bench.engines.run --no-speed
+
+After `bench.engines.setup`. Three models: dense, 30 % removed with one width, and with widths that differ by layer. The
+reference is Transformers in float32. Agreement: the first 16 greedy tokens after 20 prompts, and perplexity on 8
+windows of 512 tokens. The result goes to bench/results/engines-CPU.json.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from pyprune import prune
+from pyprune.base import machine
+from pyprune.base.files import new_file
+from pyprune.base.text import load_text
+from pyprune.base.windows import token_windows
+from pyprune.model import checkpoint, loading
+from pyprune.serving.deci import to_deci
+from pyprune.serving.gguf_export import to_gguf
+from pyprune.serving.padded import to_padded
+
+from . import speed as speeds
+from .places import ENGINES, LLAMA_BIN, ROOT, ask_llama, ask_vllm
+
+RESULT = ROOT / "bench" / "results" / "engines-CPU.json"
+MODELS = ENGINES / "models"
+PROMPTS, NEW, WINDOWS, WINDOW = 20, 16, 8, 512
+PRUNED = {"uniform": "uniform", "differing": "global"}
+TYPES = ("bf16", "f32", "q8_0", "q4_0")
+
+
+def say(text: str) -> None:
+    print(f"[engines] {text}", flush=True)
+
+
+def make_models() -> None:
+    """The checkpoints, their exports and GGUF files, where they are not there yet."""
+    MODELS.mkdir(parents=True, exist_ok=True)
+    tokenizer = loading.load_tokenizer("demo")
+    if not (MODELS / "dense").is_dir():
+        loading.load_model("demo", "bfloat16").save_pretrained(MODELS / "dense")
+        tokenizer.save_pretrained(MODELS / "dense")
+    for name, allocation in PRUNED.items():
+        if not (MODELS / name).is_dir():
+            say(f"pruning: {name}")
+            model = loading.load_model("demo", "bfloat16")
+            text = token_windows(tokenizer, load_text(None, "first")[0], 8192, 512)
+            prune(model, 0.7, "wanda", allocation=allocation, repair="least-squares", text=text)
+            checkpoint.save(model, MODELS / name, tokenizer)
+    model = loading.load_model(str(MODELS / "differing"))
+    if not (MODELS / "deci").is_dir():
+        to_deci(model, MODELS / "deci", tokenizer)
+    if not (MODELS / "padded").is_dir():
+        tokens = token_windows(tokenizer, load_text(None, "second")[0], 256, 64)
+        to_padded(model, MODELS / "padded", tokens, tokenizer)
+    for kind in TYPES:
+        # The demo's file holds weights of 5 bits: widened to bfloat16, it is a base like a converted checkpoint's. What
+        # is quantised comes from the bfloat16 files, by llama.cpp's own program, as users would.
+        target = MODELS / f"dense-{kind}.gguf"
+        if not target.is_file():
+            source = loading.demo_file() if kind == "bf16" else MODELS / "dense-bf16.gguf"
+            _quantise(source, target, kind)
+        for name in PRUNED:
+            target = MODELS / f"{name}-{kind}.gguf"
+            if target.is_file():
+                continue
+            if kind in ("f32", "bf16"):
+                to_gguf(loading.load_model(str(MODELS / name), "auto"), MODELS / f"dense-{kind}.gguf", target, kind)
+            else:
+                _quantise(MODELS / f"{name}-bf16.gguf", target, kind)
+
+
+def _quantise(source: Path, target: Path, kind: str) -> None:
+    with new_file(target) as temporary:
+        command = [LLAMA_BIN / "llama-quantize", "--allow-requantize", source, temporary, kind.upper()]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def texts() -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the prompts and of the windows."""
+    tokenizer = loading.load_tokenizer("demo")
+    lines = (ROOT / "pyprune" / "evaluation" / "domains" / "prompts.jsonl").read_text().splitlines()[:PROMPTS]
+    prompts = [tokenizer(json.loads(line)["prompt"]).input_ids for line in lines]
+    windows = token_windows(tokenizer, load_text(None, "second")[0], WINDOWS * WINDOW, WINDOW)
+    return prompts, windows.tolist()
+
+
+@torch.no_grad()
+def reference(name: str, prompts: list[list[int]], windows: list[list[int]]) -> dict[str, Any]:
+    """What Transformers makes of a checkpoint in float32, as a worker answers; and the lead of each greedy token."""
+    model = loading.load_model(str(MODELS / name), "float32")
+    generated, leads = [], []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        for _ in range(NEW):
+            top = model(ids).logits[0, -1].topk(2)
+            leads.append(float(top.values[0] - top.values[1]))
+            ids = torch.cat([ids, top.indices[None, :1]], dim=1)
+        generated.append(ids[0, len(prompt) :].tolist())
+    nats = 0.0
+    for window in windows:
+        row = torch.tensor([window])
+        nats -= float(model(row).logits[0, :-1].double().log_softmax(-1).gather(-1, row[0, 1:, None]).sum())
+    return {"generated": generated, "leads": leads, "nll": nats / (len(windows) * (WINDOW - 1))}
+
+
+def agreement(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """How an engine's text and perplexity compare with the reference.
+
+    `same`: prompts whose 16 tokens are all the same; `leads` of the others: by how many logits the reference's token
+    led where the texts part (near 0 is a tie).
+    """
+    leads = []
+    for i, (got, want) in enumerate(zip(found["generated"], wanted["generated"], strict=True)):
+        part = next((j for j, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]), None)
+        if part is not None:
+            leads.append(wanted["leads"][i * NEW + part])
+    ratio = float(torch.tensor(found["nll"] - wanted["nll"], dtype=torch.float64).exp())
+    return {
+        "same": len(wanted["generated"]) - len(leads),
+        "of": len(wanted["generated"]),
+        "leads": leads,
+        "perplexity": float(torch.tensor(found["nll"], dtype=torch.float64).exp()),
+        "perplexity_ratio": ratio,
+    }
+
+
+def main(
+    speed: Annotated[bool, typer.Option(help="Measure speed too, where the machine is quiet.")] = True,
+    out: Annotated[Path, typer.Option(help="The result.")] = RESULT,
+) -> None:
+    """Compare, measure, and write the result."""
+    facts, start = machine.facts(), time.monotonic()
+    make_models()
+    prompts, windows = texts()
+    rows: list[dict[str, Any]] = []
+    for name in ("dense", *PRUNED):
+        wanted = reference(name, prompts, windows)
+        perplexity = float(torch.tensor(wanted["nll"], dtype=torch.float64).exp())
+        rows.append({"model": name, "engine": "transformers", "type": "float32", "perplexity": perplexity})
+        asked = {"prompts": prompts, "windows": windows, "new_tokens": NEW}
+        for kind in TYPES:
+            found = ask_llama(
+                {**asked, "model": str(MODELS / f"{name}-{kind}.gguf"), "threads": torch.get_num_threads()}
+            )
+            rows.append({"model": name, "engine": "llama.cpp", "type": kind, **agreement(found, wanted)})
+            say(str(rows[-1]))
+        ways = [(name, "float32", "auto"), (name, "bfloat16", "auto")]
+        if name == "differing":
+            ways += [("deci", "float32", "auto"), ("padded", "float32", "auto"), (name, "float32", "transformers")]
+        for folder, dtype, way in ways:
+            options = {"dtype": dtype, "enforce_eager": True, "model_impl": way, "trust_remote_code": folder == "deci"}
+            found = ask_vllm({**asked, "model": str(MODELS / folder), "options": options})
+            told = {"model": folder, "engine": "vllm", "type": dtype, "class": found["class"]}
+            rows.append({**told, **agreement(found, wanted)})
+            say(str(rows[-1]))
+    result: dict[str, Any] = {"suite": "engines", "machine": facts, "agreement": rows, "speed": None}
+    if speed:
+        result["speed"] = speeds.measure(MODELS, ("dense", *PRUNED), say)
+    result["minutes"] = round((time.monotonic() - start) / 60, 1)
+    with new_file(out) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    say(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,122 @@
+"""Exports and plugin in the engines themselves; `make engines` sets these up and runs this."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf_cases import write_dense
+
+from pyprune import prune
+from pyprune.base.errors import CheckpointError
+from pyprune.model import checkpoint
+from pyprune.serving import gguf_check, gguf_plan
+from pyprune.serving.deci import to_deci
+from pyprune.serving.gguf_export import to_gguf
+from pyprune.serving.padded import to_padded
+
+pytestmark = pytest.mark.engine
+DIFFERING = (64, 90, 32)
+
+# Of a size that vLLM's attention has on a CPU.
+SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+
+
+def pruned(tiny: Callable[..., Any], random_mask: Callable[..., Any], family: str, **changes: Any) -> Any:
+    model = tiny(family, **changes)
+    prune(model, mask=random_mask(model, DIFFERING), repair=None)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "gemma"])
+def test_llama_cpp_gives_the_logits_of_the_checkpoint(
+    family: str, kind: str, tiny: Callable[..., Any], random_mask: Callable[..., Any], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    assert gguf_check.has_llama_cpp(), "make engines has not built llama-cpp-python's library"
+    base = write_dense(tiny(family), tmp_path / "dense.gguf")
+    model = pruned(tiny, random_mask, family)
+    written = to_gguf(model, base, tmp_path / "out.gguf", kind, "padded", tokens=ids)
+    print(family, kind, written.arch, written.check)
+    if kind == "f32":
+        assert written.check["divergence"] < 1e-5 and written.check["agree"] == 1.0
+
+
+def test_llama_cpp_tells_a_wrong_file(
+    tiny: Callable[..., Any],
+    random_mask: Callable[..., Any],
+    ids: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = write_dense(tiny("qwen2"), tmp_path / "dense.gguf")
+    monkeypatch.setitem(gguf_plan.AS_DECI, "qwen2", False)  # heads stay in the order of another architecture
+    with pytest.raises(CheckpointError, match=r"llama.cpp's next tokens diverge by"):
+        to_gguf(pruned(tiny, random_mask, "qwen2"), base, tmp_path / "out.gguf", "f32", tokens=ids)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "kind"),
+    [
+        ("llama", None, "models.llama.LlamaForCausalLM"),
+        ("llama", "deci", "models.nemotron_nas.DeciLMForCausalLM"),
+        ("llama", "padded", "models.llama.LlamaForCausalLM"),
+        ("llama", "transformers", "models.transformers.TransformersForCausalLM"),
+        ("qwen2", None, "models.qwen2.Qwen2ForCausalLM"),
+        ("qwen2", "deci", "models.nemotron_nas.DeciLMForCausalLM"),
+        ("qwen3", None, "models.qwen3.Qwen3ForCausalLM"),
+        ("mistral", None, "models.mistral.MistralForCausalLM"),
+        ("gemma3_text", None, "models.gemma3.Gemma3ForCausalLM"),
+        ("phi3", None, "models.phi3.Phi3ForCausalLM"),
+        ("gpt2", None, "models.gpt2.GPT2LMHeadModel"),
+        ("opt", None, "models.opt.OPTForCausalLM"),
+    ],
+)
+def test_vllm_writes_the_tokens_of_the_checkpoint(
+    family: str,
+    target: str | None,
+    kind: str,
+    tiny: Callable[..., Any],
+    random_mask: Callable[..., Any],
+    ids: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    ask_vllm = importlib.import_module("bench.engines.places").ask_vllm
+    sizes = {"gpt2": {"n_embd": 128, "n_head": 2}, "opt": {"hidden_size": 128, "num_attention_heads": 2}}
+    model = pruned(tiny, random_mask, family, **sizes.get(family, SIZES))
+    folder = checkpoint.save(model, tmp_path / "pruned")
+    with torch.no_grad():
+        logits = model(ids).logits.log_softmax(-1)
+        generated = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, ids.shape[1] :]
+        nll = -logits[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+    if target == "deci":
+        folder = Path(to_deci(model, tmp_path / "out").path)
+    elif target == "padded":
+        folder = Path(to_padded(model, tmp_path / "out", ids).path)
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "trust_remote_code": target == "deci",
+        "model_impl": "transformers" if target == "transformers" else "auto",
+    }
+    rows = ids.tolist()
+    request = {
+        "model": str(folder),
+        "options": options,
+        "context": 64,
+        "prompts": rows,
+        "new_tokens": 8,
+        "windows": rows,
+    }
+    found = ask_vllm(request)
+    assert found["class"].endswith(kind)
+    assert found["nll"] == pytest.approx(float(nll), rel=1e-4)
+    assert found["generated"] == generated.tolist()
