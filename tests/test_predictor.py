@@ -17,7 +17,7 @@ from pyprune.model.mask import KeepIndex
 from pyprune.model.narrowing import Rest
 from pyprune.pruning.allocation.bounds import candidate_widths
 from pyprune.pruning.allocation.masked_loss import MaskedLoss, turns, windows_by_source
-from pyprune.pruning.allocation.predictor import fit, search
+from pyprune.pruning.allocation.predictor import Predictor, fit, search
 from pyprune.pruning.allocation.samples import draw, fill
 from pyprune.pruning.mixture import Windows
 
@@ -123,6 +123,14 @@ def test_the_search_is_the_optimum_of_its_surroundings():
     assert many[-1] == found[0]
     distance = [sum(abs(a - b) for a, b in zip(w, samples[0], strict=True)) for w in many]
     assert distance == sorted(distance)
+
+
+def test_the_search_spends_the_budget_where_noise_says_that_neurons_harm():
+    sizes, weights = (24, 24, 24), np.array([[-1.0, -1.0], [2.0, 0.0], [-0.5, 0.0]])
+    rows = candidate_widths(sizes, 4)
+    samples = draw(rows, 36, 12, seed=0)
+    found = search(Predictor(sizes, weights, 0.0, 1.0, 0.0), rows, samples, 36, 4)
+    assert all(sum(widths) == 36 for widths in found)
 
 
 def test_the_masked_loss_is_that_of_the_cut_model(tiny, ids):

@@ -112,7 +112,9 @@ def search(
             [w for w in reversed(row) if a - 1e-6 <= w <= b + 1e-6]
             for row, a, b in zip(choices, low, high, strict=True)
         ]
-        losses = [predictor.parts(i, row) for i, row in enumerate(near)]
+        # More neurons are never worse, and of equals the widest stands first: so nothing is left unspent.
+        parts = [predictor.parts(i, row) for i, row in enumerate(near)]
+        losses = [np.minimum.accumulate(part[::-1])[::-1].tolist() for part in parts]
         chosen = exact(losses, near, budget)
         found[tuple(row[i] for row, i in zip(near, chosen, strict=True))] = None
     return list(found)
