@@ -109,6 +109,23 @@ def test_inspect_lists_the_ffns(tiny_checkpoint: Path) -> None:
     assert call("inspect", tiny_checkpoint).exit_code == 0
 
 
+def test_recovery_follows_where_it_is_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("prune", tiny_checkpoint, "--keep", 0.5, "--multiple", 8, "--text", "builtin:prose")
+    size = ("--tokens", 1024, "--window", 64, "--recover", 5)
+    found = as_json(*arguments, *size, "--out", tmp_path / "m")
+    taught = found["recovery"]
+    assert taught["steps"] > 0 and taught["held_out"][-1]["ce"] < taught["held_out"][0]["ce"]
+    facts = json.loads((tmp_path / "m" / "config.json").read_text())["pyprune"]["recovery"]
+    assert [f["best"] for f in facts] == [taught["best"]] and taught["best"] > 0
+    text = " ".join(call(*arguments, *size, "--dry-run").stdout.split())
+    assert "recovery:" in text and "perplexity on held-out windows" in text
+    message = "recover must be 0 minutes or more, and finite; got -1.0"
+    assert message in refused(2, *arguments, "--dry-run", "--recover", -1)
+    assert "recover must be left out with --nested; got 1.0" in refused(
+        2, *arguments, "--dry-run", "--nested", "--recover", 1
+    )
+
+
 def test_prune_writes_a_checkpoint(tiny_checkpoint: Path, pruned: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(pruned).config.intermediate_size == 48
     manifest = as_json("verify", pruned, "--base", tiny_checkpoint)

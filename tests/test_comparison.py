@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pyprune.evaluation.summary import comparison_lines
 from pyprune.pruning.allocation import ALLOCATIONS
 from pyprune.pruning.options import PruneOptions
 from pyprune.report.figures import apart, compare_figure
+from pyprune.training.recovery import RecoverConfig
 
 CALIBRATION = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
 TEXTS = {"a": CALIBRATION.flip(0, 1), "b": CALIBRATION.roll(3, 1)}
@@ -71,6 +73,21 @@ def test_a_row_is_what_prune_and_perplexity_give(tiny: Callable[..., Any]) -> No
     assert row["perplexity"] == {name: perplexity(model, ids).perplexity for name, ids in TEXTS.items()}
     assert row["widths"] == [48, 48, 48] and row["kept"] == 0.5 and row["tokens"] == 64
     assert (row["parameters"], row["config"]) == (report.parameters_after, report.options.facts())
+
+
+def test_a_setting_with_recovery_is_pruned_and_then_taught(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model, path = tiny("llama"), tmp_path / "c.json"
+    plain, more = (
+        {"method": "wanda", "repair": "none"},
+        RecoverConfig(steps=3, batch=2, learning_rate=1e-2, held_out=0),
+    )
+    wanted = settings([Recipe("cut", plain), Recipe("taught", plain, recovery=more)], [0.5], 3, multiple=8)
+    cut, taught = compare(model, wanted, CALIBRATION, TEXTS, path).rows
+    assert "recovery" not in cut and taught["recovery"]["tokens"] == 3 * 2 * 16
+    assert cut["widths"] == taught["widths"] and cut["perplexity"] != taught["perplexity"]
+    other = settings([Recipe("taught", plain, recovery=replace(more, steps=4))], [0.5], 3, multiple=8)
+    assert compare(model, wanted, CALIBRATION, TEXTS, path).found == 2
+    assert compare(model, other, CALIBRATION, TEXTS, path).found == 0, "another recovery is another row"
 
 
 def test_settings_are_recipes_by_keeps_by_seeds() -> None:

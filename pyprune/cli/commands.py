@@ -46,7 +46,8 @@ from .options import (
     choose_device,
     text_windows,
 )
-from .prune import prune, prune_blocks
+from .prune import prune
+from .prune_blocks import prune_blocks
 from .recover import recover
 from .report import report
 from .screen import EXIT_CODES, Bars, err, printable, show, table, verb

@@ -1,4 +1,4 @@
-"""The verbs `prune` and `prune-blocks`."""
+"""The verb `prune`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..base import machine
-from ..base.errors import InputError, check
+from ..base.errors import InputError, check, is_finite
 from ..model import checkpoint, loading
 from ..model.mask import Mask
 from ..pruning import importance
 from ..pruning.allocation import ALLOCATIONS
-from ..pruning.blocks import STRUCTURES, BlockOptions, BlockReport
-from ..pruning.blocks import prune_blocks as remove_blocks
 from ..pruning.mixture import mix
 from ..pruning.nested import NestedReport, prune_nested
 from ..pruning.options import ALLOCATION, KEEP, METHOD, REPAIR, PruneOptions
@@ -23,6 +20,8 @@ from ..pruning.prune import PruneReport
 from ..pruning.prune import prune as prune_model
 from ..pruning.repair import REPAIRS
 from ..pruning.text import MANY_TOKENS, TOKENS, WINDOW
+from ..training.recovery import RecoverConfig, RecoverReport
+from ..training.recovery import recover as recover_model
 from .options import (
     DeviceOption,
     DtypeOption,
@@ -32,22 +31,17 @@ from .options import (
     ShardOption,
     SourcesOption,
     StartOption,
-    TokensOption,
     WindowOption,
     check_sources,
     choose_device,
     tokenizer_to_save,
 )
-from .screen import Bars, megabytes, show, table, verb
+from .pruned import DryRunOption, OutOption, OverwriteOption, SaveMaskOption, check_out, finish, run_facts
+from .recover import taught_by
+from .screen import Bars, show, table, verb
 
-OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)]
-SaveMaskOption = Annotated[Path | None, typer.Option(help="Also write the mask to this file.")]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Do everything but write the model; --save-mask is written.")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option(help="Replace a checkpoint that pyprune wrote; it stays whole until then.")
-]
+# Minutes of recovery with --best: in them an hour of one core's work closes two fifths of the gap of a model of 135M.
+BEST_MINUTES = 10.0
 
 
 def _shares(text: str) -> list[float]:
@@ -76,23 +70,8 @@ def _show_nested(model: str, made: NestedReport, text: str | None, out: Path | N
     )
 
 
-def _rows(report: PruneReport | BlockReport) -> list[tuple[object, ...]]:
-    """What a person wants to know first: dense beside pruned."""
-    rows: list[tuple[object, ...]] = []
-    if report.mask is not None:
-        widths = sorted(set(report.mask.widths))
-        full = max(k.intermediate_size for k in report.mask.layers)
-        rows.append(("neurons", sum(k.intermediate_size for k in report.mask.layers), sum(report.mask.widths)))
-        rows.append(("FFN width", full, " .. ".join(map(str, dict.fromkeys((widths[0], widths[-1]))))))
-    if isinstance(report, BlockReport):
-        rows.append((f"{report.structure} blocks", len(report.influence), len(report.kept)))
-    rows.append(("parameters", f"{report.parameters_before:,}", f"{report.parameters_after:,}"))
-    rows.append(("size", megabytes(report.bytes_before), megabytes(report.bytes_after)))
-    return rows
-
-
-def _notes(report: PruneReport) -> list[str]:
-    """Lines below the table: how well the fit went, and with which damping."""
+def _notes(report: PruneReport, taught: RecoverReport | None) -> list[str]:
+    """Lines below the table: how well the fit went, with which damping, and what recovery brought."""
     notes = []
     fitted = [r for r in report.layers if r.error_repaired is not None]
     if fitted:
@@ -103,49 +82,17 @@ def _notes(report: PruneReport) -> list[str]:
         notes.append(f"mean output error of a layer: {cut:.1%} after the cut, {left:.1%} repaired (damping {ridge})")
     if report.promise is not None:
         notes.append(f"promised speed-up {report.promise:.3f}x over the dense model, both accelerated")
+    found = None if taught is None else taught.perplexities
+    if taught is not None and found is not None:
+        steps = f"{taught.steps} steps, {taught.seconds:.0f} s; weights of step {taught.best}"
+        values = f"{found['before']:.2f} before, {found['after']:.2f} after, dense {found['teacher']:.2f}"
+        notes.append(f"recovery: {steps}; perplexity on held-out windows {values}")
     return notes
 
 
 def _given(**values: Any) -> dict[str, Any]:
     """Those that were given on the command line."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _facts(model: str) -> dict[str, Any]:
-    """What the checkpoint says of the run."""
-    name = model if model == loading.DEMO else Path(model).name
-    return {"model": name, "versions": machine.versions()}
-
-
-def _check_out(out: Path | None, dry_run: bool, overwrite: bool, max_shard_size: str) -> None:
-    if out is None and not dry_run:
-        raise InputError("out must be given, unless with --dry-run; got None")
-    if out is not None:
-        checkpoint.check_out(out, overwrite, max_shard_size)
-
-
-def _finish(
-    model: str,
-    report: PruneReport | BlockReport,
-    text: str | None,
-    out: Path | None,
-    save_mask: Path | None,
-    notes: list[str],
-    as_json: bool,
-) -> None:
-    """Write the mask, and show what was done and written; `out` is None in a dry run."""
-    written = "nothing (dry run)" if out is None else str(out)
-    if save_mask is not None and report.mask is not None:
-        report.mask.save(save_mask)
-        written = f"{save_mask} only (dry run)" if out is None else f"{written} and {save_mask}"
-    show(
-        {"model": model, **report.to_json(), "text": text, "out": None if out is None else str(out)},
-        as_json,
-        table(f"pruned {escape(model)}", ("what", ">dense", ">pruned"), _rows(report)),
-        *notes,
-        f"text {text or 'not needed'}, {report.tokens} tokens; {report.seconds:.1f} s; "
-        f"peak memory +{megabytes(report.peak_bytes)}; wrote {escape(written)}",
-    )
 
 
 @verb
@@ -157,9 +104,18 @@ def prune(
         bool,
         typer.Option(
             "--best",
-            help=f"What measured best: {MANY_TOKENS:,} tokens unless --tokens says otherwise. Takes longer.",
+            help=f"What measured best: {MANY_TOKENS:,} tokens unless --tokens says otherwise, then {BEST_MINUTES:g} "
+            "minutes of --recover. Takes longer.",
         ),
     ] = False,
+    recover: Annotated[
+        float | None,
+        typer.Option(
+            help="Minutes at most in which the dense model teaches the pruned one afterwards, as the verb recover; 0 "
+            f"for none. Default: 0, or {BEST_MINUTES:g} with --best.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help=f"Importance criterion: {', '.join(importance.names())}.")] = METHOD,
     allocation: Annotated[
         str | None,
@@ -266,14 +222,18 @@ def prune(
     )
     if tokens is None:
         tokens = MANY_TOKENS if best else TOKENS
-    _check_out(out, dry_run, overwrite, max_shard_size)
+    minutes = (BEST_MINUTES if best and not nested_widths else 0.0) if recover is None else recover
+    check(is_finite(minutes) and minutes >= 0, "recover", "be 0 minutes or more, and finite", minutes)
+    teaching = RecoverConfig(minutes=minutes, seed=seed) if minutes else None
+    check_out(out, dry_run, overwrite, max_shard_size)
     if nested_widths:
+        check(teaching is None, "recover", "be left out with --nested", minutes)
         check(mask is None and save_mask is None, "mask", "be left out with --nested", str(mask or save_mask))
         check(sequential, "sequential", "be True with nested widths", False)
     loaded_mask = Mask.load(mask) if mask else None
     place = choose_device(device)
     windows, tokenizer = None, None
-    needed = options.needs_text(loaded_mask is not None)
+    needed = options.needs_text(loaded_mask is not None) or teaching is not None
     sources = check_sources(text, tokens, window, start_token)
     if needed:
         tokenizer = loading.load_tokenizer(model)
@@ -286,78 +246,22 @@ def prune(
     if tokenizer is None and not dry_run:
         tokenizer = tokenizer_to_save(model)
     common: dict[str, Any] = {"allocation": options.allocation, "repair": options.repair, "text": windows, "seed": seed}
-    common["provenance"] = _facts(model)
-    made, report = None, None
+    common["provenance"] = run_facts(model)
+    made, report, taught = None, None, None
     with Bars() as bars:
         if nested_widths:
             made = prune_nested(loaded, _shares(shares), method, progress=bars, **common)
         else:
             more: dict[str, Any] = {"sequential": sequential, "precision": precision, "mask": loaded_mask}
             report = prune_model(loaded, keep, method, **more, progress=bars, **common)
+            if teaching is not None and windows is not None:
+                dense = loading.load_model(model, dtype, place)
+                facts = taught_by(dense, model, windows.name)
+                taught = recover_model(loaded, dense, windows, teaching, progress=bars, provenance=facts)
     written = None if dry_run else out
     if written is not None:
         checkpoint.save(loaded, written, tokenizer, overwrite, max_shard_size=max_shard_size)
     if made is not None:
         _show_nested(model, made, text_name, written, as_json)
     if report is not None:
-        _finish(model, report, text_name, written, save_mask, _notes(report), as_json)
-
-
-@verb
-def prune_blocks(
-    model: ModelArgument,
-    out: OutOption = None,
-    structure: Annotated[
-        str, typer.Option(help=f"What is removed, by block influence: {', '.join(STRUCTURES)}.")
-    ] = "ffn",
-    keep: Annotated[float, typer.Option(help="Share of FFNs or layers that stays, in (0, 1].")] = 0.7,
-    protect: Annotated[str, typer.Option(help="How many first,last blocks stay whatever their influence.")] = "0,0",
-    repair: Annotated[
-        str, typer.Option(help="none; for FFNs also bias, which keeps the mean output of a removed one.")
-    ] = "none",
-    iterative: Annotated[
-        bool, typer.Option("--iterative", help="Measure influences again after each removal.")
-    ] = False,
-    sequential: Annotated[bool, typer.Option(help="Mean outputs are those with the earlier FFNs removed.")] = True,
-    text: SourcesOption = None,
-    tokens: TokensOption = TOKENS,
-    window: WindowOption = WINDOW,
-    start_token: StartOption = "auto",
-    seed: SeedOption = 0,
-    save_mask: SaveMaskOption = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    max_shard_size: ShardOption = checkpoint.MAX_SHARD_SIZE,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Remove whole FFNs or whole decoder layers, and write a checkpoint that Transformers loads."""
-    words = protect.split(",")
-    two = len(words) == 2 and all(word.strip().isdigit() for word in words)
-    check(two, "protect", "be two counts like 4,2", protect)
-    options = BlockOptions.of(structure, keep, (int(words[0]), int(words[1])), repair, iterative, sequential)
-    _check_out(out, dry_run, overwrite, max_shard_size)
-    check(save_mask is None or structure != "layer", "save_mask", "be left out with whole layers", str(save_mask))
-    place = choose_device(device)
-    tokenizer = loading.load_tokenizer(model)
-    sources = check_sources(text, tokens, window, start_token)
-    loaded = loading.load_model(model, dtype, place)
-    with Bars() as bars:
-        windows = mix(sources, loaded, tokenizer, tokens, window, start=start_token, seed=seed, progress=bars)
-        report = remove_blocks(
-            loaded,
-            structure,
-            keep,
-            options.protect,
-            options.repair,
-            iterative=iterative,
-            sequential=sequential,
-            text=windows,
-            progress=bars,
-            provenance=_facts(model),
-        )
-    written = None if dry_run else out
-    if written is not None:
-        checkpoint.save(loaded, written, tokenizer, overwrite, max_shard_size=max_shard_size)
-    _finish(model, report, windows.name, written, save_mask, [], as_json)
+        finish(model, report, text_name, written, save_mask, _notes(report, taught), as_json, taught)

@@ -67,7 +67,8 @@ def _figure(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130, format="png")
 
 
-def _provenance(teacher: Any, name: str, text: str) -> dict[str, Any]:
+def taught_by(teacher: Any, name: str, text: str) -> dict[str, Any]:
+    """What the checkpoint says of a recovery."""
     block = getattr(teacher.config, "pyprune", None) or {}
     return {
         "teacher": {
@@ -223,7 +224,7 @@ def recover(
             config,
             progress=bars,
             folder=None if dry_run else resume,
-            provenance=_provenance(dense, teacher, windows.name),
+            provenance=taught_by(dense, teacher, windows.name),
         )
         if report.held_out and report.best == 0:
             raise none_better(report)

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,15 @@ from ..pruning.mixture import Windows, unnamed
 from ..pruning.options import ALLOCATION, METHOD, REPAIR, PruneOptions
 from ..pruning.prune import PruneReport, prune
 from ..pruning.text import TOKENS as ORDINARY
+from ..training.recovery import RecoverConfig, RecoverReport, recover
 from . import perplexity
 from .domains import Tasks
 from .summary import MEAN, Line, comparison_lines, judged_texts
 
 STAGE = "comparing settings"
 _FORMAT = 1
-# Calibration tokens of a recipe that asks for no other number: what the published methods used, or more.
-TOKENS = 16_384
+# Tokens that the published methods read of the text: they only rank neurons by it (bench/notes/quality.md).
+TOKENS = 32_768
 # What all rows of one file share.
 _SAME = ("fingerprint", "dtype", "device", "calibration", "evaluation")
 
@@ -56,6 +57,8 @@ class Recipe:
         group: `published`, `ours` or `grid`.
         protected: how many first and last layers keep all neurons, and of how many layers that was published.
         tokens: calibration tokens at most; 0 for all there are.
+        recovery: how the dense model teaches the pruned one afterwards, on all of the calibration text; None: it does
+            not.
     """
 
     label: str
@@ -63,6 +66,7 @@ class Recipe:
     group: str = "grid"
     protected: tuple[int, int, int] | None = None
     tokens: int = 0
+    recovery: RecoverConfig | None = None
 
     def fitted(self, layers: int, multiple: int) -> dict[str, Any]:
         """The options for a model of so many layers: what is protected keeps its share of the depth, rounded.
@@ -84,7 +88,7 @@ _PLAIN = {"allocation": "uniform", "repair": "none"}
 
 # Every method with the allocation and the compensation that it was published with. All get the same calibration text
 # and only FFNs are pruned; the papers differ in both.
-PUBLISHED = (
+_PUBLISHED = (
     Recipe("random", {"method": "random", **_PLAIN}, "published"),
     # The L2 norm over all weights of a neuron.
     Recipe("magnitude", {"method": "magnitude-l2-both", **_PLAIN}, "published"),
@@ -100,10 +104,14 @@ PUBLISHED = (
     Recipe("ShortGPT (whole layers)", {"structure": "layer"}, "published"),
 )
 
-# What `pyprune prune` does, and what it does with --best.
+PUBLISHED = tuple(replace(recipe, tokens=TOKENS) for recipe in _PUBLISHED)
+
+_OURS = {"method": METHOD, "allocation": ALLOCATION, "repair": REPAIR}
+# What `pyprune prune` does; the same with all of the text; and what it does with --best.
 OURS = (
-    Recipe("pyprune", {"method": METHOD, "allocation": ALLOCATION, "repair": REPAIR}, "ours", tokens=ORDINARY),
-    Recipe("pyprune --best", {"method": METHOD, "allocation": ALLOCATION, "repair": REPAIR}, "ours"),
+    Recipe("pyprune", _OURS, "ours", tokens=ORDINARY),
+    Recipe("pyprune, all text", _OURS, "ours"),
+    Recipe("pyprune --best", _OURS, "ours", recovery=RecoverConfig()),
 )
 
 # The best published method at the first share kept, against ours at the second: a step of sparsity for free.
@@ -123,7 +131,7 @@ class Setting:
     """One row to measure.
 
     Attributes:
-        label, group, tokens: of the `Recipe`.
+        label, group, tokens, recovery: of the `Recipe`.
         keep: share of neurons that stays.
         seed: of everything random.
         options: the other arguments of `prune`, or with `structure` of `prune_blocks`.
@@ -135,6 +143,7 @@ class Setting:
     group: str = "grid"
     seed: int = 0
     tokens: int = 0
+    recovery: RecoverConfig | None = None
 
     @property
     def published(self) -> bool:
@@ -184,7 +193,7 @@ def settings(
     check(right, "keep", "be shares in (0, 1] that differ", list(keeps))
     check(seeds >= 1, "seeds", "be at least 1", seeds)
     return [
-        Setting(r.label, keep, r.fitted(layers, multiple), r.group, seed, r.tokens)
+        Setting(r.label, keep, r.fitted(layers, multiple), r.group, seed, r.tokens, r.recovery)
         for r in recipes
         for keep in keeps
         for seed in range(seeds if r.options.get("method") == "random" else 1)
@@ -257,6 +266,9 @@ def _row(
     windows = calibration.first(setting.tokens // calibration.ids.shape[1]) if setting.tokens else calibration
     pruned = copy.deepcopy(model)
     report = setting.run(pruned, windows, progress)
+    taught: RecoverReport | None = None
+    if setting.recovery is not None:
+        taught = recover(pruned, model, calibration, setting.recovery, progress=progress)
     whole = isinstance(report, BlockReport)
     kept = len(report.kept) / len(report.influence) if whole else report.mask.keep  # type: ignore[union-attr]
     started = time.perf_counter()
@@ -269,6 +281,7 @@ def _row(
         "damping": [layer.damping for layer in getattr(report, "layers", [])],
         "tokens": report.tokens,
         "prune_seconds": report.seconds,
+        **({} if taught is None else {"recovery": {"tokens": taught.tokens, "seconds": taught.seconds}}),
         "evaluation_seconds": time.perf_counter() - started,
         "peak_bytes": report.peak_bytes,
     }
@@ -286,7 +299,8 @@ class Comparison:
         rows: one a setting. `perplexity` by text, with a suite `piqa` and `generation`, `kept` (share of neurons, or of
             layers where whole ones went), `parameters` (of the whole model), `widths`, `damping` by layer, `tokens` (of
             calibration, 0 where none was needed), `prune_seconds`, `evaluation_seconds`, `peak_bytes` (growth of the
-            process while pruning); or `error` with `kind` and `message`.
+            process while pruning), and where it was taught `recovery` (`tokens`, `seconds`); or `error` with `kind` and
+            `message`.
         found: rows that an earlier call had measured.
     """
 
@@ -322,9 +336,12 @@ class _Run:
         self.dense: dict[str, float] = same.get("dense", {})
         self.dense_tasks: dict[str, Any] = same.get("dense_tasks", {})
 
-    def key(self, chosen: PruneOptions | BlockOptions | None, tokens: int = 0) -> str:
+    def key(
+        self, chosen: PruneOptions | BlockOptions | None, tokens: int = 0, recovery: RecoverConfig | None = None
+    ) -> str:
         """Names a measurement: all that its numbers depend on."""
-        return _sha256([self._base, chosen and chosen.facts(), tokens])
+        taught = [] if recovery is None else [recovery.to_json()]
+        return _sha256([self._base, chosen and chosen.facts(), tokens, *taught])
 
     def add(self, setting: Setting, row: dict[str, Any]) -> None:
         names = {"label": setting.label, "group": setting.group, "keep": setting.keep, "seed": setting.seed}
@@ -407,7 +424,7 @@ def compare(
         key = None
         try:
             chosen = setting.chosen()
-            key = run.key(chosen, setting.tokens)
+            key = run.key(chosen, setting.tokens, setting.recovery)
             old = run.rows.get(setting.name, {})
             if old.get("key") == key and "error" not in old:
                 found += 1

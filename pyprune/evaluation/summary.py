@@ -31,7 +31,7 @@ class Point:
         perplexity: mean over the seeds.
         lowest, highest: over the seeds.
         seeds: how many.
-        seconds: to prune.
+        seconds: to prune, and to be taught afterwards where it was.
     """
 
     keep: float
@@ -65,7 +65,11 @@ def comparison_lines(result: Mapping[str, Any], text: str) -> list[Line]:
     ]
 
 
+def _seconds(row: Mapping[str, Any]) -> float:
+    return float(row["prune_seconds"] + row.get("recovery", {}).get("seconds", 0.0))
+
+
 def _point(keep: float, rows: Sequence[Mapping[str, Any]], text: str) -> Point:
     values = [perplexity_on(row["perplexity"], text) for row in rows]
-    kept, seconds = fmean(row["kept"] for row in rows), fmean(row["prune_seconds"] for row in rows)
+    kept, seconds = fmean(row["kept"] for row in rows), fmean(map(_seconds, rows))
     return Point(keep, kept, fmean(values), min(values), max(values), len(values), seconds)
