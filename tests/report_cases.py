@@ -292,11 +292,9 @@ def recover() -> Values:
 
 
 def recover_bench() -> Values:
-    models = {
-        name: {"perplexity": {"one.txt": v}} for name, v in (("dense", 25.0), ("pruned", 36.6), ("recovered", 29.9))
-    }
-    goal = {"text": "one.txt", "dense": 25.0, "recovered": 29.9, "ratio": 1.2}
-    return {"machine": machine(), "dense": "demo", "models": models, "goal": goal, "texts": {"one.txt": {"tokens": 1}}}
+    values = (("dense", 25.0), ("pruned", 36.6), ("recovered", 29.9))
+    models = {name: {"domains": {"one.txt": {"value": v}}} for name, v in values}
+    return {"machine": machine(), "model": "demo", "models": models, "recovery": []}
 
 
 def suite() -> Values:

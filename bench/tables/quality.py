@@ -64,38 +64,59 @@ def compare_table(result: Result) -> list[str]:
     return [*out, "", "Goals.", "", *map(_compare_goal, result["goals"])]
 
 
-def _interval(found: Result, key: str) -> str:
-    low, high = found["interval"]
-    return f"{found[key]:.1%} ({low:.1%} to {high:.1%})"
+# Of the suite's prompts, the ones whose answers are shown: every seventh, whatever was written.
+SHOWN = range(0, 32, 7)
+_LONGEST = 400
+
+
+def _closed(pruned: float, recovered: float) -> str:
+    """The share of what pruning lost, in log perplexity, that came back; of ratios to the dense model's."""
+    return f"{1 - math.log(recovered) / math.log(pruned):.0%}" if pruned > 1 else "-"
+
+
+def _wrote(models: Result, name: str) -> list[str]:
+    generation = models[name]["generation"]
+    low, high = generation["repetition"]["interval"]
+    repeated = f"{generation['repetition']['value']:.1%} ({low:.1%} to {high:.1%})"
+    piqa = models[name]["piqa"]
+    answers = [piqa[key] for key in ("accuracy", "accuracy_byte")] if piqa else []
+    right = [f"{a['value']:.1%} ({a['interval'][0]:.1%} to {a['interval'][1]:.1%})" for a in answers] or ["-", "-"]
+    parameters = f"{models[name]['parameters']:,}"
+    return [name, parameters, *right, repeated, f"{generation['distinct2']:.2f}", f"{generation['perplexity']:.2f}"]
+
+
+def _samples(models: Result) -> list[str]:
+    """The answers of all models to some prompts, one below the other."""
+    out = []
+    for number in SHOWN:
+        out += ["", f"Prompt {number + 1}: {models['dense']['generation']['texts'][number]['prompt']}", ""]
+        for name, found in models.items():
+            text = " ".join(found["generation"]["texts"][number]["text"].split())
+            cut = f"{text[:_LONGEST].rsplit(' ', 1)[0]} ..." if len(text) > _LONGEST else text
+            out.append(f"- *{name}*: {cut}")
+    return out
 
 
 def recover_table(result: Result) -> list[str]:
-    """The result of bench/model/recover.py: perplexity, multiple choice, and greedy text; then the goal."""
-    models = result["models"].items()
-    first, second = [], []
-    for text in result["texts"]:
-        for name, found in models:
-            accuracy = _interval(found["choice"][text], "accuracy")
-            lost = _interval(found["choice_lost"][text], "difference") if "choice_lost" in found else ""
-            first.append([name, text, f"{found['perplexity'][text]:.2f}", accuracy, lost])
-    for name, found in models:
-        wrote, deltas = found["wrote"], found.get("generation")
-        same = f"{deltas['divergence']:.1f} of {deltas['new_tokens']}" if deltas else ""
-        rates = [f"{wrote['perplexity']:.2f}", f"{wrote['repetition']:.1%}", f"{wrote['distinct2']:.2f}"]
-        second.append([name, f"{result['parameters'][name]:,}", same, *rates])
-    goal = result["goal"]
-    control = f"; {goal['control'] - 1:+.1%} of the dense model trained alike" if "control" in goal else ""
-    choices = f"Multiple choice of {result['choices']}, chance {1 / result['choices']:.0%}, intervals of 95 %."
-    greedy = f"Greedy text from {result['prompts']} prompts; perplexity is the dense model's of what each wrote."
+    """The result of bench/model/recover.py: six domains, PIQA and writing, then answers."""
+    models = result["models"]
+    ratios = [models[name]["against"] for name in ("pruned", "recovered")]
+    lines = []
+    for domain, found in models["dense"]["domains"].items():
+        pruned, recovered = (r["ratios"][domain]["value"] for r in ratios)
+        lines.append([domain, f"{found['value']:.2f}", f"{pruned:.3f}", f"{recovered:.3f}", _closed(pruned, recovered)])
+    pruned, recovered = (r["ratio"]["value"] for r in ratios)
+    dense = f"{models['dense']['perplexity']['value']:.2f}"
+    lines.append(["geometric mean", dense, f"{pruned:.3f}", f"{recovered:.3f}", _closed(pruned, recovered)])
+    asked = ["model", ">parameters", ">PIQA", ">PIQA by bytes", ">repeated 4-grams", ">distinct-2", ">perplexity"]
+    taught = "; ".join(f"{fact['tokens']:,} tokens, {fact['steps']} steps" for fact in result["recovery"])
     return [
-        f"{model_name(result['dense'])}. {choices} {provenance(result)}",
+        f"{model_name(result['model'])}, recovered on {taught}. {provenance(result)}",
         "",
-        *markdown(["model", "text", ">perplexity", ">multiple choice", ">lost, same items"], first),
+        *markdown(["domain", ">dense", ">pruned, over dense", ">recovered, over dense", ">gap closed"], lines),
         "",
-        greedy,
+        "Intervals: 95 %. Repeated 4-grams, distinct-2 and perplexity (by dense) are of answers to 32 prompts.",
         "",
-        *markdown(["model", ">parameters", ">as dense", ">perplexity", ">repeated 4-grams", ">distinct-2"], second),
-        "",
-        f"- {goal['text']}: recovered {goal['recovered']:.2f}, {goal['ratio'] - 1:+.1%} of dense {goal['dense']:.2f}; "
-        f"at most {goal['limit'] - 1:+.0%}: {'met' if goal['met'] else 'not met'}{control}",
+        *markdown(asked, [_wrote(models, name) for name in models]),
+        *_samples(models),
     ]

@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "latency-aware.json": (("model", "dense_perplexity", "rows", "table"),),
     "compare.json": (("format", "evaluation", "dense", "rows"),),
     # Of `pyprune recover --json`, or of bench/model/recover.py.
-    "recover.json": (("perplexity", "train"), ("models", "goal", "texts")),
+    "recover.json": (("perplexity", "train"), ("models", "recovery")),
 }
 # Of the files that name their format.
 _FORMAT = 1

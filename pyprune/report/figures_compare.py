@@ -141,8 +141,8 @@ def recovered(facts: Facts) -> dict[str, tuple[float, float, float]]:
     if found is None:
         return {}
     if "models" in found:
-        by = {name: found["models"][name]["perplexity"] for name in ("pruned", "recovered", "dense")}
-        return {text: tuple(by[name][text] for name in by) for text in found["texts"]}
+        by = [found["models"][name]["domains"] for name in ("pruned", "recovered", "dense")]
+        return {text: tuple(domains[text]["value"] for domains in by) for text in by[-1]}
     return {t: (e["before"], e["after"], e["teacher"]) for t, e in found["perplexity"].items()}
 
 

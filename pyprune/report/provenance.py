@@ -236,7 +236,7 @@ def _experiments(facts: Facts) -> Iterator[str]:
         yield _command("pyprune compare DENSE", _text(compare.get("text")), given, "--out DIR/compare.json")
     recover = facts.get("recover")
     if recover is not None and "models" in recover:
-        yield "python -m bench.model.recover DENSE PRUNED RECOVERED --text FILE:second"
+        yield "python -m bench.model.recover DENSE PRUNED RECOVERED --data DATA"
     elif recover is not None:
         given = _options(steps=recover.get("steps"), window=recover.get("window"))
         command = _command("pyprune recover PRUNED --teacher DENSE --out RECOVERED", _text(recover.get("text")), given)

@@ -51,7 +51,7 @@ class RecoverConfig:
 
     steps: int = 120
     batch: int = 4
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     warmup: float = 0.05
     decay: str = "cosine"
     weight_decay: float = 0.0
