@@ -336,6 +336,8 @@ def test_the_verb(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     assert list(result["evaluation"]) == ["text.txt (second half)", "pydoc_data.topics (second half)"]
     assert (result["text"], result["model"]) == ("text.txt (first half)", "tiny-llama")
     assert [row["seed"] for row in result["rows"]] == [0, 0, 0, 1, 0, 1]
+    one = call(*common, "--only", "wanda | none | uniform")
+    assert one.exit_code == 0 and "2 rows, 2 of them measured before" in " ".join(one.stdout.split())
     again = call(*common, "--seeds", 2, "--figure", figure)
     assert again.exit_code == 0 and "6 of them measured before" in " ".join(again.stdout.split())
     assert "50% of the neurons removed" in again.stdout and figure.is_file()
@@ -344,6 +346,7 @@ def test_the_verb(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
 def test_wrong_use_of_the_verb(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     for options, message in (
         (("--preset", "publish"), "preset must be one of published, ours, grid; got 'publish'"),
+        (("--preset", "ours", "--only", "FLAP"), "only must be one of pyprune, pyprune, all text, pyprune --best"),
         (("--criteria", "wander"), "nearest: wanda"),
         (("--repair", "none,none"), "repair must be names that differ"),
         (("--allocation", "even"), "allocation must be one of"),

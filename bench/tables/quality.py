@@ -44,6 +44,29 @@ def _compare_goal(goal: Result) -> str:
     )
 
 
+def _suite_lines(result: Result, keeps: list[float]) -> list[str]:
+    """A table for each share kept: ratios to the dense model's perplexity, their mean and the worst first."""
+    dense, asked = result["dense"], result["dense_tasks"]
+    tokens = next(iter(result["evaluation"].values()))["tokens"]
+    answers = f"PIQA {asked['piqa']['accuracy_byte']['value']:.1%} of {asked['piqa']['items']} questions by bytes, "
+    repeats = f"{asked['generation']['repetition']['value']:.1%} of 4-grams repeated in answers to 32 prompts"
+    values = ", ".join(f"{name} {value:.2f}" for name, value in dense.items())
+    out = ["", f"Perplexity over dense, {tokens} tokens of each domain. Dense: {values}; {answers}{repeats}."]
+    header = ["setting", "group", ">mean", ">worst", *(f">{n}" for n in dense), ">PIQA", ">repeats", ">took"]
+    for keep in keeps:
+        rows = []
+        for row in (r for r in result["rows"] if r["keep"] == keep and "error" not in r):
+            ratios = [row["perplexity"][name] / value for name, value in dense.items()]
+            mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+            shown = [f"{ratio:.3g}" if ratio >= 10 else f"{ratio:.3f}" for ratio in (mean, max(ratios), *ratios)]
+            piqa, repeated = row["piqa"]["accuracy_byte"]["value"], row["generation"]["repetition"]["value"]
+            took = row["prune_seconds"] + row.get("recovery", {}).get("seconds", 0.0)
+            cells = [row["label"], row["group"], *shown, f"{piqa:.1%}", f"{repeated:.1%}", f"{took:.0f} s"]
+            rows.append((mean, [f"**{cell}**" for cell in cells] if row["group"] == "ours" else cells))
+        out += ["", f"{1 - keep:.0%} of the neurons removed:", "", *markdown(header, [row for _, row in sorted(rows)])]
+    return out
+
+
 def compare_table(result: Result) -> list[str]:
     """The result of `pyprune compare`: for each text settings by share removed; what failed; the goals."""
     keeps = sorted({row["keep"] for row in result["rows"]}, reverse=True)
@@ -52,7 +75,9 @@ def compare_table(result: Result) -> list[str]:
     calibration = f"{result['calibration']['tokens']} tokens of {result.get('text', 'the calibration text')}"
     out = [f"{model_name(result.get('model', 'model'))}, calibrated on {calibration}. {provenance(result)}{measured}"]
     header = ["setting", "group", *(f">{1 - keep:.0%} removed" for keep in keeps), ">pruning took"]
-    for text in judged_texts(result):
+    if "suite" in result:
+        out += _suite_lines(result, keeps)
+    for text in [] if "suite" in result else judged_texts(result):
         dense = perplexity_on(result["dense"], text)
         cells = _compare_cells(comparison_lines(result, text), keeps)
         of = [entry["tokens"] for name, entry in result["evaluation"].items() if text in (name, MEAN)]

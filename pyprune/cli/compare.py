@@ -87,7 +87,7 @@ def _shares(text: str) -> list[float]:
         raise InputError(f"keep must be numbers separated by commas; got {text!r}") from error
 
 
-def _recipes(presets: str, criteria: str, repair: str, allocation: str) -> list[Recipe]:
+def _recipes(presets: str, criteria: str, repair: str, allocation: str, only: list[str]) -> list[Recipe]:
     chosen = {"preset": _words(presets), "criteria": _words(criteria)}
     for (name, words), known in zip(chosen.items(), (PRESETS, importance.names()), strict=True):
         check(0 < len(words) == len(set(words)), name, "be names that differ, separated by commas", ",".join(words))
@@ -99,7 +99,10 @@ def _recipes(presets: str, criteria: str, repair: str, allocation: str) -> list[
         "ours": OURS,
         "grid": grid(chosen["criteria"], repairs, allocations),
     }
-    return [recipe for name in chosen["preset"] for recipe in of[name]]
+    found = [recipe for name in chosen["preset"] for recipe in of[name]]
+    for label in only:
+        check_choice(label, "only", [recipe.label for recipe in found])
+    return [recipe for recipe in found if not only or recipe.label in only]
 
 
 def _evaluation(
@@ -218,6 +221,9 @@ def compare(
     allocation: Annotated[
         str, typer.Option(help=f"Of the grid, one or more of {', '.join(ALLOCATIONS.names())}; as above.")
     ] = "uniform,sensitivity",
+    only: Annotated[
+        list[str] | None, typer.Option(help="A setting of these presets by name; repeat for more.", show_default=False)
+    ] = None,
     multiple: Annotated[int, typer.Option(help="Round widths to multiples of this many neurons.")] = 16,
     seeds: Annotated[int, typer.Option(help="Runs of the random method.")] = 3,
     tokens: TokensOption = 16384,
@@ -237,7 +243,7 @@ def compare(
     With --suite, --evaluation-tokens are those of each domain.
     """
     keeps = _shares(keep)
-    recipes = _recipes(preset, criteria, repair, allocation)
+    recipes = _recipes(preset, criteria, repair, allocation, only or [])
     settings(recipes, keeps, 1, multiple, seeds)  # complains before a long load
     check(text is None or text not in (also or []), "also", "be other files than text, half of which calibrates", also)
     check(not (whole and also), "also", "be left out with --suite, which has its own texts", also)
