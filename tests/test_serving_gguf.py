@@ -14,7 +14,7 @@ import torch
 from gguf_cases import ARCHITECTURES, write_dense
 from typer.testing import CliRunner
 
-from pyprune import prune
+from pyprune import Mask, prune
 from pyprune.base.errors import CheckpointError, InputError, UnsupportedModelError
 from pyprune.cli.commands import app
 from pyprune.model import checkpoint, families, loading, provenance
@@ -200,3 +200,30 @@ def test_the_command(pair: Callable[..., Any], tmp_path: Path, monkeypatch: pyte
         result = call(*arguments)
         assert result.exit_code == (1 if "read as" in message else 2) and message in result.stderr, result.output
     assert out.read_bytes() == before
+
+
+def test_a_gguf_file_is_pruned_into_another(pair: Callable[..., Any], tmp_path: Path) -> None:
+    _, base = pair("llama", DIFFERING)
+    out, mask = tmp_path / "out.gguf", tmp_path / "m.safetensors"
+    plain = ("--keep", 0.5, "--method", "magnitude-l2-both", "--repair", "none", "--multiple", 16)
+
+    def call(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["prune", *map(str, arguments), *map(str, plain)])
+
+    done = call(base, "--out", out, "--save-mask", mask)
+    assert done.exit_code == 0, done.output
+    dense, written = values(base), values(out)
+    kept = Mask.load(mask).layers[0].neurons.numpy()
+    assert len(kept) == 48 and (written["blk.0.ffn_down.weight"].shape[-1], len(dense)) == (48, len(written))
+    rounded = torch.tensor(dense["blk.0.ffn_up.weight"][kept]).bfloat16().float().numpy()
+    assert np.array_equal(written["blk.0.ffn_up.weight"], rounded)
+    assert np.array_equal(written["token_embd.weight"], dense["token_embd.weight"])
+    before = out.read_bytes()
+    for arguments, message in (
+        ((base, "--out", out), "out must not exist yet"),
+        ((base, "--out", tmp_path / "b.gguf", "--recover", 1), "out must be a folder with --recover"),
+        ((tmp_path, "--out", tmp_path / "b.gguf"), "out must be a folder where MODEL is no GGUF file"),
+    ):
+        refused = call(*arguments)
+        assert refused.exit_code == 2 and message in " ".join(refused.stderr.split()), refused.output
+    assert out.read_bytes() == before and not (tmp_path / "b.gguf").exists()

@@ -20,6 +20,8 @@ from ..pruning.prune import PruneReport
 from ..pruning.prune import prune as prune_model
 from ..pruning.repair import REPAIRS
 from ..pruning.text import MANY_TOKENS, TOKENS, WINDOW
+from ..serving.gguf_base import Base
+from ..serving.gguf_export import check_out_file, to_gguf
 from ..training.recovery import RecoverConfig, RecoverReport
 from ..training.recovery import recover as recover_model
 from .options import (
@@ -36,7 +38,7 @@ from .options import (
     choose_device,
     tokenizer_to_save,
 )
-from .pruned import DryRunOption, OutOption, OverwriteOption, SaveMaskOption, check_out, finish, run_facts
+from .pruned import DryRunOption, OverwriteOption, SaveMaskOption, check_out, finish, run_facts
 from .recover import taught_by
 from .screen import Bars, show, table, verb
 
@@ -90,6 +92,16 @@ def _notes(report: PruneReport, taught: RecoverReport | None) -> list[str]:
     return notes
 
 
+def _check_gguf(model: str, out: Path | None, changes_more: bool, overwrite: bool) -> None:
+    """That `out` can be MODEL's own file but for the FFNs."""
+    check(Path(model).suffix == ".gguf", "out", "be a folder where MODEL is no GGUF file", str(out))
+    rule = "be a folder with --recover, --best or --nested: they change more than FFNs"
+    check(not changes_more, "out", rule, str(out))
+    if out is not None:
+        check_out_file(out, overwrite)
+    Base(model)
+
+
 def _given(**values: Any) -> dict[str, Any]:
     """Those that were given on the command line."""
     return {name: value for name, value in values.items() if value is not None}
@@ -98,7 +110,14 @@ def _given(**values: Any) -> dict[str, Any]:
 @verb
 def prune(
     model: ModelArgument,
-    out: OutOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder to write, or where MODEL is a GGUF file also a .gguf file; must not exist.",
+            show_default=False,
+        ),
+    ] = None,
     keep: Annotated[float, typer.Option(help="Share of neurons that stays, in (0, 1].")] = KEEP,
     best: Annotated[
         bool,
@@ -225,7 +244,11 @@ def prune(
     minutes = (BEST_MINUTES if best and not nested_widths else 0.0) if recover is None else recover
     check(is_finite(minutes) and minutes >= 0, "recover", "be 0 minutes or more, and finite", minutes)
     teaching = RecoverConfig(minutes=minutes, seed=seed) if minutes else None
-    check_out(out, dry_run, overwrite, max_shard_size)
+    to_file = out is not None and out.suffix == ".gguf"
+    if to_file:
+        _check_gguf(model, out, nested_widths or teaching is not None, overwrite)
+    else:
+        check_out(out, dry_run, overwrite, max_shard_size)
     if nested_widths:
         check(teaching is None, "recover", "be left out with --nested", minutes)
         check(mask is None and save_mask is None, "mask", "be left out with --nested", str(mask or save_mask))
@@ -243,7 +266,7 @@ def prune(
         with Bars() as bars:
             windows = mix(sources, loaded, tokenizer, tokens, window, start=start_token, seed=seed, progress=bars)
     text_name = None if windows is None else windows.name
-    if tokenizer is None and not dry_run:
+    if tokenizer is None and not dry_run and not to_file:
         tokenizer = tokenizer_to_save(model)
     common: dict[str, Any] = {"allocation": options.allocation, "repair": options.repair, "text": windows, "seed": seed}
     common["provenance"] = run_facts(model)
@@ -259,7 +282,9 @@ def prune(
                 facts = taught_by(dense, model, windows.name)
                 taught = recover_model(loaded, dense, windows, teaching, progress=bars, provenance=facts)
     written = None if dry_run else out
-    if written is not None:
+    if written is not None and to_file:
+        to_gguf(loaded, model, written, overwrite=overwrite)
+    elif written is not None:
         checkpoint.save(loaded, written, tokenizer, overwrite, max_shard_size=max_shard_size)
     if made is not None:
         _show_nested(model, made, text_name, written, as_json)
