@@ -326,6 +326,12 @@ def test_rows_are_those_of_pruning_to_that_width(name, tiny, ids, same_logits):
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("name", "target"), [("llama", 0.5), ("gemma3_text", 0.0)])
+def test_the_target_is_what_suits_the_model(name, target, tiny):
+    report = prune_nested(tiny(name), (0.5,), repair="least-squares:target=auto", text=tokens())
+    assert report.options.repair.target == target
+
+
 @pytest.mark.parametrize("weights", [None, "int8"])
 @torch.no_grad()
 def test_round_trip_through_disk(weights, made, ids, tmp_path):

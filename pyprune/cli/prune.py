@@ -261,7 +261,6 @@ def prune(
     if needed:
         tokenizer = loading.load_tokenizer(model)
     loaded = loading.load_model(model, dtype, place)
-    options = options.suited(loaded)
     if needed:
         with Bars() as bars:
             windows = mix(sources, loaded, tokenizer, tokens, window, start=start_token, seed=seed, progress=bars)

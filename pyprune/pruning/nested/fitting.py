@@ -236,6 +236,7 @@ def prune_nested(
     options = PruneOptions.of(1.0, method, allocation, repair, seed=seed)
     started = time.perf_counter()
     _check(options)
+    options = options.suited(model)
     run = Run(model, text, tokenizer, options.needs_text(), options.purpose, provenance, seed, progress)
     described, ids = run.described, run.ids
     names, widths = _chosen(shares, described.sizes)
