@@ -15,10 +15,12 @@ import typer
 from typer.testing import CliRunner, Result
 
 from pyprune import InputError, Uniform, prune
+from pyprune.base import machine
 from pyprune.base.text import default_text
 from pyprune.cli.compare import compare as compare_verb
-from pyprune.evaluation import comparison, perplexity
-from pyprune.evaluation.comparison import GOALS, OURS, PUBLISHED, STAGE, Recipe, Setting, compare, goals, grid, settings
+from pyprune.evaluation import perplexity, recipes
+from pyprune.evaluation.comparison import GOALS, STAGE, compare, goals
+from pyprune.evaluation.recipes import OURS, PUBLISHED, Recipe, Setting, grid, settings
 from pyprune.evaluation.summary import comparison_lines
 from pyprune.pruning.allocation import ALLOCATIONS
 from pyprune.pruning.options import PruneOptions
@@ -31,8 +33,8 @@ UNTIMED = ("prune_seconds", "evaluation_seconds", "peak_bytes", "source")
 
 
 def rows(*methods: str, keeps: tuple[float, ...] = (0.7, 0.5), **options: Any) -> list[Setting]:
-    recipes = [Recipe(name, {"method": name, "repair": "none", **options}) for name in methods]
-    return settings(recipes, keeps, 3, multiple=8, seeds=2)
+    made = [Recipe(name, {"method": name, "repair": "none", **options}) for name in methods]
+    return settings(made, keeps, 3, multiple=8, seeds=2)
 
 
 def stop_before(row: int) -> Callable[[str, int, int], None]:
@@ -58,7 +60,7 @@ def pruned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append(options)
         return prune(model, keep, **options)
 
-    monkeypatch.setattr(comparison, "prune", counting)
+    monkeypatch.setattr(recipes, "prune", counting)
     return seen
 
 
@@ -174,8 +176,8 @@ def test_only_the_same_measurement_is_skipped(
     compare(model, rows("wanda"), CALIBRATION, TEXTS, path)
     pruned.clear()
     assert compare(model, rows("wanda", sequential=False), CALIBRATION, TEXTS, path).found == 0
-    versions = {**comparison.machine.versions(), "torch": "9.9"}
-    monkeypatch.setattr(comparison.machine, "versions", lambda: versions)
+    versions = {**machine.versions(), "torch": "9.9"}
+    monkeypatch.setattr(machine, "versions", lambda: versions)
     assert compare(model, rows("wanda", sequential=False), CALIBRATION, TEXTS, path).found == 0
     assert len(pruned) == 4 and len(json.loads(path.read_text())["rows"]) == 2
 
@@ -186,7 +188,7 @@ def test_a_failing_setting_is_a_row_and_is_tried_again(
     """Biases that the format of the family does not have, and options that break a rule."""
     model, path = tiny("gemma"), tmp_path / "c.json"
     recipes = [*grid(["flap"], ["bias"], ["uniform"]), *grid(["wander", "wanda"], ["none"], ["uniform"])]
-    wanted = settings(recipes, [0.5], 3, multiple=8)
+    wanted = settings(made, [0.5], 3, multiple=8)
     found = compare(model, wanted, CALIBRATION, TEXTS, path)
     bias, name, good = found.rows
     assert bias["error"]["kind"] == "UnsupportedModelError" and "bias" in bias["error"]["message"]
@@ -207,7 +209,7 @@ def test_a_perplexity_that_is_no_number_is_an_error(tiny: Callable[..., Any], mo
             model.lm_head.weight.fill_(float("nan"))
         return report
 
-    monkeypatch.setattr(comparison, "prune", breaking)
+    monkeypatch.setattr(recipes, "prune", breaking)
     error = compare(model, [row], CALIBRATION, TEXTS).rows[0]["error"]
     assert error["message"].startswith("model must give numbers for logits on this text")
 

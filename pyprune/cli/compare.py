@@ -14,15 +14,16 @@ from rich.table import Table
 from torch import Tensor
 
 from ..base.errors import InputError, check, check_choice
-from ..evaluation.comparison import OURS, PUBLISHED, STAGE, Recipe, grid, settings
+from ..evaluation.comparison import STAGE
 from ..evaluation.comparison import compare as compare_settings
 from ..evaluation.domains import Tasks, domain_windows, read_material
 from ..evaluation.domains.suite import NEW_TOKENS
+from ..evaluation.recipes import OURS, PUBLISHED, Recipe, grid, settings
 from ..evaluation.summary import comparison_lines, judged_texts
 from ..model import loading
 from ..pruning import importance
 from ..pruning.allocation import ALLOCATIONS
-from ..pruning.mixture import mix
+from ..pruning.mixture import lessons, mix
 from ..pruning.repair import REPAIRS
 from ..report.figures import compare_figure
 from .options import (
@@ -266,8 +267,11 @@ def compare(
     with _RowBars() as bars:
         calibration = mix(sources, loaded, tokenizer, tokens, window, start=start_token, progress=bars)
         facts |= {"text": calibration.name, "sources": calibration.facts()}
+        taught = None
+        if any(row.recovery for row in rows) and not (calibrate or text):
+            taught = mix(lessons(tokenizer), loaded, tokenizer, tokens, window, start=start_token, progress=bars)
         comparison = compare_settings(
-            loaded, rows, calibration, evaluation, out, tasks=tasks, facts=facts, progress=bars
+            loaded, rows, calibration, evaluation, out, lessons=taught, tasks=tasks, facts=facts, progress=bars
         )
     result = comparison.to_json()
     if figure is not None:

@@ -13,7 +13,7 @@ from ..model import checkpoint, loading
 from ..model.mask import Mask
 from ..pruning import importance
 from ..pruning.allocation import ALLOCATIONS
-from ..pruning.mixture import mix
+from ..pruning.mixture import lessons, mix
 from ..pruning.nested import NestedReport, prune_nested
 from ..pruning.options import ALLOCATION, KEEP, METHOD, REPAIR, PruneOptions
 from ..pruning.prune import PruneReport
@@ -42,7 +42,7 @@ from .pruned import DryRunOption, OverwriteOption, SaveMaskOption, check_out, fi
 from .recover import taught_by
 from .screen import Bars, show, table, verb
 
-# Minutes of recovery with --best: in them an hour of one core's work closes two fifths of the gap of a model of 135M.
+# Minutes of recovery with --best.
 BEST_MINUTES = 10.0
 
 
@@ -255,7 +255,7 @@ def prune(
         check(sequential, "sequential", "be True with nested widths", False)
     loaded_mask = Mask.load(mask) if mask else None
     place = choose_device(device)
-    windows, tokenizer = None, None
+    windows, taught_text, tokenizer = None, None, None
     needed = options.needs_text(loaded_mask is not None) or teaching is not None
     sources = check_sources(text, tokens, window, start_token)
     if needed:
@@ -263,7 +263,10 @@ def prune(
     loaded = loading.load_model(model, dtype, place)
     if needed:
         with Bars() as bars:
-            windows = mix(sources, loaded, tokenizer, tokens, window, start=start_token, seed=seed, progress=bars)
+            size: dict[str, Any] = {"tokens": tokens, "window": window, "start": start_token, "seed": seed}
+            windows = mix(sources, loaded, tokenizer, **size, progress=bars)
+            if teaching is not None:
+                taught_text = windows if text else mix(lessons(tokenizer), loaded, tokenizer, **size, progress=bars)
     text_name = None if windows is None else windows.name
     if tokenizer is None and not dry_run and not to_file:
         tokenizer = tokenizer_to_save(model)
@@ -276,10 +279,10 @@ def prune(
         else:
             more: dict[str, Any] = {"sequential": sequential, "precision": precision, "mask": loaded_mask}
             report = prune_model(loaded, keep, method, **more, progress=bars, **common)
-            if teaching is not None and windows is not None:
+            if teaching is not None and taught_text is not None:
                 dense = loading.load_model(model, dtype, place)
-                facts = taught_by(dense, model, windows.name)
-                taught = recover_model(loaded, dense, windows, teaching, progress=bars, provenance=facts)
+                facts = taught_by(dense, model, taught_text.name)
+                taught = recover_model(loaded, dense, taught_text, teaching, progress=bars, provenance=facts)
     written = None if dry_run else out
     if written is not None and to_file:
         to_gguf(loaded, model, written, overwrite=overwrite)

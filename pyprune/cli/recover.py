@@ -15,7 +15,7 @@ from ..base.errors import InputError, RecoverError, check
 from ..base.files import new_file
 from ..evaluation import perplexity
 from ..model import checkpoint, loading
-from ..pruning.mixture import mix
+from ..pruning.mixture import lessons, mix
 from ..training.distillation import DistillationConfig
 from ..training.recovery import DECAYS, MODES, ONLY_TEACHER, PRECISIONS, TRAINED, RecoverConfig, RecoverReport, split
 from ..training.recovery import recover as recover_model
@@ -209,6 +209,7 @@ def recover(
     sources = check_sources(text, tokens, window, start_token)
     place = choose_device(device)
     tokenizer = loading.load_tokenizer(model)
+    sources = sources if text else lessons(tokenizer)
     check_same_tokenizer(tokenizer, loading.load_tokenizer(teacher), "teacher")
     second, second_name = text_windows(tokenizer, also, "second", also_tokens, window, start_token)
     dense = loading.load_model(teacher, "auto", place)

@@ -1,7 +1,6 @@
 """The verb `compare`: many ways to prune one model, each measured on the same texts; rows survive a kill.
 
-A `Recipe` is a way to prune, as data; with a share of neurons to keep and a seed it is a `Setting`, one row of the
-result. Every row starts from a copy of the dense model, so two models are in memory.
+Every row starts from a copy of the dense model, so two models are in memory.
 """
 
 from __future__ import annotations
@@ -9,12 +8,11 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,177 +25,23 @@ from ..base.memory import release
 from ..base.progress import Progress, quiet
 from ..base.windows import check_windows, stack_batches
 from ..model import families
-from ..pruning.allocation import ALLOCATIONS
-from ..pruning.blocks import BlockOptions, BlockReport, prune_blocks
+from ..pruning.blocks import BlockOptions, BlockReport
 from ..pruning.mixture import Windows, unnamed
-from ..pruning.options import ALLOCATION, METHOD, REPAIR, PruneOptions
-from ..pruning.prune import PruneReport, prune
-from ..pruning.text import TOKENS as ORDINARY
+from ..pruning.options import PruneOptions
 from ..training.recovery import RecoverConfig, RecoverReport, recover
 from . import perplexity
 from .domains import Tasks
+from .recipes import Setting
 from .summary import MEAN, Line, comparison_lines, judged_texts
 
 STAGE = "comparing settings"
 _FORMAT = 1
-# Tokens that the published methods read of the text: they only rank neurons by it (bench/notes/quality.md).
-TOKENS = 32_768
 # What all rows of one file share.
 _SAME = ("fingerprint", "dtype", "device", "calibration", "evaluation")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A way to prune, but for how much and the seed.
-
-    Attributes:
-        label: for people; with keep and seed it names a row of the result.
-        options: arguments of `prune` besides keep and seed, options as short forms; with `structure`, of
-            `prune_blocks`.
-        group: `published`, `ours` or `grid`.
-        protected: how many first and last layers keep all neurons, and of how many layers that was published.
-        tokens: calibration tokens at most; 0 for all there are.
-        recovery: how the dense model teaches the pruned one afterwards, on all of the calibration text; None: it does
-            not.
-    """
-
-    label: str
-    options: Mapping[str, Any]
-    group: str = "grid"
-    protected: tuple[int, int, int] | None = None
-    tokens: int = 0
-    recovery: RecoverConfig | None = None
-
-    def fitted(self, layers: int, multiple: int) -> dict[str, Any]:
-        """The options for a model of so many layers: what is protected keeps its share of the depth, rounded.
-
-        Raises:
-            InputError: an unknown allocation, or one without these options.
-        """
-        if "structure" in self.options:
-            return dict(self.options)
-        more: dict[str, Any] = {"multiple": multiple}
-        if self.protected is not None:
-            *ends, depth = self.protected
-            more["protect"] = tuple(round(end * layers / depth) for end in ends)
-        allocation = ALLOCATIONS.parse(self.options.get("allocation", "uniform"), **more)
-        return {**self.options, "allocation": str(allocation)}
-
-
-_PLAIN = {"allocation": "uniform", "repair": "none"}
-
-# Every method with the allocation and the compensation that it was published with. All get the same calibration text
-# and only FFNs are pruned; the papers differ in both.
-_PUBLISHED = (
-    Recipe("random", {"method": "random", **_PLAIN}, "published"),
-    # The L2 norm over all weights of a neuron.
-    Recipe("magnitude", {"method": "magnitude-l2-both", **_PLAIN}, "published"),
-    # Layer by layer, each scored on what the pruned ones before it give.
-    Recipe("Wanda-sp", {"method": "wanda", **_PLAIN, "sequential": True}, "published"),
-    # One ranking of standardised scores over all layers; every statistic is that of the dense model.
-    Recipe("FLAP", {"method": "flap", "allocation": "global", "repair": "bias", "sequential": False}, "published"),
-    # In LLaMA-7B layers 4 to 29 of 32 are pruned, all by the same share.
-    Recipe("LLM-Pruner Taylor", {"method": "taylor-element", **_PLAIN}, "published", protected=(4, 2, 32)),
-    Recipe("Fisher of masks", {"method": "fisher", **_PLAIN}, "published"),
-    Recipe("OBD", {"method": "obd", **_PLAIN}, "published"),
-    # Whole layers by block influence, their attention with them.
-    Recipe("ShortGPT (whole layers)", {"structure": "layer"}, "published"),
-)
-
-PUBLISHED = tuple(replace(recipe, tokens=TOKENS) for recipe in _PUBLISHED)
-
-_OURS = {"method": METHOD, "allocation": ALLOCATION, "repair": REPAIR}
-# What `pyprune prune` does; the same with all of the text; and what it does with --best.
-OURS = (
-    Recipe("pyprune", _OURS, "ours", tokens=ORDINARY),
-    Recipe("pyprune, all text", _OURS, "ours"),
-    Recipe("pyprune --best", _OURS, "ours", recovery=RecoverConfig()),
-)
-
 # The best published method at the first share kept, against ours at the second: a step of sparsity for free.
 GOALS = ((0.8, 0.7), (0.7, 0.5))
-
-
-def grid(criteria: Iterable[str], repairs: Iterable[str], allocations: Iterable[str]) -> tuple[Recipe, ...]:
-    """Every combination. One that cannot be makes a row with the reason."""
-    return tuple(
-        Recipe(f"{m} | {r} | {a}", {"method": m, "repair": r, "allocation": a})
-        for m, r, a in itertools.product(criteria, repairs, allocations)
-    )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row to measure.
-
-    Attributes:
-        label, group, tokens, recovery: of the `Recipe`.
-        keep: share of neurons that stays.
-        seed: of everything random.
-        options: the other arguments of `prune`, or with `structure` of `prune_blocks`.
-    """
-
-    label: str
-    keep: float
-    options: Mapping[str, Any]
-    group: str = "grid"
-    seed: int = 0
-    tokens: int = 0
-    recovery: RecoverConfig | None = None
-
-    @property
-    def published(self) -> bool:
-        return self.group == "published"
-
-    @property
-    def name(self) -> tuple[str, float, int]:
-        """What tells rows apart."""
-        return self.label, self.keep, self.seed
-
-    def chosen(self) -> PruneOptions | BlockOptions:
-        """The options; made when its row is reached, so that options that break a rule cost one row.
-
-        Raises:
-            InputError: they do.
-        """
-        if "structure" in self.options:
-            return BlockOptions.of(keep=self.keep, **self.options)
-        return PruneOptions.of(self.keep, seed=self.seed, **self.options)
-
-    def run(self, model: nn.Module, text: Windows, progress: Progress) -> PruneReport | BlockReport:
-        """Prune `model`, in place. Errors as `prune`."""
-        if "structure" in self.options:
-            return prune_blocks(model, keep=self.keep, text=text, progress=progress, **self.options)
-        return prune(model, self.keep, seed=self.seed, text=text, progress=progress, **self.options)
-
-
-def settings(
-    recipes: Iterable[Recipe], keeps: Sequence[float], layers: int, multiple: int = 16, seeds: int = 3
-) -> list[Setting]:
-    """The rows of recipes x keeps. The random method gets one for each seed from 0.
-
-    Args:
-        recipes: with labels that differ.
-        keeps: shares of neurons that stay, in (0, 1].
-        layers: of the model.
-        multiple: widths are rounded to it. The finer, the nearer are all methods to the same size.
-        seeds: how many.
-
-    Raises:
-        InputError: no recipe or keep, one given twice, a keep out of range, no seed, or an unknown allocation.
-    """
-    recipes = list(recipes)
-    labels = [r.label for r in recipes]
-    check(0 < len(labels) == len(set(labels)), "settings", "be some, with labels that differ", labels)
-    right = 0 < len(keeps) == len(set(keeps)) and all(0 < keep <= 1 for keep in keeps)
-    check(right, "keep", "be shares in (0, 1] that differ", list(keeps))
-    check(seeds >= 1, "seeds", "be at least 1", seeds)
-    return [
-        Setting(r.label, keep, r.fitted(layers, multiple), r.group, seed, r.tokens, r.recovery)
-        for r in recipes
-        for keep in keeps
-        for seed in range(seeds if r.options.get("method") == "random" else 1)
-    ]
 
 
 def _sha256(value: Any) -> str:
@@ -258,6 +102,7 @@ def _row(
     model: nn.Module,
     setting: Setting,
     calibration: Windows,
+    lessons: Windows,
     evaluation: Mapping[str, Tensor],
     measure: Callable[[nn.Module], dict[str, Any]],
     progress: Progress,
@@ -268,7 +113,7 @@ def _row(
     report = setting.run(pruned, windows, progress)
     taught: RecoverReport | None = None
     if setting.recovery is not None:
-        taught = recover(pruned, model, calibration, setting.recovery, progress=progress)
+        taught = recover(pruned, model, lessons, setting.recovery, progress=progress)
     whole = isinstance(report, BlockReport)
     kept = len(report.kept) / len(report.influence) if whole else report.mask.keep  # type: ignore[union-attr]
     started = time.perf_counter()
@@ -281,10 +126,15 @@ def _row(
         "damping": [layer.damping for layer in getattr(report, "layers", [])],
         "tokens": report.tokens,
         "prune_seconds": report.seconds,
-        **({} if taught is None else {"recovery": {"tokens": taught.tokens, "seconds": taught.seconds}}),
+        **({} if taught is None else {"recovery": _taught(taught)}),
         "evaluation_seconds": time.perf_counter() - started,
         "peak_bytes": report.peak_bytes,
     }
+
+
+def _taught(report: RecoverReport) -> dict[str, Any]:
+    facts = ("steps", "best", "tokens", "sources", "seconds")
+    return {name: getattr(report, name) for name in facts}
 
 
 @dataclass
@@ -299,7 +149,7 @@ class Comparison:
         rows: one a setting. `perplexity` by text, with a suite `piqa` and `generation`, `kept` (share of neurons, or of
             layers where whole ones went), `parameters` (of the whole model), `widths`, `damping` by layer, `tokens` (of
             calibration, 0 where none was needed), `prune_seconds`, `evaluation_seconds`, `peak_bytes` (growth of the
-            process while pruning), and where it was taught `recovery` (`tokens`, `seconds`); or `error` with `kind` and
+            process while pruning), and where it was taught `recovery` (as in its report); or `error` with `kind` and
             `message`.
         found: rows that an earlier call had measured.
     """
@@ -337,10 +187,14 @@ class _Run:
         self.dense_tasks: dict[str, Any] = same.get("dense_tasks", {})
 
     def key(
-        self, chosen: PruneOptions | BlockOptions | None, tokens: int = 0, recovery: RecoverConfig | None = None
+        self,
+        chosen: PruneOptions | BlockOptions | None,
+        tokens: int = 0,
+        recovery: RecoverConfig | None = None,
+        lessons: Windows | None = None,
     ) -> str:
         """Names a measurement: all that its numbers depend on."""
-        taught = [] if recovery is None else [recovery.to_json()]
+        taught = [] if recovery is None or lessons is None else [recovery.to_json(), _sha256(lessons.ids)]
         return _sha256([self._base, chosen and chosen.facts(), tokens, *taught])
 
     def add(self, setting: Setting, row: dict[str, Any]) -> None:
@@ -364,6 +218,7 @@ def compare(
     evaluation: Mapping[str, Tensor],
     path: str | Path | None = None,
     *,
+    lessons: Windows | None = None,
     tasks: Tasks | None = None,
     facts: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
@@ -374,6 +229,7 @@ def compare(
         model: a dense causal LM of Transformers; unchanged afterwards.
         rows: what to measure, as `settings` makes them.
         calibration: `[N, W]` token ids, or windows of several sources.
+        lessons: what settings with a recovery are taught on; None: the calibration text.
         evaluation: `[N, W]` token ids by the text's name; goals are judged on each.
         path: a JSON file, written again after every row. Rows that it has already are not measured again, unless the
             configuration or the version of pyprune or torch is another, or they failed.
@@ -392,6 +248,7 @@ def compare(
     check(bool(evaluation), "evaluation", "hold at least one text", list(evaluation))
     vocabulary = getattr(model.config, "vocab_size", None)
     calibrating = calibration if isinstance(calibration, Windows) else unnamed(stack_batches(calibration, vocabulary))
+    teaching = lessons or calibrating
     stack_batches(calibrating.ids, vocabulary, "calibration")
     evaluation = {name: stack_batches(windows, vocabulary) for name, windows in evaluation.items()}
     for name, windows in {"calibration": calibrating.ids, **evaluation}.items():
@@ -424,12 +281,12 @@ def compare(
         key = None
         try:
             chosen = setting.chosen()
-            key = run.key(chosen, setting.tokens, setting.recovery)
+            key = run.key(chosen, setting.tokens, setting.recovery, teaching)
             old = run.rows.get(setting.name, {})
             if old.get("key") == key and "error" not in old:
                 found += 1
                 continue
-            row = _row(model, setting, calibrating, evaluation, measure, progress)
+            row = _row(model, setting, calibrating, teaching, evaluation, measure, progress)
             run.add(setting, {"config": chosen.facts(), "key": key, **row})
         except Exception as error:  # whatever a method makes of this model: the other rows still count
             message = (str(error).strip() or "no message").splitlines()[0][:1000]

@@ -22,6 +22,8 @@ SELF, BUILTIN = "self", "builtin"
 CODE = ("argparse", "ast", "collections", "dataclasses", "email.message", "functools", "inspect", "logging", "pathlib")
 # What is read where nobody names a text, and the parts of what has several, by weight (bench/notes/quality.md).
 DEFAULT = {SELF: 3.0, BUILTIN: 1.0}
+# What a pruned model is taught by where nobody names a text: answers matter more to it than to a ranking of neurons.
+_LESSONS = {f"{SELF}:plain": 2.0, f"{SELF}:chat": 1.0, BUILTIN: 1.0}
 _PARTS = {BUILTIN: {"prose": 1.0, "code": 1.0}, SELF: {"plain": 1.0, "chat": 0.0}}
 
 
@@ -56,6 +58,11 @@ class Windows:
         if len(self.names) == 1:
             return self.names[0]
         return " + ".join(f"{fact['source']} {fact['share']:.0%}" for fact in self.facts())
+
+
+def lessons(tokenizer: Any) -> dict[str, float]:
+    """The sources to recover with: those of pruning, a quarter of them in the chat template where there is one."""
+    return dict(_LESSONS if getattr(tokenizer, "chat_template", None) else DEFAULT)
 
 
 def unnamed(ids: Tensor) -> Windows:
