@@ -187,7 +187,7 @@ def test_a_failing_setting_is_a_row_and_is_tried_again(
 ) -> None:
     """Biases that the format of the family does not have, and options that break a rule."""
     model, path = tiny("gemma"), tmp_path / "c.json"
-    recipes = [*grid(["flap"], ["bias"], ["uniform"]), *grid(["wander", "wanda"], ["none"], ["uniform"])]
+    made = [*grid(["flap"], ["bias"], ["uniform"]), *grid(["wander", "wanda"], ["none"], ["uniform"])]
     wanted = settings(made, [0.5], 3, multiple=8)
     found = compare(model, wanted, CALIBRATION, TEXTS, path)
     bias, name, good = found.rows

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,6 +194,9 @@ def test_prune_says_what_it_read(tiny, tokenizer, files):
     assert [k.neurons.tolist() for k in plain.mask.layers] == [k.neurons.tolist() for k in report.mask.layers]
     assert isinstance(plain.mask, Mask) and isinstance(windows, Windows)
     assert mixture.DEFAULT == {"self": 3.0, "builtin": 1.0}
+    base, instruct = (SimpleNamespace(chat_template=template) for template in (None, "{{ messages }}"))
+    assert mixture.lessons(base) == mixture.DEFAULT
+    assert mixture.lessons(instruct) == {"self:plain": 2.0, "self:chat": 1.0, "builtin": 1.0}
 
 
 def test_the_command_line_mixes_and_refuses(tiny_checkpoint, files, tmp_path, monkeypatch):
