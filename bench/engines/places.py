@@ -15,10 +15,11 @@ ENGINES = ROOT / "build" / "engines"
 VLLM_PYTHON = ENGINES / "vllm" / "bin" / "python"
 LLAMA_BIN = ENGINES / "llama" / "bin"
 LLAMA_PYTHON = ENGINES / "llama-python"
+ONNX_PYTHON = ENGINES / "onnx-python"
 
-# For a process of this Python that is to find llama-cpp-python and the library that was built for it.
+# For a process of this Python that is to find ONNX Runtime, llama-cpp-python and the library that was built for it.
 LLAMA_ENVIRONMENT = {
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(LLAMA_PYTHON)]),
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(LLAMA_PYTHON), str(ONNX_PYTHON)]),
     "LLAMA_CPP_LIB_PATH": str(LLAMA_BIN),
 }
 

