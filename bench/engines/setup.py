@@ -1,4 +1,4 @@
-"""Set up vLLM, llama.cpp and ONNX Runtime under build/engines, each in an environment of its own; what is there is kept.
+"""Set up vLLM, llama.cpp and ONNX Runtime under build/engines, each by itself; what is there is kept.
 
     python -m bench.engines.setup
 
