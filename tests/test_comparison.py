@@ -348,7 +348,7 @@ def test_the_verb(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
 def test_wrong_use_of_the_verb(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     for options, message in (
         (("--preset", "publish"), "preset must be one of published, ours, grid; got 'publish'"),
-        (("--preset", "ours", "--only", "FLAP"), "only must be one of pyprune, pyprune, all text, pyprune --best"),
+        (("--preset", "ours", "--only", "FLAP"), "only must be one of pyprune, pyprune --best"),
         (("--criteria", "wander"), "nearest: wanda"),
         (("--repair", "none,none"), "repair must be names that differ"),
         (("--allocation", "even"), "allocation must be one of"),

@@ -83,10 +83,9 @@ _PUBLISHED = (
 PUBLISHED = tuple(replace(recipe, tokens=TOKENS) for recipe in _PUBLISHED)
 
 _OURS = {"method": METHOD, "allocation": ALLOCATION, "repair": REPAIR}
-# What `pyprune prune` does; the same with all of the text; and what it does with --best.
+# What `pyprune prune` does, and what it does with --best.
 OURS = (
     Recipe("pyprune", _OURS, "ours", tokens=ORDINARY),
-    Recipe("pyprune, all text", _OURS, "ours"),
     Recipe("pyprune --best", _OURS, "ours", recovery=RecoverConfig()),
 )
 
