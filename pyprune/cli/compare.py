@@ -23,7 +23,7 @@ from ..evaluation.summary import comparison_lines, judged_texts
 from ..model import loading
 from ..pruning import importance
 from ..pruning.allocation import ALLOCATIONS
-from ..pruning.mixture import lessons, mix
+from ..pruning.mixture import lessons, mix, unread
 from ..pruning.repair import REPAIRS
 from ..report.figures import compare_figure
 from .options import (
@@ -269,7 +269,8 @@ def compare(
         facts |= {"text": calibration.name, "sources": calibration.facts()}
         taught = None
         if any(row.recovery for row in rows) and not (calibrate or text):
-            taught = mix(lessons(tokenizer), loaded, tokenizer, tokens, window, start=start_token, progress=bars)
+            size: dict[str, Any] = {"start": start_token, "seed": unread(0)}
+            taught = mix(lessons(tokenizer), loaded, tokenizer, tokens, window, **size, progress=bars)
         comparison = compare_settings(
             loaded, rows, calibration, evaluation, out, lessons=taught, tasks=tasks, facts=facts, progress=bars
         )

@@ -13,7 +13,7 @@ from ..model import checkpoint, loading
 from ..model.mask import Mask
 from ..pruning import importance
 from ..pruning.allocation import ALLOCATIONS
-from ..pruning.mixture import lessons, mix
+from ..pruning.mixture import lessons, mix, unread
 from ..pruning.nested import NestedReport, prune_nested
 from ..pruning.options import ALLOCATION, KEEP, METHOD, REPAIR, PruneOptions
 from ..pruning.prune import PruneReport
@@ -266,6 +266,7 @@ def prune(
             size: dict[str, Any] = {"tokens": tokens, "window": window, "start": start_token, "seed": seed}
             windows = mix(sources, loaded, tokenizer, **size, progress=bars)
             if teaching is not None:
+                size["seed"] = unread(seed)
                 taught_text = windows if text else mix(lessons(tokenizer), loaded, tokenizer, **size, progress=bars)
     text_name = None if windows is None else windows.name
     if tokenizer is None and not dry_run and not to_file:

@@ -15,7 +15,7 @@ from ..base.errors import InputError, RecoverError, check
 from ..base.files import new_file
 from ..evaluation import perplexity
 from ..model import checkpoint, loading
-from ..pruning.mixture import lessons, mix
+from ..pruning.mixture import lessons, mix, unread
 from ..training.distillation import DistillationConfig
 from ..training.recovery import DECAYS, MODES, ONLY_TEACHER, PRECISIONS, TRAINED, RecoverConfig, RecoverReport, split
 from ..training.recovery import recover as recover_model
@@ -214,7 +214,7 @@ def recover(
     second, second_name = text_windows(tokenizer, also, "second", also_tokens, window, start_token)
     dense = loading.load_model(teacher, "auto", place)
     with Bars() as bars:
-        windows = mix(sources, dense, tokenizer, tokens, window, start=start_token, seed=seed, progress=bars)
+        windows = mix(sources, dense, tokenizer, tokens, window, start=start_token, seed=unread(seed), progress=bars)
         split(windows, None, config)  # before anything else is done
         student = loading.load_model(model, "auto", place)
         other = {"before": perplexity(student, second, bars).perplexity}

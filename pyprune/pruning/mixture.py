@@ -60,6 +60,11 @@ class Windows:
         return " + ".join(f"{fact['source']} {fact['share']:.0%}" for fact in self.facts())
 
 
+def unread(seed: int) -> int:
+    """The seed of text that pruning with `seed` has not read: the fit has learnt already what that text can teach."""
+    return seed + 1
+
+
 def lessons(tokenizer: Any) -> dict[str, float]:
     """The sources to recover with: those of pruning, a quarter of them in the chat template where there is one."""
     return dict(_LESSONS if getattr(tokenizer, "chat_template", None) else DEFAULT)
