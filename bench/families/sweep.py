@@ -83,13 +83,14 @@ def tried(model: Any, words: dict[str, Tensor]) -> tuple[str, str]:
             off = float((again(**words).logits - pruned).abs().max() / pruned.abs().max())
         assert off < 1e-4, f"accelerated logits differ by {off}"
         step = "generate"
-        again.generate(words["input_ids"], max_new_tokens=3, do_sample=False)
+        start = {"decoder_start_token_id": 1} if "decoder_input_ids" in words else {}
+        again.generate(words["input_ids"], max_new_tokens=3, do_sample=False, **start)
         return "works", ""
     except pyprune.PypruneError as error:
         return "refused" if step == "prune" else f"refused late ({step})", str(error)
     except TimeoutError:
         raise
-    except Exception as error:  # noqa: BLE001 - that is what is looked for
+    except Exception as error:
         return "CRASH", f"{step}: {type(error).__name__}: {error}"
 
 

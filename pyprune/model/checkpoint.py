@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..base.errors import CheckpointError, UnsupportedModelError, check, is_count, one_line
 from ..base.files import check_out_folder, new_folder, sha256_of
-from . import families, heterogeneous, surgery
+from . import families, heterogeneous, provenance
 from .manifest import FORMAT, MANIFEST, keep_tokenizer, read_manifest, strangers
+from .towers import config_at, text_config
+from .widths import module_widths, set_widths, stock_class
 
 # As for Transformers' `save_pretrained`.
 MAX_SHARD_SIZE = "50GB"
@@ -128,17 +130,26 @@ def save(
     return Path(path)
 
 
-def _meta_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+def class_of(config: Any) -> Any:
+    """The class of Transformers that a checkpoint with this config is loaded with: what it names, else a causal LM."""
+    for name in getattr(config, "architectures", None) or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel) and type(config) is named.config_class:
+            return named
+    return AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined]
+
+
+def _meta_shapes(config: Any, made: Any = None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a model built from `config`, without memory for them."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = (made or class_of(config))(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def check_rebuilds(model: nn.Module) -> None:
     """Raise `CheckpointError` unless the model's config builds a model of its shapes; memory for none is needed."""
     config: Any = model.config
-    wanted = _meta_shapes(type(config).from_dict(config.to_dict()))
+    wanted = _meta_shapes(type(config).from_dict(config.to_dict()), stock_class(model))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(wanted.keys() | shapes.keys()):
         if wanted.get(name) != shapes.get(name):
@@ -160,15 +171,17 @@ def check_narrows(model: nn.Module, block: dict[str, Any], widths: list[int]) ->
         UnsupportedModelError: its config cannot say so.
     """
     config: Any = copy.deepcopy(model.config)
-    mapping: Any = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping or mapping[type(config)].__name__ != type(model).__name__:
+    if not hasattr(transformers, type(model).__name__):
         return
     config.__dict__.pop("auto_map", None)
+    where = block.get("config", "")
+    own = widths if "modules" not in block else module_widths(block, widths)
     try:
         with torch.device("meta"):
-            narrow: Any = AutoModelForCausalLM.from_config(config)
-        heterogeneous.resize(narrow, block, widths)
-        surgery.set_widths(narrow, block, widths)
+            narrow: Any = stock_class(model)(config)
+        part = heterogeneous.tower(narrow, config_at(config, where)) if where else narrow
+        heterogeneous.resize(part, block, own)
+        set_widths(narrow, block, widths)
         check_rebuilds(narrow)
     except Exception as error:  # whatever a config or a model of Transformers makes of such widths
         kind = "widths that differ by layer" if len(set(widths)) > 1 else f"a width of {widths[0]}"
@@ -194,6 +207,11 @@ def _bounded(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config_widths(config: Any) -> list[Any]:
+    said = heterogeneous.parts(config)
+    config = said[0] if said else text_config(config)
+    block = provenance.read(config).get("ffn") or {}
+    if "modules" in block:
+        return [_checked(entry["width"], f"width of {entry['at']}") for entry in block["modules"]]
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
         raise CheckpointError(f"config num_hidden_layers must lie in [1, {_MOST_LAYERS}]; got {layers!r}")
@@ -205,9 +223,14 @@ def _config_widths(config: Any) -> list[Any]:
     for i, width in enumerate(widths):
         if width is None:  # GPT-2's way of saying 4 * hidden_size
             continue
-        if not _is_whole(width) or not 1 <= width <= _WIDEST:
-            raise CheckpointError(f"config {key} of layer {i} must lie in [1, {_WIDEST}]; got {width!r}")
+        _checked(width, f"config {key} of layer {i}")
     return widths
+
+
+def _checked(width: Any, argument: str) -> int:
+    if not _is_whole(width) or not 1 <= width <= _WIDEST:
+        raise CheckpointError(f"{argument} must lie in [1, {_WIDEST}]; got {width!r}")
+    return int(width)
 
 
 def read_config(folder: str | Path) -> Any:
@@ -272,7 +295,7 @@ def check_fits(folder: str | Path) -> list[int]:
     shapes = tensor_shapes(folder)
     try:
         wanted = _meta_shapes(config)
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        model_class: Any = class_of(config)
     except Exception as error:  # a config that no model class of Transformers accepts
         raise CheckpointError(
             f"{folder}/config.json builds no model: {type(error).__name__}: {one_line(error)}"
