@@ -31,7 +31,7 @@ SMALL: dict[str, int] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_top_k", "top_k_experts", "moe_topk"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "moe_n_group", "moe_topk_group"), 1),
-    **dict.fromkeys(("head_dim", "global_head_dim", "hidden_size_per_layer_input", "sliding_window", "kv_channels"), 16),
+    **dict.fromkeys(("head_dim", "global_head_dim", "hidden_size_per_layer_input", "sliding_window"), 16),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_source_positions"), 128),
     **dict.fromkeys(("image_size", "img_size"), 32),
     **dict.fromkeys(("rotary_dim", "patch_size", "num_query_tokens", "qformer_hidden_size"), 8),
@@ -48,6 +48,7 @@ DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_laye
 MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 # Lists with an entry a layer that name its kind: one of each kind first.
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "ffn_types", "hybrid_override_pattern")
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 # What no rule gives, by type.
 OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
@@ -59,6 +60,30 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "bamba": {"attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "dots1": {"n_shared_experts": 1},
+    "hunyuan_vl_text": {"rope_parameters": ROPE},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "intermediate_size": 96,
+    },
+    "gemma4_text": {"num_kv_shared_layers": 0},
+    **{
+        name: {"rope_parameters": ROPE}
+        for name in (
+            "qwen2_vl_text",
+            "qwen2_5_vl_text",
+            "glm4v_text",
+            "glm46v_text",
+            "glm_ocr_text",
+            "glmga_text",
+            "qwen2_5_omni_text",
+        )
+    },
+    "glm4v_moe_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
 }
 
 
@@ -91,6 +116,8 @@ def shrunk(config: PreTrainedConfig, layers: int, mla: dict[str, Any], drop: tup
     for key, value in given.items():
         if key in drop:
             continue
+        if key == "per_layer_config":
+            words[key] = None
         if key in DEPTH and isinstance(value, int):
             words[key] = layers
         elif key in want and (value is None or type(value) is int):
@@ -123,7 +150,10 @@ def configs(kind: str) -> Iterator[PreTrainedConfig | Exception]:
         (2, {}, ("head_dim",)),
     ):
         try:
-            yield make(**copy.deepcopy(shrunk(make(), layers, mla, drop)))
+            whole = make(**copy.deepcopy(shrunk(make(), layers, mla, drop)))
+            yield whole
+            if (text := whole.get_text_config(decoder=True)) is not whole:
+                yield text  # what a class for text alone takes
         except Exception as error:
             yield error
 

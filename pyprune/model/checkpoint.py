@@ -136,7 +136,7 @@ def class_of(config: Any) -> Any:
         named = getattr(transformers, name, None)
         if isinstance(named, type) and issubclass(named, PreTrainedModel) and type(config) is named.config_class:
             return named
-    return AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined]
+    return AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def _meta_shapes(config: Any, made: Any = None) -> dict[str, tuple[int, ...]]:

@@ -39,7 +39,8 @@ class Described:
     @property
     def streamed(self) -> bool:
         """Whether no FFN is run by several layers, and there is one list of layers: so text may go layer by layer."""
-        return not any(ffn.shared or ffn.stack for ffn in self.ffns)
+        encodes = getattr(self.model.config, "is_encoder_decoder", False)
+        return not encodes and not any(ffn.shared or ffn.stack for ffn in self.ffns)
 
     @property
     def experts(self) -> list[Expert]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ..base import reference
 from ..base.errors import UnsupportedModelError
 from .experts import Bank, computes, find_bank
-from .patterns import PATTERNS, Pattern, match
+from .patterns import PATTERNS, Pattern, match, projections
 from .probe import detect_activation, prunable
 from .towers import decoder_layers, stacks
 from .units import FFN, OWN, Expert
@@ -39,6 +38,7 @@ __all__ = [
 ]
 
 # Names of parts of a layer that say that it is an FFN: a layer that has one that is not known is not passed over.
+_ROUTES = re.compile(r"(^|\.)(router|gate|gating)\.")  # what stands in a router is left alone
 _CALLED_FFN = re.compile(r"mlp|ffn|ff|feed_?forward|moe|block_sparse_moe|experts?|fc\d?|channel_mix", re.IGNORECASE)
 
 
@@ -127,6 +127,8 @@ def _add_stack(model: nn.Module, found: list[FFN], number: int, list_name: str, 
                 object.__setattr__(same, "twins", (*same.twins, (where, module)))
                 continue
             activation = _activation(kind, where, module, pattern)
+            if any("." in n for n, _ in pattern.inputs):
+                activation = OWN  # its modules do not stand side by side, as a `PrunedMLP` has them
             ffn = FFN(len(found), where, module, pattern, activation, number, i, _group(layer, prefix, name))
             if pattern.in_layer and (norm := _wide_norm(layer, ffn.intermediate_size, ffn.hidden_size)):
                 raise UnsupportedModelError(f"{kind}: {prefix} has a norm over its neurons, {norm}")
@@ -147,7 +149,7 @@ def _candidates(layer: nn.Module) -> list[tuple[str, nn.Module, Pattern | Bank]]
     """(path, module, pattern or bank) of everything in a layer that looks like an FFN, none inside another."""
     found: list[tuple[str, nn.Module, Pattern | Bank]] = []
     for name, module in layer.named_modules():
-        if any(name.startswith(f"{outer}.") for outer, _, _ in found if outer):
+        if any(name.startswith(f"{outer}.") for outer, _, _ in found if outer) or _ROUTES.search(name):
             continue
         pattern = find_bank(name, module) or match(module, in_layer=not name)
         if pattern is not None:
@@ -174,23 +176,29 @@ def _activation(kind: str, where: str, module: nn.Module, pattern: Pattern) -> s
         return found
     if prunable(module, pattern):
         return OWN
-    norm = _wide_norm(module, module.get_submodule(pattern.down).weight.shape[1], 0)  # type: ignore[index, union-attr]
+    norm = _wide_norm(module, projections(module, pattern).down.shape[0], 0)
     why = f": {norm}, a norm over all neurons, makes each depend on the others" if norm else ""
     raise UnsupportedModelError(
         f"{kind}: {where} ({type(module).__name__}, {pattern.name}) does not compute "
         f"a {'gated' if pattern.gated else 'plain'} FFN with one of {', '.join(reference.ACTIVATIONS)}, "
-        f"nor one whose neurons could be removed one by one{why}"
+        f"nor one whose neurons could be removed one by one{why}: this model cannot be pruned by neurons"
     )
 
 
 def _check_empty(model: nn.Module, layer: nn.Module, prefix: str, none: bool) -> None:
-    """Raise `UnsupportedModelError` for a layer without a known FFN that has an unknown one, or where no layer has one."""
+    """Raise `UnsupportedModelError` for a layer that has an unknown FFN and no known one, or where no layer has one."""
     _check_adapted(model, layer, prefix)
     own = [n for n, m in layer.named_children() if _CALLED_FFN.fullmatch(n) and list(m.parameters())]
     if not none and not own:
         return
+    found, known = _describe(layer), "its form may be added to `patterns.PATTERNS` (see CONTRIBUTING.md)"
+    hint = (
+        known
+        if own or "experts" in found
+        else "where a mixer is all that a layer has, there are no FFN neurons to prune"
+    )
     raise UnsupportedModelError(
-        f"{type(model).__name__}: {prefix} has no FFN that pyprune knows; found {_describe(layer)}"
+        f"{type(model).__name__}: {prefix} has no FFN that pyprune knows; found {found}; {hint}"
     )
 
 

@@ -11,8 +11,8 @@ FFN's projections are stands in the config's `pyprune` block:
 "layers" is a path inside `model.base_model`. Each entry of "in" is a projection into the FFN with the number of
 neuron blocks stacked in it (2 where gate and up are fused); "out" is the projection back.
 
-Where layers have no FFN, several, or experts, the block says each module by itself, and its width; the config's own keys
-then say the widths before:
+Where layers have no FFN, several, or experts, the block says each module by itself, and its width; the config's own
+keys then say the widths before:
 
     {"ffn": {"modules": [
         {"at": "layers.0.mlp", "in": [["gate_proj", 1], ["up_proj", 1]], "out": "down_proj", "width": 40},
@@ -155,11 +155,15 @@ def _resize_experts(module: Any, entry: dict[str, Any], width: int, argument: st
     note_width(module, full, width)
 
 
+# Names of the numbers by which a module of experts knows its width.
+SAYS_WIDTH = "intermediate|ffn|expert_dim"
+
+
 def note_width(module: Any, full: int, width: int) -> None:
     """Let a module of experts, and those inside it, know its new width."""
     for part in module.modules():
         for key, value in vars(part).items():
-            if value == full and type(value) is int and re.search("intermediate|ffn|expert_dim", key):
+            if value == full and type(value) is int and re.search(SAYS_WIDTH, key):
                 setattr(part, key, width)
 
 

@@ -56,6 +56,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern("w_in.w_0/w_in.w_1/w_out", gate="w_in.w_0", up="w_in.w_1", down="w_out"),
     Pattern("input_linear/output_linear", up="input_linear", down="output_linear", fused=True),
     Pattern("linear_1/linear_2", up="linear_1", down="linear_2"),
+    Pattern("intermediate/output", up="intermediate", down="output"),
     Pattern("0/2", up="0", down="2"),
 )
 

@@ -70,12 +70,11 @@ def _small_projection(projection: Any, inputs: int, outputs: int, generator: tor
     return small
 
 
-def _miniature(holder: nn.Module, pattern: Pattern, neurons: int = 24) -> nn.Module:
+def _miniature(holder: nn.Module, pattern: Pattern, neurons: int = 24, hidden: int = 8) -> nn.Module:
     """A shallow copy of an FFN module with small random projections; everything else in it is the module's own.
 
     The first neurons have the same weights, however many there are.
     """
-    hidden = 8
     generator = torch.Generator().manual_seed(0)
     small = _copy(holder)
     small._modules = {name: _copy(module) for name, module in holder._modules.items()}
@@ -124,9 +123,9 @@ def _same(got: Any, want: Tensor) -> bool:
 _NO_FFN = (TypeError, ValueError, IndexError, RuntimeError, KeyError, AttributeError)
 
 
-def _inputs() -> Tensor:
+def _inputs(hidden: int = 8) -> Tensor:
     """From small values, which tell smooth activations apart, to large ones, which tell clipped ones from unclipped."""
-    x = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.randn(2, 8, hidden, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x[1] *= 16
     return x
 
@@ -164,13 +163,14 @@ def prunable(holder: nn.Module, pattern: Pattern) -> bool:
     """
     if pattern.in_layer:
         return False
-    x = _inputs()
+    hidden = projections(holder, pattern).down.shape[1]  # norms inside are of this size
+    x = _inputs(hidden)
     more = x.flip(0) / 3
     seen: list[Tensor] = []
     try:
         with evaluating(holder):
             for neurons in (_MOST, _MOST // 2):
-                small = _miniature(holder, pattern, neurons)
+                small = _miniature(holder, pattern, neurons, hidden)
                 down: Any = small.get_submodule(pattern.down)
                 down._forward_pre_hooks, down._forward_hooks = OrderedDict(), OrderedDict()
                 handle = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -1,7 +1,7 @@
 """Where the decoder layers of a model are, and which of its configs speaks of them: by structure, not by names.
 
-A language model has one list of layers; one that reads pictures or sound has a text tower beside others, and a config of
-its own for it; an encoder-decoder has two lists.
+A language model has one list of layers; one that reads pictures or sound has a text tower beside others, and a config
+of its own for it; an encoder-decoder has two lists.
 """
 
 from __future__ import annotations
@@ -68,15 +68,18 @@ def stacks(model: nn.Module) -> list[Stack]:
     count = getattr(config, "num_hidden_layers", None)
     every = _lists(model)
     likely = _outermost([(n, m) for n, m in every if len(m) and any(map(_has_ffn, m))])
-    if getattr(config, "is_encoder_decoder", False) and len(likely) == 2:
-        return likely
+    if getattr(config, "is_encoder_decoder", False):
+        width = getattr(text_config(config), "hidden_size", None)
+        sides = likely if len(likely) == 2 else [(n, m) for n, m in likely if _reads(m, width)]
+        if len(sides) == 2:
+            return sides
     fitting = [(n, m) for n, m in every if count and len(m) == count]
     outer = _outermost(fitting)
     if len(outer) == 1 and (len(likely) < 2 or outer[0] in likely):
         return outer
     if not isinstance(config, PreTrainedConfig):
         raise UnsupportedModelError(_no_model(model))
-    named = {getattr(config, key, None) for key in ("num_layers", "n_layer", "n_layers")}
+    named = {getattr(config, key, None) for key in ("num_layers", "n_layer", "n_layers", "num_decoder_layers")}
     if len(likely) == 1 and len(likely[0][1]) in named:  # it counts what stands in its layers
         return likely
     if count is None or len(likely) > 1:

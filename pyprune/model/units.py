@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..base.errors import UnsupportedModelError
+from ..base.errors import UnsupportedModelError, check
 from .experts import Bank
 from .patterns import FFNWeights, Pattern, projections
 
@@ -135,6 +135,15 @@ def tied(ffns: list[FFN], widths: list[int]) -> list[int]:
         for ffn in group:
             found[ffn.layer] = own
     return found
+
+
+def check_tied(ffns: list[FFN], widths: list[int]) -> None:
+    """Raise `InputError` where a mask does not keep experts of a group at one width that can be."""
+    wanted = tied(ffns, widths)
+    for ffn in ffns:
+        if widths[ffn.layer] != wanted[ffn.layer]:
+            rule = f"keep as many neurons of every expert of {ffn.group}, a multiple of {ROW}"
+            check(False, "mask", rule, sorted({widths[f.layer] for f in ffns if f.group == ffn.group}))
 
 
 def groups(ffns: list[FFN]) -> list[list[FFN]]:

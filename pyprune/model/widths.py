@@ -2,8 +2,8 @@
 
 Where every layer has one FFN of one form, and the config has a key for its width, that key says one width, and
 Transformers' `per_layer_config` widths that differ. Elsewhere (experts, layers without an FFN, several FFNs in a layer,
-two lists of layers, no key, or a width that is only derived from one) keys say what they can: a key that all modules follow
-whose widths it must say, which is tried out. What they cannot say stands module by module in the block.
+two lists of layers, or a width that is only derived from a key) keys say what they can: which modules follow which key
+is tried out. What they cannot say stands module by module in the block.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ def _follows(config: Any, ffns: list[FFN]) -> bool:
     if getattr(config, "is_heterogeneous", False):
         return bool(provenance.read(config).get("ffn"))
     value = getattr(config, width_key(config), None)
+    if isinstance(value, list) or getattr(config, "num_hidden_layers", None) != len(ffns):
+        return False
     derived = any(hasattr(config, key) for key in WIDTH_AS_IT_STANDS)
     return not isinstance(value, int) or derived or value == max(f.intermediate_size for f in ffns)
 
@@ -83,12 +85,13 @@ def ffn_block(model: nn.Module, ffns: list[FFN]) -> dict[str, Any]:
 
     See `heterogeneous` for its two forms. `config` is where in the model's config it stands, "" for the whole.
     """
-    list_name, layers = stacks(model)[0]
-    where = config_path(model, list_name)
+    lists = stacks(model)
+    list_name, layers = lists[0]
+    where = config_path(model, list_name) if len(lists) == 1 else ""
     config = config_at(model.config, where)
-    root = owner(model, list_name)[1] if where else model
+    root: Any = owner(model, list_name)[1] if where else model
     base = {id(m): n for n, m in root.base_model.named_modules()}
-    if plain(model, ffns) and _follows(config, ffns):
+    if plain(model, ffns) and _follows(config, ffns) and _alone(model, where, ffns):
         pattern = ffns[0].pattern
         inner = ffns[0].name.removeprefix(f"{list_name}.0").removeprefix(".")
         dot = f"{inner}." if inner else ""
@@ -118,19 +121,47 @@ def _entry(ffn: FFN, base: dict[int, str]) -> dict[str, Any]:
     return {**entry, "also": also} if also else entry
 
 
-def _built(model: Any, where: str, **changes: Any) -> Any:
-    """What the model's class builds, without memory for weights, with changes in the config at `where`."""
+def built(model: Any, where: str, changes: dict[str, Any] | None = None, keep_block: bool = False) -> Any:
+    """What the model's class builds, without memory for weights, with changes in the config at `where`.
+
+    Widths that stand module by module are left out unless `keep_block`.
+    """
     config = type(model.config).from_dict(model.config.to_dict())
     inner = config_at(config, where)
-    if "modules" in (provenance.read(inner).get("ffn") or {}):
+    if not keep_block and "modules" in (provenance.read(inner).get("ffn") or {}):
         provenance.set_ffn(inner, None)
-    for key, value in changes.items():
+    for key, value in (changes or {}).items():
         setattr(inner, key, value)
     config.__dict__.pop("auto_map", None)
     with torch.device("meta"):
         found = stock_class(model)(copy.deepcopy(config))
-    lists = stacks(found)[0][0]
-    return (owner(found, lists)[1] if where else found).base_model
+    return found
+
+
+def _base(model: Any, where: str) -> Any:
+    """The part of a model that a block's paths start at."""
+    return (owner(model, stacks(model)[0][0])[1] if where else model).base_model
+
+
+def _others(model: nn.Module, ours: list[nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a model but those of these modules."""
+    own = {id(p) for module in ours for p in module.parameters()}
+    return {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in own}
+
+
+def _alone(model: Any, where: str, ffns: list[FFN]) -> bool:
+    """Whether the width key of a tower's config says the width of its FFNs and of nothing else in the model."""
+    if not where:
+        return True
+    key = width_key(config_at(model.config, where))
+    shapes = []
+    try:
+        for factor in (1, 2):
+            found = built(model, where, {key: factor * ffns[0].intermediate_size})
+            shapes.append(_others(found, [found.get_submodule(f.name) for f in ffns]))
+    except Exception:  # whatever a class makes of a config: then each module is said by itself
+        return False
+    return shapes[0] == shapes[1]
 
 
 def stock_class(model: nn.Module) -> Any:
@@ -152,19 +183,31 @@ def _widths_in(base: nn.Module, modules: list[dict[str, Any]]) -> list[int]:
     return found
 
 
+def _of(model: nn.Module, where: str, modules: list[dict[str, Any]]) -> list[nn.Module]:
+    """The modules of a block, in a model that was built."""
+    base = _base(model, where)
+    return [base.get_submodule(at) for entry in modules for at in (entry["at"], *entry.get("also", ()))]
+
+
 def _keys(model: nn.Module, where: str, modules: list[dict[str, Any]]) -> dict[str, list[int]]:
     """Which modules follow which key: their widths double with it."""
     config = config_at(model.config, where)
     found = {}
     try:
-        full = _widths_in(_built(model, where), modules)
+        dense = built(model, where)
+        full, rest = _widths_in(_base(dense, where), modules), _others(dense, _of(dense, where, modules))
     except Exception:  # whatever a class makes of a config: then no key says anything
         return {}
     for key, value in config.to_dict().items():
+        if isinstance(value, list) and _MAY_SAY.search(key) and value == full:
+            return {key: list(range(len(full)))}  # one width a module, as it stands
         if type(value) is not int or value < 2 or not _MAY_SAY.search(key):
             continue
         try:
-            twice = _widths_in(_built(model, where, **{key: 2 * value}), modules)
+            double = built(model, where, {key: 2 * value})
+            twice = _widths_in(_base(double, where), modules)
+            if _others(double, _of(double, where, modules)) != rest:
+                continue  # something else follows it too
         except Exception:  # as above
             continue
         follow = [i for i, (a, b) in enumerate(zip(full, twice, strict=True)) if b == 2 * a]
@@ -184,19 +227,22 @@ def module_widths(block: dict[str, Any], widths: list[int]) -> list[int]:
     return found
 
 
-def said_by_keys(model: Any, block: dict[str, Any], widths: list[int]) -> dict[str, int] | None:
+def said_by_keys(model: Any, block: dict[str, Any], widths: list[int]) -> dict[str, Any] | None:
     """Values of config keys with which the model's class builds these widths (one a module), or None."""
     where = block["config"]
     config = config_at(model.config, where)
     try:
-        full = _widths_in(_built(model, where), block["modules"])
-        values = {}
+        full = _widths_in(_base(built(model, where), where), block["modules"])
+        values: dict[str, Any] = {}
         for key, follow in block["keys"].items():
             value = getattr(config, key)
+            if isinstance(value, list):
+                values[key] = [widths[i] for i in follow]
+                continue
             wanted = {value * widths[i] / full[i] for i in follow}
             if len(wanted) == 1 and (one := wanted.pop()) == int(one):
                 values[key] = int(one)
-        if _widths_in(_built(model, where, **values), block["modules"]) == widths:
+        if _widths_in(_base(built(model, where, values), where), block["modules"]) == widths:
             return values
     except Exception:  # whatever a class makes of such widths: then they are said module by module
         return None

@@ -27,7 +27,7 @@ class Batch:
     encodes: bool = False
 
     def positions(self, stack: int) -> Tensor | None:
-        """`[B * T]` bool: positions of a list of layers (`FFN.stack`) that are no padding; None where none is padded."""
+        """`[B * T]` bool: positions of a list of layers (`FFN.stack`) that are no padding; None where all are."""
         mask = self.words.get(THEIR_MASK if self.encodes and stack else MASK)
         return None if mask is None or bool(mask.bool().all()) else mask.bool().reshape(-1)
 

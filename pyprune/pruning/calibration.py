@@ -19,7 +19,7 @@ from ..base.statistics import ActivationStats
 from ..model.families import FFN, decoder_layers
 from ..model.probe import evaluating
 from .moments import Gathered, split
-from .observing import observing
+from .observing import See, observing
 
 
 class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest nobody needs
@@ -259,6 +259,14 @@ class LayerStream:
             for one in found:
                 one.close()
         return [one.stats() for one in found]
+
+    @torch.no_grad()
+    def see_all(self, group: list[FFN], see: See) -> None:
+        """Show `see` what a group's FFNs get, of all windows; the stream stays where it is."""
+        assert group[0].block == self._position
+        for window in range(len(self._hidden)):
+            with observing(group, see):
+                self._forward(window)
 
     @torch.no_grad()
     def inputs(self, ffn: FFN) -> tuple[Tensor, Tensor | None]:

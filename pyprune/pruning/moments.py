@@ -124,8 +124,8 @@ class Gathered:
         check(len(bad) == 0, f"activations of layer {self.ffn.layer}", message, bad[:1].flatten().tolist())
         if self._total is None:
             return whole
-        second = {"gram": self._total.gram, "cross": self._total.cross}
-        return replace(whole, seen=self._fit, held_out=self._held, **second)
+        total = self._total
+        return replace(whole, gram=total.gram, cross=total.cross, seen=self._fit, held_out=self._held)
 
 
 def split(sources: list[int], held_out: bool) -> list[list[int]]:

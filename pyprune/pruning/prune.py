@@ -14,7 +14,7 @@ from ..model import checkpoint, surgery
 from ..model.described import Described
 from ..model.mask import Mask
 from ..model.probe import evaluating
-from ..model.units import ROW, groups, tied
+from ..model.units import ROW, check_tied, groups, tied
 from .allocation import Allocation, Plan
 from .options import ALLOCATION, KEEP, METHOD, REPAIR, PruneOptions
 from .pruner import LayerReport, Pruner
@@ -61,7 +61,9 @@ def _check_rebuilds(described: Described, options: PruneOptions, mask: Mask | No
     if widths is None:
         narrower = [group[0].layer for group in groups(described.ffns)][1::2]
         widths = [max(1, size - (ROW if i in narrower else 0)) for i, size in enumerate(sizes)]
-    if mask is None:
+    if mask is not None:
+        check_tied(described.ffns, widths)
+    else:
         widths = tied(described.ffns, widths)
     checkpoint.check_narrows(described.model, described.block, widths)
 
@@ -107,7 +109,8 @@ def prune(
             `least-squares:damping=auto,target=0.5`; None for nothing.
         text: calibration tokens, `[N, W]` or an iterable of `[W]` / `[B, W]` integer tensors, all of one W; or prose,
             with `tokenizer` (see `text.calibration`); or a list of batches of keyword tensors, as the model's forward
-            takes them (`input_ids`, perhaps `attention_mask`, pictures as a processor makes them). Needed by whatever looks at activations or gradients.
+            takes them (`input_ids`, perhaps `attention_mask`, pictures as a processor makes them). Needed by whatever
+            looks at activations or gradients.
         tokenizer: the model's, for text that is not cut into tokens; alone, it reads prose that CPython carries.
         seed: of everything random.
         sequential: later layers are scored and repaired on what the already pruned earlier ones produce; False: on

@@ -19,7 +19,7 @@ from ..model import surgery
 from ..model.described import Described
 from ..model.families import FFN
 from ..model.mask import KeepIndex
-from ..model.units import ROW, Expert, groups, tied
+from ..model.units import Expert, groups, tied
 from ..speed import latency
 from ..speed.latency import LatencyTable
 from . import gradients, importance, sensitivity
@@ -120,7 +120,7 @@ class Pruner:
         return self.criterion(ffn.weights(), stats, generator)
 
     def stream(self, twin: bool = False) -> LayerStream | WholeForwards:
-        """The calibration text in front of the first layer, or where a model does not let it wait there, at its start."""
+        """The calibration text in front of the first layer; or where it cannot go layer by layer, in front of all."""
         self.progress("embedding the calibration text", 0, 1)
         model = self.described.model
         if self.batches is not None:
@@ -234,8 +234,6 @@ class Pruner:
             if not isinstance(item, KeepIndex):
                 found[ffn.layer] = width
             elif len(item) != width:
-                rule = f"keep as many neurons of every expert of {ffn.group}, a multiple of {ROW}"
-                check(bool(self._scores), "mask", rule, len(item))
                 found[ffn.layer] = KeepIndex.from_scores(self._scores[ffn.layer], width, f"scores of {ffn.name}")
         return found
 
@@ -267,9 +265,9 @@ class Pruner:
             if isinstance(item, int):
                 item = KeepIndex.from_scores(self.score(ffn, one), item, f"scores of layer {ffn.layer}")
             fitted = Fitted()
-            if one is not None and stream and (len(item) < item.intermediate_size or self._share):
-                if self._enough(ffn, one, len(item)):
-                    fitted = repair.fit(Layer(ffn, item, one, partial(stream.inputs, ffn), self.options.seed))
+            moves = len(item) < item.intermediate_size or self._share
+            if one is not None and stream and moves and self._enough(ffn, one, len(item)):
+                fitted = repair.fit(Layer(ffn, item, one, partial(stream.inputs, ffn), self.options.seed))
             dead = None if one is None else int((one.square_sum == 0).sum())
             report = LayerReport(ffn.layer, item.intermediate_size, len(item), dead=dead)
             report.error_cut, report.error_repaired = fitted.error_cut, fitted.error_repaired

@@ -70,7 +70,7 @@ def calibration(
     if isinstance(text, Windows):
         found = text
     elif isinstance(text, Tensor) or not (text is None or isinstance(text, str | Path | Mapping)):
-        found = unnamed(stack_batches(text, vocabulary(model), "text"))
+        found = unnamed(stack_batches(text, vocabulary(model), "text"))  # type: ignore[arg-type]
     else:
         check(tokenizer is not None, "tokenizer", "be given with text that is no token ids", None)
         if isinstance(text, str):

@@ -16,7 +16,7 @@ from ..base.statistics import ActivationStats
 from ..model.units import FFN
 from .batches import Batch
 from .moments import Gathered, split
-from .observing import observing
+from .observing import See, observing
 
 
 class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest nobody needs
@@ -58,18 +58,8 @@ class WholeForwards:
         found = [Gathered(ffn, self._device, gram, False, held_out) for ffn in group]
         by_name = {ffn.name: one for ffn, one in zip(group, found, strict=True)}
         stops = len(group) == 1 and not group[0].shared
-        batch = self._batches[0]
 
         def see(ffn: FFN, a: Tensor, weights: Tensor | None, tokens: Tensor | None) -> None:
-            there = batch.positions(ffn.stack)
-            if there is not None:
-                if ffn.group != ffn.name and tokens is None or tokens is None and len(a) != there.numel():
-                    raise UnsupportedModelError(
-                        f"{ffn.name} gets {len(a)} rows where the batch has {there.numel()} positions, so those that "
-                        "are padded cannot be told: give batches without padding"
-                    )
-                valid = there.to(a.device) if tokens is None else there.to(a.device)[tokens]
-                a, weights = a[valid], None if weights is None else weights[valid]
             by_name[ffn.name].moments.add(a.float(), None, weights)
             if stops:
                 raise _Stop
@@ -79,7 +69,7 @@ class WholeForwards:
                 one.open()
             for number in numbers:
                 batch = self._batches[number]
-                with observing(group, see):
+                with observing(group, self._unpadded(batch, see)):
                     try:
                         self.run(batch)
                     except _Stop:
@@ -87,6 +77,31 @@ class WholeForwards:
             for one in found:
                 one.close()
         return [one.stats() for one in found]
+
+    def see_all(self, group: list[FFN], see: See) -> None:
+        """Show `see` what a group's FFNs get, of all positions that are no padding."""
+        for batch in self._batches:
+            with observing(group, self._unpadded(batch, see)):
+                self.run(batch)
+
+    def _unpadded(self, batch: Batch, see: See) -> See:
+        """`see` without the positions of a batch that are padded."""
+
+        def seen(ffn: FFN, a: Tensor, weights: Tensor | None, tokens: Tensor | None) -> None:
+            there = batch.positions(ffn.stack)
+            if there is None:
+                see(ffn, a, weights, tokens)
+                return
+            if tokens is None and (ffn.group != ffn.name or len(a) != there.numel()):
+                raise UnsupportedModelError(
+                    f"{ffn.name} gets {len(a)} rows where the batch has {there.numel()} positions, so those that are "
+                    "padded cannot be told: give batches without padding"
+                )
+            there = there.to(a.device)
+            valid = there if tokens is None else there[tokens]
+            see(ffn, a[valid], None if weights is None else weights[valid], None if tokens is None else tokens[valid])
+
+        return seen
 
     def inputs(self, ffn: FFN) -> tuple[Tensor, Tensor | None]:
         """`[T, D]`: what enters `ffn`, as `calibration.LayerStream.inputs`."""
