@@ -194,6 +194,11 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _float(value: dict[str, Any]) -> Any:
+    """Infinity and the like, which Transformers writes as an object of one key."""
+    return float(value["__float__"]) if set(value) == {"__float__"} else value
+
+
 def _bounded(raw: dict[str, Any]) -> dict[str, Any]:
     """Refuse a config that would build an enormous model, or none, before a config class of Transformers reads it."""
     for key in _DEPTH_KEYS:
@@ -243,7 +248,7 @@ def read_config(folder: str | Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
     try:
-        raw = _bounded(json.loads(path.read_text(encoding="utf-8")))
+        raw = _bounded(json.loads(path.read_text(encoding="utf-8"), object_hook=_float))
         values = {k: v for k, v in raw.items() if k != "model_type"}
         config: Any = AutoConfig.for_model(str(raw.get("model_type")), **values)
     except CheckpointError:

@@ -135,8 +135,9 @@ def _add_stack(model: nn.Module, found: list[FFN], number: int, list_name: str, 
             found.append(ffn)
         if not here:
             empty.append(i)
+    kinds = {type(ffn.holder) for ffn in found[start:]}
     for i in empty:
-        _check_empty(model, layers[i], f"{list_name}.{i}", len(found) == start)
+        _check_empty(model, layers[i], f"{list_name}.{i}", kinds)
 
 
 def _same_weights(found: list[FFN], module: nn.Module, pattern: Pattern) -> FFN | None:
@@ -185,11 +186,16 @@ def _activation(kind: str, where: str, module: nn.Module, pattern: Pattern) -> s
     )
 
 
-def _check_empty(model: nn.Module, layer: nn.Module, prefix: str, none: bool) -> None:
-    """Raise `UnsupportedModelError` for a layer that has an unknown FFN and no known one, or where no layer has one."""
+def _check_empty(model: nn.Module, layer: nn.Module, prefix: str, kinds: set[type]) -> None:
+    """Raise `UnsupportedModelError` for a layer that has an unknown FFN and no known one, or where no layer has one.
+
+    Args:
+        kinds: classes of the FFNs of other layers.
+    """
     _check_adapted(model, layer, prefix)
     own = [n for n, m in layer.named_children() if _CALLED_FFN.fullmatch(n) and list(m.parameters())]
-    if not none and not own:
+    own += [n for n, m in layer.named_modules() if type(m) in kinds]
+    if kinds and not own:
         return
     found, known = _describe(layer), "its form may be added to `patterns.PATTERNS` (see CONTRIBUTING.md)"
     hint = (

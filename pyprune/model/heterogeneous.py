@@ -223,7 +223,9 @@ def pruned_class(base: Any) -> type:
             if own is not part:
                 _put_back(own, kept)
 
-    return type(base.__name__, (base,), {"__init__": init, "__module__": __name__, "__doc__": base.__doc__})
+    native = classmethod(lambda cls: False)  # its tensors are renamed on loading as those of `base` are
+    words = {"__init__": init, "is_custom_code": native, "__module__": __name__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), words)
 
 
 def install() -> None:

@@ -100,6 +100,12 @@ class Pruner:
         """How the dense model's loss depends on its FFNs, where the criterion asks; collected once."""
         needs = self.criterion.needs
         if self._gradients is None and needs & {"gradients", "gradients2"}:
+            if getattr(self.described.model.config, "is_encoder_decoder", False):
+                kind = type(self.described.model).__name__
+                raise UnsupportedModelError(
+                    f"method {self.criterion.name!r} needs gradients of a language model's loss, which are not taken "
+                    f"of {kind}, an encoder-decoder: use a method of activations or weights"
+                )
             given = self.ids is not None
             check(given, "text", f"be windows of token ids for method {self.criterion.name!r}", "batches")
             assert self.ids is not None
