@@ -331,37 +331,47 @@ def test_every_kind_of_criterion_ranks_neurons_of_experts(method, more_ids):
     assert len(set(report.mask.layers)) == len(report.mask.layers)
 
 
+class One(nn.Module):
+    """One expert as a module."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w1, self.w3, self.w2 = (nn.Linear(32, 48, False), nn.Linear(32, 48, False), nn.Linear(48, 32, False))
+        for own, part in ((self.w1, w.gate), (self.w3, w.up), (self.w2, w.down.t())):
+            own.weight = nn.Parameter(part.detach().clone())
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Listed(nn.Module):
+    """A mixture whose experts are a list of modules, as in older code."""
+
+    def __init__(self, block, weights):
+        super().__init__()
+        self.gate, self.experts = block.gate, nn.ModuleList(One(w) for w in weights)
+
+    def forward(self, x):
+        rows = x.reshape(-1, 32)
+        _, scores, index = self.gate(rows)
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token, place = (index == number).nonzero(as_tuple=True)
+            out = out.index_add(0, token, expert(rows[token]) * scores[token, place, None])
+        return out.view_as(x)
+
+
+def listed(model):
+    """The same mixture with lists of expert modules."""
+    for layer, bank in zip(model.model.layers, banks(model), strict=True):
+        layer.mlp = Listed(layer.mlp, [expert.weights() for expert in bank])
+    return model
+
+
 def test_lists_of_expert_modules_keep_one_width(ids):
     model = make_mixture("mixtral")
-    layer = model.model.layers[0].mlp
-    weights = [vars(expert.weights()) for expert in banks(model)[0]]
-
-    class One(nn.Module):
-        def __init__(self, w):
-            super().__init__()
-            self.w1, self.w3, self.w2 = (nn.Linear(32, 48, False), nn.Linear(32, 48, False), nn.Linear(48, 32, False))
-            for own, part in ((self.w1, w["gate"]), (self.w3, w["up"]), (self.w2, w["down"].t())):
-                own.weight = nn.Parameter(part.detach().clone())
-
-        def forward(self, x):
-            return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-    class Listed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate, self.experts = layer.gate, nn.ModuleList(One(w) for w in weights)
-
-        def forward(self, x):
-            rows = x.reshape(-1, 32)
-            _, scores, index = self.gate(rows)
-            out = torch.zeros_like(rows)
-            for number, expert in enumerate(self.experts):
-                token, place = (index == number).nonzero(as_tuple=True)
-                out = out.index_add(0, token, expert(rows[token]) * scores[token, place, None])
-            return out.view_as(x)
-
     want = model(ids).logits
-    model.model.layers[0].mlp = Listed()
+    listed(model)
     torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
     found = groups(find_ffns(model))
     assert [len(group) for group in found] == [4, 4]

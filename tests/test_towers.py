@@ -178,9 +178,7 @@ def test_an_activation_of_its_own_runs_in_its_own_module(name):
 @pytest.mark.parametrize("structure", ["ffn", "layer"])
 @pytest.mark.parametrize("name", ["nemotron_h", "bart", "zamba"])
 def test_whole_blocks_need_one_ffn_a_layer(name, structure, ids):
-    with pytest.raises(
-        UnsupportedModelError, match=f"structure '{structure}' needs a model whose layers each have"
-    ):
+    with pytest.raises(UnsupportedModelError, match=f"structure '{structure}' needs a model whose layers each have"):
         prune_blocks(make_tower(name), structure=structure, keep=0.5, text=ids)
 
 

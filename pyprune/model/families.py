@@ -21,7 +21,7 @@ from .probe import detect_activation, prunable
 from .towers import decoder_layers, stacks
 from .units import FFN, OWN, Expert
 from .weights import check_plain, check_there, leave_inference
-from .widths import BIAS_KEYS, WIDTH_KEYS, bias_key, ffn_block, has_width, width_key
+from .widths import BIAS_KEYS, WIDTH_KEYS, bias_key, ffn_block, has_width, plain, width_key
 
 __all__ = [
     "BIAS_KEYS",
@@ -32,6 +32,7 @@ __all__ = [
     "decoder_layers",
     "ffn_block",
     "find_ffns",
+    "find_plain",
     "fingerprint",
     "has_width",
     "width_key",
@@ -92,6 +93,24 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         leave_inference(model)
         _add_stack(model, found, number, list_name, layers)
     _check_shared(model, found)
+    return found
+
+
+def find_plain(model: nn.Module, what: str) -> list[FFN]:
+    """`find_ffns` of a model whose layers each have one FFN of one form, with an activation that records know.
+
+    Args:
+        what: asks for that, as the message says.
+
+    Raises:
+        UnsupportedModelError: as `find_ffns`, or another kind of model.
+    """
+    found = find_ffns(model)
+    if not plain(model, found) or any(ffn.activation == OWN for ffn in found):
+        raise UnsupportedModelError(
+            f"{what} takes models whose layers each have one FFN of one form, with one of the activations "
+            f"{', '.join(reference.ACTIVATIONS)}; {type(model).__name__} is none (see docs/families.md)"
+        )
     return found
 
 

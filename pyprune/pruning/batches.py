@@ -50,7 +50,9 @@ def are_batches(text: Any) -> bool:
     return isinstance(text, list | tuple) and bool(text) and all(isinstance(t, Mapping) for t in text)
 
 
-def checked(text: Iterable[Mapping[str, Any]], vocabulary: int | None, encodes: bool) -> list[Batch]:
+def checked(
+    text: Iterable[Mapping[str, Any]], vocabulary: int | None, encodes: bool, placed: bool = False
+) -> list[Batch]:
     """Batches from outside.
 
     Args:
@@ -58,6 +60,8 @@ def checked(text: Iterable[Mapping[str, Any]], vocabulary: int | None, encodes: 
             model's forward takes.
         vocabulary: number of token ids the model knows, or None.
         encodes: it is an encoder-decoder.
+        placed: the model takes `position_ids`, one number a position: where padding stands in front of a text, they
+            are given with the batch, so that the text begins at 0.
 
     Raises:
         InputError: no ids, ids out of range or no integers, a mask of another shape or with other values than 0 and 1,
@@ -91,6 +95,9 @@ def checked(text: Iterable[Mapping[str, Any]], vocabulary: int | None, encodes: 
             words.setdefault(THEIRS, ids)
             if words[THEIRS] is ids and MASK in words:
                 words.setdefault(THEIR_MASK, words[MASK])
+        mask = words.get(MASK)
+        if placed and mask is not None and not bool(mask[:, 0].all()):
+            words.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp_min(0))
         words = {k: v for k, v in words.items() if k not in ("labels", "use_cache")}
         found.append(Batch(words, encodes))
     return found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.errors import check
 from ..base.memory import PeakMemory
 from ..base.progress import Progress, quiet
 from ..model import checkpoint, surgery
@@ -134,6 +135,8 @@ def prune(
     run = Run(model, text, tokenizer, options.needs_text(given), options.purpose, provenance, seed, progress)
     described = run.described
     options = options.suited(model, run.batches is None)
+    shares = run.batches is not None and options.repair.share > 0
+    check(not shares, "target", "be 0 with batches of keyword tensors", options.repair.share)
     options.repair.check_model(described)
     fingerprint = described.fingerprint
     if mask is not None:

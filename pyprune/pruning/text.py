@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,11 @@ def batches(model: nn.Module, text: Text) -> list[Batch] | None:
     """
     if not are_batches(text):
         return None
-    return checked(text, vocabulary(model), bool(getattr(model.config, "is_encoder_decoder", False)))  # type: ignore[arg-type]
+    config: Any = model.config
+    encodes = bool(getattr(config, "is_encoder_decoder", False))
+    alone = text_config(config) is config and not encodes
+    placed = alone and "position_ids" in inspect.signature(model.forward).parameters
+    return checked(text, vocabulary(model), encodes, placed)  # type: ignore[arg-type]
 
 
 def calibration(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import UnsupportedModelError
+from ..base.errors import InputError, PypruneError, UnsupportedModelError, one_line
 from ..base.statistics import ActivationStats
 from ..model.units import FFN
 from .batches import Batch
@@ -46,7 +46,13 @@ class WholeForwards:
     def run(self, batch: Batch) -> None:
         """One forward of the model."""
         words = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.words.items()}
-        self._model(**words, use_cache=False)
+        try:
+            self._model(**words, use_cache=False)
+        except (_Stop, PypruneError):
+            raise
+        except Exception as error:  # whatever a model makes of keywords and shapes
+            kind = type(self._model).__name__
+            raise InputError(f"text must be batches that {kind} takes; it says: {one_line(error)}") from error
 
     def group_statistics(self, group: list[FFN], gram: bool, held_out: bool = False) -> list[ActivationStats]:
         """As `calibration.LayerStream.group_statistics`; positions that are padded do not count.
