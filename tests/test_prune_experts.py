@@ -133,3 +133,22 @@ def test_a_model_without_experts_is_refused(tiny):
 
 def test_methods_say_what_they_are():
     assert "arXiv 2510.13999" in METHODS["reap"] and set(METHODS) == {"reap", "frequency", "random"}
+
+
+def test_on_the_command_line(tmp_path, tokenizer):
+    import json
+
+    from typer.testing import CliRunner
+
+    from pyprune.cli.commands import app
+
+    model = make_mixture("qwen3_moe", vocab_size=1024)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    words = ["--keep", "0.5", "--text", "builtin:prose", "--tokens", "256", "--window", "32", "--json"]
+    run = CliRunner().invoke(app, ["prune-experts", str(tmp_path / "dense"), "--out", str(tmp_path / "x"), *words])
+    assert run.exit_code == 0, run.output
+    found = json.loads(run.stdout)
+    assert [len(layer["kept"]) for layer in found["layers"]] == [2, 2] and found["structure"] == "experts"
+    again = type(model).from_pretrained(tmp_path / "x")
+    assert again.config.num_experts == 2 and again.config.pyprune["provenance"]["config"]["method"] == "reap"

@@ -65,6 +65,8 @@ def test_the_whole_way(name, share, ids, masked, tmp_path):
     assert torch.equal(call(again, ids), got)
     accelerate(again, measure=False)
     torch.testing.assert_close(call(again, ids), got, rtol=1e-4, atol=1e-4 * float(got.abs().max()))
+    save(again, tmp_path / "y")
+    assert torch.equal(call(type(model).from_pretrained(tmp_path / "y").eval(), ids), got)
 
 
 def test_scores_repairs_and_widths_on_text(name, more_ids):
@@ -183,7 +185,7 @@ def test_whole_blocks_need_one_ffn_a_layer(name, structure, ids):
 
 
 def test_gradients_of_an_encoder_decoder_are_refused(ids):
-    with pytest.raises(UnsupportedModelError, match="method 'fisher' needs gradients.*BartForConditionalGeneration"):
+    with pytest.raises(UnsupportedModelError, match=r"method 'fisher' needs gradients.*BartForConditionalGeneration"):
         prune(make_tower("bart"), keep=0.5, method="fisher", repair=None, text=ids)
 
 

@@ -111,13 +111,14 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _facts(model: str) -> dict[str, Any]:
+def facts_of(model: str) -> dict[str, Any]:
     """What the checkpoint says of the run."""
     name = model if model == loading.DEMO else Path(model).name
     return {"model": name, "versions": machine.versions()}
 
 
-def _check_out(out: Path | None, dry_run: bool, overwrite: bool, max_shard_size: str) -> None:
+def check_out(out: Path | None, dry_run: bool, overwrite: bool, max_shard_size: str) -> None:
+    """Raise `InputError` where there is no folder to write, or it cannot be written."""
     if out is None and not dry_run:
         raise InputError("out must be given, unless with --dry-run; got None")
     if out is not None:
@@ -266,7 +267,7 @@ def prune(
     )
     if tokens is None:
         tokens = MANY_TOKENS if best else TOKENS
-    _check_out(out, dry_run, overwrite, max_shard_size)
+    check_out(out, dry_run, overwrite, max_shard_size)
     if nested_widths:
         check(mask is None and save_mask is None, "mask", "be left out with --nested", str(mask or save_mask))
         check(sequential, "sequential", "be True with nested widths", False)
@@ -286,7 +287,7 @@ def prune(
     if tokenizer is None and not dry_run:
         tokenizer = tokenizer_to_save(model)
     common: dict[str, Any] = {"allocation": options.allocation, "repair": options.repair, "text": windows, "seed": seed}
-    common["provenance"] = _facts(model)
+    common["provenance"] = facts_of(model)
     made, report = None, None
     with Bars() as bars:
         if nested_widths:
@@ -337,7 +338,7 @@ def prune_blocks(
     two = len(words) == 2 and all(word.strip().isdigit() for word in words)
     check(two, "protect", "be two counts like 4,2", protect)
     options = BlockOptions.of(structure, keep, (int(words[0]), int(words[1])), repair, iterative, sequential)
-    _check_out(out, dry_run, overwrite, max_shard_size)
+    check_out(out, dry_run, overwrite, max_shard_size)
     check(save_mask is None or structure != "layer", "save_mask", "be left out with whole layers", str(save_mask))
     place = choose_device(device)
     tokenizer = loading.load_tokenizer(model)
@@ -355,7 +356,7 @@ def prune_blocks(
             sequential=sequential,
             text=windows,
             progress=bars,
-            provenance=_facts(model),
+            provenance=facts_of(model),
         )
     written = None if dry_run else out
     if written is not None:

@@ -14,7 +14,7 @@ from ..model import families
 from ..model.families import FFN
 from ..model.mask import Mask
 from ..model.surgery import set_widths
-from ..model.units import OWN, Expert
+from ..model.units import OWN
 from ..model.weights import check_finite
 from . import dispatch, first_use
 from .mlp import MODES, PrunedMLP
@@ -66,7 +66,7 @@ def accelerate(
     check_choice(weights or "float32", "weights", WEIGHTS)
     check(mask is not None or mode == "compact", "mask", "be given in gather mode", mask)
     every = families.find_ffns(model)
-    ffns = [ffn for ffn in every if ffn.activation != OWN and not ffn.shared]
+    ffns = [ffn for ffn in every if ffn.activation != OWN and not ffn.shared and not ffn.expert]
     _check_all(model, every, ffns, mask, mode, backend)
     if mask is not None:
         mask.check_fits([f.intermediate_size for f in ffns], families.fingerprint(model, ffns))
@@ -97,7 +97,7 @@ def _check_all(model: nn.Module, every: list[FFN], ffns: list[FFN], mask: Mask |
     left = [ffn for ffn in every if ffn not in ffns]
     if not left:
         return
-    experts = sum(isinstance(ffn, Expert) for ffn in left)
+    experts = sum(ffn.expert for ffn in left)
     what = f"{experts} experts and {len(left) - experts} FFNs of {type(model).__name__}"
     why = f"(such as {left[0].name}: weights in tensors, several layers that run it, or an activation of its own)"
     if mask is not None or mode != "compact" or backend != "auto":

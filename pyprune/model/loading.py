@@ -93,8 +93,9 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
 def _class(place: str, local: bool) -> Any:
     """What loads a folder: the class of Transformers that its config names, where that is no causal LM."""
     config = checkpoint.read_config(place) if local else None
-    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0] or "-", None)
-    mapped = {cls.__name__ for cls in AutoModelForCausalLM._model_mapping.values() if isinstance(cls, type)}
+    named: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0] or "-", None)
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    mapped = {cls.__name__ for cls in mapping.values() if isinstance(cls, type)}
     other = isinstance(named, type) and issubclass(named, PreTrainedModel) and named.__name__ not in mapped
     return named if other else AutoModelForCausalLM
 

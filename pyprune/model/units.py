@@ -53,6 +53,11 @@ class FFN:
         return self.pattern.gated
 
     @property
+    def expert(self) -> bool:
+        """Whether it is one of several that tokens are routed to."""
+        return bool(self.group) and self.group != self.name
+
+    @property
     def hidden_size(self) -> int:
         return self.weights().down.shape[1]
 

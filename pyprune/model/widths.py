@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..base.errors import UnsupportedModelError
 from . import provenance
 from .towers import config_at, config_path, copies, owner, stacks
 from .units import FFN, Expert, groups
@@ -91,6 +92,12 @@ def ffn_block(model: nn.Module, ffns: list[FFN]) -> dict[str, Any]:
     config = config_at(model.config, where)
     root: Any = owner(model, list_name)[1] if where else model
     base = {id(m): n for n, m in root.base_model.named_modules()}
+    outside = [f.name for f in ffns if id(f.holder) not in base]
+    if outside:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {outside[0]} is no part of its base model ({type(root.base_model).__name__}), "
+            "from which widths are counted: pass the part of the model that holds it"
+        )
     if plain(model, ffns) and _follows(config, ffns) and _alone(model, where, ffns):
         pattern = ffns[0].pattern
         inner = ffns[0].name.removeprefix(f"{list_name}.0").removeprefix(".")

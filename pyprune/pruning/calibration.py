@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..base.errors import UnsupportedModelError, check
 from ..base.statistics import ActivationStats
-from ..model.families import FFN, decoder_layers
+from ..model.families import FFN, Expert, decoder_layers
 from ..model.probe import evaluating
 from .moments import Gathered, split
 from .observing import See, observing
@@ -234,15 +234,16 @@ class LayerStream:
         found = [Gathered(ffn, self._device, gram, twin, held_out) for ffn in group]
         by_name = {ffn.name: one for ffn, one in zip(group, found, strict=True)}
         sources = [0] * len(self._hidden) if self._sources is None else self._sources.tolist()
-        stops = len(group) == 1 and not twin
+        # Experts of a bank come in order; modules in a list when they are called.
+        stops = not twin and (len(group) == 1 or isinstance(group[0], Expert))
         seen: list[Tensor] = []
 
         def see(ffn: FFN, a: Tensor, weights: Tensor | None, tokens: Tensor | None) -> None:
             if twin:
                 seen.append(a)
                 return
-            by_name[ffn.name].moments.add(a.float(), None, weights)
-            if stops:
+            by_name[ffn.name].add(a, weights)
+            if stops and ffn is group[-1]:
                 raise _Stop
 
         for windows in split(sources, held_out):

@@ -11,6 +11,9 @@ from ..base.errors import check
 from ..base.statistics import ActivationStats
 from ..model.units import FFN
 
+# Rows of an expert that are added at once: what is added to, `[F, F]`, is far larger than a few rows.
+MANY = 1024
+
 
 class Moments:
     """Running sums over tokens of what enters a down projection."""
@@ -92,9 +95,25 @@ class Gathered:
         self.moments = Moments(ffn.intermediate_size, ffn.hidden_size, device, gram, cross)
         self._down = ffn.weights().down.double() if held_out else None
         self._before = 0
+        self._waiting: list[tuple[Tensor, Tensor]] = []
         self._fit: ActivationStats | None = None
         self._total: ActivationStats | None = None
         self._held: ActivationStats | None = None
+
+    def add(self, a: Tensor, weights: Tensor | None) -> None:
+        """Add rows `[T, F]` of one call; those of experts, which are few each time, wait until they are many."""
+        if weights is None:
+            self.moments.add(a.float(), None)
+            return
+        self._waiting.append((a.float(), weights))
+        if sum(len(rows) for rows, _ in self._waiting) >= MANY:
+            self._take()
+
+    def _take(self) -> None:
+        if self._waiting:
+            rows, weights = zip(*self._waiting, strict=True)
+            self.moments.add(torch.cat(rows), None, torch.cat(weights))
+            self._waiting.clear()
 
     def open(self) -> None:
         """A group of windows begins."""
@@ -102,6 +121,7 @@ class Gathered:
 
     def close(self) -> None:
         """And ends."""
+        self._take()
         if self._down is None:
             return
         part = self.moments.to_stats()

@@ -116,7 +116,7 @@ class Pruner:
 
     def score(self, ffn: FFN, stats: ActivationStats | None) -> Tensor:
         """`[F]` scores of one FFN's neurons; of an expert that saw too few tokens, by its weights alone."""
-        if stats is not None and ffn.group != ffn.name and stats.tokens < LEAST_TOKENS and self.criterion.needs:
+        if stats is not None and ffn.expert and stats.tokens < LEAST_TOKENS and self.criterion.needs:
             self.few[ffn.name] = stats.tokens
             return importance.get(BY_WEIGHTS)(ffn.weights())
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + ffn.layer)
@@ -278,7 +278,7 @@ class Pruner:
             report = LayerReport(ffn.layer, item.intermediate_size, len(item), dead=dead)
             report.error_cut, report.error_repaired = fitted.error_cut, fitted.error_repaired
             report.error_refit, report.damping = fitted.error_refit, fitted.damping
-            if one is not None and ffn.group != ffn.name:
+            if one is not None and ffn.expert:
                 report.tokens = one.tokens
             self.reports.append(report)
             ready.append((item, fitted))
@@ -286,7 +286,7 @@ class Pruner:
 
     def _enough(self, ffn: FFN, stats: ActivationStats, width: int) -> bool:
         """Whether an FFN saw enough tokens for a repair of `width` neurons; experts need not, and are noted."""
-        if ffn.group == ffn.name:
+        if not ffn.expert:
             check(stats.tokens > 0, f"text for {ffn.name}", "reach it with a token at least", 0)
             return True
         needed = max(LEAST_TOKENS, width if "gram" in self.options.repair.needs else 0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..base.errors import InputError, PypruneError, UnsupportedModelError, one_line
 from ..base.statistics import ActivationStats
-from ..model.units import FFN
+from ..model.units import FFN, Expert
 from .batches import Batch
 from .moments import Gathered, split
 from .observing import See, observing
@@ -63,11 +63,11 @@ class WholeForwards:
         """
         found = [Gathered(ffn, self._device, gram, False, held_out) for ffn in group]
         by_name = {ffn.name: one for ffn, one in zip(group, found, strict=True)}
-        stops = len(group) == 1 and not group[0].shared
+        stops = not group[0].shared and (len(group) == 1 or isinstance(group[0], Expert))
 
         def see(ffn: FFN, a: Tensor, weights: Tensor | None, tokens: Tensor | None) -> None:
-            by_name[ffn.name].moments.add(a.float(), None, weights)
-            if stops:
+            by_name[ffn.name].add(a, weights)
+            if stops and ffn is group[-1]:
                 raise _Stop
 
         for numbers in split([0] * len(self._batches), held_out):
@@ -98,7 +98,7 @@ class WholeForwards:
             if there is None:
                 see(ffn, a, weights, tokens)
                 return
-            if tokens is None and (ffn.group != ffn.name or len(a) != there.numel()):
+            if tokens is None and (ffn.expert or len(a) != there.numel()):
                 raise UnsupportedModelError(
                     f"{ffn.name} gets {len(a)} rows where the batch has {there.numel()} positions, so those that are "
                     "padded cannot be told: give batches without padding"
