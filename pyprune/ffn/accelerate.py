@@ -68,6 +68,7 @@ def accelerate(
     every = families.find_ffns(model)
     ffns = [ffn for ffn in every if ffn.activation != OWN and not ffn.shared and not ffn.expert]
     _check_all(model, every, ffns, mask, mode, backend)
+    del every  # originals are freed one by one
     if mask is not None:
         mask.check_fits([f.intermediate_size for f in ffns], families.fingerprint(model, ffns))
     check_finite(model)

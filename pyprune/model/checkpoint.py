@@ -130,13 +130,26 @@ def save(
     return Path(path)
 
 
+# Transformers' tables of classes that write text, beside that of causal LMs.
+_WRITERS = ("AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForMultimodalLM")
+
+
+def writer_of(config: Any) -> Any:
+    """The class of Transformers that a checkpoint's config names, if that writes text and is no causal LM, or None."""
+    names = getattr(config, "architectures", None)
+    named = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if not isinstance(named, type) or not issubclass(named, PreTrainedModel) or type(config) is not named.config_class:
+        return None
+    causal: Any = AutoModelForCausalLM._model_mapping
+    tables = [getattr(transformers, auto)._model_mapping for auto in _WRITERS if hasattr(transformers, auto)]
+    written = {name for table in tables for name in table._model_mapping.values()}
+    return named if named.__name__ in written - set(causal._model_mapping.values()) else None
+
+
 def class_of(config: Any) -> Any:
-    """The class of Transformers that a checkpoint with this config is loaded with: what it names, else a causal LM."""
-    for name in getattr(config, "architectures", None) or ():
-        named = getattr(transformers, name, None)
-        if isinstance(named, type) and issubclass(named, PreTrainedModel) and type(config) is named.config_class:
-            return named
-    return AutoModelForCausalLM._model_mapping[type(config)]
+    """The class of Transformers that a checkpoint with this config is loaded with."""
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    return writer_of(config) or mapping[type(config)]
 
 
 def _meta_shapes(config: Any, made: Any = None) -> dict[str, tuple[int, ...]]:
@@ -212,11 +225,15 @@ def _bounded(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config_widths(config: Any) -> list[Any]:
-    said = heterogeneous.parts(config)
-    config = said[0] if said else text_config(config)
-    block = provenance.read(config).get("ffn") or {}
-    if "modules" in block:
-        return [_checked(entry["width"], f"width of {entry['at']}") for entry in block["modules"]]
+    try:
+        said = heterogeneous.parts(config)
+        config = said[0] if said else text_config(config)
+        entries = (provenance.read(config).get("ffn") or {}).get("modules")
+        found = None if entries is None else [(entry["at"], entry["width"]) for entry in entries]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        found = None  # what builds the model will say what is wrong with it
+    if found is not None:
+        return [_checked(width, f"width of {at}") for at, width in found]
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
         raise CheckpointError(f"config num_hidden_layers must lie in [1, {_MOST_LAYERS}]; got {layers!r}")

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..base.errors import CheckpointError, InputError, check, check_choice, one_line
 from ..base.files import check_name, restore
@@ -74,7 +73,8 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
     if local and any(Path(place).glob("*.safetensors")):
         checkpoint.check_fits(place)
     try:
-        result: Any = _class(place, local).from_pretrained(
+        written = checkpoint.writer_of(checkpoint.read_config(place)) if local else None
+        result: Any = (written or AutoModelForCausalLM).from_pretrained(
             place, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **extra
         )
     except Exception as error:  # whatever a reader makes of a damaged file
@@ -88,16 +88,6 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
         for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
             loaded.__dict__.pop(mark, None)
     return loaded.to(device).eval()
-
-
-def _class(place: str, local: bool) -> Any:
-    """What loads a folder: the class of Transformers that its config names, where that is no causal LM."""
-    config = checkpoint.read_config(place) if local else None
-    named: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0] or "-", None)
-    mapping: Any = AutoModelForCausalLM._model_mapping
-    mapped = {cls.__name__ for cls in mapping.values() if isinstance(cls, type)}
-    other = isinstance(named, type) and issubclass(named, PreTrainedModel) and named.__name__ not in mapped
-    return named if other else AutoModelForCausalLM
 
 
 def load_tokenizer(model: str) -> Any:

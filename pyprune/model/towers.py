@@ -21,9 +21,9 @@ Stack = tuple[str, nn.ModuleList]
 
 def _has_ffn(layer: nn.Module) -> bool:
     """Whether a layer holds what might be an FFN or experts, accelerated ones too."""
-    if match(layer, in_layer=True):
+    if any(hasattr(m, "record") for m in layer.modules()) or match(layer, in_layer=True):
         return True
-    return any(match(m) or find_bank(n, m) or hasattr(m, "record") for n, m in layer.named_modules())
+    return any(match(m) or find_bank(n, m) for n, m in layer.named_modules())
 
 
 def _outermost(found: list[Stack]) -> list[Stack]:

@@ -84,7 +84,7 @@ def _follows(config: Any, ffns: list[FFN]) -> bool:
 def ffn_block(model: nn.Module, ffns: list[FFN]) -> dict[str, Any]:
     """The description of the FFNs that a checkpoint's config carries where its keys do not say the widths.
 
-    See `heterogeneous` for its two forms. `config` is where in the model's config it stands, "" for the whole.
+    See `heterogeneous` for its two forms. `config` is where in the model's config it stands, if not at its top.
     """
     lists = stacks(model)
     list_name, layers = lists[0]
@@ -103,14 +103,15 @@ def ffn_block(model: nn.Module, ffns: list[FFN]) -> dict[str, Any]:
         inner = ffns[0].name.removeprefix(f"{list_name}.0").removeprefix(".")
         dot = f"{inner}." if inner else ""
         return {
-            "config": where,
+            **({"config": where} if where else {}),
             "layers": base[id(layers)],
             "width_key": width_key(config),
             "in": [[dot + name, blocks] for name, blocks in pattern.inputs],
             "out": dot + pattern.down,
         }
     modules = [_entry(f, base) for group in groups(ffns) for f in (group[:1] if _banked(group) else group)]
-    return {"config": where, "modules": modules, "keys": _keys(model, where, modules)}
+    inside = {"config": where} if where else {}
+    return {**inside, "modules": modules, "keys": _keys(model, where, modules)}
 
 
 def _banked(group: list[FFN]) -> bool:
@@ -236,7 +237,7 @@ def module_widths(block: dict[str, Any], widths: list[int]) -> list[int]:
 
 def said_by_keys(model: Any, block: dict[str, Any], widths: list[int]) -> dict[str, Any] | None:
     """Values of config keys with which the model's class builds these widths (one a module), or None."""
-    where = block["config"]
+    where = block.get("config", "")
     config = config_at(model.config, where)
     try:
         full = _widths_in(_base(built(model, where), where), block["modules"])

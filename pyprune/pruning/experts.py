@@ -111,6 +111,13 @@ def prune_experts(
     those of the best that are left. All layers keep as many, so the config's own key says how many, and what loads
     the family loads the result.
 
+        >>> from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+        >>> small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+        >>> config = Qwen3MoeConfig(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, **small)
+        >>> report = prune_experts(AutoModelForCausalLM.from_config(config), keep=0.5, method="random")
+        >>> [len(layer["kept"]) for layer in report.layers]
+        [2, 2]
+
     Args:
         model: a mixture of Transformers whose experts lie in tensors (`model.experts.Bank`).
         keep: share of the experts of every layer that stays, in (0, 1]: the nearest number.
