@@ -20,6 +20,7 @@ from .model.checkpoint import save
 from .model.mask import KeepIndex, Mask
 from .pruning.allocation import Global, Latency, Predicted, Sensitivity, Uniform
 from .pruning.blocks import prune_blocks
+from .pruning.experts import prune_experts
 from .pruning.load import load
 from .pruning.nested import set_width
 from .pruning.prune import prune
@@ -51,6 +52,7 @@ __all__ = [
     "load",
     "prune",
     "prune_blocks",
+    "prune_experts",
     "save",
     "set_width",
 ]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -13,6 +13,7 @@ from pyprune import UnsupportedModelError, accelerate, prune
 from pyprune.base import reference
 from pyprune.model import checkpoint, families, patterns, probe
 from pyprune.model.families import find_ffns
+from pyprune.model.units import OWN
 
 BARE = {"repair": None}
 ACTIVATIONS = {
@@ -83,13 +84,15 @@ def test_activation_is_named_by_behaviour(name, family_of_act, tiny):
 
 
 @pytest.mark.parametrize("name", LOOKALIKES)
-@pytest.mark.parametrize("family_of_act", ["llama", "phi", "opt"])
-def test_lookalike_activation_is_refused(name, family_of_act, tiny):
-    key = {"opt": "activation_function"}.get(family_of_act, "hidden_act")
-    with pytest.raises(
-        UnsupportedModelError, match=r"layers\.0.*does not compute a (gated|plain) FFN with one of gelu"
-    ):
-        find_ffns(tiny(family_of_act, **{key: name}))
+@pytest.mark.parametrize("family_of_act", ["llama", "phi"])
+def test_lookalike_activation_is_never_named(name, family_of_act, tiny):
+    assert {f.activation for f in find_ffns(tiny(family_of_act, hidden_act=name))} == {OWN}
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_lookalike_activation_of_an_in_layer_ffn_is_refused(name, tiny):
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0.*does not compute a plain FFN with one of gelu"):
+        find_ffns(tiny("opt", activation_function=name))
 
 
 def test_nothing_depends_on_names(tiny, tiny_config):
@@ -104,28 +107,20 @@ def test_nothing_depends_on_names(tiny, tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "found"),
-    [("mixtral", "MixtralSparseMoeBlock"), ("qwen2_moe", "Qwen2MoeSparseMoeBlock"), ("olmoe", "OlmoeSparseMoeBlock")],
-)
-def test_mixture_of_experts_is_refused_by_name(model_type, found):
-    small = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
-    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **small, **experts, **heads))
-    with pytest.raises(UnsupportedModelError, match=rf"layers\.0 has no FFN.*mixture of experts.*{found}"):
-        find_ffns(model)
-
-
-@pytest.mark.parametrize(
     ("model_type", "config", "message"),
     [
-        ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, r"BloomMLP, dense_h_to_4h/dense_4h_to_h\) does not"),
-        ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}, r"MptForCausalLM: transformer\.blocks\.0.*MptMLP"),
-        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2}, r"no FFN that pyprune knows; found norm .*MambaMixer"),
+        (
+            "bitnet",
+            {"intermediate_size": 48, "num_attention_heads": 4},
+            r"layers\.0\.mlp .*ffn_sub_norm, a norm over all",
+        ),
+        ("mamba", {}, r"no FFN that pyprune knows; found norm .*MambaMixer.*no FFN neurons to prune"),
+        ("rwkv", {"attention_hidden_size": 32}, r"blocks\.0 has no FFN that pyprune knows; found .*feed_forward"),
     ],
 )
 def test_unknown_shape_is_refused_by_what_was_found(model_type, config, message):
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=64, **config))
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **small, **config))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UnsupportedModelError, match=message):
         prune(model, method="random", repair=None)
@@ -139,6 +134,12 @@ class NormedMLP(LlamaMLP):
 
     def forward(self, x):
         return self.down_proj(self.norm(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class BareNormMLP(LlamaMLP):
+    def forward(self, x):
+        inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(nn.functional.normalize(inner, dim=-1))
 
 
 class ScaledMLP(LlamaMLP):
@@ -166,13 +167,32 @@ class RoutedMLP(LlamaMLP):
         return super().forward(x) * routing
 
 
-@pytest.mark.parametrize("odd", [NormedMLP, ScaledMLP, ResidualMLP, SwappedMLP, NormalisingMLP, RoutedMLP])
+@pytest.mark.parametrize("odd", [NormedMLP, BareNormMLP, ScaledMLP, ResidualMLP, RoutedMLP])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_module_that_only_looks_familiar_is_refused(odd, dtype, tiny):
     model = tiny("llama")
     model.model.layers[2].mlp = odd(model.config)
     with pytest.raises(UnsupportedModelError, match=rf"model\.layers\.2\.mlp \({odd.__name__}, gate_proj/up_proj"):
         find_ffns(model.to(dtype))
+
+
+@pytest.mark.parametrize("odd", [SwappedMLP, NormalisingMLP])
+def test_ffn_of_a_form_of_its_own_is_pruned_and_left_by_accelerate(odd, tiny, ids, random_mask, masked, same_logits):
+    model = tiny("llama")
+    for layer in model.model.layers:
+        copied = odd(model.config)
+        copied.load_state_dict(layer.mlp.state_dict())
+        layer.mlp = copied.eval()
+    mask = random_mask(model, (64, 1, 96))
+    want = masked(model, mask)(ids).logits
+    prune(model, **BARE, mask=mask)
+    got = model(ids).logits
+    same_logits(got, want)
+    with pytest.warns(UserWarning, match=r"0 experts and 3 FFNs of LlamaForCausalLM stay as they are"):
+        accelerate(model)
+    assert torch.equal(model(ids).logits, got)
+    with pytest.raises(UnsupportedModelError, match="all were asked for"):
+        accelerate(model, backend="torch")
 
 
 def test_in_layer_ffn_with_a_norm_over_its_neurons_is_refused(tiny):
@@ -182,18 +202,35 @@ def test_in_layer_ffn_with_a_norm_over_its_neurons_is_refused(tiny):
         find_ffns(model)
 
 
-def test_two_ffns_in_one_layer_are_refused(tiny):
+def test_two_ffns_in_one_layer_are_both_found(tiny, ids):
     model = tiny("llama")
     model.model.layers[0].second = LlamaMLP(model.config)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0 has more than one FFN; found .*second \(LlamaMLP"):
-        find_ffns(model)
+    assert [(f.layer, f.block, f.name.rpartition(".")[2]) for f in find_ffns(model)] == [
+        (0, 0, "mlp"),
+        (1, 0, "second"),
+        (2, 1, "mlp"),
+        (3, 2, "mlp"),
+    ]
+    with pytest.raises(UnsupportedModelError, match=r"cannot be saved.*second"):
+        prune(model, text=ids)
 
 
-def test_shared_ffn_is_refused(tiny):
+@pytest.mark.parametrize("whole", [True, False], ids=["one module", "tied weights"])
+def test_shared_ffn_is_pruned_once(whole, tiny, ids, random_mask, masked, same_logits):
     model = tiny("llama")
-    model.model.layers[2].mlp = model.model.layers[0].mlp
-    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp and model\.layers\.2\.mlp share weights"):
-        find_ffns(model)
+    layers = model.model.layers
+    if whole:
+        layers[2].mlp = layers[0].mlp
+    else:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(layers[2].mlp, name).weight = getattr(layers[0].mlp, name).weight
+    ffns = find_ffns(model)
+    assert [(f.name, f.shared) for f in ffns] == [("model.layers.0.mlp", True), ("model.layers.1.mlp", False)]
+    mask = random_mask(model, (40, 24))
+    want = masked(model, mask)(ids).logits
+    prune(model, **BARE, mask=mask)
+    same_logits(model(ids).logits, want)
+    assert layers[2].mlp.down_proj.in_features == 40 and layers[2].mlp.down_proj.weight.shape[1] == 40
 
 
 def test_decoder_layers_are_never_guessed(tiny):
@@ -207,17 +244,6 @@ def test_decoder_layers_are_never_guessed(tiny):
     model.config.num_hidden_layers = 2
     with pytest.raises(UnsupportedModelError, match=r"a list of 2 decoder layers .*found model\.layers \(3\)"):
         find_ffns(model)
-
-
-@pytest.mark.parametrize(("encoder", "decoder"), [(3, 2), (2, 3), (3, 3)])
-def test_a_decoder_beside_an_encoder_is_refused(encoder, decoder):
-    small = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 64}
-    layers = {"encoder_layers": encoder, "decoder_layers": decoder, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
-    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **small, **layers))
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(UnsupportedModelError, match=r"model\.(de|en)coder\.layers.* model\.(en|de)coder\.layers"):
-        accelerate(model)
-    assert [type(module) for module in model.modules()] == before
 
 
 def test_width_key_and_bias_key(tiny_config):

@@ -190,4 +190,4 @@ def test_remote_code_file_needs_only_torch_and_transformers(tiny, random_mask, i
     code = (folder / "modeling_pyprune.py").read_text()
     imports = [line for line in code.splitlines() if line.startswith(("import", "from"))]
     roots = {line.split()[1].partition(".")[0] for line in imports}
-    assert roots == {"__future__", "functools", "weakref", "typing", "torch", "transformers"}
+    assert roots == {"__future__", "functools", "re", "weakref", "typing", "torch", "transformers"}

@@ -35,6 +35,9 @@ class GradientStats:
 class ActivationStats:
     """Moments over calibration tokens of what enters the down projection: a_tj, token t, neuron j.
 
+    Of an expert: over the tokens routed to it, and a is what the neuron contributes, its activation times the router's
+    weight; but for `abs_mean`, which is of the activation alone.
+
     Attributes:
         tokens: T.
         mean, abs_mean: `[F]`, means over t of a and of abs(a).
@@ -46,6 +49,7 @@ class ActivationStats:
         held_out: the last quarter of each source's windows: `gram` and `cross`, those of a source over the energy of
             the dense output on it, so that sources count alike; None as above.
         seen: all other windows: `gram` and `cross`, and how many tokens; None as above.
+        routed: mean over t of the router's weight; 1 where there is no router.
     """
 
     tokens: int
@@ -57,6 +61,7 @@ class ActivationStats:
     cross: Tensor | None = None
     held_out: ActivationStats | None = None
     seen: ActivationStats | None = None
+    routed: float = 1.0
 
     @property
     def norm(self) -> Tensor:
@@ -66,4 +71,4 @@ class ActivationStats:
     @property
     def variance(self) -> Tensor:
         """`[F]`, population variance over tokens."""
-        return (self.square_sum / self.tokens - self.mean.square()).clamp_min(0.0)
+        return (self.square_sum / max(1, self.tokens) - self.mean.square()).clamp_min(0.0)

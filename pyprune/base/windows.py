@@ -198,6 +198,8 @@ def stack_batches(batches: Iterable[Tensor] | Tensor, vocabulary: int | None, ar
 
 def check_windows(model: nn.Module, windows: Tensor, argument: str) -> None:
     """Raise `InputError` when windows (`[N, W]`) are longer than the model's context."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    of_text = getattr(config, "get_text_config", None)
+    longest = getattr(of_text(decoder=True) if of_text else config, "max_position_embeddings", None)
     fits = not isinstance(longest, int) or windows.shape[1] <= longest
     check(fits, argument, f"have windows of at most {longest} tokens (max_position_embeddings)", windows.shape[1])

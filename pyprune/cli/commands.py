@@ -29,6 +29,7 @@ from .compare import compare
 from .demo import run_demo
 from .diagnose import diagnose
 from .doctor import found_here
+from .experts import prune_experts
 from .export import export
 from .inspect import inspect
 from .options import (
@@ -112,6 +113,7 @@ def doctor(as_json: JsonOption = False) -> None:
 app.command()(inspect)
 app.command()(prune)
 app.command()(prune_blocks)
+app.command()(prune_experts)
 
 
 @app.command(name="eval")

@@ -48,6 +48,7 @@ def run_facts(model: str) -> dict[str, Any]:
 
 
 def check_out(out: Path | None, dry_run: bool, overwrite: bool, max_shard_size: str) -> None:
+    """Raise `InputError` where there is no folder to write, or it cannot be written."""
     if out is None and not dry_run:
         raise InputError("out must be given, unless with --dry-run; got None")
     if out is not None:

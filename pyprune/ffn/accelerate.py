@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..base.errors import check, check_choice
+from ..base.errors import UnsupportedModelError, check, check_choice
 from ..base.memory import Room, release
 from ..model import families
 from ..model.families import FFN
 from ..model.mask import Mask
 from ..model.surgery import set_widths
+from ..model.units import OWN
 from ..model.weights import check_finite
 from . import dispatch, first_use
 from .mlp import MODES, PrunedMLP
@@ -63,7 +65,10 @@ def accelerate(
     check_choice(backend, "backend", dispatch.names())
     check_choice(weights or "float32", "weights", WEIGHTS)
     check(mask is not None or mode == "compact", "mask", "be given in gather mode", mask)
-    ffns = families.find_ffns(model)
+    every = families.find_ffns(model)
+    ffns = [ffn for ffn in every if ffn.activation != OWN and not ffn.shared and not ffn.expert]
+    _check_all(model, every, ffns, mask, mode, backend)
+    del every  # originals are freed one by one
     if mask is not None:
         mask.check_fits([f.intermediate_size for f in ffns], families.fingerprint(model, ffns))
     check_finite(model)
@@ -82,6 +87,23 @@ def accelerate(
         del ffn  # nothing else holds the original
         release()
     return model
+
+
+def _check_all(model: nn.Module, every: list[FFN], ffns: list[FFN], mask: Mask | None, mode: str, backend: str) -> None:
+    """Say which FFNs stay as they are, or refuse what was asked for all of them.
+
+    Raises:
+        UnsupportedModelError: a mask, a mode or a backend is given, and an FFN cannot become a `PrunedMLP`.
+    """
+    left = [ffn for ffn in every if ffn not in ffns]
+    if not left:
+        return
+    experts = sum(ffn.expert for ffn in left)
+    what = f"{experts} experts and {len(left) - experts} FFNs of {type(model).__name__}"
+    why = f"(such as {left[0].name}: weights in tensors, several layers that run it, or an activation of its own)"
+    if mask is not None or mode != "compact" or backend != "auto":
+        raise UnsupportedModelError(f"{what} cannot run from a record {why}, and all were asked for")
+    warnings.warn(f"{what} stay as they are, in torch {why}", stacklevel=3)
 
 
 def _record_bytes(ffns: list[FFN], mask: Mask | None, weights: str | None) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from ..base import reference
 from ..base.errors import check, check_choice
 from ..model import families
+from ..model.units import OWN
 from . import tuned
 from .backends import Problem
 from .contest import Effort, Tuned, try_all
@@ -96,6 +97,8 @@ def model_problems(model: nn.Module, **options: Any) -> list[Problem]:
     """
     found: list[Problem] = []
     for ffn in families.find_ffns(model):
+        if ffn.activation == OWN:
+            continue  # it will run as it is
         own: dict[str, Any] = {"gated": ffn.gated, "activation": ffn.activation, "dtype": ffn.weights().down.dtype}
         found += layer_problems(ffn.hidden_size, ffn.intermediate_size, **own, **options)
     return found

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..base.errors import CheckpointError, UnsupportedModelError, check, is_count, one_line
 from ..base.files import check_out_folder, new_folder, sha256_of
-from . import families, heterogeneous, surgery
+from . import families, heterogeneous, provenance
 from .manifest import FORMAT, MANIFEST, keep_tokenizer, read_manifest, strangers
+from .towers import config_at, text_config
+from .widths import module_widths, set_widths, stock_class
 
 # As for Transformers' `save_pretrained`.
 MAX_SHARD_SIZE = "50GB"
@@ -128,17 +130,39 @@ def save(
     return Path(path)
 
 
-def _meta_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+# Transformers' tables of classes that write text, beside that of causal LMs.
+_WRITERS = ("AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForMultimodalLM")
+
+
+def writer_of(config: Any) -> Any:
+    """The class of Transformers that a checkpoint's config names, if that writes text and is no causal LM, or None."""
+    names = getattr(config, "architectures", None)
+    named = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if not isinstance(named, type) or not issubclass(named, PreTrainedModel) or type(config) is not named.config_class:
+        return None
+    causal: Any = AutoModelForCausalLM._model_mapping
+    tables = [getattr(transformers, auto)._model_mapping for auto in _WRITERS if hasattr(transformers, auto)]
+    written = {name for table in tables for name in table._model_mapping.values()}
+    return named if named.__name__ in written - set(causal._model_mapping.values()) else None
+
+
+def class_of(config: Any) -> Any:
+    """The class of Transformers that a checkpoint with this config is loaded with."""
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    return writer_of(config) or mapping[type(config)]
+
+
+def _meta_shapes(config: Any, made: Any = None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a model built from `config`, without memory for them."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = (made or class_of(config))(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def check_rebuilds(model: nn.Module) -> None:
     """Raise `CheckpointError` unless the model's config builds a model of its shapes; memory for none is needed."""
     config: Any = model.config
-    wanted = _meta_shapes(type(config).from_dict(config.to_dict()))
+    wanted = _meta_shapes(type(config).from_dict(config.to_dict()), stock_class(model))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(wanted.keys() | shapes.keys()):
         if wanted.get(name) != shapes.get(name):
@@ -160,15 +184,17 @@ def check_narrows(model: nn.Module, block: dict[str, Any], widths: list[int]) ->
         UnsupportedModelError: its config cannot say so.
     """
     config: Any = copy.deepcopy(model.config)
-    mapping: Any = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping or mapping[type(config)].__name__ != type(model).__name__:
+    if not hasattr(transformers, type(model).__name__):
         return
     config.__dict__.pop("auto_map", None)
+    where = block.get("config", "")
+    own = widths if "modules" not in block else module_widths(block, widths)
     try:
         with torch.device("meta"):
-            narrow: Any = AutoModelForCausalLM.from_config(config)
-        heterogeneous.resize(narrow, block, widths)
-        surgery.set_widths(narrow, block, widths)
+            narrow: Any = stock_class(model)(config)
+        part = heterogeneous.tower(narrow, config_at(config, where)) if where else narrow
+        heterogeneous.resize(part, block, own)
+        set_widths(narrow, block, widths)
         check_rebuilds(narrow)
     except Exception as error:  # whatever a config or a model of Transformers makes of such widths
         kind = "widths that differ by layer" if len(set(widths)) > 1 else f"a width of {widths[0]}"
@@ -179,6 +205,11 @@ def check_narrows(model: nn.Module, block: dict[str, Any], widths: list[int]) ->
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _float(value: dict[str, Any]) -> Any:
+    """Infinity and the like, which Transformers writes as an object of one key."""
+    return float(value["__float__"]) if set(value) == {"__float__"} else value
 
 
 def _bounded(raw: dict[str, Any]) -> dict[str, Any]:
@@ -194,6 +225,15 @@ def _bounded(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config_widths(config: Any) -> list[Any]:
+    try:
+        said = heterogeneous.parts(config)
+        config = said[0] if said else text_config(config)
+        entries = (provenance.read(config).get("ffn") or {}).get("modules")
+        found = None if entries is None else [(entry["at"], entry["width"]) for entry in entries]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        found = None  # what builds the model will say what is wrong with it
+    if found is not None:
+        return [_checked(width, f"width of {at}") for at, width in found]
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
         raise CheckpointError(f"config num_hidden_layers must lie in [1, {_MOST_LAYERS}]; got {layers!r}")
@@ -205,9 +245,14 @@ def _config_widths(config: Any) -> list[Any]:
     for i, width in enumerate(widths):
         if width is None:  # GPT-2's way of saying 4 * hidden_size
             continue
-        if not _is_whole(width) or not 1 <= width <= _WIDEST:
-            raise CheckpointError(f"config {key} of layer {i} must lie in [1, {_WIDEST}]; got {width!r}")
+        _checked(width, f"config {key} of layer {i}")
     return widths
+
+
+def _checked(width: Any, argument: str) -> int:
+    if not _is_whole(width) or not 1 <= width <= _WIDEST:
+        raise CheckpointError(f"{argument} must lie in [1, {_WIDEST}]; got {width!r}")
+    return int(width)
 
 
 def read_config(folder: str | Path) -> Any:
@@ -220,7 +265,7 @@ def read_config(folder: str | Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
     try:
-        raw = _bounded(json.loads(path.read_text(encoding="utf-8")))
+        raw = _bounded(json.loads(path.read_text(encoding="utf-8"), object_hook=_float))
         values = {k: v for k, v in raw.items() if k != "model_type"}
         config: Any = AutoConfig.for_model(str(raw.get("model_type")), **values)
     except CheckpointError:
@@ -272,7 +317,7 @@ def check_fits(folder: str | Path) -> list[int]:
     shapes = tensor_shapes(folder)
     try:
         wanted = _meta_shapes(config)
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        model_class: Any = class_of(config)
     except Exception as error:  # a config that no model class of Transformers accepts
         raise CheckpointError(
             f"{folder}/config.json builds no model: {type(error).__name__}: {one_line(error)}"

@@ -53,7 +53,7 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _differences(old: nn.Module, new: nn.Module) -> Iterator[tuple[str, str, Any, Any]]:
+def differences(old: nn.Module, new: nn.Module) -> Iterator[tuple[str, str, Any, Any]]:
     """(module, attribute, old value, new value) of every plain attribute in which two modules of one build differ."""
     others = dict(old.named_modules())
     for name, module in new.named_modules():
@@ -125,7 +125,7 @@ def renumbering(model: nn.Module, keep: Sequence[int]) -> list[tuple[str, str, A
     for number, (i, layer) in enumerate(zip(keep, new_layers, strict=True)):
         if _layout(old_layers[i]) != _layout(layer):
             raise refuse(f"layer {i} would be of another kind as layer {number}")
-        for inner, key, was, value in _differences(old_layers[i], layer):
+        for inner, key, was, value in differences(old_layers[i], layer):
             where = f"{path}.{i}.{inner}".rstrip(".")
             filtered = isinstance(was, list | tuple) and len(was) == len(layers) and value == [was[k] for k in keep]
             if not filtered and not _is_number_of(was, value, i, number):
@@ -135,7 +135,7 @@ def renumbering(model: nn.Module, keep: Sequence[int]) -> list[tuple[str, str, A
         setattr(parent.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], nn.ModuleList())
     if _layout(old) != _layout(new):
         raise refuse("what stands beside the layers would change")
-    for where, key, was, value in _differences(old, new):
+    for where, key, was, value in differences(old, new):
         if _is_number_of(was, value, len(layers), len(keep)):
             changes.append((where, key, value))
     return changes

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from . import families
+from ..base.errors import UnsupportedModelError
+from . import families, widths
+from .units import Expert
 
 
 class Described:
@@ -28,6 +30,31 @@ class Described:
         self.model = model
         self.ffns = families.find_ffns(model)
         self.sizes = [ffn.intermediate_size for ffn in self.ffns]
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the model has one list of layers, each of which has one FFN, all of one form."""
+        return widths.plain(self.model, self.ffns)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether no FFN is run by several layers, and there is one list of layers: so text may go layer by layer."""
+        encodes = getattr(self.model.config, "is_encoder_decoder", False)
+        return not encodes and not any(ffn.shared or ffn.stack for ffn in self.ffns)
+
+    @property
+    def experts(self) -> list[Expert]:
+        """Those of its FFNs that are experts of a bank."""
+        return [ffn for ffn in self.ffns if isinstance(ffn, Expert)]
+
+    def check_plain(self, what: str) -> None:
+        """Raise `UnsupportedModelError`, naming `what` asks for it, where the model is not `plain`."""
+        if not self.plain:
+            raise UnsupportedModelError(
+                f"{what} needs a model whose layers each have one FFN of one form; {type(self.model).__name__} has "
+                "layers without one, several in one, experts, or an encoder beside its decoder: use structure "
+                "'neurons' with allocation 'uniform' or 'global'"
+            )
 
     @cached_property
     def block(self) -> dict[str, Any]:

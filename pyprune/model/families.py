@@ -8,114 +8,39 @@ refused instead of silently changed.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+import re
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from ..base import reference
 from ..base.errors import UnsupportedModelError
-from .patterns import PATTERNS, FFNWeights, Pattern, match, projections
-from .probe import detect_activation
+from .experts import Bank, computes, find_bank
+from .patterns import PATTERNS, Pattern, match, projections
+from .probe import detect_activation, prunable
+from .towers import decoder_layers, stacks
+from .units import FFN, OWN, Expert
 from .weights import check_plain, check_there, leave_inference
+from .widths import BIAS_KEYS, WIDTH_KEYS, bias_key, ffn_block, has_width, plain, width_key
 
-WIDTH_KEYS = ("n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size")
+__all__ = [
+    "BIAS_KEYS",
+    "FFN",
+    "WIDTH_KEYS",
+    "Expert",
+    "bias_key",
+    "decoder_layers",
+    "ffn_block",
+    "find_ffns",
+    "find_plain",
+    "fingerprint",
+    "has_width",
+    "width_key",
+]
 
-# Of families without any of them.
-OWN_WIDTH_KEY = "intermediate_size"
-
-# Config keys that make a family's projections carry a bias where the dense model has none.
-BIAS_KEYS = ("mlp_bias",)
-
-# Config keys by which a family derives the FFN width, and the value that makes it take the width as it stands.
-WIDTH_AS_IT_STANDS: dict[str, Any] = {"block_auto_adjust_ff_dim": False}
-
-
-@dataclass(frozen=True, eq=False)
-class FFN:
-    """One FFN found in a model.
-
-    Attributes:
-        layer: number of the decoder layer.
-        name: dotted path, in the model, of the module that holds the projections.
-        holder: that module.
-        pattern: the row of `PATTERNS` it matched.
-        activation: a key of `reference.ACTIVATIONS`.
-    """
-
-    layer: int
-    name: str
-    holder: nn.Module
-    pattern: Pattern
-    activation: str
-
-    @property
-    def down(self) -> nn.Module:
-        return self.holder.get_submodule(self.pattern.down)
-
-    @property
-    def gated(self) -> bool:
-        return self.pattern.gated
-
-    @property
-    def hidden_size(self) -> int:
-        return self.weights().down.shape[1]
-
-    @property
-    def intermediate_size(self) -> int:
-        return self.weights().down.shape[0]
-
-    @property
-    def dropout(self) -> float:
-        """Dropout probability that the FFN module applies to its output while training."""
-        if self.pattern.in_layer:
-            return 0.0  # the decoder layer applies its own
-        found = [m.p for m in self.holder.children() if isinstance(m, nn.Dropout)]
-        return float(found[0] if found else getattr(self.holder, "residual_dropout", 0.0))
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Every parameter of the FFN's projections."""
-        names = [name for name, _ in self.pattern.inputs] + [self.pattern.down]
-        return [p for name in names for p in self.holder.get_submodule(name).parameters()]
-
-    def weights(self) -> FFNWeights:
-        """Views of the projections, neuron-major; they share memory with the model."""
-        return projections(self.holder, self.pattern)
-
-
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The dotted path and the list of the model's decoder layers.
-
-    Raises:
-        UnsupportedModelError: not exactly one outermost list as long as `config.num_hidden_layers` says.
-    """
-    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    fitting = [(n, m) for n, m in lists if count and len(m) == count]
-    outer = [(n, m) for n, m in fitting if not any(n.startswith(f"{o}.") for o, _ in fitting)]
-    if len(outer) == 1:
-        return outer[0]
-    if count is None:
-        raise UnsupportedModelError(_without_count(model))
-    found = ", ".join(f"{n} ({len(m)})" for n, m in (outer or lists)[:5]) or "no nn.ModuleList"
-    wanted = f"{'one' if outer else 'a'} list of {count} decoder layers (config.num_hidden_layers)"
-    raise UnsupportedModelError(f"{type(model).__name__} does not have {wanted}; found {found}")
-
-
-def _without_count(model: nn.Module) -> str:
-    """Why a model has no `config.num_hidden_layers`, and what to pass instead, as a sentence."""
-    name, config = type(model).__name__, getattr(model, "config", None)
-    inner = getattr(model, "module", None)
-    if config is None and isinstance(getattr(inner, "config", None), PreTrainedConfig):
-        return f"{name} wraps a {type(inner).__name__}: pass what it wraps, model.module"
-    if not isinstance(config, PreTrainedConfig):
-        return f"{name} is no model of Transformers: it has no config that says how many decoder layers there are"
-    towers = [key for key in config.sub_configs if key != "text_config"]
-    if "text_config" in config.sub_configs and towers:
-        return f"{name} is not a language model alone ({', '.join(towers)}): its text tower is not supported yet"
-    return f"{name} has no number of decoder layers in its config (num_hidden_layers of {type(config).__name__})"
+# Names of parts of a layer that say that it is an FFN: a layer that has one that is not known is not passed over.
+_ROUTES = re.compile(r"(^|\.)(router|gate|gating)\.")  # what stands in a router is left alone
+_CALLED_FFN = re.compile(r"mlp|ffn|ff|feed_?forward|moe|block_sparse_moe|experts?|fc\d?|channel_mix", re.IGNORECASE)
 
 
 def _wide_norm(layer: nn.Module, width: int, hidden_size: int) -> str | None:
@@ -144,63 +69,162 @@ def _describe(layer: nn.Module) -> str:
 @torch.inference_mode(False)
 @torch.no_grad()
 def find_ffns(model: nn.Module) -> list[FFN]:
-    """Find the FFN of every decoder layer.
+    """Find the FFNs of every decoder layer, in order; of a mixture each expert is one (`units.Expert`).
 
-    Tensors of the model that were made in inference mode become ordinary ones, of the same values.
+    Of a model with several towers, those of the text's (see `towers.stacks`); of an encoder-decoder those of both
+    sides. A layer may have none, or several; what several layers run is found once. Tensors of the model that were
+    made in inference mode become ordinary ones, of the same values.
 
     Raises:
-        UnsupportedModelError: no decoder layers, FFNs elsewhere too, weights that are not there or no ordinary floats
-            (see `weights`), a layer without a known FFN (a mixture of experts, an unknown shape), or one whose output
-            is not `down(act(up(x)))` or `down(act(gate(x)) * up(x))`.
+        UnsupportedModelError: no decoder layers, or several lists that may be meant; weights that are not there or no
+            ordinary floats (see `weights`); no layer with a known FFN, or a layer with an unknown one: an unknown shape
+            or layout of experts, or neurons that are not computed each without the others.
     """
-    list_name, layers = decoder_layers(model)
-    for i, layer in enumerate(layers):
-        if any(hasattr(m, "record") for m in layer.modules()):
-            raise UnsupportedModelError(
-                f"{list_name}.{i} is accelerated already; prune the loaded checkpoint first, then accelerate it"
-            )
-    check_there(model)
-    check_plain(model, layers, list_name)
-    _check_alone(model, list_name)
-    leave_inference(model)
-    ffns = []
+    found: list[FFN] = []
+    for number, (list_name, layers) in enumerate(stacks(model)):
+        for i, layer in enumerate(layers):
+            if any(hasattr(m, "record") for m in layer.modules()):
+                raise UnsupportedModelError(
+                    f"{list_name}.{i} is accelerated already; prune the loaded checkpoint first, then accelerate it"
+                )
+        if number == 0:
+            check_there(model)
+        check_plain(model, layers, list_name)
+        leave_inference(model)
+        _add_stack(model, found, number, list_name, layers)
+    _check_shared(model, found)
+    return found
+
+
+def find_plain(model: nn.Module, what: str) -> list[FFN]:
+    """`find_ffns` of a model whose layers each have one FFN of one form, with an activation that records know.
+
+    Args:
+        what: asks for that, as the message says.
+
+    Raises:
+        UnsupportedModelError: as `find_ffns`, or another kind of model.
+    """
+    found = find_ffns(model)
+    if not plain(model, found) or any(ffn.activation == OWN for ffn in found):
+        raise UnsupportedModelError(
+            f"{what} takes models whose layers each have one FFN of one form, with one of the activations "
+            f"{', '.join(reference.ACTIVATIONS)}; {type(model).__name__} is none (see docs/families.md)"
+        )
+    return found
+
+
+def _add_stack(model: nn.Module, found: list[FFN], number: int, list_name: str, layers: nn.ModuleList) -> None:
+    """Add the FFNs of one list of layers."""
+    kind = type(model).__name__
+    empty: list[int] = []
+    seen = {id(ffn.holder): i for i, ffn in enumerate(found)}
+    start = len(found)
     for i, layer in enumerate(layers):
         prefix = f"{list_name}.{i}"
-        candidates = [("", layer, True)] + [(f".{n}", m, False) for n, m in layer.named_modules() if n]
-        found = [
-            (name, module, pattern) for name, module, flag in candidates if (pattern := match(module, in_layer=flag))
-        ]
-        if len(found) != 1 or _describe(layer).startswith("a mixture"):
-            _check_adapted(model, layer, prefix)
-            what = "more than one FFN" if len(found) > 1 else "no FFN that pyprune knows"
-            raise UnsupportedModelError(f"{type(model).__name__}: {prefix} has {what}; found {_describe(layer)}")
-        name, module, pattern = found[0]
-        activation = detect_activation(module, pattern)
-        if activation is None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: {prefix}{name} ({type(module).__name__}, {pattern.name}) does not compute "
-                f"a {'gated' if pattern.gated else 'plain'} FFN with one of {', '.join(reference.ACTIVATIONS)}"
-            )
-        ffn = FFN(i, prefix + name, module, pattern, activation)
-        if pattern.in_layer and (norm := _wide_norm(layer, ffn.intermediate_size, ffn.hidden_size)):
-            raise UnsupportedModelError(f"{type(model).__name__}: {prefix} has a norm over its neurons, {norm}")
-        ffns.append(ffn)
-    _check_shared(model, ffns)
-    return ffns
+        here = _candidates(layer)
+        for name, module, pattern in here:
+            where = f"{prefix}.{name}".rstrip(".")
+            if id(module) in seen:
+                known = seen[id(module)]
+                for j in range(known, len(found)):
+                    if found[j].holder is module:
+                        object.__setattr__(found[j], "shared", True)
+                continue
+            seen[id(module)] = len(found)
+            if isinstance(pattern, Bank):
+                bank = Bank(where, *list(vars(pattern).values())[1:])
+                if not computes(bank):
+                    raise UnsupportedModelError(
+                        f"{kind}: {where} ({type(module).__name__}) holds a mixture of experts, but does not compute "
+                        f"what its tensors {bank.layout.up} and {bank.layout.down} say"
+                    )
+                found += [Expert.of(bank, e, len(found) + e, number, i) for e in range(bank.experts)]
+                continue
+            if (same := _same_weights(found, module, pattern)) is not None:
+                object.__setattr__(same, "shared", True)
+                object.__setattr__(same, "twins", (*same.twins, (where, module)))
+                continue
+            activation = _activation(kind, where, module, pattern)
+            if any("." in n for n, _ in pattern.inputs):
+                activation = OWN  # its modules do not stand side by side, as a `PrunedMLP` has them
+            ffn = FFN(len(found), where, module, pattern, activation, number, i, _group(layer, prefix, name))
+            if pattern.in_layer and (norm := _wide_norm(layer, ffn.intermediate_size, ffn.hidden_size)):
+                raise UnsupportedModelError(f"{kind}: {prefix} has a norm over its neurons, {norm}")
+            found.append(ffn)
+        if not here:
+            empty.append(i)
+    kinds = {type(ffn.holder) for ffn in found[start:]}
+    for i in empty:
+        _check_empty(model, layers[i], f"{list_name}.{i}", kinds)
 
 
-def _check_alone(model: nn.Module, list_name: str) -> None:
-    """Raise `UnsupportedModelError` when layers with FFNs stand in another list too, as beside a decoder an encoder."""
-    for name, module in model.named_modules():
-        inside = f"{name}.".startswith(f"{list_name}.") or f"{list_name}.".startswith(f"{name}.")
-        if not isinstance(module, nn.ModuleList) or inside:
+def _same_weights(found: list[FFN], module: nn.Module, pattern: Pattern) -> FFN | None:
+    """The FFN that has all the parameters of a module, as where layers are tied, or None."""
+    own = {id(p) for p in FFN(0, "", module, pattern, OWN).parameters()}
+    return next((f for f in found if f.pattern is pattern and own == {id(p) for p in f.parameters()}), None)
+
+
+def _candidates(layer: nn.Module) -> list[tuple[str, nn.Module, Pattern | Bank]]:
+    """(path, module, pattern or bank) of everything in a layer that looks like an FFN, none inside another."""
+    found: list[tuple[str, nn.Module, Pattern | Bank]] = []
+    for name, module in layer.named_modules():
+        if any(name.startswith(f"{outer}.") for outer, _, _ in found if outer) or _ROUTES.search(name):
             continue
-        for inner, holder in module.named_modules():
-            if match(holder) or (inner.isdigit() and match(holder, in_layer=True)):
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} has FFNs in {name} beside those in {list_name}; pyprune prunes and "
-                    "accelerates models with one list of decoder layers, and would leave these as they are"
-                )
+        pattern = find_bank(name, module) or match(module, in_layer=not name)
+        if pattern is not None:
+            found.append((name, module, pattern))
+    return found
+
+
+def _group(layer: nn.Module, prefix: str, name: str) -> str:
+    """The path of the list of experts that an FFN module is in, or its own."""
+    parent = name.rpartition(".")[0]
+    inside = parent and isinstance(layer.get_submodule(parent), nn.ModuleList | nn.ModuleDict)
+    several = inside and sum(1 for m in layer.get_submodule(parent).children() if match(m)) > 1
+    return f"{prefix}.{parent if several else name}".rstrip(".")
+
+
+def _activation(kind: str, where: str, module: nn.Module, pattern: Pattern) -> str:
+    """What `FFN.activation` says, for a module that matches a pattern.
+
+    Raises:
+        UnsupportedModelError: it does not compute an FFN whose neurons may be removed.
+    """
+    found = detect_activation(module, pattern)
+    if found is not None:
+        return found
+    if prunable(module, pattern):
+        return OWN
+    norm = _wide_norm(module, projections(module, pattern).down.shape[0], 0)
+    why = f": {norm}, a norm over all neurons, makes each depend on the others" if norm else ""
+    raise UnsupportedModelError(
+        f"{kind}: {where} ({type(module).__name__}, {pattern.name}) does not compute "
+        f"a {'gated' if pattern.gated else 'plain'} FFN with one of {', '.join(reference.ACTIVATIONS)}, "
+        f"nor one whose neurons could be removed one by one{why}: this model cannot be pruned by neurons"
+    )
+
+
+def _check_empty(model: nn.Module, layer: nn.Module, prefix: str, kinds: set[type]) -> None:
+    """Raise `UnsupportedModelError` for a layer that has an unknown FFN and no known one, or where no layer has one.
+
+    Args:
+        kinds: classes of the FFNs of other layers.
+    """
+    _check_adapted(model, layer, prefix)
+    own = [n for n, m in layer.named_children() if _CALLED_FFN.fullmatch(n) and list(m.parameters())]
+    own += [n for n, m in layer.named_modules() if type(m) in kinds]
+    if kinds and not own:
+        return
+    found, known = _describe(layer), "its form may be added to `patterns.PATTERNS` (see CONTRIBUTING.md)"
+    hint = (
+        known
+        if own or "experts" in found
+        else "where a mixer is all that a layer has, there are no FFN neurons to prune"
+    )
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: {prefix} has no FFN that pyprune knows; found {found}; {hint}"
+    )
 
 
 def _check_adapted(model: nn.Module, layer: nn.Module, prefix: str) -> None:
@@ -217,50 +241,13 @@ def _check_adapted(model: nn.Module, layer: nn.Module, prefix: str) -> None:
 def _check_shared(model: nn.Module, ffns: list[FFN]) -> None:
     owner: dict[int, str] = {}
     for ffn in ffns:
+        name = ffn.group if isinstance(ffn, Expert) else ffn.name
         for parameter in ffn.parameters():
-            other = owner.setdefault(id(parameter), ffn.name)
-            if other != ffn.name:
+            other = owner.setdefault(id(parameter), name)
+            if other != name:
                 raise UnsupportedModelError(
-                    f"{type(model).__name__}: {other} and {ffn.name} share weights, so they cannot be pruned apart"
+                    f"{type(model).__name__}: {other} and {name} share weights, so they cannot be pruned apart"
                 )
-
-
-def width_key(config: Any) -> str:
-    """The config key that holds the FFN width of this family, or that pyprune gives it (see `has_width`)."""
-    keys = config.to_dict()
-    return next((key for key in WIDTH_KEYS if key in keys), OWN_WIDTH_KEY)
-
-
-def has_width(config: Any) -> bool:
-    """Whether the family's config has an FFN width at all.
-
-    Where it is a fixed multiple of the hidden size (GPT-1, BLOOM), widths go into `per_layer_config` for every layer,
-    also where they are all the same.
-    """
-    keys = config.to_dict()
-    return any(key in keys for key in WIDTH_KEYS)
-
-
-def bias_key(config: Any) -> str | None:
-    """The config key that gives this family's FFN projections a bias, or None where the format has none."""
-    keys = config.to_dict()
-    return next((key for key in BIAS_KEYS if key in keys), None)
-
-
-def ffn_block(model: nn.Module, ffns: list[FFN]) -> dict[str, Any]:
-    """The description of the FFNs that a checkpoint's config carries (see `heterogeneous`)."""
-    pattern = ffns[0].pattern
-    list_name, layers = decoder_layers(model)
-    base_model: Any = model.base_model
-    base = {id(m): n for n, m in base_model.named_modules()}
-    inner = ffns[0].name.removeprefix(f"{list_name}.0").removeprefix(".")
-    dot = f"{inner}." if inner else ""
-    return {
-        "layers": base[id(layers)],
-        "width_key": width_key(model.config),
-        "in": [[dot + name, blocks] for name, blocks in pattern.inputs],
-        "out": dot + pattern.down,
-    }
 
 
 def fingerprint(model: nn.Module, ffns: list[FFN]) -> str:

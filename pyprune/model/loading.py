@@ -73,7 +73,8 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
     if local and any(Path(place).glob("*.safetensors")):
         checkpoint.check_fits(place)
     try:
-        result: Any = AutoModelForCausalLM.from_pretrained(
+        written = checkpoint.writer_of(checkpoint.read_config(place)) if local else None
+        result: Any = (written or AutoModelForCausalLM).from_pretrained(
             place, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **extra
         )
     except Exception as error:  # whatever a reader makes of a damaged file

@@ -15,7 +15,7 @@ class Pattern:
 
     Attributes:
         name: for messages and tables.
-        up, down, gate: attribute names of the projections; `gate` is None for a plain FFN.
+        up, down, gate: names of the projections, dotted where they lie deeper; `gate` is None for a plain FFN.
         fused: `up` holds gate and up stacked, gate first.
         in_layer: the projections are children of the decoder layer itself; no FFN module stands between.
     """
@@ -48,7 +48,16 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern("fc_in/fc_out", up="fc_in", down="fc_out"),
     Pattern("dense_h_to_4h/dense_4h_to_h", up="dense_h_to_4h", down="dense_4h_to_h"),
     Pattern("fc1/fc2", up="fc1", down="fc2"),
+    Pattern("fc1/fc2, gated", up="fc1", down="fc2", fused=True),
     Pattern("fc1/fc2 in the layer", up="fc1", down="fc2", in_layer=True),
+    Pattern("wi_0/wi_1/wo", gate="wi_0", up="wi_1", down="wo"),
+    Pattern("wi/wo", up="wi", down="wo"),
+    Pattern("Wi/Wo", up="Wi", down="Wo", fused=True),
+    Pattern("w_in.w_0/w_in.w_1/w_out", gate="w_in.w_0", up="w_in.w_1", down="w_out"),
+    Pattern("input_linear/output_linear", up="input_linear", down="output_linear", fused=True),
+    Pattern("linear_1/linear_2", up="linear_1", down="linear_2"),
+    Pattern("intermediate/output", up="intermediate", down="output"),
+    Pattern("0/2", up="0", down="2"),
 )
 
 
@@ -101,12 +110,19 @@ def projections(holder: nn.Module, pattern: Pattern) -> FFNWeights:
     return FFNWeights(up, down.t(), gate, up_bias, gate_bias, down_bias)
 
 
+def _below(holder: nn.Module, name: str) -> nn.Module | None:
+    """The module at a dotted path, or None."""
+    found: nn.Module | None = holder
+    for part in name.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found
+
+
 def match(holder: nn.Module, in_layer: bool = False) -> Pattern | None:
     """The first row of `PATTERNS` whose projections are all children of `holder` and fit each other, or None."""
-    children = dict(holder.named_children())
     for pattern in PATTERNS:
         names = [name for name, _ in pattern.inputs] + [pattern.down]
-        if pattern.in_layer != in_layer or not all(isinstance(children.get(n), nn.Linear | Conv1D) for n in names):
+        if pattern.in_layer != in_layer or not all(isinstance(_below(holder, n), nn.Linear | Conv1D) for n in names):
             continue
         weights = projections(holder, pattern)
         if all(part.shape == weights.down.shape for part in weights.parts):

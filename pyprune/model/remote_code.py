@@ -21,6 +21,8 @@ _MODULE = Path(FILE).stem
 _AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
@@ -43,7 +45,7 @@ def _source(names: set[str]) -> str:
 def write(config: Any, folder: str | Path) -> None:
     """Where widths differ: name the file in the config and write it into `folder`. Else: no longer name it."""
     named = getattr(config, "auto_map", None) or {}
-    if heterogeneous.layer_widths(config) is None:
+    if not heterogeneous.parts(config):
         if any(str(reference).startswith(f"{_MODULE}.") for reference in named.values()):
             del config.auto_map
         return

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from ..base.errors import UnsupportedModelError, check
 from ..base.memory import release
-from . import depth, families, provenance
+from . import depth, families
 from .families import FFN
-from .heterogeneous import layer_widths, narrow
+from .heterogeneous import exchange, layer_widths, narrow, neurons_of, note_sizes, note_width, select
 from .mask import KeepIndex
+from .towers import config_at, config_path, copies, stacks
+from .units import Expert
+from .widths import forget_nested, set_widths
 
 
 @torch.inference_mode(False)
@@ -38,12 +41,7 @@ def cut(
             unchanged then.
     """
     size = ffn.intermediate_size
-    check(keep.intermediate_size == size, "keep", f"refer to {size} neurons", keep.intermediate_size)
-    for argument, new in (("down", down), ("bias_shift", bias_shift)):
-        if new is not None:
-            dtype = ffn.weights().down.dtype
-            bad = int((~new.to(dtype).isfinite()).sum())
-            check(bad == 0, f"{argument} of layer {ffn.layer}", f"be finite in {dtype}", f"{bad} values that are not")
+    _check_cut(ffn, keep, down, bias_shift)
     index = keep.neurons.long()
     cuts = []
     for name, blocks in ffn.pattern.inputs:
@@ -56,10 +54,75 @@ def cut(
         bias = ffn.weights().down_bias
         assert bias is not None
         bias += bias_shift.to(bias.dtype)
-    holder: Any = ffn.holder
-    if hasattr(holder, "intermediate_size"):
-        holder.intermediate_size = len(keep)
+    for _, twin in ffn.twins:
+        note_sizes(twin, ffn.pattern.inputs, ffn.pattern.down, len(keep))
+    for holder in (ffn.holder, *(twin for _, twin in ffn.twins)):
+        known: Any = holder
+        if hasattr(known, "intermediate_size"):
+            known.intermediate_size = len(keep)
     return cuts
+
+
+def _check_cut(ffn: FFN, keep: KeepIndex, down: Tensor | None, bias_shift: Tensor | None) -> None:
+    size = ffn.intermediate_size
+    check(keep.intermediate_size == size, "keep", f"refer to {size} neurons", keep.intermediate_size)
+    for argument, new in (("down", down), ("bias_shift", bias_shift)):
+        if new is not None:
+            dtype = ffn.weights().down.dtype
+            bad = int((~new.to(dtype).isfinite()).sum())
+            check(bad == 0, f"{argument} of layer {ffn.layer}", f"be finite in {dtype}", f"{bad} values that are not")
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def cut_experts(
+    experts: Sequence[Expert],
+    keeps: Sequence[KeepIndex],
+    downs: Sequence[Tensor | None],
+    bias_shifts: Sequence[Tensor | None],
+) -> None:
+    """Remove neurons from all experts of a bank at once, in place: as many from each, not the same ones.
+
+    Args:
+        experts: all of one bank, in order.
+        keeps: the neurons of each that stay, as many of each.
+        downs, bias_shifts: of each, as for `cut`.
+
+    Raises:
+        InputError: another number of neurons in one expert than in the first; and see `cut`. The bank is unchanged.
+    """
+    bank = experts[0].of_bank
+    for expert, keep, down, shift in zip(experts, keeps, downs, bias_shifts, strict=True):
+        _check_cut(expert, keep, down, shift)
+        width = len(keeps[0])
+        check(len(keep) == width, f"width of {expert.name}", f"be that of the bank's first expert ({width})", len(keep))
+    full, device = bank.size, bank.tensor(bank.layout.down).device
+    chosen = torch.stack([keep.neurons.long() for keep in keeps])  # [E, K]
+    for name, dim, blocks, interleaved in bank.sides():
+        parameter: Any = bank.tensor(name)
+        rows = neurons_of(1 if bank.layout.flat else blocks, full, interleaved)[:, chosen]  # [blocks, E, K]
+        if bank.layout.flat:
+            index = (rows[0] + full * torch.arange(bank.experts)[:, None]).reshape(-1)
+            select(parameter, 0, index.to(device))
+            continue
+        order = rows.permute(1, 2, 0) if interleaved else rows.permute(1, 0, 2)
+        exchange(parameter, _selected(parameter.detach(), dim, order.reshape(bank.experts, -1).to(device)))
+    note_width(bank.module, full, len(keeps[0]))
+    object.__setattr__(bank, "size", len(keeps[0]))
+    every = bank.all_weights()
+    for i, (down, shift) in enumerate(zip(downs, bias_shifts, strict=True)):
+        if down is not None:
+            every.down[i].copy_(down)
+        if shift is not None:
+            assert every.down_bias is not None
+            every.down_bias[i] += shift.to(every.down_bias.dtype)
+
+
+def _selected(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Of each of the `index` tensor's rows (`[E, N]`), these slices of the expert's own part along `dim`."""
+    # Banks may have more rows than experts: those of experts that do nothing go on with the first ones.
+    own = [index[min(e, len(index) - 1)] for e in range(len(tensor))]
+    return torch.stack([part.index_select(dim - 1, i) for part, i in zip(tensor, own, strict=True)])
 
 
 @torch.inference_mode(False)
@@ -111,12 +174,6 @@ def permute(ffn: FFN, order: Tensor) -> None:
             tensor.copy_(tensor[order])
 
 
-def forget_nested(model: nn.Module) -> None:
-    """Drop what the model's config says of nested widths: its layers are not those any more."""
-    provenance.forget_nested(model.config)
-    model.__dict__.pop("pyprune_nested", None)
-
-
 @contextmanager
 def borrowed_down(ffn: FFN, down: Tensor) -> Iterator[None]:
     """Inside the block, the first K neurons of an FFN have the down rows `down` (`[K, D]`), and the others none.
@@ -141,9 +198,16 @@ def check_biases(model: nn.Module, ffns: list[FFN]) -> str | None:
     Raises:
         UnsupportedModelError: the family's checkpoint format has no FFN bias.
     """
-    if all(ffn.weights().down_bias is not None for ffn in ffns):
+    without = [ffn for ffn in ffns if ffn.weights().down_bias is None]
+    if not without:
         return None
-    key = families.bias_key(model.config)
+    if experts := [ffn.name for ffn in without if isinstance(ffn, Expert)]:
+        raise UnsupportedModelError(
+            f"repair 'bias' needs a bias on the down projection, and {experts[0]} is an expert without one, as its "
+            "format has none; use repair 'least-squares' or 'none'"
+        )
+    where = config_path(model, stacks(model)[0][0])
+    key = families.bias_key(config_at(model.config, where))
     if key is None:
         raise UnsupportedModelError(
             f"repair 'bias' needs a bias on the down projection, and {type(model.config).__name__} has no config "
@@ -164,39 +228,15 @@ def give_biases(model: nn.Module, ffns: list[FFN]) -> None:
     if key is None:
         return
     for ffn in ffns:
+        if isinstance(ffn, Expert):
+            continue
         for name in [n for n, _ in ffn.pattern.inputs] + [ffn.pattern.down]:
             projection: Any = ffn.holder.get_submodule(name)
             if projection.bias is None:
                 weight = projection.weight
                 projection.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
-    setattr(model.config, key, True)
-
-
-def set_widths(model: nn.Module, block: dict[str, Any], widths: list[int]) -> None:
-    """Write FFN widths into the model's config: the family's own key, and `per_layer_config` where they differ.
-
-    Args:
-        model: the model.
-        block: what `families.ffn_block` gave for it.
-        widths: neurons of each layer.
-    """
-    config: Any = model.config
-    key = block["width_key"]
-    config.per_layer_config = None
-    for name, value in families.WIDTH_AS_IT_STANDS.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    told = families.has_width(config)
-    if told:
-        setattr(config, key, max(widths))
-    forget_nested(model)
-    differ = len(set(widths)) > 1 or not told
-    config.__dict__.pop("allow_global_per_layer_attribute_access", None)
-    if differ:
-        config.per_layer_config = {i: {key: width} for i, width in enumerate(widths)}
-        # Code of others that asks for the one width gets the widest, not an error.
-        config.allow_global_per_layer_attribute_access = True
-    provenance.set_ffn(config, block if differ else None)
+    for config in copies(model, config_path(model, stacks(model)[0][0])):
+        setattr(config, key, True)
 
 
 @torch.inference_mode(False)

@@ -254,6 +254,8 @@ def prune_blocks(
     options = BlockOptions.of(structure, keep, protect, repair, iterative, sequential)
     run = Run(model, text, tokenizer, True, f"structure {structure!r}", provenance, progress=progress)
     described, ids = run.described, run.ids
+    described.check_plain(f"structure {structure!r}")
+    check(ids is not None, "text", f"be windows of token ids with structure {structure!r}", "batches")
     assert ids is not None
     _count(options, len(described.ffns))
     options.repair.check_model(described)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 
 from ..base.errors import UnsupportedModelError, check
 from ..base.statistics import ActivationStats
-from ..model.families import FFN, decoder_layers
+from ..model.families import FFN, Expert, decoder_layers
 from ..model.probe import evaluating
-from .moments import Moments, added, output_energy
+from .moments import Gathered, split
+from .observing import See, observing
 
 
 class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest nobody needs
@@ -114,6 +114,7 @@ class LayerStream:
                 self._check_independent(self._record_calls(ids[int(other[0])][None]))
             self._hidden = self._embed(ids)
         self._twin = self._hidden.clone() if twin else None
+        self._twin_position = 0
 
     def _run(self, ids: Tensor) -> None:
         try:
@@ -211,59 +212,62 @@ class LayerStream:
         finally:
             handle.remove()
 
-    def _groups(self, held_out: bool) -> list[list[int]]:
-        """Windows: first those of the fit; then, if asked for, those to judge it by, each source's last quarter."""
-        count = len(self._hidden)
-        if not held_out:
-            return [list(range(count))]
-        sources = [0] * count if self._sources is None else self._sources.tolist()
-        by_source = [[w for w in range(count) if sources[w] == source] for source in sorted(set(sources))]
-        # A source of one window is fitted and not judged, unless it is the only one.
-        judged = [windows for windows in by_source if len(windows) > 1 or len(by_source) == 1]
-        held = [windows[len(windows) - max(1, len(windows) // 4) :] for windows in judged or by_source]
-        apart = {w for windows in held for w in windows}
-        return [[w for w in range(count) if w not in apart], *held]
+    def statistics(self, ffn: FFN, gram: bool, held_out: bool = False) -> ActivationStats:
+        """As `group_statistics`, of an FFN that stands alone."""
+        return self.group_statistics([ffn], gram, held_out)[0]
 
     @torch.no_grad()
-    def statistics(self, ffn: FFN, gram: bool, held_out: bool = False) -> ActivationStats:
-        """Moments of what enters `ffn`'s down projection, over all windows; the stream stays where it is.
+    def group_statistics(self, group: list[FFN], gram: bool, held_out: bool = False) -> list[ActivationStats]:
+        """Moments of what enters the down projections of a group, over all windows; the stream stays where it is.
 
         Args:
-            ffn: the FFN of the layer the stream stands in front of.
+            group: FFNs of the layer the stream stands in front of, as `units.groups` gives them.
             gram: also collect the `[F, F]` second moment; float32 products within a window, float64 sums over windows.
                 With a twin, which must be one layer ahead, also the `[F, D]` cross moment with what it has more.
             held_out: also give apart the second moments of the last quarter of each source's windows, and of the rest.
 
         Raises:
-            InputError: activations that are not finite.
+            InputError: activations that are not finite, or a router that names an expert there is not.
         """
-        assert ffn.layer == self._position
-        moments = Moments(ffn.intermediate_size, ffn.hidden_size, self._device, gram, self._twin is not None)
-        down = ffn.weights().down.double() if held_out else None
-        fit = total = held = None
-        for windows in self._groups(held_out):
-            moments.second, before = moments.empty_second(), moments.tokens
+        assert group[0].block == self._position
+        twin = self._twin is not None
+        found = [Gathered(ffn, self._device, gram, twin, held_out) for ffn in group]
+        by_name = {ffn.name: one for ffn, one in zip(group, found, strict=True)}
+        sources = [0] * len(self._hidden) if self._sources is None else self._sources.tolist()
+        # Experts of a bank come in order; modules in a list when they are called.
+        stops = not twin and (len(group) == 1 or isinstance(group[0], Expert))
+        seen: list[Tensor] = []
+
+        def see(ffn: FFN, a: Tensor, weights: Tensor | None, tokens: Tensor | None) -> None:
+            if twin:
+                seen.append(a)
+                return
+            by_name[ffn.name].add(a, weights)
+            if stops and ffn is group[-1]:
+                raise _Stop
+
+        for windows in split(sources, held_out):
+            for one in found:
+                one.open()
             for window in windows:
-                seen: list[Tensor] = []
-                out = self._run_to(ffn.down, seen.append, window, stop=self._twin is None)
-                more = None if self._twin is None or out is None else self._twin[window] - out[0]
-                moments.add(seen.pop().float(), more)
-            part = moments.to_stats()
-            if down is None:
-                continue
-            part = replace(part, tokens=part.tokens - before)
-            if fit is None:
-                fit = part
-            else:
-                held = added(held, part, output_energy(part, down))
-            total = added(total, part)
-        whole = moments.to_stats()
-        bad = (~whole.square_sum.isfinite()).nonzero()
-        message = f"be finite; {len(bad)} of {ffn.intermediate_size} neurons are not, the first is"
-        check(len(bad) == 0, f"activations of layer {ffn.layer}", message, bad[:1].flatten().tolist())
-        if total is None:
-            return whole
-        return replace(whole, gram=total.gram, cross=total.cross, seen=fit, held_out=held)
+                with observing(group, see):
+                    try:
+                        out = self._forward(window)
+                    except _Stop:
+                        continue
+                if self._twin is not None:
+                    found[0].moments.add(seen.pop().float(), self._twin[window] - out[0])
+            for one in found:
+                one.close()
+        return [one.stats() for one in found]
+
+    @torch.no_grad()
+    def see_all(self, group: list[FFN], see: See) -> None:
+        """Show `see` what a group's FFNs get, of all windows; the stream stays where it is."""
+        assert group[0].block == self._position
+        for window in range(len(self._hidden)):
+            with observing(group, see):
+                self._forward(window)
 
     @torch.no_grad()
     def inputs(self, ffn: FFN) -> tuple[Tensor, Tensor | None]:
@@ -272,7 +276,7 @@ class LayerStream:
         Returns:
             `[T, D]` and `[T, D]` or None, float32; T tokens of all windows.
         """
-        assert ffn.layer == self._position
+        assert ffn.block == self._position
         entrance = ffn.holder.get_submodule(ffn.pattern.inputs[0][0])
         entering: list[Tensor] = []
         more: list[Tensor] = []
@@ -289,6 +293,20 @@ class LayerStream:
             self._hidden[window] = self._forward(window)[0]
         self._position += 1
         self._calls[self._position - 1] = ((), {})
+
+    def reach(self, ffn: FFN) -> None:
+        """Move every window to the front of an FFN's layer, through the layers with the weights they have now.
+
+        A twin goes one layer further, so before that is cut.
+        """
+        while self._position < ffn.block:
+            self._twin_through()
+            self.advance()
+        self._twin_through()
+
+    def _twin_through(self) -> None:
+        if self._twin is not None and self._twin_position == self._position:
+            self.advance_twin()
 
     def skip(self) -> None:
         """Leave the layer out: every window stays as it is."""
@@ -322,6 +340,7 @@ class LayerStream:
         assert self._twin is not None
         for window in range(len(self._twin)):
             self._twin[window] = self._layer_on(self._twin[window : window + 1])[0]
+        self._twin_position += 1
 
 
 def adds_ffn(model: nn.Module, ffns: list[FFN]) -> bool:

@@ -7,7 +7,7 @@ so memory is one model, what was asked to be kept of the FFNs' weight gradients 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,11 @@ from ..base.errors import check
 from ..base.progress import Progress, quiet
 from ..base.statistics import GradientStats
 from ..base.windows import check_windows, stack_batches
-from ..model.families import FFN
+from ..model.families import FFN, Expert
 from ..model.probe import evaluating
+from .expert_gradients import BankGradients
+from .gradient_sums import NeuronSums, finished
+from .gradient_sums import wide as _wide
 
 
 def neuron_major(ffn: FFN, of: Callable[[Any], Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -34,31 +37,6 @@ def neuron_major(ffn: FFN, of: Callable[[Any], Any]) -> tuple[list[Tensor], list
         biases += () if module.bias is None else of(module.bias).chunk(blocks)
     down = of(ffn.down.weight)
     return [*parts, down if isinstance(ffn.down, Conv1D) else down.t()], biases
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class NeuronSums:
-    """What gradients say of F neurons, summed over samples: windows, or the rows of a batch.
-
-    Attributes:
-        sums: `[3, F]` float64: over tokens abs(a g), over samples the square of sum a g, and abs of their sum w g.
-    """
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.sums = torch.zeros(3, size, dtype=torch.float64, device=device)
-
-    def add_activations(self, absolute: Tensor, of_samples: Tensor) -> None:
-        """Take in `[F]`, sum over all tokens of abs(a g), and `[B, F]`, of each sample the sum of a g."""
-        self.sums[0] += absolute
-        self.sums[1] += of_samples.square().sum(0)
-
-    def add_weights(self, of_samples: Tensor) -> None:
-        """Take in `[B, F]`: of each sample the sum of w g over all weights of a neuron."""
-        self.sums[2] += of_samples.abs().sum(0)
 
 
 class _Layer:
@@ -110,6 +88,12 @@ class _Layer:
         for p in self.parameters:
             p.grad = None
 
+    def all_stats(self, samples: int, tokens: int, predictions: int) -> list[GradientStats]:
+        """`finish`, of every FFN that is watched: this one."""
+        some = bool(self.all.sums[0].any())
+        check(some, f"gradients of layer {self.ffn.layer}", "not all be zero, or no neuron can be ranked", 0.0)
+        return [finished(self.all, self.parts, self.parts_square, samples, tokens, predictions)]
+
     def close_window(self) -> None:
         """Add the window's sums to those of all windows."""
         bad = (~self.window.isfinite().all(0)).nonzero()
@@ -118,25 +102,6 @@ class _Layer:
         self.all.add_activations(self.window[0], self.window[None, 1])
         self.all.add_weights(self.window[None, 2])
         self.window.zero_()
-
-    def finish(self, samples: int, tokens: int, predictions: int) -> GradientStats:
-        """Means, of the mean loss over a window's predictions."""
-        absolute, square, own = self.all.sums
-        some = bool(absolute.any())
-        check(some, f"gradients of layer {self.ffn.layer}", "not all be zero, or no neuron can be ranked", 0.0)
-        for part in self.parts:
-            part /= samples * predictions
-        for part in self.parts_square:
-            part /= samples * predictions**2
-        return GradientStats(
-            samples,
-            tokens,
-            absolute / (tokens * predictions),
-            square / (samples * predictions**2),
-            own / (samples * predictions),
-            tuple(self.parts),
-            tuple(self.parts_square),
-        )
 
 
 @contextmanager
@@ -214,7 +179,7 @@ def backward_windows(
     progress(stage, len(ids), len(ids))
 
 
-def _check_loss(layers: list[_Layer], window: int, loss: float) -> None:
+def _check_loss(layers: Sequence[_Layer | BankGradients], window: int, loss: float) -> None:
     """Raise `InputError` for a loss that is not finite, naming the first layer that went wrong."""
     if math.isfinite(loss):
         return
@@ -259,7 +224,12 @@ def collect(
     check_windows(model, ids, "ids")
     samples, width = ids.shape
     check(width >= 2, "ids", "have windows of at least 2 tokens, one to predict", width)
-    layers = [_Layer(ffn, parts, parts_square) for ffn in ffns]
+    layers: list[_Layer | BankGradients] = []
+    for ffn in ffns:
+        if not isinstance(ffn, Expert):
+            layers.append(_Layer(ffn, parts, parts_square))
+        elif ffn.number == 0:
+            layers.append(BankGradients(ffn.of_bank, ffn, parts, parts_square))
     parameters = [p for layer in layers for p in layer.parameters]
 
     def of_text(number: int, window: Tensor, logits: Tensor) -> Tensor:
@@ -272,4 +242,4 @@ def collect(
             # From the last layer down, as gradients come: the first that is not finite spoils those below it.
             for layer in reversed(layers):
                 layer.close_window()
-    return [layer.finish(samples, ids.numel(), width - 1) for layer in layers]
+    return [stats for layer in layers for stats in layer.all_stats(samples, ids.numel(), width - 1)]

@@ -7,14 +7,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..base.errors import check
 from ..base.statistics import ActivationStats
+from ..model.units import FFN
+
+# Rows of an expert that are added at once: what is added to, `[F, F]`, is far larger than a few rows.
+MANY = 1024
 
 
 class Moments:
     """Running sums over tokens of what enters a down projection."""
 
     def __init__(self, size: int, hidden: int, device: torch.device, gram: bool, cross: bool) -> None:
-        self.tokens = 0
+        self.tokens, self.routed = 0, 0.0
         self.shape, self.device, self.gram, self.with_cross = (size, hidden), device, gram, cross and gram
         self.total, self.absolute, self.square = torch.zeros(3, size, dtype=torch.float64, device=device)
         self.second = self.empty_second()
@@ -26,11 +31,18 @@ class Moments:
         cross = torch.zeros(size, hidden, dtype=torch.float64, device=self.device) if self.with_cross else None
         return gram, cross
 
-    def add(self, a: Tensor, more: Tensor | None) -> None:
-        """Add the tokens of `a` (`[T, F]`), and of `more` (`[T, D]`) what the twin has more."""
+    def add(self, a: Tensor, more: Tensor | None, weights: Tensor | None = None) -> None:
+        """Add the tokens of `a` (`[T, F]`), and of `more` (`[T, D]`) what the twin has more.
+
+        Args:
+            weights: `[T]` of the router, where there is one.
+        """
         self.tokens += len(a)
-        self.total.add_(a.sum(0, dtype=torch.float64))
         self.absolute.add_(a.abs().sum(0, dtype=torch.float64))
+        self.routed += len(a) if weights is None else float(weights.double().sum())
+        if weights is not None:
+            a = a * weights.float()[:, None]
+        self.total.add_(a.sum(0, dtype=torch.float64))
         self.square.add_(a.double().square().sum(0))
         gram, cross = self.second
         if gram is not None:
@@ -42,7 +54,8 @@ class Moments:
         """The sums so far, as means where `ActivationStats` has means."""
         gram, cross = self.second
         t = max(1, self.tokens)
-        return ActivationStats(self.tokens, self.total / t, self.absolute / t, self.square.clone(), gram, cross=cross)
+        means = self.total / t, self.absolute / t
+        return ActivationStats(self.tokens, *means, self.square.clone(), gram, cross=cross, routed=self.routed / t)
 
 
 def output_energy(stats: ActivationStats, down: Tensor) -> float:
@@ -65,3 +78,88 @@ def added(to: ActivationStats | None, part: ActivationStats, scale: float = 1.0)
     if to.cross is not None and part.cross is not None:
         to.cross.add_(part.cross, alpha=1 / scale)
     return replace(to, tokens=to.tokens + part.tokens)
+
+
+class Gathered:
+    """Moments of one FFN, group of windows by group: the first is what a fit sees, the others are held out from it.
+
+    Args:
+        ffn: the FFN.
+        device: of the sums.
+        gram, cross: also the second moment, and with what a twin has more.
+        held_out: there are groups that are held out.
+    """
+
+    def __init__(self, ffn: FFN, device: torch.device, gram: bool, cross: bool, held_out: bool) -> None:
+        self.ffn = ffn
+        self.moments = Moments(ffn.intermediate_size, ffn.hidden_size, device, gram, cross)
+        self._down = ffn.weights().down.double() if held_out else None
+        self._before = 0
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._fit: ActivationStats | None = None
+        self._total: ActivationStats | None = None
+        self._held: ActivationStats | None = None
+
+    def add(self, a: Tensor, weights: Tensor | None) -> None:
+        """Add rows `[T, F]` of one call; those of experts, which are few each time, wait until they are many."""
+        if weights is None:
+            self.moments.add(a.float(), None)
+            return
+        self._waiting.append((a.float(), weights))
+        if sum(len(rows) for rows, _ in self._waiting) >= MANY:
+            self._take()
+
+    def _take(self) -> None:
+        if self._waiting:
+            rows, weights = zip(*self._waiting, strict=True)
+            self.moments.add(torch.cat(rows), None, torch.cat(weights))
+            self._waiting.clear()
+
+    def open(self) -> None:
+        """A group of windows begins."""
+        self.moments.second, self._before = self.moments.empty_second(), self.moments.tokens
+
+    def close(self) -> None:
+        """And ends."""
+        self._take()
+        if self._down is None:
+            return
+        part = self.moments.to_stats()
+        part = replace(part, tokens=part.tokens - self._before)
+        if self._fit is None:
+            self._fit = part
+        else:
+            self._held = added(self._held, part, output_energy(part, self._down))
+        self._total = added(self._total, part)
+
+    def stats(self) -> ActivationStats:
+        """Of all groups.
+
+        Raises:
+            InputError: activations that are not finite.
+        """
+        whole = self.moments.to_stats()
+        bad = (~whole.square_sum.isfinite()).nonzero()
+        message = f"be finite; {len(bad)} of {self.ffn.intermediate_size} neurons are not, the first is"
+        check(len(bad) == 0, f"activations of layer {self.ffn.layer}", message, bad[:1].flatten().tolist())
+        if self._total is None:
+            return whole
+        total = self._total
+        return replace(whole, gram=total.gram, cross=total.cross, seen=self._fit, held_out=self._held)
+
+
+def split(sources: list[int], held_out: bool) -> list[list[int]]:
+    """Windows, by number: first those of the fit; then, with `held_out`, each source's last quarter.
+
+    Args:
+        sources: which source each window is from.
+    """
+    count = len(sources)
+    if not held_out:
+        return [list(range(count))]
+    by_source = [[w for w in range(count) if sources[w] == source] for source in sorted(set(sources))]
+    # A source of one window is fitted and not judged, unless it is the only one.
+    judged = [windows for windows in by_source if len(windows) > 1 or len(by_source) == 1]
+    held = [windows[len(windows) - max(1, len(windows) // 4) :] for windows in judged or by_source]
+    apart = {w for windows in held for w in windows}
+    return [[w for w in range(count) if w not in apart], *held]

@@ -58,9 +58,9 @@ class PruneOptions:
         """From options or their short forms."""
         return cls(keep, method, ALLOCATIONS.parse(allocation), parse_repair(repair), sequential, seed, precision)
 
-    def suited(self, model: nn.Module) -> PruneOptions:
-        """The same with what the repair chooses for a model."""
-        return replace(self, repair=self.repair.suited(model, self.sequential))
+    def suited(self, model: nn.Module, streamed: bool = True) -> PruneOptions:
+        """The same with what the repair chooses for a model; `streamed`: text goes through it layer by layer."""
+        return replace(self, repair=self.repair.suited(model, self.sequential and streamed))
 
     def needs_text(self, mask: bool = False) -> bool:
         """Whether calibration text is read; with `mask`, where the neurons that stay are given."""

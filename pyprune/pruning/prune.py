@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.errors import check
 from ..base.memory import PeakMemory
 from ..base.progress import Progress, quiet
 from ..model import checkpoint, surgery
 from ..model.described import Described
 from ..model.mask import Mask
 from ..model.probe import evaluating
+from ..model.units import ROW, check_tied, groups, tied
 from .allocation import Allocation, Plan
 from .options import ALLOCATION, KEEP, METHOD, REPAIR, PruneOptions
 from .pruner import LayerReport, Pruner
@@ -58,7 +60,12 @@ def _check_rebuilds(described: Described, options: PruneOptions, mask: Mask | No
     sizes = described.sizes
     widths = list(mask.widths) if mask is not None else options.allocation.known(sizes, options.keep)
     if widths is None:
-        widths = [max(1, size - i % 2) for i, size in enumerate(sizes)]
+        narrower = [group[0].layer for group in groups(described.ffns)][1::2]
+        widths = [max(1, size - (ROW if i in narrower else 0)) for i, size in enumerate(sizes)]
+    if mask is not None:
+        check_tied(described.ffns, widths)
+    else:
+        widths = tied(described.ffns, widths)
     checkpoint.check_narrows(described.model, described.block, widths)
 
 
@@ -102,7 +109,9 @@ def prune(
         repair: what kept neurons take over from removed ones: one of `pruning.repair`, or its short form, such as
             `least-squares:damping=auto,target=0.5`; None for nothing.
         text: calibration tokens, `[N, W]` or an iterable of `[W]` / `[B, W]` integer tensors, all of one W; or prose,
-            with `tokenizer` (see `text.calibration`). Needed by whatever looks at activations or gradients.
+            with `tokenizer` (see `text.calibration`); or a list of batches of keyword tensors, as the model's forward
+            takes them (`input_ids`, perhaps `attention_mask`, pictures as a processor makes them). Needed by whatever
+            looks at activations or gradients.
         tokenizer: the model's, for text that is not cut into tokens; alone, it reads prose that CPython carries.
         seed: of everything random.
         sequential: later layers are scored and repaired on what the already pruned earlier ones produce; False: on
@@ -125,14 +134,16 @@ def prune(
     given = mask is not None
     run = Run(model, text, tokenizer, options.needs_text(given), options.purpose, provenance, seed, progress)
     described = run.described
-    options = options.suited(model)
+    options = options.suited(model, run.batches is None)
+    shares = run.batches is not None and options.repair.share > 0
+    check(not shares, "target", "be 0 with batches of keyword tensors", options.repair.share)
     options.repair.check_model(described)
     fingerprint = described.fingerprint
     if mask is not None:
         mask.check_fits(described.sizes, fingerprint)
     _check_rebuilds(described, options, mask)
     with evaluating(model), PeakMemory() as memory:
-        pruner = Pruner(described, options, run.windows, progress)
+        pruner = Pruner(described, options, run.windows, progress, run.batches)
         plan = options.allocation.plan(pruner, keep) if mask is None else Plan(list(mask.layers))
         options.repair.prepare(described)
         keeps = pruner.run(plan.layers)
@@ -145,7 +156,7 @@ def prune(
 
 def _pruner(model: nn.Module, options: PruneOptions, needed: bool, text: Text, tokenizer: Any, p: Progress) -> Pruner:
     run = Run(model, text, tokenizer, needed, options.purpose, None, options.seed, p)
-    return Pruner(run.described, options, run.windows, p)
+    return Pruner(run.described, options, run.windows, p, run.batches)
 
 
 @torch.inference_mode(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..base.errors import InputError
+from ..base.errors import InputError, UnsupportedModelError, check
 from ..base.machine import products
 from ..base.memory import release
 from ..base.progress import Progress
@@ -18,18 +19,23 @@ from ..model import surgery
 from ..model.described import Described
 from ..model.families import FFN
 from ..model.mask import KeepIndex
+from ..model.units import Expert, groups, tied
 from ..speed import latency
 from ..speed.latency import LatencyTable
 from . import gradients, importance, sensitivity
+from .batches import Batch, as_windows, of_windows
 from .calibration import LayerStream
 from .mixture import Windows
 from .options import PruneOptions
 from .repair import Fitted, Layer
 from .repair.least_squares import warn_of_dead
 from .sensitivity import SensitivityCurves
+from .whole import WholeForwards
 
 # Calibration tokens that the curves of layers are taken from, at most.
 CURVE_TOKENS = 16_384
+# An expert that saw fewer is scored by its weights, and is not repaired.
+LEAST_TOKENS, BY_WEIGHTS = 32, "magnitude-l2-both"
 
 
 @dataclass
@@ -44,6 +50,7 @@ class LayerReport:
         error_refit: after the rows were fitted by gradient, on the held-out quarter of the tokens; None as above.
         damping: ridge of the least-squares fit; None where there was none.
         dead: neurons that never were active on the calibration text; None where nobody looked.
+        tokens: of an expert, calibration tokens that were routed to it; else None.
     """
 
     layer: int
@@ -54,6 +61,7 @@ class LayerReport:
     error_refit: float | None = None
     damping: float | None = None
     dead: int | None = None
+    tokens: int | None = None
 
 
 class Pruner:
@@ -64,13 +72,20 @@ class Pruner:
         options: what to do.
         windows: of calibration tokens, or None where none are needed.
         progress: called as `(stage, done, total)`.
+        batches: instead of windows.
     """
 
     def __init__(
-        self, described: Described, options: PruneOptions, windows: Windows | None, progress: Progress
+        self,
+        described: Described,
+        options: PruneOptions,
+        windows: Windows | None,
+        progress: Progress,
+        batches: list[Batch] | None = None,
     ) -> None:
         self.described, self.options, self.progress = described, options, progress
         self.ids = None if windows is None else windows.ids
+        self.batches = batches
         self.sources = None if windows is None else windows.sources
         self.ffns, self.sizes = described.ffns, described.sizes
         self.criterion = importance.get(options.method)
@@ -79,45 +94,67 @@ class Pruner:
         self._gradients: list[GradientStats] | None = None
         self._scores: list[Tensor] = []
         self._curves: dict[int, SensitivityCurves] = {}
+        self.few: dict[str, int] = {}  # experts that saw too few tokens, and how many
 
     def gradients(self) -> list[GradientStats] | None:
         """How the dense model's loss depends on its FFNs, where the criterion asks; collected once."""
         needs = self.criterion.needs
-        if self._gradients is None and needs & {"gradients", "gradients2"} and self.ids is not None:
+        if self._gradients is None and needs & {"gradients", "gradients2"}:
+            if getattr(self.described.model.config, "is_encoder_decoder", False):
+                kind = type(self.described.model).__name__
+                raise UnsupportedModelError(
+                    f"method {self.criterion.name!r} needs gradients of a language model's loss, which are not taken "
+                    f"of {kind}, an encoder-decoder: use a method of activations or weights"
+                )
+            given = self.ids is not None
+            check(given, "text", f"be windows of token ids for method {self.criterion.name!r}", "batches")
+            assert self.ids is not None
             parts = {"parts": True, "parts_square": "gradients2" in needs}
             model = self.described.model
             self._gradients = gradients.collect(model, self.ffns, self.ids, progress=self.progress, **parts)
         return self._gradients
 
     def score(self, ffn: FFN, stats: ActivationStats | None) -> Tensor:
-        """`[F]` scores of one FFN's neurons."""
+        """`[F]` scores of one FFN's neurons; of an expert that saw too few tokens, by its weights alone."""
+        if stats is not None and ffn.expert and stats.tokens < LEAST_TOKENS and self.criterion.needs:
+            self.few[ffn.name] = stats.tokens
+            return importance.get(BY_WEIGHTS)(ffn.weights())
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + ffn.layer)
         found = self.gradients()
         if found is not None and stats is not None:
             stats = replace(stats, gradients=found[ffn.layer])
         return self.criterion(ffn.weights(), stats, generator)
 
-    def stream(self, twin: bool = False) -> LayerStream:
-        """The calibration text in front of the first layer."""
-        assert self.ids is not None
+    def stream(self, twin: bool = False) -> LayerStream | WholeForwards:
+        """The calibration text in front of the first layer; or where it cannot go layer by layer, in front of all."""
         self.progress("embedding the calibration text", 0, 1)
         model = self.described.model
+        if self.batches is not None:
+            return WholeForwards(model, self.batches)
+        assert self.ids is not None
         multiplied = products(self.options.precision, next(model.parameters()).device)
-        return LayerStream(model, self.ffns, self.ids, twin, self.sources, multiplied)
+        if self.described.streamed:
+            try:
+                return LayerStream(model, self.ffns, self.ids, twin, self.sources, multiplied)
+            except UnsupportedModelError:
+                if twin:
+                    raise
+        return WholeForwards(model, of_windows(self.ids, getattr(model.config, "is_encoder_decoder", False)))
 
     def scores(self) -> list[Tensor]:
-        """`[F]` scores of every layer of the dense model, computed once."""
+        """`[F]` scores of every FFN of the dense model, computed once."""
         if self._scores:
             return self._scores
         self.gradients()
         stream = self.stream() if self.criterion.needs else None
         scores = []
-        for ffn in self.ffns:
-            self.progress("scoring neurons", ffn.layer, len(self.ffns))
-            gram = "gram" in self.criterion.needs
-            scores.append(self.score(ffn, stream.statistics(ffn, gram) if stream else None))
+        for group in groups(self.ffns):
+            self.progress("scoring neurons", group[0].layer, len(self.ffns))
+            stats: Sequence[ActivationStats | None] = [None] * len(group)
             if stream:
-                stream.advance()
+                stream.reach(group[0])
+                stats = stream.group_statistics(group, "gram" in self.criterion.needs)
+            scores += [self.score(ffn, one) for ffn, one in zip(group, stats, strict=True)]
         self.progress("scoring neurons", len(self.ffns), len(self.ffns))
         self._scores = scores
         return scores
@@ -126,6 +163,8 @@ class Pruner:
         """How much the loss grows when one layer alone is narrowed and repaired, computed once for a `multiple`."""
         if multiple in self._curves:
             return self._curves[multiple]
+        self.described.check_plain(f"allocation {self.options.allocation.NAME!r}")
+        check(self.ids is not None, "text", "be windows of token ids for curves of layers", "batches")
         assert self.ids is not None
         self.gradients()
         # Curves need less text than fits: of a long one, windows spread evenly.
@@ -146,6 +185,7 @@ class Pruner:
 
     def latencies(self, widths: Sequence[int], workload: str) -> LatencyTable:
         """What FFNs of `widths` cost on this machine, in this model."""
+        self.described.check_plain(f"allocation {self.options.allocation.NAME!r}")
         parsed = latency.Workload.parse(workload)
         return latency.measure(self.described.model, widths, parsed, progress=self.progress)
 
@@ -162,52 +202,118 @@ class Pruner:
             InputError: scores, activations or new weights that are not finite, or too little text for a fit.
         """
         repair = self.options.repair
+        plan = self._tied(plan)
         widths = [p if isinstance(p, int) else len(p) for p in plan]
         scoring = self.criterion.needs and any(isinstance(p, int) for p in plan)
         narrower = any(w < size for w, size in zip(widths, self.sizes, strict=True))
         self._share = repair.share if narrower else 0.0  # where nothing is lost, nothing is made up for
         cut = [w for w, size in zip(widths, self.sizes, strict=True) if w < size or self._share]
-        if self.ids is not None and cut:
-            repair.check_tokens(self.ids, max(cut))
+        counted = self.ids if self.batches is None else as_windows(self.batches)
+        if counted is not None and cut:
+            repair.check_tokens(counted, max(cut))
         if scoring:
             self.gradients()
         stream = self.stream(self._share > 0) if repair.needs or scoring else None
-        chosen = []
-        for ffn, item in zip(self.ffns, plan, strict=True):
-            self.progress("pruning layers", ffn.layer, len(self.ffns))
+        chosen: list[KeepIndex] = []
+        for stage in self._stages(stream):
+            self.progress("pruning layers", len(chosen), len(self.ffns))
             try:
-                chosen.append(self.step(ffn, item, stream))
+                ready = [self._ready(group, plan, stream) for group in stage]
+                if stream and not self.options.sequential:
+                    stream.advance()
+                for group, fitted in zip(stage, ready, strict=True):
+                    chosen += self._cut(group, fitted)
             except InputError as error:
                 done = "; earlier layers are pruned already, so load the model again" if self.reports else ""
-                raise InputError(f"layer {ffn.layer}: {error}{done}") from error
+                raise InputError(f"layer {stage[0][0].layer}: {error}{done}") from error
         self.progress("pruning layers", len(self.ffns), len(self.ffns))
-        warn_of_dead([r.dead or 0 for r in self.reports], sum(self.sizes))
+        warn_of_dead([r.dead or 0 for r in self.reports if r.tokens is None], sum(self.sizes))
+        self._warn_of_few()
         return chosen
 
-    def step(self, ffn: FFN, item: KeepIndex | int, stream: LayerStream | None) -> KeepIndex:
-        """Prune one layer: score it if `item` is a width, fit what stays, cut, and move the text past it."""
-        repair, stats = self.options.repair, None
+    def _tied(self, plan: Sequence[KeepIndex | int]) -> list[KeepIndex | int]:
+        """The same with one width for the experts of a layer (`units.tied`)."""
+        widths = [len(p) if isinstance(p, KeepIndex) else p for p in plan]
+        wanted = tied(self.ffns, widths)
+        found = list(plan)
+        for ffn, width, item in zip(self.ffns, wanted, plan, strict=True):
+            if not isinstance(item, KeepIndex):
+                found[ffn.layer] = width
+            elif len(item) != width:
+                found[ffn.layer] = KeepIndex.from_scores(self._scores[ffn.layer], width, f"scores of {ffn.name}")
+        return found
+
+    def _stages(self, stream: LayerStream | WholeForwards | None) -> list[list[list[FFN]]]:
+        """Groups whose statistics are all taken before the first of them is cut."""
+        every = groups(self.ffns)
+        if stream is None or self.options.sequential:
+            return [[group] for group in every]
+        if isinstance(stream, WholeForwards):
+            return [every]
+        blocks: dict[int, list[list[FFN]]] = {}
+        for group in every:
+            blocks.setdefault(group[0].block, []).append(group)
+        return list(blocks.values())
+
+    def _ready(
+        self, group: list[FFN], plan: list[KeepIndex | int], stream: LayerStream | WholeForwards | None
+    ) -> list[tuple[KeepIndex, Fitted]]:
+        """What each FFN of a group keeps, scored if the plan has a width, and the rows fitted for it."""
+        repair, items = self.options.repair, [plan[ffn.layer] for ffn in group]
+        stats: Sequence[ActivationStats | None] = [None] * len(group)
         if stream:
-            if self._share > 0:
-                stream.advance_twin()
-            gram = "gram" in repair.needs or ("gram" in self.criterion.needs and isinstance(item, int))
-            stats = stream.statistics(ffn, gram, "held_out" in repair.needs)
-        if isinstance(item, int):
-            item = KeepIndex.from_scores(self.score(ffn, stats), item, f"scores of layer {ffn.layer}")
-        fitted = Fitted()
-        if stats is not None and stream and (len(item) < item.intermediate_size or self._share):
-            fitted = repair.fit(Layer(ffn, item, stats, partial(stream.inputs, ffn), self.options.seed))
-        dead = None if stats is None else int((stats.square_sum == 0).sum())
-        report = LayerReport(ffn.layer, item.intermediate_size, len(item), dead=dead)
-        report.error_cut, report.error_repaired = fitted.error_cut, fitted.error_repaired
-        report.error_refit, report.damping = fitted.error_refit, fitted.damping
-        if stream and not self.options.sequential:
-            stream.advance()
-        surgery.cut(ffn, item, fitted.down, fitted.bias_shift)
-        if fitted.inputs is not None:
-            surgery.set_inputs(ffn, fitted.inputs, fitted.input_biases or ())
-        self.reports.append(report)
-        if stream and self.options.sequential:
-            stream.advance()
+            stream.reach(group[0])
+            unscored = any(isinstance(item, int) for item in items)
+            gram = "gram" in repair.needs or ("gram" in self.criterion.needs and unscored)
+            stats = stream.group_statistics(group, gram, "held_out" in repair.needs)
+        ready = []
+        for ffn, item, one in zip(group, items, stats, strict=True):
+            if isinstance(item, int):
+                item = KeepIndex.from_scores(self.score(ffn, one), item, f"scores of layer {ffn.layer}")
+            fitted = Fitted()
+            moves = len(item) < item.intermediate_size or self._share
+            if one is not None and stream and moves and self._enough(ffn, one, len(item)):
+                fitted = repair.fit(Layer(ffn, item, one, partial(stream.inputs, ffn), self.options.seed))
+            dead = None if one is None else int((one.square_sum == 0).sum())
+            report = LayerReport(ffn.layer, item.intermediate_size, len(item), dead=dead)
+            report.error_cut, report.error_repaired = fitted.error_cut, fitted.error_repaired
+            report.error_refit, report.damping = fitted.error_refit, fitted.damping
+            if one is not None and ffn.expert:
+                report.tokens = one.tokens
+            self.reports.append(report)
+            ready.append((item, fitted))
+        return ready
+
+    def _enough(self, ffn: FFN, stats: ActivationStats, width: int) -> bool:
+        """Whether an FFN saw enough tokens for a repair of `width` neurons; experts need not, and are noted."""
+        if not ffn.expert:
+            check(stats.tokens > 0, f"text for {ffn.name}", "reach it with a token at least", 0)
+            return True
+        needed = max(LEAST_TOKENS, width if "gram" in self.options.repair.needs else 0)
+        if self.options.repair.needs and stats.tokens < needed:
+            self.few[ffn.name] = stats.tokens
+            return False
+        return True
+
+    def _warn_of_few(self) -> None:
+        if self.few:
+            shown = ", ".join(f"{name} ({count})" for name, count in list(self.few.items())[:5])
+            warnings.warn(
+                f"{len(self.few)} experts saw too few calibration tokens for what was asked, and are pruned by their "
+                f"weights or keep their rows as they are: {shown}{', ...' if len(self.few) > 5 else ''}",
+                stacklevel=5,
+            )
+
+    def _cut(self, group: list[FFN], ready: list[tuple[KeepIndex, Fitted]]) -> list[KeepIndex]:
+        """Cut the FFNs of a group; the text has not moved past it."""
+        keeps = [keep for keep, _ in ready]
+        experts = [ffn for ffn in group if isinstance(ffn, Expert)]
+        if experts:
+            surgery.cut_experts(experts, keeps, [f.down for _, f in ready], [f.bias_shift for _, f in ready])
+        for ffn, (keep, fitted) in zip(group, ready, strict=True):
+            if not experts:
+                surgery.cut(ffn, keep, fitted.down, fitted.bias_shift)
+            if fitted.inputs is not None:
+                surgery.set_inputs(ffn, fitted.inputs, fitted.input_biases or ())
         release()
-        return item
+        return keeps

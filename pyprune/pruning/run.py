@@ -13,7 +13,8 @@ from ..base.progress import Progress, quiet
 from ..model import provenance
 from ..model.described import Described
 from ..model.weights import check_finite
-from .text import Text, calibration
+from .batches import IDS, Batch
+from .text import Text, batches, calibration
 
 
 @dataclass(kw_only=True)
@@ -58,7 +59,8 @@ class Run:
 
     Attributes:
         described: the model, dense.
-        windows: of calibration tokens, or None where none are needed.
+        windows: of calibration tokens, or None where none are needed, or text is given as batches.
+        batches: of keyword tensors, where text is given so.
 
     Raises:
         InputError: text is missing, or weights are not finite.
@@ -81,14 +83,19 @@ class Run:
         self._given = provenance.check_json(given)
         self.described = Described(model)
         check_finite(model)
-        self.windows = calibration(model, text, tokenizer, seed, progress) if needed else None
+        self.batches: list[Batch] | None = batches(model, text) if needed else None
+        self.windows = None
+        if needed and self.batches is None:
+            self.windows = calibration(model, text, tokenizer, seed, progress)
         if self.windows is not None and any(self.windows.names):
             self._given = {"text": self.windows.name, "sources": self.windows.facts(), **self._given}
         self._before, self._started = _sizes(model), time.perf_counter()
 
     @property
     def size(self) -> tuple[int, int]:
-        """Calibration tokens, and tokens in a window."""
+        """Calibration tokens, and tokens in a window, or at most in one where they differ."""
+        if self.batches is not None:
+            return sum(len(b.tokens) for b in self.batches), max(b.words[IDS].shape[1] for b in self.batches)
         return (0, 0) if self.ids is None else (self.ids.numel(), self.ids.shape[1])
 
     @property

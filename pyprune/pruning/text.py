@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from ..base.errors import check
 from ..base.progress import Progress, quiet
 from ..base.windows import check_windows, stack_batches, token_windows
+from ..model.towers import text_config
+from .batches import Batch, are_batches, checked
 from .mixture import DEFAULT, Windows, mix, unnamed
 
 # `[N, W]` token ids or an iterable of `[W]` or `[B, W]`; windows of `mix`; with a tokenizer: prose (str), a file
-# (Path), sources with their weights, or None for the default sources.
-Text = Iterable[Tensor] | Tensor | Windows | Mapping[Any, float] | str | Path | None
+# (Path), sources with their weights, or None for the default sources. Or a list of batches of keyword tensors.
+Text = Iterable[Tensor] | Sequence[Mapping[str, Any]] | Tensor | Windows | Mapping[Any, float] | str | Path | None
 
 # Of text that is not cut into windows yet.
 TOKENS, MANY_TOKENS = 49_152, 131_072
@@ -24,8 +27,29 @@ WINDOW = 512
 
 def longest(model: nn.Module, window: int = WINDOW) -> int:
     """`window`, or the model's context where that is shorter."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(text_config(model.config), "max_position_embeddings", None)
     return min(window, context) if isinstance(context, int) else window
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Number of token ids the model knows, where its config says it."""
+    found: int | None = getattr(text_config(model.config), "vocab_size", None)
+    return found
+
+
+def batches(model: nn.Module, text: Text) -> list[Batch] | None:
+    """Text that is given as batches of keyword tensors, checked; None where it is given otherwise.
+
+    Raises:
+        InputError: see `batches.checked`.
+    """
+    if not are_batches(text):
+        return None
+    config: Any = model.config
+    encodes = bool(getattr(config, "is_encoder_decoder", False))
+    alone = text_config(config) is config and not encodes
+    placed = alone and "position_ids" in inspect.signature(model.forward).parameters
+    return checked(text, vocabulary(model), encodes, placed)  # type: ignore[arg-type]
 
 
 def calibration(
@@ -51,7 +75,7 @@ def calibration(
     if isinstance(text, Windows):
         found = text
     elif isinstance(text, Tensor) or not (text is None or isinstance(text, str | Path | Mapping)):
-        found = unnamed(stack_batches(text, getattr(model.config, "vocab_size", None), "text"))
+        found = unnamed(stack_batches(text, vocabulary(model), "text"))  # type: ignore[arg-type]
     else:
         check(tokenizer is not None, "tokenizer", "be given with text that is no token ids", None)
         if isinstance(text, str):
@@ -60,6 +84,6 @@ def calibration(
             given = DEFAULT if text is None else text
             sources: Mapping[Any, float] = given if isinstance(given, Mapping) else {given: 1.0}
             found = mix(sources, model, tokenizer, TOKENS, longest(model), seed=seed, progress=progress)
-    stack_batches(found.ids, getattr(model.config, "vocab_size", None), "text")
+    stack_batches(found.ids, vocabulary(model), "text")
     check_windows(model, found.ids, "text")
     return found

@@ -64,7 +64,7 @@ def to_deci(model: nn.Module, out: str | Path, tokenizer: Any = None, overwrite:
     config = plain.config
     _check_shaped(config)
     checkpoint.check_out(out, overwrite)
-    ffns = families.find_ffns(model)
+    ffns = families.find_plain(model, "the export as DeciLM")
     widths = [ffn.intermediate_size for ffn in ffns]
     with new_folder(out, overwrite, strangers) as folder:
         plain.save_pretrained(folder)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..base.errors import InputError, check, check_choice
 from ..base.files import check_name, new_file
 from ..model import provenance
-from ..model.families import find_ffns
+from ..model.families import find_plain
 from . import gguf_check
 from .gguf_base import Base, package
 from .gguf_plan import TYPES, WIDTHS, Entry, of_ffn, plan, plan_widths
@@ -93,7 +93,7 @@ def to_gguf(
     path = check_out_file(out, overwrite)
     dense = Base(base)
     check(not path.exists() or not path.samefile(dense.path), "out", "be another file than base", str(out))
-    ffns = find_ffns(model)
+    ffns = find_plain(model, "the export to GGUF")
     neurons = [ffn.intermediate_size for ffn in ffns]
     arch, planned = plan_widths(dense.arch, neurons, kind, widths)
     compared = dense.check_belongs(model)

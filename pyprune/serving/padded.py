@@ -62,7 +62,7 @@ def to_padded(
     checkpoint.check_out(out, overwrite)
     wide: Any = model
     dtype = wide.dtype
-    ffns = families.find_ffns(model)
+    ffns = families.find_plain(model, "the padded export")
     neurons = [ffn.intermediate_size for ffn in ffns]
     width = -(-max(neurons) // multiple) * multiple
     block = families.ffn_block(model, ffns)

@@ -124,6 +124,11 @@ def own_size(name: str, size: Any, leaves: bool, config: Callable[[], Any]) -> A
     if widths is None:
         return size
     ffn = ours.pyprune["ffn"]
+    if "modules" in ffn:
+        raise ValueError(
+            "the checkpoint's widths differ from module to module (experts, several FFNs in a layer or none), which "
+            "the plugin does not build: prune with allocation 'uniform', whose widths the config's own keys say"
+        )
     place = re.search(rf"(?:^|\.){re.escape(ffn['layers'].rpartition('.')[2])}\.(\d+)\.(.+)$", name)
     if place is None or place[2].rpartition(".")[0] != ffn["out"].rpartition(".")[0]:
         return size

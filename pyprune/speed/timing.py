@@ -137,7 +137,7 @@ def ffn_units(model: nn.Module) -> list[FFNUnit]:
     pruned = [module for module in model.modules() if isinstance(module, PrunedMLP)]
     if pruned:
         return [pruned_unit(module) for module in pruned]
-    return [_module_unit(ffn) for ffn in families.find_ffns(model)]
+    return [_module_unit(ffn) for ffn in families.find_plain(model, "timing of FFNs")]
 
 
 def ffn_pass(units: Sequence[FFNUnit], x: Tensor, compiled: bool = False) -> Callable[[], object]:
@@ -183,7 +183,7 @@ def ffn_probe(model: nn.Module) -> Iterator[list[float]]:
         shares.append(spent / (time.perf_counter() - started))
 
     hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
-    for ffn in families.find_ffns(model):
+    for ffn in families.find_plain(model, "timing of FFNs"):
         first = ffn.holder.get_submodule(ffn.pattern.up) if ffn.pattern.in_layer else ffn.holder
         last = ffn.down if ffn.pattern.in_layer else ffn.holder
         hooks += [first.register_forward_pre_hook(enter), last.register_forward_hook(leave)]

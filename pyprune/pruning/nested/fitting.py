@@ -77,7 +77,7 @@ def sort_neurons(model: nn.Module, order: Sequence[Tensor]) -> None:
         InputError: not one permutation a layer; earlier layers are sorted already if a later one is wrong.
         UnsupportedModelError: an FFN that pyprune does not know.
     """
-    ffns = families.find_ffns(model)
+    ffns = families.find_plain(model, "nested widths")
     check(len(order) == len(ffns), "order", f"hold one permutation for each of {len(ffns)} layers", len(order))
     for ffn, permutation in zip(ffns, order, strict=True):
         surgery.permute(ffn, permutation)
@@ -131,6 +131,7 @@ def compensate(
     check(isinstance(fit, LeastSquares), "repair", "be least-squares", str(fit))
     assert isinstance(fit, LeastSquares)
     described = Described(model)
+    described.check_plain("nested widths")
     found = calibration(model, text)
     ids = None if found is None else found.ids
     assert ids is not None
@@ -239,6 +240,7 @@ def prune_nested(
     options = options.suited(model)
     run = Run(model, text, tokenizer, options.needs_text(), options.purpose, provenance, seed, progress)
     described, ids = run.described, run.ids
+    described.check_plain("nested widths")
     names, widths = _chosen(shares, described.sizes)
     fit = options.repair if isinstance(options.repair, LeastSquares) else None
     if fit is not None and ids is not None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ...base.errors import InputError, UnsupportedModelError, check, is_finite, is_number
 from ...base.statistics import ActivationStats
 from ...model.described import Described
-from ...model.families import find_ffns
 from ..calibration import adds_ffn
 from ..importance.obs import DAMPING
 from .base import REPAIRS, Fitted, Layer, Repair
@@ -162,6 +161,15 @@ def _choose_damping(down: Tensor, stats: ActivationStats, keep: Tensor, target: 
     return min(DAMPINGS, key=error)
 
 
+def _adds_ffn(model: nn.Module) -> bool:
+    """Whether layers have one FFN each and add what it gives as it is, as far as text can go layer by layer."""
+    described = Described(model)
+    try:
+        return described.plain and adds_ffn(model, described.ffns)
+    except UnsupportedModelError:
+        return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fit(Repair):
     """Base of repairs that fit the kept neurons of a layer to its dense output.
@@ -199,7 +207,7 @@ class Fit(Repair):
     def suited(self, model: nn.Module, sequential: bool) -> Fit:
         if not isinstance(self.target, str):
             return self
-        return replace(self, target=TARGET if sequential and adds_ffn(model, find_ffns(model)) else 0.0)
+        return replace(self, target=TARGET if sequential and _adds_ffn(model) else 0.0)
 
     @property
     def ridge(self) -> float:
@@ -210,6 +218,8 @@ class Fit(Repair):
         check(right, "target", "be 0 where nothing is sequential", self.target)
 
     def check_model(self, described: Described) -> None:
+        if self.share > 0:
+            described.check_plain("target above 0")
         if self.share > 0 and not adds_ffn(described.model, described.ffns):
             raise UnsupportedModelError(
                 f"target above 0 needs FFNs whose output is added to the hidden state as it is; in "

@@ -14,8 +14,11 @@ from .base import REPAIRS, Fitted, Layer, Repair
 
 
 def mean_bias(down: Tensor, stats: ActivationStats, removed: Tensor) -> Tensor:
-    """`[D]`: sum over removed neurons of mean(a_j) V_j (FLAP, An et al. 2023, arXiv 2312.11983, section 3)."""
-    return stats.mean[removed] @ down[removed].double()
+    """`[D]`: sum over removed neurons of mean(a_j) V_j (FLAP, An et al. 2023, arXiv 2312.11983, section 3).
+
+    The router's weights scale the bias of an expert too, so it gets the mean over them.
+    """
+    return stats.mean[removed] @ down[removed].double() / max(stats.routed, 1e-12)
 
 
 @REPAIRS.add

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ...base import reference
-from ...base.errors import check
+from ...base.errors import UnsupportedModelError, check
+from ...model.described import Described
 from ...model.families import FFN
+from ...model.units import OWN
 from .base import REPAIRS, Fitted, Layer
 from .least_squares import Fit
 
@@ -120,6 +122,14 @@ class Refit(Fit):
     NAME = "refit"
     SUMMARY = "least squares, then gate, up and down rows of the kept neurons together by gradient"
     SOURCE = "Li et al. 2021 (BRECQ), arXiv 2102.05426, section 3.2"
+
+    def check_model(self, described: Described) -> None:
+        super().check_model(described)
+        if own := [ffn.name for ffn in described.ffns if ffn.activation == OWN]:
+            raise UnsupportedModelError(
+                f"repair 'refit' needs activations of {', '.join(reference.ACTIVATIONS)}, in modules of their own; "
+                f"{own[0]} is an expert, or has another: use repair 'least-squares'"
+            )
 
     def check(self, sequential: bool) -> None:
         super().check(sequential)

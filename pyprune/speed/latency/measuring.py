@@ -125,7 +125,7 @@ def measure(
         UnsupportedModelError: an FFN that pyprune does not know.
     """
     workload = workload or Workload()
-    sizes = [ffn.intermediate_size for ffn in families.find_ffns(model)]
+    sizes = [ffn.intermediate_size for ffn in families.find_plain(model, "timing of FFNs")]
     strange = [w for w in widths if not isinstance(w, int) or not 1 <= w <= max(sizes)]
     check(len(widths) > 0 and not strange, "widths", f"be one or more numbers in [1, {max(sizes)}]", strange[:3])
     check(repeats >= 1, "repeats", "be at least 1", repeats)

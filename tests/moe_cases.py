@@ -1,0 +1,78 @@
+"""Tiny mixtures of experts, in each of the ways that Transformers lays experts out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_COMMON = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+
+# model type -> config; widths of experts 48 everywhere.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**_COMMON, "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 4},
+    "mixtral": {**_COMMON, "intermediate_size": 48, "num_local_experts": 4},
+    # inputs first, gate and up in turns, biases, an activation of its own
+    "gpt_oss": {**_COMMON, "intermediate_size": 48, "num_local_experts": 4, "sliding_window": 16},
+    # a dense layer first, shared experts beside the others
+    "deepseek_v3": {
+        **_COMMON,
+        **_MLA,
+        "num_key_value_heads": 4,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 48,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    # no gate
+    "nemotron_h": {
+        **_COMMON,
+        "layers_block_type": ["moe", "attention"],
+        "intermediate_size": 96,
+        "moe_intermediate_size": 48,
+        "moe_shared_expert_intermediate_size": 64,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+    },
+    # rows sorted by expert
+    "llama4_text": {
+        **_COMMON,
+        "intermediate_size": 48,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+    },
+}
+BANKS = {"qwen3_moe": 2, "mixtral": 2, "gpt_oss": 2, "deepseek_v3": 1, "nemotron_h": 1, "llama4_text": 1}
+
+
+def make_mixture(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random mixture, in eval mode, with weights large enough that every neuron and expert counts."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**MIXTURES[kind], **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 or name.endswith("bias"):
+                parameter.normal_(std=0.15)
+    return model

@@ -1,0 +1,71 @@
+"""The sweep over Transformers' model types, in short: one type of each kind, and that it tells faults."""
+
+import json
+
+import pytest
+import torch
+
+import pyprune
+from bench.families import build, sweep
+from pyprune import UnsupportedModelError
+
+# One of each: plain; experts in tensors, transposed, without a gate, beside a dense layer; a text tower; an encoder-
+# decoder; a hybrid; a shared block; an activation of its own; inputs of tokens in layers.
+WORKS = ["llama", "mixtral", "gpt_oss", "deepseek_v3", "qwen2_vl", "gemma4", "t5", "nemotron_h", "zamba", "apertus",
+         "gemma3n_text", "qwen3_next", "llama4_text"]  # fmt: skip
+REFUSED = {
+    "mamba": "no FFN neurons to prune",
+    "bitnet": "ffn_sub_norm, a norm over all neurons",
+    "rwkv": "feed_forward",
+}
+
+
+@pytest.fixture(scope="module")
+def classes():
+    return {kind: name for kind, name, _ in sweep.types()}
+
+
+@pytest.mark.parametrize("kind", WORKS)
+def test_works(kind, classes):
+    assert sweep.judged(kind, classes[kind]) == ("works", "")
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_is_refused_with_what_was_found(kind, classes):
+    state, message = sweep.judged(kind, classes[kind])
+    assert state == "refused" and REFUSED[kind] in message
+
+
+def test_all_types_are_of_three_tables(classes):
+    assert len(classes) > 250 and {table for _, _, table in sweep.types()} == set(sweep.TABLES)
+
+
+def test_faults_are_told(monkeypatch, classes):
+    def wrong(model, **_):
+        model.lm_head.weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(pyprune, "prune", wrong)
+    assert sweep.judged("llama", classes["llama"]) == ("CRASH", "prune: AssertionError: logits are not finite")
+
+    def late(model, path):
+        raise UnsupportedModelError("too late")
+
+    monkeypatch.setattr(pyprune, "prune", lambda model, **_: None)
+    monkeypatch.setattr(pyprune, "save", late)
+    assert sweep.judged("llama", classes["llama"]) == ("refused late (save)", "too late")
+
+    def broken(model, **_):
+        raise KeyError("x")
+
+    monkeypatch.setattr(pyprune, "prune", broken)
+    assert sweep.judged("llama", classes["llama"]) == ("CRASH", "prune: KeyError: 'x'")
+    monkeypatch.setattr(build, "MOST", 10)
+    assert sweep.judged("llama", classes["llama"])[0] == "not built"
+
+
+def test_the_result_is_json(tmp_path, capsys):
+    sweep.main(["gpt2", "mamba"], tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["counts"] == {"works": 1, "refused": 1} and found["types"]["gpt2"]["table"] == "causal"
+    assert "works" in capsys.readouterr().out
+    torch.set_num_threads(1)
