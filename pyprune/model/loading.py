@@ -73,8 +73,7 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
     if local and any(Path(place).glob("*.safetensors")):
         checkpoint.check_fits(place)
     try:
-        written = checkpoint.writer_of(checkpoint.read_config(place)) if local else None
-        result: Any = (written or AutoModelForCausalLM).from_pretrained(
+        result: Any = _loader(place, local).from_pretrained(
             place, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **extra
         )
     except Exception as error:  # whatever a reader makes of a damaged file
@@ -88,6 +87,15 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
         for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
             loaded.__dict__.pop(mark, None)
     return loaded.to(device).eval()
+
+
+def _loader(place: str, local: bool) -> Any:
+    """What loads a folder: the class that its config names, where that is no causal LM; else the auto class."""
+    try:
+        written = checkpoint.writer_of(checkpoint.read_config(place)) if local else None
+    except CheckpointError:
+        written = None  # the auto class will say what is wrong
+    return written or AutoModelForCausalLM
 
 
 def load_tokenizer(model: str) -> Any:
