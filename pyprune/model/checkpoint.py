@@ -229,11 +229,11 @@ def _config_widths(config: Any) -> list[Any]:
         said = heterogeneous.parts(config)
         config = said[0] if said else text_config(config)
         entries = (provenance.read(config).get("ffn") or {}).get("modules")
-        found = None if entries is None else [(entry["at"], entry["width"]) for entry in entries]
+        modules = None if entries is None else [(entry["at"], entry["width"]) for entry in entries]
     except (AttributeError, KeyError, TypeError, ValueError):
-        found = None  # what builds the model will say what is wrong with it
-    if found is not None:
-        return [_checked(width, f"width of {at}") for at, width in found]
+        modules = None  # what builds the model will say what is wrong with it
+    if modules is not None:
+        return [_checked(width, f"width of {at}") for at, width in modules]
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
         raise CheckpointError(f"config num_hidden_layers must lie in [1, {_MOST_LAYERS}]; got {layers!r}")
