@@ -148,9 +148,9 @@ def test_prune_dry_run_writes_the_mask_alone(tiny_checkpoint: Path, tmp_path: Pa
         8,
         *SMALL,
     )
-    assert facts["widths"] == [64, 64, 64] and facts["out"] is None
+    assert facts["widths"] == [80, 80, 80] and facts["out"] is None
     assert list(tmp_path.iterdir()) == [tmp_path / "m"]
-    assert list(Mask.load(tmp_path / "m").widths) == [64, 64, 64]
+    assert list(Mask.load(tmp_path / "m").widths) == [80, 80, 80]
 
 
 def test_prune_by_mask_gives_the_same_neurons(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_screens_that_cannot_show_everything(
     generated, _, last = (done for done, _ in runs)
     assert b"na?ve ? ?" in generated.stdout
     assert names or b"out must be a path in UTF-8, and the locale of UTF-8" in last.stderr
-    assert checkpoint.verify(out)["widths"] == [64] * 3
+    assert checkpoint.verify(out)["widths"] == [80] * 3
 
 
 def test_a_prompt_that_is_no_text(tiny_checkpoint: Path) -> None:
