@@ -1,13 +1,18 @@
 """The sweep over Transformers' model types, in short: one type of each kind, and that it tells faults."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import pyprune
-from bench.families import build, sweep
 from pyprune import UnsupportedModelError
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(Path(__file__).parents[1]))
+    build, sweep = (importlib.import_module(f"bench.families.{name}") for name in ("build", "sweep"))
 
 # One of each: plain; experts in tensors, transposed, without a gate, beside a dense layer; a text tower; an encoder-
 # decoder; a hybrid; a shared block; an activation of its own; inputs of tokens in layers.
