@@ -47,7 +47,8 @@ def glance_table(results: dict[str, dict[str, Any]]) -> list[str]:
         *markdown(header, lines),
         "",
         f"Perplexity: {model_name(compare['model'])}, {how}; what is read is {compare['text']}; of these domains only "
-        f"Python's is like any of it. Recovered: taught by the dense model on {taught['tokens']:,} tokens of the same. "
+        f"Python's is like any of it. Recovered: taught by the dense model on {taught['tokens']:,} tokens, most "
+        "of them another text that it wrote. "
         f"Decode of one sequence in {nested['dtype']}, measured apart, with as many neurons in every layer: "
         f"{provenance(nested)}",
     ]
