@@ -71,7 +71,7 @@ def match(draft: Any, prompt: Tensor, text: list[int]) -> float:
 
 def drafts(dense: Any, tokenizer: Any) -> dict[str, Callable[[], Any]]:
     """Ways to make a draft, by what they do."""
-    text = token_windows(tokenizer, load_text(None, "first")[0], 8192, 512)
+    text = token_windows(tokenizer, load_text(None, "first")[0], 4096, 512)
 
     def fewer(change: Callable[[Any], object]) -> Callable[[], Any]:
         def make() -> Any:
@@ -138,7 +138,7 @@ def main(
     tokenizer = load_tokenizer(DEMO)
     dense = load_model(DEMO)
     prune_nested(
-        dense, [1.0], "wanda", repair="none", text=token_windows(tokenizer, load_text(None, "first")[0], 8192, 512)
+        dense, [1.0], "wanda", repair="none", text=token_windows(tokenizer, load_text(None, "first")[0], 4096, 512)
     )
     dense = accelerate(dense)
     warmup(dense, (1, DRAFTED + 1, PROMPT))

@@ -56,13 +56,19 @@ class Outcome:
 def _race(
     own: Sequence[Any], records: Sequence[RecordFFN], dtype: torch.dtype, tokens: int, backend: str
 ) -> tuple[float, float]:
-    """Median seconds of one FFN for so many tokens: by vLLM's layers, and from a record."""
-    x = torch.randn(tokens, records[0].hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    x = x.to(dtype)
+    """Median seconds of one FFN for so many tokens: by vLLM's layers, and from a record.
+
+    Of vLLM's FFN the layers alone count, for it fuses what lies between with other work where it compiles.
+    """
+    x, *between = (
+        torch.randn(tokens, size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)
+        for size in (records[0].hidden_size, *(len(record.rows) for record in records))
+    )
 
     def by_own() -> None:
-        for module in own:
-            module(x)
+        for module, hidden in zip(own, between, strict=True):
+            module.gate_up_proj(x)
+            module.down_proj(hidden)
 
     def by_record() -> None:
         for record in records:
@@ -76,9 +82,15 @@ def _race(
 
 def _check_plain(site: Site, record: Record) -> str | None:
     """Why vLLM's FFN, whose weights are packed, is not the one in the record; None where it is."""
-    dtype = record.rows.dtype
+    dtype, activation = record.rows.dtype, site.module.act_fn
     x = torch.randn(4, record.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)
-    wanted, found = reference.ffn(x, record).double(), site.module(x).double()
+    method = getattr(activation, "_forward_method", None)
+    if method is not None:  # vLLM may have it compiled at the first call outside of a model
+        activation._forward_method = activation.forward_native
+    found = site.module(x).double()
+    if method is not None:
+        activation._forward_method = method
+    wanted = reference.ffn(x, record).double()
     apart = float((found - wanted).norm() / wanted.norm())
     return None if apart <= _APART[dtype] else f"{site.name} computes something else, {apart:.2g} from a plain FFN"
 
@@ -155,6 +167,8 @@ class _Group:
             site = self.sites.pop()
             own = site.module if outcome.way == "beside" else None
             made = RecordFFN(self.record(site), self.dtype, own, outcome.most)
+            if own is None:
+                site.free()
             parent, _, name = site.name.rpartition(".")
             setattr(model.get_submodule(parent), name, made)
             del self.records[site.name], site, own

@@ -112,10 +112,20 @@ class Site:
         down_bias = None if down_bias is None else down_bias.detach().clone()
         return Record(rows, True, self.activation, None, neuron_bias, down_bias)
 
+    @property
+    def layers(self) -> tuple[Any, Any]:
+        """Its linear layers."""
+        return self.module.gate_up_proj, self.module.down_proj
+
     def finish(self) -> None:
         """Have vLLM pack the weights now; it leaves alone what is packed."""
-        for layer in (self.module.gate_up_proj, self.module.down_proj):
+        for layer in self.layers:
             layer.quant_method.process_weights_after_loading(layer)
+
+    def free(self) -> None:
+        """Drop the weights at once: their loaders hold the layers until the next collection of garbage."""
+        for layer in self.layers:
+            layer.weight.data = layer.weight.data.new_empty(0)
 
 
 def _activation(module: nn.Module) -> str | None:
