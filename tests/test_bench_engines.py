@@ -26,9 +26,15 @@ def test_agreement_and_table(bench: ModuleType) -> None:
     assert found["perplexity"] == pytest.approx(11) and found["perplexity_ratio"] == pytest.approx(1.1)
     own = {"model": "dense", "engine": "transformers", "type": "float32", "perplexity": 10.0}
     row = {"model": "differing", "engine": "vllm", "type": "float32", "class": "vllm.a.transformers.B", **found}
+    told = {"engine": "vllm", "type": "bfloat16", "what": "decode", "batch": 1}
     speed = [
-        {"model": name, "engine": "vllm", "type": "bfloat16", "what": "decode", "batch": 4, "tokens_per_s": rate}
-        for name, rate in (("dense", 50.0), ("uniform", 60.0))
+        {**told, "model": name, "kernels": kernels, "tokens_per_s": rate, "bytes": size}
+        for name, kernels, rate, size in (
+            ("dense", "off", 50.0, 300),
+            ("differing", "off", 60.0, 200),
+            ("differing", "int8", 90.0, 200),
+            ("llama-1b-half", "off", 5.0, 9),
+        )
     ]
     facts: dict[str, Any] = {
         "gpu": None,
@@ -41,13 +47,17 @@ def test_agreement_and_table(bench: ModuleType) -> None:
     result: dict[str, Any] = {"machine": facts, "agreement": [own, row], "speed": speed}
     table = importlib.import_module("bench.tables.engines").engines_table(result)
     assert "| dense | transformers | float32 |  |  | 10.000 |  |" in table
-    wide = "| pruned, widths differ | vllm, Transformers backend | float32 | 2 of 3 | 21.00 | 11.000 | +10.00% |"
+    wide = "| 30 % removed, widths differ | vllm, Transformers backend | float32 | 2 of 3 | 21.00 | 11.000 | +10.00% |"
     assert wide in table
-    assert "| pruned, one width | vllm | bfloat16 | decode | 4 | 60 | 1.20x |" in table
+    start = "| 30 % removed, widths differ | vllm |"
+    assert f"{start} off | bfloat16 | decode | 1 | 60 | 1.20x | 1.50x |  |" in table
+    assert f"{start} int8 | bfloat16 | decode | 1 | 90 | 1.80x |  | 1.50x |" in table
+    assert any(line.endswith("| off | bfloat16 | decode | 1 | 5 |  |  |  |") for line in table)
 
 
 def test_no_speed_beside_other_work(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said: list[str] = []
     monkeypatch.setattr(bench.speeds.psutil, "cpu_percent", lambda interval: 40.0)
+    (tmp_path / bench.speeds.WIDE).mkdir()
     assert bench.speeds.measure(tmp_path, ("dense",), said.append) is None
     assert said == ["no speed: 40 % of the machine is busy with other work"]

@@ -32,6 +32,27 @@ def pruned(tiny: Callable[..., Any], random_mask: Callable[..., Any], family: st
     return model
 
 
+@pytest.fixture
+def ask_vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    return importlib.import_module("bench.engines.places").ask_vllm
+
+
+def asked(ids: torch.Tensor) -> dict[str, Any]:
+    rows = ids.tolist()
+    return {"context": 64, "prompts": rows, "new_tokens": 8, "windows": rows}
+
+
+@torch.no_grad()
+def check_same(found: dict[str, Any], model: Any, ids: torch.Tensor, rounded: bool = False) -> None:
+    """vLLM's answer is what the model gives: in tokens, unless weights were rounded, and in nats."""
+    nll = -model(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+    assert found["nll"] == pytest.approx(float(nll), rel=1e-2 if rounded else 1e-4)
+    if not rounded:
+        generated = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert found["generated"] == generated[:, ids.shape[1] :].tolist()
+
+
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "gemma"])
 def test_llama_cpp_gives_the_logits_of_the_checkpoint(
@@ -85,17 +106,11 @@ def test_vllm_writes_the_tokens_of_the_checkpoint(
     random_mask: Callable[..., Any],
     ids: torch.Tensor,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    ask_vllm: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
-    ask_vllm = importlib.import_module("bench.engines.places").ask_vllm
     sizes = {"gpt2": {"n_embd": 128, "n_head": 2}, "opt": {"hidden_size": 128, "num_attention_heads": 2}}
     model = pruned(tiny, random_mask, family, **sizes.get(family, SIZES))
     folder = checkpoint.save(model, tmp_path / "pruned")
-    with torch.no_grad():
-        logits = model(ids).logits.log_softmax(-1)
-        generated = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, ids.shape[1] :]
-        nll = -logits[:, :-1].gather(-1, ids[:, 1:, None]).mean()
     if target == "deci":
         folder = Path(to_deci(model, tmp_path / "out").path)
     elif target == "padded":
@@ -107,16 +122,64 @@ def test_vllm_writes_the_tokens_of_the_checkpoint(
         "trust_remote_code": target == "deci",
         "model_impl": "transformers" if target == "transformers" else "auto",
     }
-    rows = ids.tolist()
-    request = {
-        "model": str(folder),
-        "options": options,
-        "context": 64,
-        "prompts": rows,
-        "new_tokens": 8,
-        "windows": rows,
-    }
-    found = ask_vllm(request)
+    found = ask_vllm({"model": str(folder), "options": options, **asked(ids)})
     assert found["class"].endswith(kind)
-    assert found["nll"] == pytest.approx(float(nll), rel=1e-4)
-    assert found["generated"] == generated.tolist()
+    check_same(found, model, ids)
+
+
+@pytest.mark.parametrize(
+    ("family", "ours", "eager", "records"),
+    [
+        ("llama", {"kernels": "on"}, False, {"always": 3}),
+        ("qwen2", {"kernels": "on"}, True, {"always": 3}),
+        ("gemma3_text", {"kernels": "on"}, True, {"always": 3}),
+        ("llama", {"kernels": "on", "weights": "int8"}, True, {"always": 3}),
+        ("llama", {"weights": "int8"}, True, None),
+        ("qwen2", {}, True, None),
+    ],
+)
+def test_vllm_runs_records(
+    family: str,
+    ours: dict[str, str],
+    eager: bool,
+    records: dict[str, int] | None,
+    tiny: Callable[..., Any],
+    random_mask: Callable[..., Any],
+    ids: torch.Tensor,
+    tmp_path: Path,
+    ask_vllm: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    model = pruned(tiny, random_mask, family, **SIZES)
+    options = {
+        "dtype": "float32",
+        "enforce_eager": eager,
+        "skip_tokenizer_init": True,
+        "additional_config": {"pyprune": ours},
+    }
+    folder = str(checkpoint.save(model, tmp_path / "pruned"))
+    found = ask_vllm({"model": folder, "options": options, **asked(ids)})
+    assert records is None or found["records"] == records
+    check_same(found, model, ids, rounded="weights" in ours)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_vllm_takes_a_mask_at_start(
+    family: str,
+    tiny: Callable[..., Any],
+    random_mask: Callable[..., Any],
+    ids: torch.Tensor,
+    tmp_path: Path,
+    ask_vllm: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    sizes = {"gpt2": {"n_embd": 128, "n_head": 2}}.get(family, SIZES)
+    model = tiny(family, **sizes)
+    model.save_pretrained(tmp_path / "dense")
+    random_mask(model, DIFFERING).save(tmp_path / "mask.safetensors")
+    prune(model, mask=random_mask(model, DIFFERING), repair=None)
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "additional_config": {"pyprune": {"mask": str(tmp_path / "mask.safetensors")}},
+    }
+    check_same(ask_vllm({"model": str(tmp_path / "dense"), "options": options, **asked(ids)}), model, ids)

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from pyprune import prune
-from pyprune.model import checkpoint
+from pyprune.base.errors import CheckpointError, InputError
+from pyprune.model import checkpoint, heterogeneous
+from pyprune.model.widths import width_key
 from pyprune.serving import vllm_plugin
 
 DIFFERING = (64, 96, 32)
@@ -61,11 +66,22 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     config.get_current_vllm_config = current
     distributed: Any = types.ModuleType("vllm.distributed")
     distributed.get_tensor_model_parallel_world_size = lambda: state.degree
-    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
+    loading = "vllm.model_executor.model_loader"
+    loader: Any = types.ModuleType(f"{loading}.base_loader")
+    loader.initialize_model = lambda vllm_config, **_: nn.Module()
+    loader.process_weights_after_loading = lambda model, model_config, target_device: state.packed.append(model)
+    files: Any = types.ModuleType(f"{loading}.default_loader")
+
+    class DefaultModelLoader:
+        def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[Any]:
+            yield from load_file(Path(model_config.model) / "model.safetensors").items()
+
+    files.DefaultModelLoader = DefaultModelLoader
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers", loading):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    for module in (linear, config, distributed):
+    for module in (linear, config, distributed, loader, files):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    state.linear = linear
+    state.linear, state.loader, state.files, state.packed = linear, loader, DefaultModelLoader(), []
     yield state
 
 
@@ -134,12 +150,76 @@ def test_widths_that_tensor_parallelism_cannot_divide(vllm: Any, pruned: Callabl
     Row(96, 32, prefix="model.layers.0.mlp.down_proj", disable_tp=True)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+@pytest.mark.parametrize("widths", [DIFFERING, (64, 64, 64)])
+def test_a_mask_that_is_chosen_at_start(
+    family: str, widths: tuple[int, ...], vllm: Any, tiny: Callable[..., Any], random_mask: Any, tmp_path: Path
+) -> None:
+    vllm_plugin.register()
+    model = tiny(family)
+    model.save_pretrained(tmp_path / "dense")
+    mask = random_mask(model, widths)
+    mask.save(tmp_path / "mask.safetensors")
+    prune(model, mask=mask, repair=None)
+    wanted = load_file(checkpoint.save(model, tmp_path / "pruned") / "model.safetensors")
+    config = AutoConfig.from_pretrained(tmp_path / "dense")
+    of_model = types.SimpleNamespace(model=str(tmp_path / "dense"), hf_text_config=config)
+    additional = {"pyprune": {"mask": str(tmp_path / "mask.safetensors")}}
+    ours = vllm.loader.initialize_model(types.SimpleNamespace(model_config=of_model, additional_config=additional))
+    found = dict(vllm.files.get_all_weights(of_model, ours))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert heterogeneous.layer_widths(config) == (list(widths) if widths == DIFFERING else None)
+    assert getattr(config, width_key(config)) == max(widths)
+    vllm.loader.process_weights_after_loading(ours, of_model, torch.device("cpu"))
+    assert vllm.packed == [ours]
+    dense = vllm.loader.initialize_model(types.SimpleNamespace(model_config=of_model, additional_config={}))
+    assert all(
+        t.shape == u.shape
+        for t, (_, u) in zip(
+            load_file(tmp_path / "dense" / "model.safetensors").values(),
+            vllm.files.get_all_weights(of_model, dense),
+            strict=True,
+        )
+    )
+
+
+def test_masks_that_do_not_fit(vllm: Any, tiny: Callable[..., Any], random_mask: Any, tmp_path: Path) -> None:
+    vllm_plugin.register()
+    model, other = tiny("llama"), tiny("llama", seed=1)
+    for name, one in (("dense", model), ("other", other)):
+        one.save_pretrained(tmp_path / name)
+        random_mask(one, DIFFERING).save(tmp_path / f"{name}.safetensors")
+
+    def start(folder: Path, mask: Path | str) -> Any:
+        config = types.SimpleNamespace(model=str(folder), hf_text_config=AutoConfig.from_pretrained(folder))
+        given = types.SimpleNamespace(model_config=config, additional_config={"pyprune": {"mask": str(mask)}})
+        return vllm.loader.initialize_model(given)
+
+    with pytest.raises(InputError, match=r"mask must belong to this model"):
+        start(tmp_path / "dense", tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"mask must be a file; got '/nowhere'"):
+        start(tmp_path / "dense", "/nowhere")
+    prune(model, mask=random_mask(model, DIFFERING), repair=None)
+    with pytest.raises(InputError, match=r"model must be the dense checkpoint, whose neurons the mask numbers"):
+        start(checkpoint.save(model, tmp_path / "pruned"), tmp_path / "dense.safetensors")
+    ours = start(tmp_path / "dense", tmp_path / "dense.safetensors")
+    narrowed = ours._pyprune_cut.narrow
+    with pytest.raises(CheckpointError, match=r"lacks 9 tensors of FFNs, the first is \(0, 'mlp.down_proj.weight'\)"):
+        list(narrowed([]))
+    with pytest.raises(CheckpointError, match=r"must have a side of 96; got \[7, 32\]"):
+        list(narrowed([("model.layers.1.mlp.up_proj.weight", torch.zeros(7, 32))]))
+
+
 def test_another_vllm_goes_on_without_it(vllm: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     class Renamed:
         def __init__(self, features: int, prefix: str = ""):
             self.features = features
 
     for change, reason in (
+        (
+            lambda: monkeypatch.setattr(vllm.loader, "initialize_model", Renamed),
+            "initialize_model takes no vllm_config",
+        ),
         (lambda: monkeypatch.setattr(vllm.linear, "RowParallelLinear", Renamed), "Renamed takes no input_size"),
         (lambda: monkeypatch.delattr(vllm.linear, "RowParallelLinear"), "no attribute 'RowParallelLinear'"),
         (lambda: monkeypatch.setitem(sys.modules, "vllm.config", None), "vllm.config"),

@@ -29,6 +29,8 @@ _VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    # Built for the torch of this package's environment, which is vLLM's too.
+    "PYPRUNE_CPU_LIBRARY": str(ROOT / "pyprune" / "libpyprune_cpu.so"),
 }
 
 

@@ -1,11 +1,13 @@
 """Dense and pruned SmolLM2-135M in vLLM and llama.cpp: do they write what Transformers writes, and how fast.
 
-    python -m bench.engines.run            agreement, and speed where the machine is quiet
+    python -m bench.engines.run                agreement, and speed where the machine is quiet
     python -m bench.engines.run --no-speed
+    python -m bench.engines.run --no-agreement speed alone, beside the agreement that is in the result
 
-After `bench.engines.setup`. Three models: dense, 30 % removed with one width, and with widths that differ by layer. The
-reference is Transformers in float32. Agreement: the first 16 greedy tokens after 20 prompts, and perplexity on 8
-windows of 512 tokens. The result goes to bench/results/engines-CPU.json.
+After `bench.engines.setup`. Models: dense, 30 % removed with one width and with widths that differ by layer, and 50 %;
+for speed in vLLM a wide one too (`speed.WIDE`). The reference is Transformers in float32. Agreement: the first 16
+greedy tokens after 20 prompts, and perplexity on 8 windows of 512 tokens. The result goes to
+bench/results/engines-CPU.json.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from .places import ENGINES, LLAMA_BIN, ROOT, ask_llama, ask_vllm
 RESULT = ROOT / "bench" / "results" / "engines-CPU.json"
 MODELS = ENGINES / "models"
 PROMPTS, NEW, WINDOWS, WINDOW = 20, 16, 8, 512
-PRUNED = {"uniform": "uniform", "differing": "global"}
+PRUNED = {"uniform": ("uniform", 0.7), "half": ("global", 0.5), "differing": ("global", 0.7)}
 TYPES = ("bf16", "f32", "q8_0", "q4_0")
 
 
@@ -50,12 +52,12 @@ def make_models() -> None:
     if not (MODELS / "dense").is_dir():
         loading.load_model("demo", "bfloat16").save_pretrained(MODELS / "dense")
         tokenizer.save_pretrained(MODELS / "dense")
-    for name, allocation in PRUNED.items():
+    for name, (allocation, keep) in PRUNED.items():
         if not (MODELS / name).is_dir():
             say(f"pruning: {name}")
             model = loading.load_model("demo", "bfloat16")
             text = token_windows(tokenizer, load_text(None, "first")[0], 8192, 512)
-            prune(model, 0.7, "wanda", allocation=allocation, repair="least-squares", text=text)
+            prune(model, keep, "wanda", allocation=allocation, repair="least-squares", text=text)
             checkpoint.save(model, MODELS / name, tokenizer)
     model = loading.load_model(str(MODELS / "differing"))
     if not (MODELS / "deci").is_dir():
@@ -135,13 +137,8 @@ def agreement(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(
-    speed: Annotated[bool, typer.Option(help="Measure speed too, where the machine is quiet.")] = True,
-    out: Annotated[Path, typer.Option(help="The result.")] = RESULT,
-) -> None:
-    """Compare, measure, and write the result."""
-    facts, start = machine.facts(), time.monotonic()
-    make_models()
+def compare() -> list[dict[str, Any]]:
+    """A row for each model, engine and type."""
     prompts, windows = texts()
     rows: list[dict[str, Any]] = []
     for name in ("dense", *PRUNED):
@@ -155,18 +152,37 @@ def main(
             )
             rows.append({"model": name, "engine": "llama.cpp", "type": kind, **agreement(found, wanted)})
             say(str(rows[-1]))
-        ways = [(name, "float32", "auto"), (name, "bfloat16", "auto")]
+        ways: list[tuple[str, str, str, dict[str, str]]]
+        ways = [(name, dtype, "auto", {}) for dtype in ("float32", "bfloat16")]
         if name == "differing":
-            ways += [("deci", "float32", "auto"), ("padded", "float32", "auto"), (name, "float32", "transformers")]
-        for folder, dtype, way in ways:
-            options = {"dtype": dtype, "enforce_eager": True, "model_impl": way, "trust_remote_code": folder == "deci"}
+            ways += [("deci", "float32", "auto", {}), ("padded", "float32", "auto", {})]
+            ways += [(name, "float32", "transformers", {}), (name, "float32", "auto", {"kernels": "on"})]
+            ways += [(name, "bfloat16", "auto", {"kernels": "on", "weights": "int8"})]
+        for folder, dtype, way, ours in ways:
+            options: dict[str, Any] = {"dtype": dtype, "enforce_eager": True, "model_impl": way}
+            options |= {"trust_remote_code": folder == "deci", "additional_config": {"pyprune": ours}}
             found = ask_vllm({**asked, "model": str(MODELS / folder), "options": options})
             told = {"model": folder, "engine": "vllm", "type": dtype, "class": found["class"]}
+            told |= {"asked": ours, "records": found["records"]}
             rows.append({**told, **agreement(found, wanted)})
             say(str(rows[-1]))
-    result: dict[str, Any] = {"suite": "engines", "machine": facts, "agreement": rows, "speed": None}
-    if speed:
-        result["speed"] = speeds.measure(MODELS, ("dense", *PRUNED), say)
+    return rows
+
+
+def main(
+    speed: Annotated[bool, typer.Option(help="Measure speed, where the machine is quiet.")] = True,
+    agreement: Annotated[bool, typer.Option(help="Compare texts and perplexity.")] = True,
+    out: Annotated[Path, typer.Option(help="The result; what is not measured stays as it is there.")] = RESULT,
+) -> None:
+    """Compare, measure, and write the result."""
+    facts, start = machine.facts(), time.monotonic()
+    make_models()
+    result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    result = {"suite": "engines", "machine": facts, "agreement": [], "speed": None, **result}
+    if agreement:
+        result |= {"machine": facts, "agreement": compare()}
+    if speed and (rows := speeds.measure(MODELS, ("dense", *PRUNED), say)):
+        result |= {"speed": rows, "speed_machine": facts}
     result["minutes"] = round((time.monotonic() - start) / 60, 1)
     with new_file(out) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

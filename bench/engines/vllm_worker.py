@@ -4,7 +4,8 @@
 
 A request: `model` (a folder), `options` (of `LLM`), `prompts` and `windows` (lists of token ids), `new_tokens`, and
 `speed`, a list of [batch, prompt tokens, new tokens]. The answer: `class`, `generated` (greedy token ids a prompt),
-`nll` (nats a token over all windows, their first tokens aside), `seconds` to load, and `speed`, seconds a case.
+`nll` (nats a token over all windows, their first tokens aside), `seconds` to load, `records` (how many FFNs run from
+a record of pyprune's, by the most tokens of those that do so for few only), and `speed`, seconds a case.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(request["model"], max_model_len=request.get("context", 1024), **request.get("options", {}))
     found: dict[str, Any] = {"seconds": time.perf_counter() - start}
     worker: Any = llm.llm_engine.model_executor.driver_worker.worker
-    kind = type(worker.model_runner.model)
-    found["class"] = f"{kind.__module__}.{kind.__name__}"
+    model = worker.model_runner.model
+    found["class"] = f"{type(model).__module__}.{type(model).__name__}"
+    ours = [module for module in model.modules() if type(module).__name__ == "RecordFFN"]
+    found["records"] = Counter("always" if module.own is None else str(module.most) for module in ours)
 
     def run(prompts: list[list[int]], tokens: int, **options: Any) -> list[Any]:
         sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **options)

@@ -6,10 +6,12 @@ from typing import Any
 
 NAMES = {
     "dense": "dense",
-    "uniform": "pruned, one width",
-    "differing": "pruned, widths differ",
+    "uniform": "30 % removed, one width",
+    "half": "50 % removed, widths differ",
+    "differing": "30 % removed, widths differ",
     "deci": "the same, as DeciLM",
     "padded": "the same, padded",
+    "llama-1b-half": "LLaMA 3.2 1B's shape, 50 % removed, random weights",
 }
 
 
@@ -22,6 +24,8 @@ def engines_table(result: dict[str, Any]) -> list[str]:
         engine = row["engine"]
         if "class" in row and ".transformers." in row["class"]:
             engine += ", Transformers backend"
+        if row.get("asked"):
+            engine += f", {' '.join(row['asked'].values())}"
         cells = [NAMES[row["model"]], engine, row["type"]]
         if "same" in row:
             lead = f"{max(row['leads']):.2f}" if row["leads"] else ""
@@ -30,16 +34,33 @@ def engines_table(result: dict[str, Any]) -> list[str]:
         else:
             lines.append([*cells, "", "", f"{row['perplexity']:.3f}", ""])
     header = ("model", "engine", "type", ">same texts", ">lead at most", ">perplexity", ">over Transformers")
-    found = [f"SmolLM2-135M-Instruct, dense and 30 % removed. {provenance(result)}", "", *markdown(header, lines)]
+    found = [f"SmolLM2-135M-Instruct, dense and pruned. {provenance(result)}", "", *markdown(header, lines)]
     if result["speed"]:
-        dense = {_case(row): row["tokens_per_s"] for row in result["speed"] if row["model"] == "dense"}
-        speeds = []
-        for row in result["speed"]:
-            ratio = row["tokens_per_s"] / dense[_case(row)]
-            speeds.append([NAMES[row["model"]], *map(str, _case(row)), f"{row['tokens_per_s']:,.0f}", f"{ratio:.2f}x"])
-        header = ("model", "engine", "type", "what", ">batch", ">tokens/s", ">over dense")
-        found += ["", "Speed, medians.", "", *markdown(header, speeds)]
+        where = provenance({"machine": result.get("speed_machine", result["machine"])})
+        found += ["", f"Speed, medians. {where}", "", *speed_lines(result["speed"])]
     return found
+
+
+def speed_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Tokens a second, over the dense model beside what its bytes allow, and over vLLM's own layers."""
+    from .readme import markdown
+
+    dense = {_case(row): row for row in rows if row["model"] == "dense"}
+    own = {(row["model"], _case(row)): row for row in rows if row.get("kernels") == "off"}
+    lines = []
+    for row in rows:
+        engine, kind, what, batch = _case(row)
+        cells = [NAMES[row["model"]], engine, row.get("kernels", ""), kind, what, str(batch)]
+        cells.append(f"{row['tokens_per_s']:,.0f}")
+        over = dense.get(_case(row)) if row["model"] in ("uniform", "half", "differing") else None
+        cells.append("" if over is None else f"{row['tokens_per_s'] / over['tokens_per_s']:.2f}x")
+        bound = over is not None and what == "decode" and batch == 1 and row.get("kernels") != "int8"
+        cells.append(f"{over['bytes'] / row['bytes']:.2f}x" if over is not None and bound else "")
+        theirs = own.get((row["model"], _case(row))) if row.get("kernels") in ("auto", "int8") else None
+        cells.append("" if theirs is None else f"{row['tokens_per_s'] / theirs['tokens_per_s']:.2f}x")
+        lines.append(cells)
+    names = ("model", "engine", "kernels", "type", "what")
+    return markdown((*names, ">batch", ">tokens/s", ">over dense", ">by bytes", ">over vLLM's layers"), lines)
 
 
 def _case(row: dict[str, Any]) -> tuple[str, str, str, int]:

@@ -277,10 +277,10 @@ def set_widths(model: nn.Module, block: dict[str, Any], widths: list[int]) -> No
             provenance.set_ffn(config, {"modules": entries} if values is None else None)
         return
     for config in copies(model, where):
-        _set_layers(config, {k: v for k, v in block.items() if k != "config"}, widths)
+        set_layers(config, {k: v for k, v in block.items() if k != "config"}, widths)
 
 
-def _set_layers(config: Any, block: dict[str, Any], widths: list[int]) -> None:
+def set_layers(config: Any, block: dict[str, Any], widths: list[int]) -> None:
     """Widths of layers of one form."""
     key = block["width_key"]
     config.per_layer_config = None

@@ -4,6 +4,9 @@ vLLM calls `register` in each of its processes before it makes a model (entry po
 own model classes ask the config for one FFN width and hand it to parallel linear layers, each of which knows its name
 in the model, such as `model.layers.3.mlp.down_proj`. So these layers take their own layer's width here instead,
 whatever the family; where vLLM runs the modules of Transformers, `heterogeneous` has given them their widths already.
+
+What a user asks for beyond that stands in `--additional-config '{"pyprune": {...}}'` (see `VllmOptions`): between the
+making of a model and the packing of its weights, a mask narrows what is loaded, and records take the place of FFNs.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from transformers import PreTrainedConfig
 
 from ..base.errors import one_line
 from ..model import heterogeneous
+from .vllm_contest import take_over
+from .vllm_mask import Cut
+from .vllm_options import VllmOptions
 
 # vLLM's classes that FFNs are made of, with the argument that holds the width.
 LINEARS = {
@@ -45,26 +51,99 @@ def register() -> None:
 
 
 def install() -> None:
-    """Wrap the constructors of vLLM's linear layers; a second call changes nothing.
+    """Wrap the constructors of vLLM's linear layers, and steps of its loader; a second call changes nothing.
 
     Raises:
         ImportError, AttributeError: this vLLM has no such classes.
-        TypeError: their constructors take no such arguments.
+        TypeError: they take no such arguments.
     """
     linear = importlib.import_module("vllm.model_executor.layers.linear")
     config = importlib.import_module("vllm.config")
     parallel = importlib.import_module("vllm.distributed").get_tensor_model_parallel_world_size
     current = config.get_current_vllm_config
+    loader = importlib.import_module("vllm.model_executor.model_loader.base_loader")
+    files = importlib.import_module("vllm.model_executor.model_loader.default_loader").DefaultModelLoader
     found = [(getattr(linear, name), argument) for name, argument in LINEARS.items()]
     for kind, argument in found:
-        lacking = {argument, "prefix"} - set(inspect.signature(kind.__init__).parameters)
-        if lacking:
-            raise TypeError(f"{kind.__name__} takes no {', '.join(sorted(lacking))}")
+        _check_takes(kind.__init__, kind.__name__, argument, "prefix")
+    steps = [(getattr(*place), place, made, takes) for place, made, takes in _steps(loader, files)]
+    for step, place, _, takes in steps:
+        _check_takes(step, place[1], *takes)
     heterogeneous.install()
     _allow_the_widest()
     for kind, argument in found:
         if not getattr(kind.__init__, "_pyprune", False):
             kind.__init__ = _wrapped(kind.__init__, argument, lambda: current().model_config.hf_text_config, parallel)
+    for step, (owner, name), made, _ in steps:
+        if not getattr(step, "_pyprune", False):
+            setattr(owner, name, made(step))
+
+
+def _check_takes(function: Any, name: str, *arguments: str) -> None:
+    if lacking := sorted(set(arguments) - set(inspect.signature(function).parameters)):
+        raise TypeError(f"{name} takes no {', '.join(lacking)}")
+
+
+def _steps(loader: Any, files: Any) -> list[tuple[tuple[Any, str], Callable[[Any], Any], tuple[str, ...]]]:
+    """Steps of loading a model: whose they are and their names, what takes their place, and arguments that it needs."""
+    return [
+        ((loader, "initialize_model"), _made, ("vllm_config",)),
+        ((files, "get_all_weights"), _read, ("model",)),
+        ((loader, "process_weights_after_loading"), _packed, ("model",)),
+    ]
+
+
+def _argument(function: Any, name: str, args: Any, kwargs: Any) -> Any:
+    return inspect.signature(function).bind(*args, **kwargs).arguments[name]
+
+
+def _step(function: Any) -> Callable[[Any], Any]:
+    """What takes the place of a step of loading, and is never replaced itself."""
+
+    def mark(replacement: Any) -> Any:
+        replacement = functools.wraps(function)(replacement)
+        replacement._pyprune = True
+        return replacement
+
+    return mark
+
+
+def _made(initialize: Any) -> Any:
+    @_step(initialize)
+    def initialize_model(*args: Any, **kwargs: Any) -> Any:
+        config = _argument(initialize, "vllm_config", args, kwargs)
+        options = VllmOptions.of(config.additional_config)
+        cut = None
+        if options.mask is not None:
+            cut = Cut(config.model_config.model, options.mask)
+            cut.narrow_config(config.model_config.hf_text_config)
+        model = initialize(*args, **kwargs)
+        model._pyprune_options, model._pyprune_cut = options, cut
+        return model
+
+    return initialize_model
+
+
+def _read(get_all_weights: Any) -> Any:
+    @_step(get_all_weights)
+    def narrowed(*args: Any, **kwargs: Any) -> Any:
+        weights = get_all_weights(*args, **kwargs)
+        cut = getattr(_argument(get_all_weights, "model", args, kwargs), "_pyprune_cut", None)
+        return weights if cut is None else cut.narrow(weights)
+
+    return narrowed
+
+
+def _packed(process: Any) -> Any:
+    @_step(process)
+    def process_weights_after_loading(*args: Any, **kwargs: Any) -> Any:
+        model = _argument(process, "model", args, kwargs)
+        options = getattr(model, "_pyprune_options", None)
+        if options is not None:
+            take_over(model, options)
+        return process(*args, **kwargs)
+
+    return process_weights_after_loading
 
 
 def _allow_the_widest() -> None:

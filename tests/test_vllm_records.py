@@ -1,0 +1,234 @@
+"""FFNs from records in vLLM, beside a stand-in for its linear layers; see test_engines.py for vLLM itself."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pyprune.base.errors import InputError, UnsupportedModelError
+from pyprune.ffn import native
+from pyprune.serving import vllm_contest, vllm_ffn
+from pyprune.serving.vllm_contest import take_over
+from pyprune.serving.vllm_options import VllmOptions
+
+D, WIDTHS = 32, (64, 64, 90)
+needs_kernels = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
+
+
+class UnquantizedLinearMethod:
+    """As vLLM's on a CPU: it packs the weight for a library and drops it."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if layer.weight.ndim == 2:
+            layer.packed, layer.weight = layer.weight.detach().clone(), nn.Parameter(torch.empty(0))
+
+
+class Linear(nn.Module):
+    tp_size = 1
+
+    def __init__(self, size: int, out: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter((torch.randn(out, size) * size**-0.5).to(dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(out).to(dtype), requires_grad=False) if bias else None
+        self.quant_method: Any = UnquantizedLinearMethod()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return functional.linear(x, self.packed, self.bias), None
+
+
+class MergedColumnParallelLinear(Linear):
+    def __init__(self, size: int, width: int, *rest: Any) -> None:
+        super().__init__(size, 2 * width, *rest)
+        self.output_sizes = [width, width]
+
+
+class RowParallelLinear(Linear):
+    pass
+
+
+class SiluAndMul(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, -1)
+        return functional.silu(gate) * up
+
+
+class MLP(nn.Module):
+    factor = 1.0
+
+    def __init__(self, width: int, *rest: Any) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(D, width, *rest)
+        self.down_proj = RowParallelLinear(width, D, *rest)
+        self.act_fn = SiluAndMul()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.act_fn(self.gate_up_proj(x)[0])
+        return self.down_proj(self.factor * hidden)[0]
+
+
+class Model(nn.Module):
+    def __init__(self, bias: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(MLP(width, bias, dtype) for width in WIDTHS)
+
+    def pack(self) -> Model:
+        """What vLLM does at the end of loading."""
+        for module in self.modules():
+            if hasattr(module, "quant_method"):
+                module.quant_method.process_weights_after_loading(module)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear: Any = types.ModuleType("vllm.model_executor.layers.linear")
+    for kind in (MergedColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod):
+        setattr(linear, kind.__name__, kind)
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, linear.__name__, linear)
+
+
+def raced(monkeypatch: pytest.MonkeyPatch, ours: dict[int, float]) -> None:
+    """Let a record take `ours[tokens]` seconds, and vLLM's layers one."""
+    monkeypatch.setattr(vllm_contest, "_race", lambda own, records, dtype, tokens, backend: (1.0, ours[tokens]))
+
+
+def x_of(tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+
+
+def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def kinds(model: Model) -> list[str]:
+    return [type(layer).__name__ for layer in model.layers]
+
+
+def compiled(model: nn.Module) -> Any:
+    """As vLLM compiles on a CPU: once for every number of tokens."""
+    return torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+def test_records_take_the_place_of_layers(bias: bool) -> None:
+    model, own = Model(bias), Model(bias).pack()
+    found = take_over(model, VllmOptions(kernels="on"))
+    assert {outcome.way for outcome in found.values()} == {"record"} and len(found) == 2
+    assert kinds(model.pack()) == ["RecordFFN"] * 3
+    assert not any(isinstance(module, Linear) for module in model.modules())  # nothing is held twice
+    with torch.no_grad():
+        for run in (model, compiled(model)):
+            for tokens in (1, 5, 300):
+                torch.testing.assert_close(run(x_of(tokens)), own(x_of(tokens)), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("ours", "way"),
+    [
+        ({1: 0.96}, "own"),
+        ({1: 0.9, 4: 0.9, 16: 1.1}, "own"),
+        ({1: 0.9, 4: 0.9, 16: 1.0, 64: 1.0, 256: 1.02}, "record"),
+    ],
+)
+def test_a_record_must_not_be_slower_anywhere(ours: dict[int, float], way: str, monkeypatch: Any) -> None:
+    raced(monkeypatch, ours)
+    model = Model()
+    assert {outcome.way for outcome in take_over(model, VllmOptions()).values()} == {way}
+    assert kinds(model) == ["MLP" if way == "own" else "RecordFFN"] * 3
+    with torch.no_grad():
+        torch.testing.assert_close(model.pack()(x_of(3)), Model().pack()(x_of(3)), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_int8_rows_beside_layers_serve_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    raced(monkeypatch, {1: 0.5, 2: 0.6, 4: 0.7, 8: 1.0})
+    dtype = torch.bfloat16
+    model, own = Model(dtype=dtype), Model(dtype=dtype).pack()
+    (first, *_) = take_over(model, VllmOptions(weights="int8")).values()
+    assert (first.way, first.most, list(first.times)) == ("beside", 4, [1, 2, 4, 8])
+    with torch.no_grad():
+        for run in (model.pack(), compiled(model)):
+            few, many = x_of(4, dtype), x_of(5, dtype)
+            assert torch.equal(run(many), own(many))
+            assert 1e-4 < apart(run(few), own(few)) < 0.03
+
+
+@needs_kernels
+def test_int8_rows_alone() -> None:
+    model, own = Model(), Model().pack()
+    take_over(model, VllmOptions(kernels="on", weights="int8"))
+    assert kinds(model) == ["RecordFFN"] * 3 and model.layers[0].rows.dtype == torch.int8
+    with torch.no_grad():
+        for tokens in (1, 300):
+            assert apart(model(x_of(tokens)), own(x_of(tokens))) < 0.03
+
+
+@needs_kernels
+def test_both_are_timed() -> None:
+    model = Model()
+    found = take_over(model, VllmOptions(weights="int8"))
+    assert all(min(times) > 0 for outcome in found.values() for times in outcome.times.values())
+    assert all(1 in outcome.times for outcome in found.values())
+
+
+@needs_kernels
+def test_what_computes_something_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    raced(monkeypatch, dict.fromkeys(vllm_contest.TOKENS, 0.1))
+    monkeypatch.setattr(MLP, "factor", 1.5)
+    model = Model()
+    assert {outcome.way for outcome in take_over(model, VllmOptions()).values()} == {"own"}
+    with pytest.raises(UnsupportedModelError, match=r"layers.0 computes something else, 0.[0-9]+ from a plain FFN"):
+        take_over(Model(), VllmOptions(kernels="on"))
+
+
+def test_where_kernels_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    sharded, quantised, odd = Model(), Model(), Model()
+    for layer in sharded.layers:
+        layer.down_proj.tp_size = 2
+    for layer in quantised.layers:
+        layer.gate_up_proj.quant_method = object()
+    for layer in odd.layers:
+        layer.norm = nn.Identity()
+    for model in (sharded, quantised, odd):
+        assert vllm_ffn.find(model) == [] and take_over(model, VllmOptions()) == {}
+        with pytest.raises(InputError, match="cannot run in this vLLM: no FFN in vLLM's own classes has whole"):
+            take_over(model, VllmOptions(kernels="on"))
+    monkeypatch.setattr(native, "load", lambda: "native CPU library not built: no compiler")
+    assert take_over(Model(), VllmOptions()) == {}
+    with pytest.raises(InputError, match=r"cannot run in this vLLM: native CPU library not built: no compiler"):
+        take_over(Model(), VllmOptions(weights="int8"))
+    assert take_over(Model(), VllmOptions(kernels="off")) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kernel": "on"}, "has kernels, weights, mask; got kernel"),
+        ({"kernels": "yes"}, "kernels must be one of auto, on, off; got 'yes'"),
+        ({"weights": "int4"}, "weights must be 'int8' or left out"),
+        ({"weights": ["int8"]}, "weights must be 'int8' or left out"),
+        ({"weights": "int8", "kernels": "off"}, "kernels must be 'auto' or 'on' with weights"),
+        ({"mask": "/nowhere"}, "mask must be a file; got '/nowhere'"),
+        ("on", "must be an object; got 'on'"),
+    ],
+)
+def test_bad_options(given: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        VllmOptions.of({"pyprune": given})
+    assert VllmOptions.of({}) == VllmOptions.of(None) == VllmOptions()
