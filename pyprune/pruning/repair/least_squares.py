@@ -116,14 +116,14 @@ class _Fit:
     def __init__(self, stats: ActivationStats, keep: Tensor, target: float) -> None:
         assert stats.gram is not None
         self.keep = keep
-        self.rows_of_h = stats.gram[keep] / stats.tokens
+        self.rows_of_h = stats.gram[keep].div_(stats.tokens)  # in place: these are the largest tensors of a run
         self.scale = float(stats.gram.diagonal().mean()) / stats.tokens
         self.more = target * stats.cross[keep] / stats.tokens if target and stats.cross is not None else None
 
     def rows(self, down: Tensor, damping: float) -> Tensor:
         """`[K, D]`: the fitted down rows, for `down` `[F, D]` in float64."""
         ridge = damping * self.scale
-        factor = self.rows_of_h[:, self.keep].clone()
+        factor = self.rows_of_h[:, self.keep]
         factor.diagonal().add_(ridge)
         wanted = self.rows_of_h @ down
         wanted += ridge * down[self.keep]  # the ridge's share of H_S: V

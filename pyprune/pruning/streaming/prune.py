@@ -189,6 +189,8 @@ def _prune(
     if place is not None:
         check(not place.exists() or place.is_dir(), "spill", "be a folder", str(place))
     state = State(target, settings, place)
+    if state.resumed:
+        progress("going on where an earlier run was stopped", state.progress.layers, len(described.ffns))
     pruner = StreamedPruner(pages, options, run.windows, progress, state, place is not None)
     try:
         with PeakMemory() as memory:
