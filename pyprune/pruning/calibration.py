@@ -120,10 +120,12 @@ class LayerStream:
             if len(other):
                 self._check_independent(self._record_calls(ids[int(other[0])][None]))
             self._hidden = self._embed(ids)
-        self._twin = None
-        if twin:
-            self._twin = self._room("twin", tuple(self._hidden.shape), self._hidden).copy_(self._hidden)
+        self._twin = self._begin_twin() if twin else None
         self._twin_position = 0
+
+    def _begin_twin(self) -> Tensor:
+        """`[N, W, D]`: the twin's states where the others are."""
+        return self._room("twin", tuple(self._hidden.shape), self._hidden).copy_(self._hidden)
 
     def _room(self, what: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Memory for the hidden states `what` of all windows, of the dtype and device of `like`."""

@@ -46,15 +46,18 @@ class KeptStream(LayerStream):
         for layer in range(start):
             self._calls[layer] = ((), {})
         self._position = self._twin_position = start
-        twin = state.progress.twin
-        if self._twin is not None and start and twin:
-            self._twin = state.states("twin", start, twin, spilled)
 
     def _embed(self, ids: Tensor) -> Tensor:
         kept = self._state.progress.hidden
         if self._start and kept:
             return self._state.states(self._name, self._start, kept, self.spilled)
         return super()._embed(ids)
+
+    def _begin_twin(self) -> Tensor:
+        kept = self._state.progress.twin
+        if self._start and kept:
+            return self._state.states("twin", self._start, kept, self.spilled)
+        return super()._begin_twin()
 
     def _room(self, what: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return self._map(what, shape, like, self._start) if self.spilled else super()._room(what, shape, like)
@@ -176,7 +179,7 @@ class StreamedPruner(Pruner):
 
     def enter(self, stage: list[list[FFN]]) -> list[KeepIndex] | None:
         ffn = stage[0][0]
-        if ffn.block < self.state.progress.layers and self._job is None:
+        if ffn.block < self.state.progress.layers:
             report, keep, sample = self.state.layer(ffn.layer)
             self.reports.append(report)
             self._samples.append(sample)
