@@ -25,6 +25,7 @@ from .pruning.load import load
 from .pruning.nested import set_width
 from .pruning.prune import prune
 from .pruning.repair import LeastSquares, MeanBias, Refit
+from .pruning.streaming import prune_checkpoint
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ __all__ = [
     "load",
     "prune",
     "prune_blocks",
+    "prune_checkpoint",
     "prune_experts",
     "save",
     "set_width",

@@ -28,7 +28,8 @@ def imports_of(path, package):
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-SOURCES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+TOP = (PACKAGE / "__init__.py", PACKAGE / "__main__.py")
+SOURCES = [p for p in sorted(PACKAGE.rglob("*.py")) if p not in TOP]
 KERNEL_SOURCES = sorted(KERNELS.glob("*.py"))
 CSRC_SOURCES = sorted(CSRC.rglob("*.py"))
 

@@ -175,21 +175,28 @@ def new_folder(path: str | Path, overwrite: bool = False, strangers: Strangers =
     target = check_out_folder(path, overwrite, strangers)
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary, aside = _beside(target, "new"), _beside(target, "old")
+        temporary = _beside(target, "new")
         temporary.mkdir()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         try:
             yield temporary
             for entry in temporary.rglob("*"):
                 entry.chmod(mode if entry.is_dir() else mode & 0o666)
-                if entry.is_file():
-                    _sync(entry)
-            try:
-                if target.exists():
-                    aside.mkdir()
-                    target.rename(aside / target.name)
-                temporary.rename(target)
-            finally:  # Ctrl-C between the two renames included
-                restore(target)
+            put_folder(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_folder(made: Path, target: Path) -> None:
+    """Put the folder `made`, on the same disk, in the place of `target`, as `new_folder` does at its end."""
+    for entry in made.rglob("*"):
+        if entry.is_file():
+            _sync(entry)
+    aside = _beside(target, "old")
+    try:
+        if target.exists():
+            aside.mkdir()
+            target.rename(aside / target.name)
+        made.rename(target)
+    finally:  # Ctrl-C between the two renames included
+        restore(target)

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 
 import psutil
@@ -81,6 +82,39 @@ class Room:
         place, self._free = self._free[:size], self._free[size:]
         kept = place.view(tensor.dtype)[: tensor.numel()].view(tensor.shape)
         return kept.copy_(tensor)
+
+
+# Where Linux says what a container may use, and uses: control groups of version 2, and 1.
+_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _left(group: str, limit: str, used: str, cached: str) -> int:
+    """What a control group may still use; files that are only cached count as free."""
+    folder = Path(group)
+    facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return int((folder / limit).read_text()) - int((folder / used).read_text()) + int(facts.get(cached, 0))
+
+
+def available() -> int:
+    """Bytes that this process can still get: of the machine, of its container, and of its own limit of addresses."""
+    found = [int(psutil.virtual_memory().available)]
+    for group in _GROUPS:
+        try:
+            found.append(_left(*group))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    try:
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if soft != resource.RLIM_INFINITY:
+            found.append(soft - psutil.Process().memory_info().vms)
+    except ImportError:  # Windows
+        pass
+    return max(0, min(found))
 
 
 class PeakMemory:

@@ -41,6 +41,7 @@ from .options import (
 from .pruned import DryRunOption, OverwriteOption, SaveMaskOption, check_out, finish, run_facts
 from .recover import taught_by
 from .screen import Bars, show, table, verb
+from .streamed import SpillOption, StreamOption, prune_streamed, streams
 
 # Minutes of recovery with --best.
 BEST_MINUTES = 10.0
@@ -218,6 +219,8 @@ def prune(
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
     max_shard_size: ShardOption = checkpoint.MAX_SHARD_SIZE,
+    stream: StreamOption = None,
+    spill: SpillOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -255,6 +258,14 @@ def prune(
         check(mask is None and save_mask is None, "mask", "be left out with --nested", str(mask or save_mask))
         check(sequential, "sequential", "be True with nested widths", False)
     loaded_mask = Mask.load(mask) if mask else None
+    against: dict[str, Any] = {"recover": minutes, "nested": nested_widths, "dry_run": dry_run, "out": to_file and out}
+    against |= {"dtype": dtype != "auto" and dtype, "device": device not in ("auto", "cpu") and device}
+    if streams(stream, model, dtype, spill, against):
+        read = check_sources(text, tokens, window, start_token) if text else None
+        size: dict[str, Any] = {"tokens": tokens, "window": window, "start": start_token}
+        more: dict[str, Any] = {"spill": spill, "max_shard_size": max_shard_size, "overwrite": overwrite}
+        prune_streamed(model, out, options, loaded_mask, read, size, save_mask, as_json, **more)
+        return
     place = choose_device(device)
     windows, taught_text, tokenizer = None, None, None
     needed = options.needs_text(loaded_mask is not None) or teaching is not None
@@ -264,7 +275,7 @@ def prune(
     loaded = loading.load_model(model, dtype, place)
     if needed:
         with Bars() as bars:
-            size: dict[str, Any] = {"tokens": tokens, "window": window, "start": start_token, "seed": seed}
+            size = {"tokens": tokens, "window": window, "start": start_token, "seed": seed}
             windows = mix(sources, loaded, tokenizer, **size, progress=bars)
             if teaching is not None:
                 size |= {"tokens": taught_tokens, "seed": unread(seed)}
@@ -279,7 +290,7 @@ def prune(
         if nested_widths:
             made = prune_nested(loaded, _shares(shares), method, progress=bars, **common)
         else:
-            more: dict[str, Any] = {"sequential": sequential, "precision": precision, "mask": loaded_mask}
+            more = {"sequential": sequential, "precision": precision, "mask": loaded_mask}
             report = prune_model(loaded, keep, method, **more, progress=bars, **common)
             if teaching is not None and taught_text is not None:
                 dense = loading.load_model(model, dtype, place)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ..base.errors import CheckpointError, UnsupportedModelError, check, is_coun
 from ..base.files import check_out_folder, new_folder, sha256_of
 from . import families, heterogeneous, provenance
 from .manifest import FORMAT, MANIFEST, keep_tokenizer, read_manifest, strangers
+from .shards import read_header, read_index
 from .towers import config_at, text_config
 from .widths import module_widths, set_widths, stock_class
 
@@ -38,9 +38,13 @@ def _check_stock_class(model: nn.Module) -> None:
     check(hasattr(transformers, name), "model", "be of a class that Transformers has", name)
 
 
-def _write_manifest(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, model: nn.Module, facts: dict[str, Any], known: dict[str, str]) -> None:
+    """Write the manifest; `known` are SHA-256 of files that need not be read for it."""
     files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        file.relative_to(folder).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": known.get(file.name) or sha256_of(file),
+        }
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
@@ -126,8 +130,37 @@ def save(
             keep_tokenizer(target, folder)
         if nested is not None:
             nested.save(folder)
-        _write_manifest(folder, model, facts or {})
+        _write_manifest(folder, model, facts or {}, {})
     return Path(path)
+
+
+def save_around(model: Any, folder: Path, target: Path, tokenizer: Any, hashes: dict[str, str]) -> None:
+    """Write what `save` writes beside the weights, which are in `folder` already.
+
+    Args:
+        model: on whatever device.
+        folder: with its files of weights.
+        target: the folder in whose place it will be put.
+        tokenizer: as for `save`.
+        hashes: SHA-256 of the files of weights.
+
+    Raises:
+        CheckpointError: as `save`.
+    """
+    config: Any = model.config
+    config.__dict__.pop("auto_map", None)
+    check_rebuilds(model)
+    # As `save_pretrained` leaves them.
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    elif target.is_dir():
+        keep_tokenizer(target, folder)
+    _write_manifest(folder, model, {}, hashes)
 
 
 # Transformers' tables of classes that write text, beside that of causal LMs.
@@ -279,28 +312,12 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes from the headers of a folder's safetensors files; no tensor is read.
 
     Raises:
-        CheckpointError: no such file, a damaged header, or a file shorter than its header says.
+        CheckpointError: no such file, or as `shards.read_header`.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no safetensors file")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        size = file.stat().st_size
-        try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                if length > size - 8:
-                    raise CheckpointError(f"{file.name} is truncated: its header says {length} bytes, it has {size}")
-                header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            shapes.update({name: tuple(entry["shape"]) for name, entry in header.items()})
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{file.name} has a damaged header: {error}") from error
-        if size != 8 + length + end:
-            raise CheckpointError(f"{file.name} must have {8 + length + end} bytes; it has {size}")
-    return shapes
+    return {name: place.shape for file in files for name, place in read_header(file).items()}
 
 
 def check_fits(folder: str | Path) -> list[int]:
@@ -314,6 +331,7 @@ def check_fits(folder: str | Path) -> list[int]:
     folder = Path(folder)
     config = read_config(folder)
     widths = _config_widths(config)
+    read_index(folder)
     shapes = tensor_shapes(folder)
     try:
         wanted = _meta_shapes(config)

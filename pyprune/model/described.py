@@ -17,6 +17,7 @@ class Described:
 
     Args:
         model: a causal LM of Transformers.
+        absent: its weights may be on the meta device, and come when they are needed (see `pages`).
 
     Attributes:
         ffns: its FFNs (`families.find_ffns`).
@@ -26,9 +27,9 @@ class Described:
         UnsupportedModelError: an FFN that pyprune does not know, or an accelerated model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, absent: bool = False) -> None:
         self.model = model
-        self.ffns = families.find_ffns(model)
+        self.ffns = families.find_ffns(model, absent)
         self.sizes = [ffn.intermediate_size for ffn in self.ffns]
 
     @cached_property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +69,13 @@ def _describe(layer: nn.Module) -> str:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def find_ffns(model: nn.Module) -> list[FFN]:
+def find_ffns(model: nn.Module, absent: bool = False) -> list[FFN]:
     """Find the FFNs of every decoder layer, in order; of a mixture each expert is one (`units.Expert`).
 
     Of a model with several towers, those of the text's (see `towers.stacks`); of an encoder-decoder those of both
     sides. A layer may have none, or several; what several layers run is found once. Tensors of the model that were
-    made in inference mode become ordinary ones, of the same values.
+    made in inference mode become ordinary ones, of the same values. With `absent` weights need not be there: an FFN is
+    tried out with others anyway.
 
     Raises:
         UnsupportedModelError: no decoder layers, or several lists that may be meant; weights that are not there or no
@@ -87,7 +89,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
                 raise UnsupportedModelError(
                     f"{list_name}.{i} is accelerated already; prune the loaded checkpoint first, then accelerate it"
                 )
-        if number == 0:
+        if number == 0 and not absent:
             check_there(model)
         check_plain(model, layers, list_name)
         leave_inference(model)
@@ -256,17 +258,28 @@ def fingerprint(model: nn.Module, ffns: list[FFN]) -> str:
     Weights are rounded to bfloat16 first, so a checkpoint has one fingerprint whether it is loaded in float32 or
     in bfloat16. The sample is at least 4096 values (all, of fewer) of each part of each layer, evenly spread.
     """
+    return fingerprint_of(model, (sample(ffn) for ffn in ffns))
+
+
+def fingerprint_of(model: nn.Module, samples: Iterable[bytes]) -> str:
+    """`fingerprint`, of the samples of the model's FFNs in order."""
     digest = hashlib.sha256()
     digest.update(str(getattr(model.config, "model_type", "")).encode())
-    for ffn in ffns:
-        weights = ffn.weights()
-        digest.update(repr((ffn.layer, ffn.gated, tuple(weights.down.shape))).encode())
-        for part in weights.parts:
-            step = max(1, part.numel() // 4096)
-            rows, columns = _spread(part.shape, step)
-            sample = part.detach()[rows.to(part.device), columns.to(part.device)]
-            digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    for part in samples:
+        digest.update(part)
     return digest.hexdigest()
+
+
+def sample(ffn: FFN) -> bytes:
+    """What an FFN has a part in `fingerprint` with."""
+    weights = ffn.weights()
+    found = [repr((ffn.layer, ffn.gated, tuple(weights.down.shape))).encode()]
+    for part in weights.parts:
+        step = max(1, part.numel() // 4096)
+        rows, columns = _spread(part.shape, step)
+        values = part.detach()[rows.to(part.device), columns.to(part.device)]
+        found.append(values.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return b"".join(found)
 
 
 def _spread(shape: torch.Size, step: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..base.errors import UnsupportedModelError, check
 from ..base.statistics import ActivationStats
 from ..model.families import FFN, Expert, decoder_layers
+from ..model.narrowing import replaced
 from ..model.probe import evaluating
 from .moments import Gathered, split
 from .observing import See, observing
@@ -79,8 +80,14 @@ def _cosines(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(norms == 0, (a == b).all(1).double(), (a * b).sum(1) / norms)
 
 
+def _absent(layer: nn.Module) -> bool:
+    return any(p.is_meta for p in layer.parameters())
+
+
 class LayerStream:
     """The hidden states of all windows in front of one decoder layer.
+
+    Layers whose weights are on the meta device need not be there before the stream reaches them; the first must be.
 
     Args:
         model: a causal LM of Transformers, in eval mode.
@@ -105,7 +112,7 @@ class LayerStream:
     ) -> None:
         self._model, self._sources, self._products = model, sources, products
         self._layers: list[nn.Module] = list(decoder_layers(model)[1])
-        self._device = next(model.parameters()).device
+        self._device = next(p.device for p in model.parameters() if not p.is_meta)
         self._position = 0
         with torch.no_grad():
             self._calls = self._record_calls(ids[:1])
@@ -113,8 +120,20 @@ class LayerStream:
             if len(other):
                 self._check_independent(self._record_calls(ids[int(other[0])][None]))
             self._hidden = self._embed(ids)
-        self._twin = self._hidden.clone() if twin else None
+        self._twin = self._begin_twin() if twin else None
         self._twin_position = 0
+
+    def _begin_twin(self) -> Tensor:
+        """`[N, W, D]`: the twin's states where the others are."""
+        return self._room("twin", tuple(self._hidden.shape), self._hidden).copy_(self._hidden)
+
+    def _room(self, what: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory for the hidden states `what` of all windows, of the dtype and device of `like`."""
+        return like.new_empty(shape)
+
+    def _onward(self, what: str, states: Tensor) -> Tensor:
+        """Where the hidden states `what` go that come out of a layer: in the place of those that went in."""
+        return states
 
     def _run(self, ids: Tensor) -> None:
         try:
@@ -139,15 +158,26 @@ class LayerStream:
             rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
             calls.append((args[1:], rest))
 
+        more: list[int | None] = []  # how many other things a layer gives with its hidden state; None: no tuple
+
         def after(layer: nn.Module, args: Any, output: Any) -> None:
             previous[:] = [_first(output)]
+            more.append(len(output) - 1 if isinstance(output, tuple) else None)
             if layer is self._layers[-1]:
                 raise _Stop
+
+        def passing(*args: Any, **kwargs: Any) -> Any:
+            """In the place of a layer that is not there: other values than it got, as finite."""
+            hidden = (args[0] if args else kwargs["hidden_states"]).roll(1, -1)
+            return hidden if more[0] is None else (hidden, *[None] * more[0])
 
         handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self._layers]
         handles += [layer.register_forward_hook(after) for layer in self._layers]
         try:
-            self._run(ids)
+            with ExitStack() as stack:
+                for layer in filter(_absent, self._layers):
+                    stack.enter_context(replaced(layer, passing))
+                self._run(ids)
         finally:
             for handle in handles:
                 handle.remove()
@@ -178,7 +208,7 @@ class LayerStream:
                 self._run(ids[i : i + 1])
                 window = caught.pop()
                 if hidden is None:
-                    hidden = window.new_empty((len(ids), *window.shape[1:]))
+                    hidden = self._room("hidden", (len(ids), *window.shape[1:]), window)
                 hidden[i] = window[0]
             assert hidden is not None
             return hidden
@@ -289,8 +319,10 @@ class LayerStream:
     @torch.no_grad()
     def advance(self) -> None:
         """Move every window through the layer, with the weights it has now."""
+        into = self._onward("hidden", self._hidden)
         for window in range(len(self._hidden)):
-            self._hidden[window] = self._forward(window)[0]
+            into[window] = self._forward(window)[0]
+        self._hidden = into
         self._position += 1
         self._calls[self._position - 1] = ((), {})
 
@@ -338,8 +370,10 @@ class LayerStream:
     def advance_twin(self) -> None:
         """Move the twin's windows through the layer, with the weights it has now: to be called before it is cut."""
         assert self._twin is not None
+        into = self._onward("twin", self._twin)
         for window in range(len(self._twin)):
-            self._twin[window] = self._layer_on(self._twin[window : window + 1])[0]
+            into[window] = self._layer_on(self._twin[window : window + 1])[0]
+        self._twin = into
         self._twin_position += 1
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..base.errors import check, check_choice, is_count, is_number
 from ..base.machine import PRECISIONS
+from ..model.described import Described
 from . import importance
 from .allocation import ALLOCATIONS, Allocation
 from .repair import Repair
@@ -58,7 +59,7 @@ class PruneOptions:
         """From options or their short forms."""
         return cls(keep, method, ALLOCATIONS.parse(allocation), parse_repair(repair), sequential, seed, precision)
 
-    def suited(self, model: nn.Module, streamed: bool = True) -> PruneOptions:
+    def suited(self, model: nn.Module | Described, streamed: bool = True) -> PruneOptions:
         """The same with what the repair chooses for a model; `streamed`: text goes through it layer by layer."""
         return replace(self, repair=self.repair.suited(model, self.sequential and streamed))
 

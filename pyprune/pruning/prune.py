@@ -55,7 +55,7 @@ class PruneReport(Totals):
         }
 
 
-def _check_rebuilds(described: Described, options: PruneOptions, mask: Mask | None) -> None:
+def check_rebuilds(described: Described, options: PruneOptions, mask: Mask | None) -> None:
     """Refuse before any work what could not be saved: with the widths there will be, or else with differing ones."""
     sizes = described.sizes
     widths = list(mask.widths) if mask is not None else options.allocation.known(sizes, options.keep)
@@ -141,7 +141,7 @@ def prune(
     fingerprint = described.fingerprint
     if mask is not None:
         mask.check_fits(described.sizes, fingerprint)
-    _check_rebuilds(described, options, mask)
+    check_rebuilds(described, options, mask)
     with evaluating(model), PeakMemory() as memory:
         pruner = Pruner(described, options, run.windows, progress, run.batches)
         plan = options.allocation.plan(pruner, keep) if mask is None else Plan(list(mask.layers))

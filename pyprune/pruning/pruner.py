@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from .whole import WholeForwards
 
 # Calibration tokens that the curves of layers are taken from, at most.
 CURVE_TOKENS = 16_384
+# Of errors after some layers were pruned.
+_BEGUN = "; earlier layers are pruned already, so load the model again"
 # An expert that saw fewer is scored by its weights, and is not repaired.
 LEAST_TOKENS, BY_WEIGHTS = 32, "magnitude-l2-both"
 
@@ -218,18 +221,33 @@ class Pruner:
         for stage in self._stages(stream):
             self.progress("pruning layers", len(chosen), len(self.ffns))
             try:
+                if (kept := self.enter(stage)) is not None:
+                    chosen += kept
+                    continue
                 ready = [self._ready(group, plan, stream) for group in stage]
                 if stream and not self.options.sequential:
                     stream.advance()
                 for group, fitted in zip(stage, ready, strict=True):
                     chosen += self._cut(group, fitted)
+                self.leave(stage, chosen, stream)
             except InputError as error:
-                done = "; earlier layers are pruned already, so load the model again" if self.reports else ""
-                raise InputError(f"layer {stage[0][0].layer}: {error}{done}") from error
+                raise InputError(f"layer {stage[0][0].layer}: {error}{self.begun}") from error
         self.progress("pruning layers", len(self.ffns), len(self.ffns))
         warn_of_dead([r.dead or 0 for r in self.reports if r.tokens is None], sum(self.sizes))
         self._warn_of_few()
         return chosen
+
+    def enter(self, stage: list[list[FFN]]) -> list[KeepIndex] | None:
+        """Before a stage is pruned: what it kept, where that was done by an earlier process; else None."""
+        return None
+
+    def leave(self, stage: list[list[FFN]], chosen: list[KeepIndex], stream: Any) -> None:
+        """After a stage was cut; `chosen` is what all layers so far kept."""
+
+    @property
+    def begun(self) -> str:
+        """What errors add once layers were pruned."""
+        return _BEGUN if self.reports else ""
 
     def _tied(self, plan: Sequence[KeepIndex | int]) -> list[KeepIndex | int]:
         """The same with one width for the experts of a layer (`units.tied`)."""

@@ -56,6 +56,7 @@ class Run:
         purpose: what for, in the error where it is missing.
         given: provenance from outside.
         seed, progress: of text that the model writes.
+        described: the model, where that is known and its weights are checked when they come.
 
     Attributes:
         described: the model, dense.
@@ -77,12 +78,14 @@ class Run:
         given: dict[str, Any] | None,
         seed: int = 0,
         progress: Progress = quiet,
+        described: Described | None = None,
     ) -> None:
         there = text is not None or tokenizer is not None
         check(there or not needed, "text", f"be given for {purpose}", None)
         self._given = provenance.check_json(given)
-        self.described = Described(model)
-        check_finite(model)
+        self.described = Described(model) if described is None else described
+        if described is None:
+            check_finite(model)
         self.batches: list[Batch] | None = batches(model, text) if needed else None
         self.windows = None
         if needed and self.batches is None:

@@ -87,8 +87,8 @@ class Repair(Option):
         """Damping with which curves of layers foresee this repair; None where it fits no down rows."""
         return None
 
-    def suited(self, model: nn.Module, sequential: bool) -> Repair:
-        """The same with what is chosen for a model; `sequential` as in `prune`."""
+    def suited(self, model: nn.Module | Described, sequential: bool) -> Repair:
+        """The same with what is chosen for a model, described or not; `sequential` as in `prune`."""
         return self
 
     def check(self, sequential: bool) -> None:

@@ -116,14 +116,14 @@ class _Fit:
     def __init__(self, stats: ActivationStats, keep: Tensor, target: float) -> None:
         assert stats.gram is not None
         self.keep = keep
-        self.rows_of_h = stats.gram[keep] / stats.tokens
+        self.rows_of_h = stats.gram[keep].div_(stats.tokens)  # in place: these are the largest tensors of a run
         self.scale = float(stats.gram.diagonal().mean()) / stats.tokens
         self.more = target * stats.cross[keep] / stats.tokens if target and stats.cross is not None else None
 
     def rows(self, down: Tensor, damping: float) -> Tensor:
         """`[K, D]`: the fitted down rows, for `down` `[F, D]` in float64."""
         ridge = damping * self.scale
-        factor = self.rows_of_h[:, self.keep].clone()
+        factor = self.rows_of_h[:, self.keep]
         factor.diagonal().add_(ridge)
         wanted = self.rows_of_h @ down
         wanted += ridge * down[self.keep]  # the ridge's share of H_S: V
@@ -161,11 +161,11 @@ def _choose_damping(down: Tensor, stats: ActivationStats, keep: Tensor, target: 
     return min(DAMPINGS, key=error)
 
 
-def _adds_ffn(model: nn.Module) -> bool:
+def _adds_ffn(model: nn.Module | Described) -> bool:
     """Whether layers have one FFN each and add what it gives as it is, as far as text can go layer by layer."""
-    described = Described(model)
+    described = model if isinstance(model, Described) else Described(model)
     try:
-        return described.plain and adds_ffn(model, described.ffns)
+        return described.plain and adds_ffn(described.model, described.ffns)
     except UnsupportedModelError:
         return False
 
@@ -204,7 +204,7 @@ class Fit(Repair):
     def share(self) -> float:
         return TARGET if isinstance(self.target, str) else self.target
 
-    def suited(self, model: nn.Module, sequential: bool) -> Fit:
+    def suited(self, model: nn.Module | Described, sequential: bool) -> Fit:
         if not isinstance(self.target, str):
             return self
         return replace(self, target=TARGET if sequential and _adds_ffn(model) else 0.0)
