@@ -74,14 +74,11 @@ def measure(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> Non
 
 def not_slower(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> list[Bank]:
     """Without those for which `auto` leaves the module as it is, as was measured; says so."""
-    found = []
-    for bank in banks:
-        reason = moe_choice.why_slower(*_described(bank, weights), picked(model, bank))
-        if reason is None:
-            found.append(bank)
-        else:
-            warnings.warn(f"the experts of {bank.name} stay as they are: {reason}", stacklevel=3)
-    return found
+    reasons = [moe_choice.why_slower(*_described(bank, weights), picked(model, bank)) for bank in banks]
+    left = [f"{bank.name}: {reason}" for bank, reason in zip(banks, reasons, strict=True) if reason]
+    if left:
+        warnings.warn(f"experts of {len(left)} layers stay as they are (such as {left[0]})", stacklevel=3)
+    return [bank for bank, reason in zip(banks, reasons, strict=True) if reason is None]
 
 
 def record_bytes(banks: Sequence[Bank], weights: str | None) -> int:

@@ -38,9 +38,12 @@ def _fill(rows: Tensor, scales: Tensor | None, part: int, given: Tensor) -> None
 class PrunedMoE(nn.Module):
     """The experts of a layer, each a record: `y[t] = sum over k of weights[t, k] * ffn(x[t], expert index[t, k])`.
 
-        >>> model = accelerate(mixture)
-        >>> type(model.model.layers[0].mlp.experts).__name__
-        'PrunedMoE'
+        >>> from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+        >>> small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+        >>> config = Qwen3MoeConfig(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, **small)
+        >>> model = accelerate(AutoModelForCausalLM.from_config(config), backend="torch")
+        >>> model.model.layers[0].mlp.experts
+        PrunedMoE(gated, E=4, D=32, F=16, silu, torch)
 
     It takes the place of a Transformers module of experts (`model.experts.Bank`), is called as that is, and its
     `state_dict` has the names, shapes and dtype of it, so a model that holds it saves and loads as its family does.
@@ -145,8 +148,8 @@ class PrunedMoE(nn.Module):
             BackendError: the forced backend cannot run this.
         """
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        check(len(given) == 3, "call", "bring hidden states, experts and weights", len(given))
-        hidden, index, weights = given
+        check(len(given) >= 3, "call", "bring hidden states, experts and weights", len(given))
+        hidden, index, weights = given[:3]
         if index.is_floating_point():
             index, weights = weights, index
         x = hidden.reshape(-1, hidden.shape[-1])
