@@ -15,6 +15,7 @@ checkpoints whose FFN widths differ by layer load and save; every other model pa
 from .base.errors import BackendError, CheckpointError, InputError, PypruneError, UnsupportedModelError
 from .ffn.accelerate import accelerate
 from .ffn.mlp import PrunedMLP
+from .ffn.moe import PrunedMoE
 from .model import heterogeneous, remote_code
 from .model.checkpoint import save
 from .model.mask import KeepIndex, Mask
@@ -44,6 +45,7 @@ __all__ = [
     "MeanBias",
     "Predicted",
     "PrunedMLP",
+    "PrunedMoE",
     "PypruneError",
     "Refit",
     "Sensitivity",

@@ -83,7 +83,7 @@ def test_public_names() -> None:
     errors = {"BackendError", "CheckpointError", "InputError", "PypruneError", "UnsupportedModelError"}
     verbs = {"load", "save", "prune", "prune_blocks", "prune_checkpoint", "prune_experts", "accelerate", "set_width"}
     options = {"Uniform", "Global", "Sensitivity", "Predicted", "Latency", "MeanBias", "LeastSquares", "Refit"}
-    assert set(pyprune.__all__) == errors | verbs | options | {"PrunedMLP", "Mask", "KeepIndex"}
+    assert set(pyprune.__all__) == errors | verbs | options | {"PrunedMLP", "PrunedMoE", "Mask", "KeepIndex"}
     assert all(inspect.getdoc(getattr(pyprune, name)) for name in pyprune.__all__)
 
 

@@ -265,6 +265,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "latency-aware": _elsewhere("bench.tables.latency_aware", "latency_aware_table"),
     "model": model_table,
     "mixture": _elsewhere("bench.tables.families", "mixture_table"),
+    "moe": _elsewhere("bench.tables.moe", "moe_table"),
     "nested": _elsewhere("bench.tables.nested", "nested_table"),
     "repairs": _elsewhere("bench.tables.methods", "repairs_table"),
     "recover": _elsewhere("bench.tables.quality", "recover_table"),

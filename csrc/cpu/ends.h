@@ -1,4 +1,5 @@
-// The two ends of a call: tokens into expanded order, and partials into the output. Included by each instruction set's
+// The two ends of a call: tokens into expanded order, and partials into the output, of one FFN or of a token's experts.
+// Included by each instruction set's
 // source file, inside that file's own namespace.
 
 template <Type W, Type X>
@@ -16,8 +17,8 @@ inline void pack_as(const Call& p, const Workspace& ws, int64_t first, int64_t l
   }
 }
 
-// The sum of all partials at one block, in natural order.
-template <Type W, int V>
+// The sum of all partials at one block, in expanded order.
+template <int V>
 inline void sum_block(const Workspace& ws, int64_t slabs, int64_t offset, Vec (&sums)[V]) {
   const float* partial = ws.partials + offset;
   for (int v = 0; v < V; ++v) sums[v] = load(partial + v * kLanes);
@@ -25,7 +26,15 @@ inline void sum_block(const Workspace& ws, int64_t slabs, int64_t offset, Vec (&
     partial += ws.rows * ws.padded;
     for (int v = 0; v < V; ++v) sums[v] = add(sums[v], load(partial + v * kLanes));
   }
-  if constexpr (V == 2) interleave(sums[0], sums[1], sums[0], sums[1]);
+}
+
+// Writes one block in natural order, of which `count` values belong to the output.
+template <Type X, int V>
+inline void put_block(const Vec (&sums)[V], typename Values<X>::Element* out, int64_t count) {
+  typename Values<X>::Element rest[V * kLanes];
+  bool whole = count >= V * kLanes;
+  for (int v = 0; v < V; ++v) Values<X>::put((whole ? out : rest) + v * kLanes, sums[v]);
+  if (!whole) __builtin_memcpy(out, rest, count * sizeof rest[0]);
 }
 
 template <Type W, Type X>
@@ -36,16 +45,14 @@ inline void finish_columns(const Call& p, const Workspace& ws, int64_t slabs, in
   Value* out = static_cast<Value*>(p.out) + t * p.hidden_size;
   for (int64_t d = first; d < last; d += V * kLanes) {
     Vec sums[V];
-    sum_block<W, V>(ws, slabs, ws.offset(t, d), sums);
+    sum_block<V>(ws, slabs, ws.offset(t, d), sums);
+    if constexpr (V == 2) interleave(sums[0], sums[1], sums[0], sums[1]);
     if (bias) {
       Vec values[V];
       get_block<X, V>(bias + d, last - d, values);
       for (int v = 0; v < V; ++v) sums[v] = add(sums[v], values[v]);
     }
-    Value rest[V * kLanes];
-    bool whole = d + V * kLanes <= last;
-    for (int v = 0; v < V; ++v) Values<X>::put((whole ? out + d : rest) + v * kLanes, sums[v]);
-    if (!whole) __builtin_memcpy(out + d, rest, (last - d) * sizeof(Value));
+    put_block<X, V>(sums, out + d, last - d);
   }
 }
 
@@ -56,5 +63,24 @@ inline void finish_as(const Call& p, const Workspace& ws, int64_t slabs, int64_t
     int64_t d = i % pieces * kFinishColumns;
     int64_t end = p.hidden_size - d < kFinishColumns ? p.hidden_size : d + kFinishColumns;
     finish_columns<W, X>(p, ws, slabs, i / pieces, d, end);
+  }
+}
+
+// Columns [first, last) of one token: the sum of what its experts gave, weighted, in the order of `given`.
+template <Type W, Type X>
+inline void combine_as(const Contribution* given, int64_t count, int64_t first, int64_t last, void* row) {
+  constexpr int V = Weights<W>::kVectors;
+  auto* out = static_cast<typename Values<X>::Element*>(row);
+  for (int64_t d = first; d < last; d += V * kLanes) {
+    Vec total[V];
+    for (int v = 0; v < V; ++v) total[v] = zero();
+    for (int64_t i = 0; i < count; ++i) {
+      const Workspace& ws = *given[i].workspace;
+      Vec sums[V];
+      sum_block<V>(ws, given[i].slabs, ws.offset(given[i].token, d), sums);
+      for (int v = 0; v < V; ++v) total[v] = fma(broadcast(given[i].weight), sums[v], total[v]);
+    }
+    if constexpr (V == 2) interleave(total[0], total[1], total[0], total[1]);
+    put_block<X, V>(total, out + d, last - d);
   }
 }

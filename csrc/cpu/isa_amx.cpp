@@ -32,7 +32,7 @@ bool tiles_allowed() {
 }  // namespace
 
 const Kernels* amx_kernels() {
-  static const Kernels kernels{"amx", tile_shape, tile_pack, tile_slab, finish, read_all};
+  static const Kernels kernels{"amx", tile_shape, tile_pack, tile_slab, finish, combine, read_all};
   static const bool supported = avx512_bf16_kernels() && tiles_allowed();
   return supported ? &kernels : nullptr;
 }

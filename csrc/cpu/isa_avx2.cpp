@@ -18,7 +18,7 @@ namespace {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels{"avx2", shape, pack, slab, finish, read_all};
+  static const Kernels kernels{"avx2", shape, pack, slab, finish, combine, read_all};
   bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return supported ? &kernels : nullptr;
 }

@@ -18,7 +18,7 @@ namespace {
 }  // namespace
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels{"avx512", shape, pack, slab, finish, read_all};
+  static const Kernels kernels{"avx512", shape, pack, slab, finish, combine, read_all};
   bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return supported ? &kernels : nullptr;

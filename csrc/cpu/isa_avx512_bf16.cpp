@@ -19,7 +19,7 @@ namespace {
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() {
-  static const Kernels kernels{"avx512_bf16", shape, pack, slab, finish, read_all};
+  static const Kernels kernels{"avx512_bf16", shape, pack, slab, finish, combine, read_all};
   bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");

@@ -17,7 +17,7 @@ namespace {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels{"portable", shape, pack, slab, finish, read_all};
+  static const Kernels kernels{"portable", shape, pack, slab, finish, combine, read_all};
   bool supported = true;
   return supported ? &kernels : nullptr;
 }

@@ -252,3 +252,8 @@ inline void slab(const Call& p, const Workspace& ws, int64_t first, int64_t last
 inline void finish(const Call& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {
   with_types(p, [&](auto w, auto x) { finish_as<decltype(w)::value, decltype(x)::value>(p, ws, slabs, first, last); });
 }
+
+inline void combine(const Call& p, const Contribution* given, int64_t count, int64_t first, int64_t last, void* row) {
+  with_types(
+      p, [&](auto w, auto x) { combine_as<decltype(w)::value, decltype(x)::value>(given, count, first, last, row); });
+}

@@ -60,6 +60,14 @@ struct Workspace {
   }
 };
 
+// What one expert gave for one token: a row of the partials of its call.
+struct Contribution {
+  const Workspace* workspace;
+  int64_t slabs;
+  int64_t token;  // of those of that call
+  float weight;
+};
+
 struct Kernels {
   const char* name;
   Shape (*shape)(const Call&, int64_t padded);
@@ -69,6 +77,8 @@ struct Kernels {
   void (*slab)(const Call&, const Workspace&, int64_t first, int64_t last, float* partial);
   // Add partials and bias, and write pieces [first, last) of the output, of M * finish_pieces(D).
   void (*finish)(const Call&, const Workspace&, int64_t slabs, int64_t first, int64_t last);
+  // Of a token's output `row`, write columns [first, last), `first` a whole line: what `count` experts gave, weighted.
+  void (*combine)(const Call&, const Contribution*, int64_t count, int64_t first, int64_t last, void* row);
   // The sum of `count` floats, as fast as memory gives them.
   double (*read)(const float*, int64_t count);
 };

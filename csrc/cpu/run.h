@@ -1,12 +1,9 @@
 // One call of an FFN: workspace, slabs, threads.
 #pragma once
 
-#include "kernels.h"
+#include "threads.h"
 
 namespace pyprune {
-
-// Run body(context, chunk) for every chunk in [0, chunks), on as many threads as there are chunks where possible.
-using ParallelFor = void (*)(int64_t chunks, void (*body)(void* context, int64_t chunk), void* context);
 
 // Read `count` floats with `threads` threads, each a run of its own: what memory gives to a plain loop.
 double read(const float* values, int64_t count, const Kernels& kernels, int64_t threads, ParallelFor parallel_for);

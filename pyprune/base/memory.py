@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import threading
 from collections.abc import Callable
@@ -74,14 +75,23 @@ class Room:
         """`size` in bytes, rounded up to whole cache lines."""
         return -(-size // cls.LINE) * cls.LINE
 
+    def _place(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        count = math.prod(shape)
+        size = self.rounded(count * dtype.itemsize)
+        if self._free is None or device.type != "cpu" or not 0 < size <= len(self._free):
+            return None
+        place, self._free = self._free[:size], self._free[size:]
+        return place.view(dtype)[:count].view(shape)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An unwritten contiguous tensor in this room; elsewhere where it is on another device or does not fit."""
+        place = self._place(shape, dtype, device)
+        return torch.empty(shape, dtype=dtype, device=device) if place is None else place
+
     def keep(self, tensor: Tensor) -> Tensor:
         """A contiguous copy of `tensor` in this room; itself where it is on another device or does not fit."""
-        size = self.rounded(tensor.numel() * tensor.element_size())
-        if self._free is None or tensor.device.type != "cpu" or not 0 < size <= len(self._free):
-            return tensor
-        place, self._free = self._free[:size], self._free[size:]
-        kept = place.view(tensor.dtype)[: tensor.numel()].view(tensor.shape)
-        return kept.copy_(tensor)
+        place = self._place(tuple(tensor.shape), tensor.dtype, tensor.device)
+        return tensor if place is None else place.copy_(tensor)
 
 
 # Where Linux says what a container may use, and uses: control groups of version 2, and 1.

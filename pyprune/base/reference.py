@@ -1,4 +1,4 @@
-"""The FFN in plain PyTorch: the truth for tests and benches, the twin of every kernel."""
+"""The FFN, and experts, in plain PyTorch: the truth for tests and benches, the twin of every kernel."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS as ACTIVATIONS
+from .experts import Experts
 from .record import Record
 
 
@@ -58,3 +59,31 @@ def ffn(x: Tensor, record: Record) -> Tensor:
     if scales is not None:
         hidden = (hidden * scales[:, -1]).to(hidden.dtype)
     return F.linear(hidden, down.to(hidden.dtype).t(), down_bias).to(x.dtype)
+
+
+def moe(x: Tensor, experts: Experts, index: Tensor, weights: Tensor) -> Tensor:
+    """The sum over k of `weights[t, k] * ffn(x[t], experts.one(index[t, k]))`: a mixture of experts after its router.
+
+    Each expert runs once, on all tokens that name it. What they give is weighted and added in float32 (float64 for
+    tokens of that), in the order of the experts, and rounded once.
+
+    Args:
+        x: `[T, D]`.
+        experts: the records.
+        index: `[T, K]` integers in [0, E); experts that nobody names do not run.
+        weights: `[T, K]` floating point.
+
+    Returns:
+        `[T, D]` in the dtype of `x`.
+    """
+    dtype, picked = torch.promote_types(x.dtype, torch.float32), index.shape[1]
+    named, factors = index.flatten(), weights.flatten().to(dtype)
+    order = named.argsort(stable=True)
+    counts = torch.bincount(named, minlength=len(experts.rows)).tolist()
+    out = x.new_zeros(x.shape, dtype=dtype)
+    for expert, pairs in enumerate(order.split(counts)):
+        if len(pairs):
+            tokens = pairs.div(picked, rounding_mode="floor")
+            given = ffn(x[tokens], experts.one(expert)).to(dtype)
+            out.index_add_(0, tokens, given * factors[pairs, None])
+    return out.to(x.dtype)

@@ -1,4 +1,4 @@
-"""The FFNs of a loaded model swapped for `PrunedMLP`, and the originals freed."""
+"""The FFNs of a loaded model swapped for `PrunedMLP`, its experts for `PrunedMoE`, and the originals freed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 from ..base.errors import UnsupportedModelError, check, check_choice
 from ..base.memory import Room, release
 from ..model import families
-from ..model.families import FFN
+from ..model.families import FFN, Expert
 from ..model.mask import Mask
 from ..model.surgery import set_widths
 from ..model.units import OWN
 from ..model.weights import check_finite
-from . import dispatch, first_use
+from . import accelerate_experts, dispatch, first_use
 from .mlp import MODES, PrunedMLP
 from .mlp_state import DownStandIn
 from .quantisation import WEIGHTS, check_fits
@@ -33,6 +33,9 @@ def accelerate(
     measure: bool = True,
 ) -> nn.Module:
     """Swap every FFN of a loaded model, pruned or not, for a `PrunedMLP`, layer by layer, freeing the originals.
+
+    Experts that lie in tensors become a `PrunedMoE` a layer. What cannot run from records stays as it is, with a
+    warning that says why; so do experts for which Transformers' own path was measured to be faster.
 
     The FFNs' parameters are others afterwards: an optimizer or adapters made before do not know them.
 
@@ -59,7 +62,9 @@ def accelerate(
     Raises:
         InputError: unknown mode, backend or weights, a mask that is missing or belongs to another model, weights that
             are not finite, or not in the dtype asked for; the model is unchanged then.
-        UnsupportedModelError: an FFN that pyprune does not know, or a model that is accelerated already.
+        UnsupportedModelError: an FFN that pyprune does not know, or a model that is accelerated already; a mask, a mode
+            or a backend for a model of which some FFNs cannot run from records, or a mask for one with experts, which
+            `prune(model, mask=mask)` takes.
     """
     check_choice(mode, "mode", MODES)
     check_choice(backend, "backend", dispatch.names())
@@ -67,18 +72,27 @@ def accelerate(
     check(mask is not None or mode == "compact", "mask", "be given in gather mode", mask)
     every = families.find_ffns(model)
     ffns = [ffn for ffn in every if ffn.activation != OWN and not ffn.shared and not ffn.expert]
-    _check_all(model, every, ffns, mask, mode, backend)
+    banks = accelerate_experts.banks_of(every)
+    reasons = {bank.name: accelerate_experts.why_not(bank, backend, weights) for bank in banks}
+    banks = [bank for bank in banks if reasons[bank.name] is None]
+    left = [_why_left(ffn, reasons) for ffn in every if ffn not in ffns]
+    _check_all(model, [one for one in left if one], bool(banks), mask, mode, backend)
     del every  # originals are freed one by one
     if mask is not None:
         mask.check_fits([f.intermediate_size for f in ffns], families.fingerprint(model, ffns))
     check_finite(model)
     if weights is not None:
         _check_finite(ffns, WEIGHTS[weights])
+        accelerate_experts.check_finite(banks, WEIGHTS[weights])
     if mask is not None and mode == "compact":
         set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
     if measure and backend == "auto" and not batch_invariant:
         first_use.measure(first_use.problems(ffns, mode, mask, weights))
-    room = Room(_record_bytes(ffns, mask if mode == "compact" else None, weights))
+        accelerate_experts.measure(model, banks, weights)
+    if backend == "auto":
+        banks = accelerate_experts.not_slower(model, banks, weights)
+    own = _record_bytes(ffns, mask if mode == "compact" else None, weights)
+    room = Room(own + accelerate_experts.record_bytes(banks, weights))
     ffns.reverse()
     while ffns:
         ffn = ffns.pop()
@@ -86,24 +100,47 @@ def accelerate(
         _swap(model, ffn, PrunedMLP.from_dense(ffn, keep, mode, backend, weights, room, batch_invariant))
         del ffn  # nothing else holds the original
         release()
+    accelerate_experts.swap(model, banks, backend, weights, room, batch_invariant)
     return model
 
 
-def _check_all(model: nn.Module, every: list[FFN], ffns: list[FFN], mask: Mask | None, mode: str, backend: str) -> None:
+def _why_left(ffn: FFN, reasons: dict[str, str | None]) -> tuple[FFN, str] | None:
+    """An FFN that will not run from a record of its own, and why; None for an expert that will."""
+    if isinstance(ffn, Expert):
+        reason = reasons[ffn.group]
+        return None if reason is None else (ffn, reason)
+    if ffn.expert:
+        return ffn, "its experts are a list of modules"
+    return ffn, "several layers run it" if ffn.shared else "an activation of its own"
+
+
+def _check_all(
+    model: nn.Module, left: list[tuple[FFN, str]], experts: bool, mask: Mask | None, mode: str, backend: str
+) -> None:
     """Say which FFNs stay as they are, or refuse what was asked for all of them.
 
+    Args:
+        left: those, with their reasons.
+        experts: whether some will run from records.
+
     Raises:
-        UnsupportedModelError: a mask, a mode or a backend is given, and an FFN cannot become a `PrunedMLP`.
+        UnsupportedModelError: a mask, a mode or a backend is given, and not all FFNs can follow it.
     """
-    left = [ffn for ffn in every if ffn not in ffns]
-    if not left:
-        return
-    experts = sum(ffn.expert for ffn in left)
-    what = f"{experts} experts and {len(left) - experts} FFNs of {type(model).__name__}"
-    why = f"(such as {left[0].name}: weights in tensors, several layers that run it, or an activation of its own)"
-    if mask is not None or mode != "compact" or backend != "auto":
-        raise UnsupportedModelError(f"{what} cannot run from a record {why}, and all were asked for")
-    warnings.warn(f"{what} stay as they are, in torch {why}", stacklevel=3)
+    kind = type(model).__name__
+    if left:
+        number = sum(ffn.expert for ffn, _ in left)
+        what = f"{number} experts and {len(left) - number} FFNs of {kind}"
+        first: dict[str, str] = {}
+        for ffn, reason in left:
+            first.setdefault(reason, ffn.group if ffn.expert else ffn.name)
+        why = "; ".join(f"{name}: {reason}" for reason, name in first.items())
+        if mask is not None or mode != "compact" or backend != "auto":
+            raise UnsupportedModelError(f"{what} cannot run from a record ({why}), and all were asked for")
+        warnings.warn(f"{what} stay as they are, in torch ({why})", stacklevel=3)
+    if experts and (mask is not None or mode != "compact"):
+        raise UnsupportedModelError(
+            f"{kind} has experts, which are pruned in place: prune(model, mask=mask), then accelerate(model)"
+        )
 
 
 def _record_bytes(ffns: list[FFN], mask: Mask | None, weights: str | None) -> int:

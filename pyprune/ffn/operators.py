@@ -25,7 +25,7 @@ _SCHEMA = (
     "str activation, str backend, int native_tokens, bool batch_invariant) -> Tensor"
 )
 _TENSORS = 6  # the first arguments
-_LIBRARY = torch.library.Library("pyprune", "FRAGMENT")
+LIBRARY = torch.library.Library("pyprune", "FRAGMENT")
 
 
 def _record(tensors: Sequence[Any], form: Sequence[Any]) -> Record:
@@ -72,15 +72,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _define(name: str) -> Callable[..., Tensor]:
     """Define `pyprune::name` for every device; not by `custom_op`, whose calls cost 8 us more."""
-    _LIBRARY.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyprune::{name}", _fake, lib=_LIBRARY)
+    LIBRARY.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyprune::{name}", _fake, lib=LIBRARY)
     op: Callable[..., Tensor] = getattr(torch.ops.pyprune, name).default
     return op
 
 
 FFN_BY_DISPATCH = _define("ffn_by_dispatch")
-torch.library.register_autograd("pyprune::ffn_by_dispatch", _backward, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("pyprune::ffn_by_dispatch", _backward, setup_context=_save, lib=LIBRARY)
 FFN = _define("ffn")
 
 

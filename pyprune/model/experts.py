@@ -178,13 +178,21 @@ class Bank:
 
     def of_gradients(self) -> Bank | None:
         """The same over the gradients of the tensors; None where one has none yet."""
-        grads = SimpleNamespace(mlp=SimpleNamespace())
-        for name, *_ in self.sides():
-            holder, _, last = name.rpartition(".")
-            if (gradient := self.tensor(name).grad) is None:
-                return None
-            setattr(getattr(grads, holder) if holder else grads, last, gradient)
-        return replace(self, module=grads)
+        grads = {name: self.tensor(name).grad for name, *_ in self.sides()}
+        if any(gradient is None for gradient in grads.values()):
+            return None
+        return self.over(grads)  # type: ignore[arg-type]
+
+    def over(self, tensors: dict[str, Tensor]) -> Bank:
+        """The same over other tensors, by the names of its own; what is not among them is not there."""
+        holder = SimpleNamespace()
+        for name, tensor in tensors.items():
+            *parents, last = name.split(".")
+            place = holder
+            for parent in parents:
+                place = vars(place).setdefault(parent, SimpleNamespace())
+            setattr(place, last, tensor)
+        return replace(self, module=holder)
 
     def forward(self, *args: Any, see: Callable[[int, Tensor], None] | None = None, **kwargs: Any) -> Tensor:
         """What the module gives, written out with the words above; `see` gets every expert's activations `[T, F]`."""
@@ -231,7 +239,7 @@ def find_bank(name: str, module: nn.Module) -> Bank | None:
     return next((b for b in forms if b.layout.sorted_rows == (arguments == 1)), None)
 
 
-def _miniature(bank: Bank, experts: int, size: int) -> Bank:
+def miniature(bank: Bank, experts: int, size: int) -> Bank:
     """A bank of few experts of few neurons, with random float64 weights; else the module's own."""
     generator = torch.Generator().manual_seed(0)
     sides = {name: (dim, blocks) for name, dim, blocks, _ in bank.sides()}
@@ -275,7 +283,7 @@ def computes(bank: Bank) -> bool:
     generator = torch.Generator().manual_seed(1)
     experts = min(3, bank.experts)
     try:
-        small = _miniature(bank, experts, 12)
+        small = miniature(bank, experts, 12)
         hidden = small.all_weights().down.shape[2]
         x = torch.randn(6 * experts, hidden, generator=generator, dtype=torch.float64)
         routing: tuple[Tensor, ...] = ()

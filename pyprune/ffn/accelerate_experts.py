@@ -1,0 +1,114 @@
+"""What `accelerate` does with experts: which banks become a `PrunedMoE`, and why the others stay as they are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..base.experts import Experts
+from ..base.memory import Room, release
+from ..model.expert_form import activation, why_no_record
+from ..model.expert_removal import TOP_KEYS
+from ..model.experts import Bank
+from ..model.families import FFN, Expert
+from ..model.units import groups
+from . import moe_choice
+from .moe import BACKENDS, PrunedMoE
+from .moe_operator import why_no_kernel
+from .quantisation import WEIGHTS, check_fits
+
+
+def banks_of(ffns: list[FFN]) -> list[Bank]:
+    """The banks whose experts are among these."""
+    return [group[0].of_bank for group in groups(ffns) if isinstance(group[0], Expert)]
+
+
+def picked(model: nn.Module, bank: Bank) -> int:
+    """How many experts of a bank a token goes to, as a config says; 2 where none does."""
+    config: Any = model.config
+    found = (getattr(part, name, None) for part in (config.get_text_config(), config) for name in TOP_KEYS)
+    return min(bank.experts, next((k for k in found if isinstance(k, int) and k > 0), 2))
+
+
+def why_not(bank: Bank, backend: str, weights: str | None) -> str | None:
+    """Why a bank cannot become a `PrunedMoE`, in one line, or None; arguments as of `accelerate`."""
+    if backend not in BACKENDS:
+        return f"backend {backend} has no kernel of experts"
+    if reason := why_no_record(bank):
+        return reason
+    down = bank.tensor(bank.layout.down)
+    dtype = WEIGHTS[weights] if weights else down.dtype
+    return None if backend == "torch" else why_no_kernel(down.device.type, down.dtype, dtype)
+
+
+def _described(bank: Bank, weights: str | None) -> tuple[Experts, torch.dtype]:
+    """The records that a bank would have, on the meta device, and the dtype of x."""
+    given, name = bank.all_weights(), activation(bank)
+    e, f, d = given.down.shape
+    dtype = WEIGHTS[weights] if weights else given.down.dtype
+    rows = torch.empty(e, f, len(given.parts) * d, dtype=dtype, device="meta")
+    assert name is not None
+    return Experts.unchecked(rows, given.gate is not None, name), given.down.dtype
+
+
+def measure(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> None:
+    """Time the banks of each shape once, over records that are freed again."""
+    seen = set()
+    for bank in banks:
+        described, dtype = _described(bank, weights)
+        k = picked(model, bank)
+        known = moe_choice.key(described, dtype, k, 1)
+        if known in seen or not moe_choice.unknown(described, dtype, k):
+            continue
+        seen.add(known)
+        trial = PrunedMoE.from_bank(bank, weights=weights, picked=k)
+        with torch.random.fork_rng(devices=[]):
+            moe_choice.measure(trial.experts, bank.module, dtype, k)
+        del trial
+        release()
+
+
+def not_slower(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> list[Bank]:
+    """Without those for which `auto` leaves the module as it is, as was measured; says so."""
+    reasons = [moe_choice.why_slower(*_described(bank, weights), picked(model, bank)) for bank in banks]
+    left = [f"{bank.name}: {reason}" for bank, reason in zip(banks, reasons, strict=True) if reason]
+    if left:
+        warnings.warn(f"experts of {len(left)} layers stay as they are (such as {left[0]})", stacklevel=3)
+    return [bank for bank, reason in zip(banks, reasons, strict=True) if reason is None]
+
+
+def record_bytes(banks: Sequence[Bank], weights: str | None) -> int:
+    """Bytes of the records on the CPU, each rounded up to whole cache lines."""
+    total = 0
+    for bank in banks:
+        given = bank.all_weights()
+        if given.down.device.type == "cpu":
+            dtype = WEIGHTS[weights] if weights else given.down.dtype
+            total += Room.rounded(sum(part.numel() for part in given.parts) * dtype.itemsize)
+    return total
+
+
+def check_finite(banks: Sequence[Bank], dtype: torch.dtype) -> None:
+    """Raise `InputError` naming a bank with a weight that is not finite in `dtype`."""
+    for bank in banks:
+        for part in bank.all_weights().parts:
+            check_fits(part, dtype, f"weights of {bank.name}")
+
+
+def swap(
+    model: nn.Module, banks: list[Bank], backend: str, weights: str | None, room: Room, batch_invariant: bool
+) -> None:
+    """Put a `PrunedMoE` in the place of each bank; the list is emptied, so that originals are freed one by one."""
+    banks.reverse()
+    while banks:
+        bank = banks.pop()
+        k = picked(model, bank)
+        module = PrunedMoE.from_bank(bank, backend, weights, room, batch_invariant, k)
+        parent, _, name = bank.name.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
+        del bank
+        release()

@@ -1,0 +1,231 @@
+"""PrunedMoE: the experts of one layer over neuron-major records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base import reference
+from ..base.errors import UnsupportedModelError, check, check_choice
+from ..base.experts import Experts
+from ..base.memory import Room
+from ..model.expert_form import activation, tensor_names, why_no_record
+from ..model.experts import Bank
+from . import moe_choice
+from .moe_operator import MOE
+from .quantisation import WEIGHTS, cast, dequantise
+
+BACKENDS = ("auto", "torch", "cpu")
+
+
+def _fill(rows: Tensor, scales: Tensor | None, part: int, given: Tensor) -> None:
+    """Write part `part` of every expert's record, from `given` `[E, F, D]`; `rows` `[E, F, P*D]` say in which dtype."""
+    d = given.shape[2]
+    for expert, own in enumerate(given):
+        columns = rows[expert, :, part * d : (part + 1) * d]
+        if own.dtype == rows.dtype:
+            columns.copy_(own)
+            continue
+        found, steps = cast(own.contiguous(), 1, rows.dtype)
+        columns.copy_(found)
+        if scales is not None and steps is not None:
+            scales[expert, :, part : part + 1] = steps
+
+
+class PrunedMoE(nn.Module):
+    """The experts of a layer, each a record: `y[t] = sum over k of weights[t, k] * ffn(x[t], expert index[t, k])`.
+
+        >>> from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+        >>> small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+        >>> config = Qwen3MoeConfig(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, **small)
+        >>> model = accelerate(AutoModelForCausalLM.from_config(config), backend="torch")
+        >>> model.model.layers[0].mlp.experts
+        PrunedMoE(gated, E=4, D=32, F=16, silu, torch)
+
+    It takes the place of a Transformers module of experts (`model.experts.Bank`), is called as that is, and its
+    `state_dict` has the names, shapes and dtype of it, so a model that holds it saves and loads as its family does.
+
+    Attributes:
+        record: `[E, F, P*D]` parameter, rows [up | down] or [gate | up | down] of each expert; int8, or any dtype that
+            mixes with `dtype` (see `Record.check_dtype`).
+        scales: `[E, F, P]` float32 buffer with int8 records, which no cast of the module changes, else None.
+        dtype: of x, and of the tensors in the `state_dict`.
+        picked: how many experts a token is expected to go to; only the choice of a backend depends on it.
+        batch_invariant: whether a row of the result is independent, to the bit, of the rows beside it, at the price of
+            speed with many rows. Two calls give the same bits either way.
+    """
+
+    scales: Tensor | None
+
+    def __init__(
+        self,
+        experts: Experts,
+        bank: Bank,
+        *,
+        dtype: torch.dtype,
+        backend: str = "auto",
+        batch_invariant: bool = False,
+        picked: int = 2,
+    ) -> None:
+        super().__init__()
+        check_choice(backend, "backend", BACKENDS)
+        experts.one(0).check_dtype(dtype, "dtype")
+        self.gated, self.activation = experts.gated, experts.activation
+        self.backend, self.batch_invariant, self.picked = backend, batch_invariant, picked
+        self.num_experts, self.hidden_size, self.intermediate_size = len(experts.rows), experts.hidden_size, bank.size
+        # Of the module that this stands for: how its tensors lie, and their shapes.
+        names = list(dict.fromkeys(tensor_names(bank)))
+        self._bank = bank.over({name: bank.tensor(name).detach().to("meta") for name in names})
+        self.record = nn.Parameter(experts.rows, requires_grad=experts.rows.is_floating_point())
+        self.register_buffer("scales", experts.scales, persistent=False)
+        self._set_dtype(dtype)
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.native_pairs = moe_choice.native_pairs(self.experts, dtype, self.picked)
+
+    @property
+    def experts(self) -> Experts:
+        """The records."""
+        return Experts.unchecked(self.record, self.gated, self.activation, self.scales)
+
+    @classmethod
+    @torch.no_grad()
+    def from_bank(
+        cls,
+        bank: Bank,
+        backend: str = "auto",
+        weights: str | None = None,
+        room: Room | None = None,
+        batch_invariant: bool = False,
+        picked: int = 2,
+    ) -> PrunedMoE:
+        """Build one from a bank of experts, which stays as it is.
+
+        Args:
+            bank: what `families.find_ffns` found (`Expert.of_bank`).
+            backend: `auto`, `torch` or `cpu`.
+            weights: dtype of the records, a key of `quantisation.WEIGHTS`; None for that of the bank.
+            room: where the records are to lie, or None for anywhere.
+            batch_invariant, picked: see the attributes.
+
+        Raises:
+            InputError: unknown backend or weights, or a weight that is not finite in the dtype asked for.
+            UnsupportedModelError: the experts cannot run from records.
+        """
+        check_choice(weights or "float32", "weights", WEIGHTS)
+        if reason := why_no_record(bank):
+            raise UnsupportedModelError(f"{bank.name} ({type(bank.module).__name__}) cannot run from records: {reason}")
+        parts = bank.all_weights().parts
+        e, f, d = parts[0].shape
+        own, device = parts[0].dtype, parts[0].device
+        dtype = own if weights is None else WEIGHTS[weights]
+        shape = (e, f, len(parts) * d)
+        rows = torch.empty(shape, dtype=dtype, device=device) if room is None else room.take(shape, dtype, device)
+        scales = torch.empty(e, f, len(parts), device=device) if dtype == torch.int8 else None
+        for part, given in enumerate(parts):
+            _fill(rows, scales, part, given)
+        name = activation(bank)
+        assert name is not None
+        experts = Experts(rows, len(parts) == 3, name, scales)
+        module = cls(experts, bank, dtype=own, backend=backend, batch_invariant=batch_invariant, picked=picked)
+        wanted = any(p.requires_grad for p in bank.module.parameters())
+        module.record.requires_grad_(wanted and rows.is_floating_point())
+        return module.train(bank.module.training)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Hidden states `[..., D]`, and of each token experts (integers) and weights `[..., K]` in either order.
+
+        Returns:
+            `[..., D]`, as the module that this stands for gives it.
+
+        Raises:
+            InputError: x has another width, dtype or device than the records, or the router names an expert that there
+                is not.
+            BackendError: the forced backend cannot run this.
+        """
+        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        check(len(given) >= 3, "call", "bring hidden states, experts and weights", len(given))
+        hidden, index, weights = given[:3]
+        if index.is_floating_point():
+            index, weights = weights, index
+        x = hidden.reshape(-1, hidden.shape[-1])
+        tokens = x.shape[0]
+        index, weights = index.reshape(tokens, -1), weights.reshape(tokens, -1)
+        experts = self.experts
+        experts.check_call(x, index, weights)
+        backend = self.backend
+        if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad or self.record.requires_grad):
+            if backend == "auto" and not torch.compiler.is_compiling():
+                # Training differentiates plain torch itself, which saves what the backward pass needs.
+                experts.check_index(index)
+                return reference.moe(x, experts, index, weights).view(hidden.shape)
+            backend = "torch" if backend == "auto" else backend
+        if backend == "auto":
+            pairs = self.picked if self.batch_invariant else index.numel()
+            # Those of another dtype than expected are for torch.
+            backend = "cpu" if x.dtype == self.dtype and pairs <= self.native_pairs else "torch"
+        operands = (x, self.record, self.scales, index, weights)
+        return MOE(*operands, self.gated, self.activation, backend, self.batch_invariant).view(hidden.shape)
+
+    def _family_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the module that this stands for, under its names."""
+        of, d = self._bank, self.hidden_size
+        tensors = {
+            name: torch.empty(tensor.shape, dtype=self.dtype, device=self.record.device)
+            for name in dict.fromkeys(tensor_names(of))
+            for tensor in [of.tensor(name)]
+        }
+        for part, place in enumerate(of.over(tensors).all_weights().parts):
+            for expert, own in enumerate(place):
+                rows = self.record.detach()[expert, :, part * d : (part + 1) * d]
+                own.copy_(rows if self.scales is None else dequantise(rows, self.scales[expert, :, [part]], self.dtype))
+        return tensors
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination.update({prefix + name: tensor for name, tensor in self._family_tensors().items()})
+
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names, tensors = tensor_names(self._bank), {}
+        for name in dict.fromkeys(names):
+            shape, new = tuple(self._bank.tensor(name).shape), state_dict.get(prefix + name)
+            tensors[name] = self._bank.tensor(name)
+            if new is None:
+                missing_keys.append(prefix + name)
+            elif tuple(new.shape) != shape:
+                error_msgs.append(f"{prefix}{name} must have shape {shape}; got {tuple(new.shape)}")
+            else:
+                tensors[name] = new.to(self.record.device)
+        if strict:
+            unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in names)
+        for part, given in enumerate(self._bank.over(tensors).all_weights().parts):
+            if not given.is_meta or self.record.is_meta:
+                _fill(self.record, self.scales, part, given)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedMoE:
+        exact = self.scales
+        super()._apply(fn, recurse)
+        if exact is not None and self.scales is not None and self.scales.dtype != torch.float32:
+            self.scales = exact.to(self.scales.device)
+        self._set_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.record.device)).dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        kind, own = "gated" if self.gated else "plain", self.record.dtype
+        weights = "" if own == self.dtype else f", {str(own).removeprefix('torch.')} weights"
+        size = f"E={self.num_experts}, D={self.hidden_size}, F={self.intermediate_size}"
+        invariant = ", batch-invariant" if self.batch_invariant else ""
+        return f"{kind}, {size}, {self.activation}, {self.backend}{weights}{invariant}"

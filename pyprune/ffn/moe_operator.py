@@ -1,0 +1,173 @@
+"""`moe(x, experts, index, weights)`: a layer's experts after their router, and the operator `torch.ops.pyprune.moe`.
+
+    y[t] = sum over k of weights[t, k] * ffn(x[t], experts.one(index[t, k]))
+
+Two backends run it: `torch`, the twin, anywhere, and `cpu`, the native library's kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import reference
+from ..base.errors import BackendError, check_choice
+from ..base.experts import Experts
+from . import native
+from .backends import NATIVE_DTYPES
+from .operators import LIBRARY
+
+BACKENDS = ("torch", "cpu")
+_SCHEMA = (
+    "moe(Tensor x, Tensor rows, Tensor? scales, Tensor index, Tensor weights, bool gated, str activation, str backend, "
+    "bool batch_invariant) -> Tensor"
+)
+_GRADIENTS = (
+    "moe_gradients(Tensor grad, Tensor x, Tensor rows, Tensor? scales, Tensor index, Tensor weights, bool gated, "
+    "str activation, bool[] wanted) -> Tensor[]"
+)
+
+
+def why_no_kernel(device: str, dtype: torch.dtype, weights: torch.dtype) -> str | None:
+    """Why the native kernel cannot run experts, in one line, or None.
+
+    Args:
+        device: type of device.
+        dtype: of x.
+        weights: of the rows.
+    """
+    if device != "cpu":
+        return f"needs tensors on a CPU, not on {device}"
+    for one, what in ((dtype, ""), (weights, " weights")):
+        if one not in NATIVE_DTYPES and not (what and one == torch.int8):
+            return f"no kernel for {one}{what}"
+    if reason := native.load():
+        return reason
+    if not hasattr(torch.ops.pyprune, "moe_cpu"):
+        return "the native CPU library is older than its kernel of experts: run `make native`, or reinstall pyprune"
+    return None
+
+
+def _native(x: Tensor, experts: Experts, index: Tensor, weights: Tensor) -> Tensor:
+    routing = index.long().contiguous(), weights.float().contiguous()
+    out: Tensor = torch.ops.pyprune.moe_cpu.default(
+        x, experts.rows, experts.scales, *routing, experts.gated, experts.activation
+    )
+    return out
+
+
+def _run(
+    x: Tensor,
+    rows: Tensor,
+    scales: Tensor | None,
+    index: Tensor,
+    weights: Tensor,
+    gated: bool,
+    activation: str,
+    backend: str,
+    batch_invariant: bool,
+) -> Tensor:
+    """Compute by the backend that is named."""
+    experts = Experts.unchecked(rows, gated, activation, scales)
+    experts.check_index(index)
+    run = reference.moe
+    if backend == "cpu":
+        if reason := why_no_kernel(x.device.type, x.dtype, rows.dtype):
+            raise BackendError(f"cpu: {reason}")
+        run = _native
+    if not batch_invariant:
+        return run(x, experts, index, weights)
+    # Each token alone and from fresh memory, for where it starts can change the order of sums too.
+    alone = [run(x[t : t + 1].clone(), experts, index[t : t + 1], weights[t : t + 1]) for t in range(len(x))]
+    return torch.cat(alone) if alone else torch.empty_like(x)
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    scales: Tensor | None,
+    index: Tensor,
+    weights: Tensor,
+    gated: bool,
+    activation: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """Those of x, rows and weights that are wanted, by differentiating the twin."""
+    given = [t.detach().requires_grad_(wants) for t, wants in zip((x, rows, weights), wanted, strict=True)]
+    with torch.enable_grad():
+        out = reference.moe(given[0], Experts.unchecked(given[1], gated, activation, scales), index, given[2])
+        asked = [t for t in given if t.requires_grad]
+        # A call without tokens depends on nothing.
+        if not out.requires_grad:
+            return [torch.zeros_like(t) for t in asked]
+        return list(torch.autograd.grad(out, asked, grad, materialize_grads=True))
+
+
+def _fake_gradients(grad: Tensor, x: Tensor, rows: Tensor, *rest: Any) -> list[Tensor]:
+    return [torch.empty_like(t) for t, wants in zip((x, rows, rest[2]), rest[-1], strict=True) if wants]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.form = inputs[5:7]
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    places = (0, 1, 4)
+    wanted = [ctx.needs_input_grad[i] for i in places]
+    found = iter(torch.ops.pyprune.moe_gradients.default(grad, *ctx.saved_tensors, *ctx.form, wanted))
+    grads: list[Tensor | None] = [None] * 9
+    for i, wants in zip(places, wanted, strict=True):
+        grads[i] = next(found) if wants else None
+    return tuple(grads)
+
+
+# What it computes depends on the values of `index`, so that its backward is an operator of its own, which compilers
+# take as it is.
+for _schema, _function, _fakes in ((_SCHEMA, _run, _fake), (_GRADIENTS, _gradients, _fake_gradients)):
+    _name = _schema.partition("(")[0]
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyprune::{_name}", _fakes, lib=LIBRARY)
+torch.library.register_autograd("pyprune::moe", _backward, setup_context=_save, lib=LIBRARY)
+MOE = torch.ops.pyprune.moe.default
+
+
+def moe(
+    x: Tensor,
+    experts: Experts,
+    index: Tensor,
+    weights: Tensor,
+    *,
+    backend: str = "torch",
+    batch_invariant: bool = False,
+) -> Tensor:
+    """`reference.moe` by the backend that is named, differentiable, once, in x, floating rows and weights.
+
+    Args:
+        x: `[T, D]`.
+        experts: the records.
+        index: `[T, K]` int64 or int32, the experts of each token.
+        weights: `[T, K]` floating point, what their results are multiplied by.
+        backend: one of `BACKENDS`, which is used or refused.
+        batch_invariant: a row of the result must not depend, to the bit, on the rows beside it.
+
+    Returns:
+        `[T, D]` in the dtype of `x`.
+
+    Raises:
+        InputError: x or the routing does not fit the experts, an expert that there is not, or no such backend.
+        BackendError: the backend cannot run this.
+    """
+    check_choice(backend, "backend", BACKENDS)
+    experts.check_call(x, index, weights)
+    given = (x, experts.rows, experts.scales, index, weights)
+    out: Tensor = MOE(*given, experts.gated, experts.activation, backend, batch_invariant)
+    return out

@@ -1,0 +1,85 @@
+"""Operands of one call of experts, its truth, and what every kernel's result is held against."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyprune.base import reference
+from pyprune.base.experts import Experts
+from pyprune.ffn.quantisation import dequantise, quantise
+
+
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """The operands of one call."""
+
+    x: Tensor
+    experts: Experts
+    index: Tensor
+    weights: Tensor
+
+    def change(self, **changes: Tensor | Experts) -> Routed:
+        return dataclasses.replace(self, **changes)
+
+    def of(self, run: Callable[..., Tensor]) -> Tensor:
+        return run(self.x, self.experts, self.index, self.weights)
+
+
+def widened(experts: Experts) -> Experts:
+    """The same experts in float64."""
+    rows = experts.rows
+    if experts.scales is not None:
+        pairs = zip(rows, experts.scales, strict=True)
+        return Experts(
+            torch.stack([dequantise(r, s, torch.float64) for r, s in pairs]), experts.gated, experts.activation
+        )
+    return Experts(rows.double(), experts.gated, experts.activation)
+
+
+def exact(case: Routed) -> Tensor:
+    """The case in float64."""
+    return case.change(x=case.x.double(), experts=widened(case.experts), weights=case.weights.double()).of(
+        reference.moe
+    )
+
+
+def make(
+    tokens: int = 5,
+    experts: int = 6,
+    picked: int = 2,
+    hidden_size: int = 67,
+    neurons: int = 37,
+    types: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    gated: bool = True,
+    activation: str = "silu",
+    seed: int = 0,
+    among: int | None = None,
+) -> Routed:
+    """Random operands; tokens choose among the last `among` experts, None for all."""
+    generator = torch.Generator().manual_seed(seed)
+    parts, among = 3 if gated else 2, experts if among is None else among
+    sizes = torch.tensor([max(1, hidden_size) ** -0.5] * (parts - 1) + [max(1, neurons) ** -0.5])
+    rows = torch.randn(experts, neurons, parts, hidden_size, generator=generator) * sizes[:, None]
+    rows, scales = rows.flatten(2), None
+    if types[1] == torch.int8:
+        found = [quantise(r, parts) for r in rows]
+        rows, scales = torch.stack([q for q, _ in found]), torch.stack([s for _, s in found])
+    x = torch.randn(tokens, hidden_size, generator=generator).to(types[0])
+    order = torch.rand(tokens, among, generator=generator).argsort(1)[:, :picked]
+    weights = torch.rand(tokens, picked, generator=generator)
+    given = Experts(rows.to(types[1]), gated, activation, scales)
+    return Routed(x, given, order + experts - among, weights.to(types[0]))
+
+
+def check_error(case: Routed, kernel: Callable[..., Tensor], torch_own: Callable[..., Tensor] = reference.moe) -> None:
+    """At most twice the error of torch, or some units in the last place of float32."""
+    want = exact(case)
+    error, allowed = ((t.double() - want).norm() for t in (case.of(kernel), case.of(torch_own)))
+    largest = want.abs().max() if want.numel() else torch.tensor(0.0)
+    floor = 4 * torch.finfo(torch.float32).eps * largest * math.sqrt(want.numel())
+    assert error <= 2 * allowed + floor, f"{error} > 2 * {allowed} + {floor}"

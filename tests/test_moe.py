@@ -1,0 +1,339 @@
+"""PrunedMoE in the place of Transformers' modules of experts: what `accelerate` does with mixtures."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from moe_cases import MIXTURES, make_mixture
+
+from pyprune import BackendError, InputError, PrunedMoE, UnsupportedModelError, accelerate, prune, save
+from pyprune.base.experts import Experts
+from pyprune.ffn import accelerate_experts, moe_choice, native, tuned
+from pyprune.ffn.mlp import PrunedMLP
+from pyprune.ffn.moe_operator import why_no_kernel
+from pyprune.ffn.tuned import Entry
+from pyprune.model.expert_form import activation
+from pyprune.model.families import find_ffns
+
+needs_kernel = pytest.mark.skipif(
+    bool(why_no_kernel("cpu", torch.float32, torch.float32)), reason="no native kernel of experts"
+)
+OLMOE = {**MIXTURES["qwen3_moe"], "intermediate_size": 48}
+TAKEN = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "nemotron_h")
+
+
+def mixture(kind, seed=0, **changes):
+    if kind != "olmoe":
+        return make_mixture(kind, seed, **changes)
+    MIXTURES["olmoe"] = OLMOE
+    try:
+        return make_mixture("olmoe", seed, **changes)
+    finally:
+        del MIXTURES["olmoe"]
+
+
+def quietly(model, **options):
+    """`accelerate` that must not warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return accelerate(model, **options)
+
+
+def modules(model):
+    return [m for m in model.modules() if isinstance(m, PrunedMoE)]
+
+
+def banks(model):
+    return accelerate_experts.banks_of(find_ffns(model))
+
+
+@pytest.fixture(params=TAKEN)
+def kind(request):
+    return request.param
+
+
+@needs_kernel
+@pytest.mark.parametrize("backend", ["auto", "torch", "cpu"])
+def test_an_accelerated_mixture_computes_what_it_did(kind, backend, ids, same_logits):
+    model = mixture(kind)
+    number, parameters = len(banks(model)), sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        want = model(ids).logits
+        written = model.generate(ids[:2], max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        assert quietly(model, backend=backend) is model
+        same_logits(model(ids).logits, want)
+        assert torch.equal(model.generate(ids[:2], max_new_tokens=6, min_new_tokens=6, do_sample=False), written)
+    assert len(modules(model)) == number > 0
+    assert sum(p.numel() for p in model.parameters()) == parameters  # no weight is there twice
+    with pytest.raises(UnsupportedModelError, match="is accelerated already"):
+        accelerate(model)
+
+
+@needs_kernel
+def test_it_saves_as_its_family_and_loads_again(kind, ids, tmp_path):
+    model = mixture(kind)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "dense")
+    quietly(model)
+    state = model.state_dict()
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[name], t) for name, t in before.items())
+    save(model, tmp_path / "x")
+    again = type(model).from_pretrained(tmp_path / "x").eval()
+    assert all(torch.equal(t, before[name]) for name, t in again.state_dict().items())
+    other = quietly(mixture(kind, seed=3))
+    assert not torch.equal(other(ids).logits, model(ids).logits)
+    other.load_state_dict(state)
+    assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+@pytest.mark.filterwarnings("ignore:.* experts saw too few")
+@torch.no_grad()
+def test_pruned_experts_run_and_save(kind, ids, same_logits, tmp_path):
+    model = mixture(kind)
+    prune(model, keep=0.5, method="wanda", repair=None, allocation="uniform:multiple=8", text=ids)
+    want = model(ids).logits
+    quietly(model)
+    assert {m.intermediate_size for m in modules(model)} == {24} and {m.record.shape[1] for m in modules(model)} == {24}
+    same_logits(model(ids).logits, want)
+    save(model, tmp_path / "x")
+    same_logits(type(model).from_pretrained(tmp_path / "x").eval()(ids).logits, want)
+
+
+@needs_kernel
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_records_of_another_dtype(weights, ids):
+    model = mixture("mixtral")
+    bank = banks(model)[0]
+    want = model(ids).logits
+    before = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
+    quietly(model, weights=weights)
+    own = modules(model)[0]
+    assert str(own.record.dtype) == f"torch.{weights}" and (own.scales is not None) == (weights == "int8")
+    assert {name: (t.shape, t.dtype) for name, t in model.state_dict().items()} == before
+    assert (model(ids).logits - want).norm() < 0.05 * want.norm()
+    half = copy.deepcopy(own).half()
+    assert half.dtype == torch.float16 and (half.scales is None or half.scales.dtype == torch.float32)
+    assert half.record.dtype == (torch.int8 if weights == "int8" else torch.float16)
+    state = own.state_dict()
+    again = PrunedMoE.from_bank(bank, weights=weights)
+    again.record.data.zero_()
+    again.load_state_dict(state)
+    assert torch.equal(again.record, own.record)
+    with torch.no_grad():
+        bank.module.down_proj[1, 2, 3] = float("inf")
+    with pytest.raises(InputError, match=r"be finite in torch\.(float32|bfloat16); got \(.*inf\)"):
+        PrunedMoE.from_bank(bank, weights=weights)
+
+
+REASONS = {
+    "gpt_oss": "8 experts and 0 FFNs .*layers.0.mlp.experts: its experts have biases and an activation of its own",
+    "llama4_text": "4 experts and 0 FFNs .*its experts have rows that come sorted by expert",
+}
+
+
+@pytest.mark.parametrize("kind", sorted(REASONS))
+def test_what_cannot_run_from_records_stays_and_the_warning_says_why(kind, ids):
+    model = make_mixture(kind)
+    want = model(ids).logits
+    with pytest.warns(UserWarning, match=f"{REASONS[kind]}"):
+        accelerate(model)
+    assert not modules(model)
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UnsupportedModelError, match=r"cannot run from a record .*, and all were asked for"):
+        accelerate(make_mixture(kind), backend="cpu")
+    bank = banks(make_mixture(kind))[0]
+    with pytest.raises(UnsupportedModelError, match=r"\.experts \(.*\) cannot run from records: its experts have"):
+        PrunedMoE.from_bank(bank)
+
+
+def test_a_clipped_activation_is_no_silu():
+    model = make_mixture("mixtral")
+    assert activation(banks(model)[0]) == "silu"
+
+    class Clipped(torch.nn.SiLU):
+        def forward(self, x):
+            return super().forward(x.clamp(max=7.0))
+
+    model.model.layers[0].mlp.experts.act_fn = Clipped()
+    assert activation(banks(model)[0]) is None
+    with pytest.warns(UserWarning, match=r"4 experts and 0 FFNs .*layers\.0\.mlp\.experts: .*an activation of its own"):
+        accelerate(model)
+    assert len(modules(model)) == 1  # the other layer
+
+
+def test_masks_and_backends_without_a_kernel_are_refused(random_mask):
+    model = make_mixture("mixtral")
+    mask = random_mask(model, [24] * 8)
+    for mode in ("compact", "gather"):
+        with pytest.raises(UnsupportedModelError, match=r"has experts, which are pruned in place: prune\(model, mask"):
+            accelerate(model, mode=mode, mask=mask)
+    with pytest.raises(UnsupportedModelError, match="backend triton has no kernel of experts"):
+        accelerate(model, backend="triton")
+    with pytest.raises(InputError, match="backend must be one of auto, torch, cpu; got 'triton'"):
+        PrunedMoE.from_bank(banks(model)[0], backend="triton")
+    assert not modules(model)
+    double = PrunedMoE.from_bank(banks(model.double())[0], backend="cpu")
+    with torch.no_grad(), pytest.raises(BackendError, match=r"cpu: no kernel for torch\.float64"):
+        double(torch.zeros(2, 32).double(), torch.zeros(2, 1).long(), torch.ones(2, 1).double())
+
+
+def test_without_a_kernel_experts_stay(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: "native CPU library not built")
+    model = make_mixture("mixtral")
+    with pytest.warns(UserWarning, match="8 experts .* stay as they are, in torch .*native CPU library not built"):
+        accelerate(model)
+    assert not modules(model)
+
+
+@needs_kernel
+def test_bad_calls_are_refused():
+    module = PrunedMoE.from_bank(banks(make_mixture("mixtral"))[0])
+    x, index, weights = torch.zeros(3, 32), torch.tensor([[0, 1]] * 3), torch.ones(3, 2)
+    calls = (
+        ((x[:, :31], index, weights), r"x must have shape \[\.\.\., 32\]; got \(3, 31\)"),
+        ((x.double(), index, weights), "dtype of x must be torch.float32"),
+        ((x, index + 3, weights), r"index must name experts in \[0, 4\); got \(3, 4\)"),
+        ((x, index - 1, weights), r"index must name experts in \[0, 4\); got \(-1, 0\)"),
+        ((x, index), "call must bring hidden states, experts and weights; got 2"),
+        ((x, index, weights[:, :1]), r"weights must have shape \(3, 2\), as index has; got \(3, 1\)"),
+    )
+    for arguments, message in calls:
+        for enabled in (True, False):  # in training, and not
+            with torch.set_grad_enabled(enabled), pytest.raises(InputError, match=message):
+                module(*arguments)
+    with torch.no_grad():
+        assert torch.equal(module(x + 1, weights, index), module(hidden_states=x + 1, index=index, weights=weights))
+        assert module(x.view(1, 3, 32), index.view(1, 3, 2), weights.view(1, 3, 2)).shape == (1, 3, 32)
+
+
+def test_loading_says_what_does_not_fit():
+    module = PrunedMoE.from_bank(banks(make_mixture("mixtral"))[0])
+    state = module.state_dict()
+    before = module.record.clone()
+    module.load_state_dict({"down_proj": 2 * state["down_proj"]}, strict=False)
+    assert torch.equal(module.record[..., :64], before[..., :64])
+    assert torch.equal(module.record[..., 64:], 2 * before[..., 64:])
+    with pytest.raises(RuntimeError, match=r"down_proj must have shape \(4, 32, 48\); got \(4, 32, 40\)"):
+        module.load_state_dict({**state, "down_proj": state["down_proj"][..., :40]})
+    with pytest.raises(RuntimeError, match=r"Missing key.*gate_up_proj(.|\n)*Unexpected key.*else"):
+        module.load_state_dict({"down_proj": state["down_proj"], "else": state["down_proj"]})
+
+
+@needs_kernel
+def test_training_takes_torchs_path_and_gives_its_gradients(ids):
+    dense = make_mixture("qwen3_moe")
+    model = quietly(copy.deepcopy(dense))
+    for one in (dense, model):
+        one.train()
+        one(ids, labels=ids).loss.backward()
+    want = dense.model.layers[0].mlp.experts
+    gate, up, down = modules(model)[0].record.grad.split(32, dim=2)
+    torch.testing.assert_close(torch.cat([gate, up], 1), want.gate_up_proj.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(down.transpose(1, 2), want.down_proj.grad, rtol=1e-3, atol=1e-6)
+    router = [m.model.layers[0].mlp.gate.weight.grad for m in (model, dense)]
+    torch.testing.assert_close(*router, rtol=1e-3, atol=1e-6)
+    frozen = quietly(make_mixture("qwen3_moe").requires_grad_(False))
+    assert not modules(frozen)[0].record.requires_grad
+
+
+@needs_kernel
+@torch.no_grad()
+def test_compiles_and_exports():
+    module = PrunedMoE.from_bank(banks(make_mixture("qwen3_moe"))[0])
+    dynamic = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (1, 4, 90):
+        x, index = torch.randn(tokens, 32), torch.rand(tokens, 4).argsort(1)[:, :2]
+        call = (x, index, torch.rand(tokens, 2))
+        assert torch.equal(dynamic(*call), module(*call))
+        exported = torch.export.export(module, call).module()
+        assert torch.equal(exported(*call), module(*call))
+    module.requires_grad_(True)
+    with torch.enable_grad():
+        call[0].requires_grad_()
+        torch.compile(module, backend="aot_eager", fullgraph=True)(*call).sum().backward()
+        got = module.record.grad.clone()
+        module.record.grad = None
+        module(*call).sum().backward()
+    torch.testing.assert_close(got, module.record.grad)
+
+
+@needs_kernel
+@torch.no_grad()
+def test_batch_invariant_mixtures(ids):
+    model = quietly(make_mixture("mixtral"), batch_invariant=True)
+    module = modules(model)[0]
+    x, index, weights = torch.randn(9, 32), torch.rand(9, 4).argsort(1)[:, :2], torch.rand(9, 2)
+    whole = module(x, index, weights)
+    for t in (0, 4, 8):
+        assert torch.equal(module(x[t : t + 1], index[t : t + 1], weights[t : t + 1])[0], whole[t])
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A folder for what is measured here."""
+    monkeypatch.setenv("PYPRUNE_CACHE", str(tmp_path / "cache"))
+    tuned.reload()
+    yield tmp_path / "cache"
+    monkeypatch.undo()
+    tuned.reload()
+
+
+@needs_kernel
+def test_the_first_accelerate_of_a_shape_measures_it(table, monkeypatch):
+    timed = []
+    jobs = moe_choice._jobs
+    monkeypatch.setattr(moe_choice, "_jobs", lambda *a: timed.append(a[-1]) or jobs(*a))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such small experts may be slower by the kernel
+        accelerate(make_mixture("mixtral"))
+        assert timed == list(moe_choice.TOKENS)
+        accelerate(make_mixture("mixtral"))
+    assert timed == list(moe_choice.TOKENS)
+    names = [name for name in tuned.known("cpu") if name.startswith("experts 2 of 4 D32 K64 M")]
+    assert len(names) == len(moe_choice.TOKENS)
+    for name in names:
+        entries = tuned.known("cpu")[name]
+        assert {e.backend for e in entries} == {"cpu", "torch", "transformers"}
+        assert [e.seconds for e in entries] == sorted(e.seconds for e in entries)
+
+
+def note(model, seconds):
+    """Write into the table, for tokens from `TOKENS` on, seconds of (cpu, torch, transformers)."""
+    bank = banks(model)[0]
+    experts, dtype = accelerate_experts._described(bank, None)
+    for tokens, own in zip(moe_choice.TOKENS, seconds, strict=False):
+        entries = [Entry(n, {}, s) for n, s in zip(("cpu", "torch", "transformers"), own, strict=True)]
+        tuned.store("cpu", {moe_choice.key(experts, dtype, 2, tokens): sorted(entries, key=lambda e: e.seconds)})
+    tuned.reload()
+
+
+@needs_kernel
+def test_auto_never_takes_what_was_measured_to_be_slower(table):
+    table.mkdir()
+    model = make_mixture("mixtral")
+    note(model, [(2.0, 1.5, 1.0)] * 3)
+    with pytest.warns(
+        UserWarning, match=r"experts of 2 layers stay .*layers\.0\.mlp\.experts: .* up to 2\.00 times as fast"
+    ):
+        accelerate(model, measure=False)
+    assert not modules(model)
+    forced = quietly(make_mixture("mixtral"), backend="cpu")
+    assert len(modules(forced)) == 2
+    note(model, [(1.0, 2.0, 3.0), (1.0, 2.0, 3.0), (2.0, 1.0, 1.0)])
+    quietly(model, measure=False)
+    assert [m.native_pairs for m in modules(model)] == [8, 8]  # 4 tokens to 2 experts each
+    note(model := make_mixture("mixtral"), [(1.0, 2.0, 3.0)] * 5)
+    quietly(model, measure=False)
+    assert modules(model)[0].native_pairs >= 512
+
+
+@needs_kernel
+def test_mixtures_with_dense_layers_get_both(ids):
+    model = quietly(make_mixture("deepseek_v3"))
+    assert len(modules(model)) == 1 and sum(isinstance(m, PrunedMLP) for m in model.modules()) == 2
+    assert repr(modules(model)[0]) == "PrunedMoE(gated, E=4, D=32, F=48, silu, auto)"
+    assert isinstance(modules(model)[0].experts, Experts)
