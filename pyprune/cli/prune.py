@@ -19,7 +19,7 @@ from ..pruning.options import ALLOCATION, KEEP, METHOD, REPAIR, PruneOptions
 from ..pruning.prune import PruneReport
 from ..pruning.prune import prune as prune_model
 from ..pruning.repair import REPAIRS
-from ..pruning.text import LESSONS, MANY_TOKENS, TOKENS, WINDOW
+from ..pruning.text import MANY_TOKENS, TOKENS, WINDOW
 from ..serving.gguf_base import Base
 from ..serving.gguf_export import check_out_file, to_gguf
 from ..training.recovery import RecoverConfig, RecoverReport
@@ -239,7 +239,6 @@ def prune(
         seed,
         precision,
     )
-    taught_tokens = LESSONS if tokens is None else tokens
     if tokens is None:
         tokens = MANY_TOKENS if best else TOKENS
     minutes = (BEST_MINUTES if best and not nested_widths else 0.0) if recover is None else recover
@@ -267,7 +266,7 @@ def prune(
             size: dict[str, Any] = {"tokens": tokens, "window": window, "start": start_token, "seed": seed}
             windows = mix(sources, loaded, tokenizer, **size, progress=bars)
             if teaching is not None:
-                size |= {"tokens": taught_tokens, "seed": unread(seed)}
+                size["seed"] = unread(seed)
                 taught_text = windows if text else mix(lessons(tokenizer), loaded, tokenizer, **size, progress=bars)
     text_name = None if windows is None else windows.name
     if tokenizer is None and not dry_run and not to_file:
