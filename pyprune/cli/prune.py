@@ -42,8 +42,8 @@ from .pruned import DryRunOption, OverwriteOption, SaveMaskOption, check_out, fi
 from .recover import taught_by
 from .screen import Bars, show, table, verb
 
-# Minutes of recovery with --best.
-BEST_MINUTES = 10.0
+# Minutes of recovery with --best, and steps in a minute at most: fast machines do not go over the same text for ever.
+BEST_MINUTES, STEPS_A_MINUTE = 10.0, 12
 
 
 def _shares(text: str) -> list[float]:
@@ -130,8 +130,8 @@ def prune(
     recover: Annotated[
         float | None,
         typer.Option(
-            help="Minutes at most in which the dense model teaches the pruned one afterwards, as the verb recover; 0 "
-            f"for none. Default: 0, or {BEST_MINUTES:g} with --best.",
+            help="Minutes at most in which the dense model teaches the pruned one afterwards, as the verb recover, in "
+            f"at most {STEPS_A_MINUTE} steps each; 0 for none. Default: 0, or {BEST_MINUTES:g} with --best.",
             show_default=False,
         ),
     ] = None,
@@ -243,7 +243,8 @@ def prune(
         tokens = MANY_TOKENS if best else TOKENS
     minutes = (BEST_MINUTES if best and not nested_widths else 0.0) if recover is None else recover
     check(is_finite(minutes) and minutes >= 0, "recover", "be 0 minutes or more, and finite", minutes)
-    teaching = RecoverConfig(minutes=minutes, seed=seed) if minutes else None
+    steps = max(1, round(STEPS_A_MINUTE * minutes))
+    teaching = RecoverConfig(minutes=minutes, steps=steps, seed=seed) if minutes else None
     to_file = out is not None and out.suffix == ".gguf"
     if to_file:
         _check_gguf(model, out, nested_widths or teaching is not None, overwrite)
