@@ -232,3 +232,10 @@ def test_bad_options(given: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         VllmOptions.of({"pyprune": given})
     assert VllmOptions.of({}) == VllmOptions.of(None) == VllmOptions()
+
+
+def test_adapters_need_layers() -> None:
+    assert VllmOptions().with_adapters() == VllmOptions(kernels="off")
+    for asked in (VllmOptions(kernels="on"), VllmOptions(weights="int8")):
+        with pytest.raises(InputError, match="kernels must be 'auto' or 'off' with LoRA adapters; got VllmOptions"):
+            asked.with_adapters()

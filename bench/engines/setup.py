@@ -50,7 +50,7 @@ def run(*command: object, **environment: str) -> None:
 
 
 def vllm() -> None:
-    """vLLM, and this package with its plugin, as it is now; without native libraries, which the plugin needs not."""
+    """vLLM, and this package with its plugin, as it is now; its native library is the checkout's (see `places`)."""
     if not (ENGINES / "vllm" / ".ready").is_file():
         say(f"installing {VLLM} (5 GB)")
         run(sys.executable, "-m", "venv", ENGINES / "vllm")

@@ -54,7 +54,7 @@ def generate(model: Any, prompt: Tensor, draft: Any = None) -> tuple[list[int], 
         config.num_assistant_tokens, config.num_assistant_tokens_schedule = DRAFTED, "constant"
         config.assistant_confidence_threshold = 0.0
     try:
-        options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+        options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         found = model.generate(prompt, attention_mask=torch.ones_like(prompt), assistant_model=draft, **options)
     finally:
         hook.remove()

@@ -255,6 +255,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "allocations": _elsewhere("bench.tables.methods", "allocations_table"),
     "compare": _elsewhere("bench.tables.quality", "compare_table"),
     "cpu": cpu_table,
+    "draft": _elsewhere("bench.tables.draft", "draft_table"),
     "engines": _elsewhere("bench.tables.engines", "engines_table"),
     "families": _elsewhere("bench.tables.families", "families_table"),
     "ffn": ffn_table,

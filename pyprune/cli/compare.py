@@ -25,7 +25,6 @@ from ..pruning import importance
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.mixture import lessons, mix, unread
 from ..pruning.repair import REPAIRS
-from ..pruning.text import LESSONS, MANY_TOKENS
 from ..report.figures import compare_figure
 from .options import (
     DeviceOption,
@@ -271,8 +270,7 @@ def compare(
         taught = None
         if any(row.recovery for row in rows) and not (calibrate or text):
             size: dict[str, Any] = {"start": start_token, "seed": unread(0)}
-            wanted = LESSONS if tokens >= MANY_TOKENS else tokens
-            taught = mix(lessons(tokenizer), loaded, tokenizer, wanted, window, **size, progress=bars)
+            taught = mix(lessons(tokenizer), loaded, tokenizer, tokens, window, **size, progress=bars)
         comparison = compare_settings(
             loaded, rows, calibration, evaluation, out, lessons=taught, tasks=tasks, facts=facts, progress=bars
         )

@@ -19,7 +19,7 @@ from ..pruning.options import ALLOCATION, KEEP, METHOD, REPAIR, PruneOptions
 from ..pruning.prune import PruneReport
 from ..pruning.prune import prune as prune_model
 from ..pruning.repair import REPAIRS
-from ..pruning.text import LESSONS, MANY_TOKENS, TOKENS, WINDOW
+from ..pruning.text import MANY_TOKENS, TOKENS, WINDOW
 from ..serving.gguf_base import Base
 from ..serving.gguf_export import check_out_file, to_gguf
 from ..training.recovery import RecoverConfig, RecoverReport
@@ -43,8 +43,8 @@ from .recover import taught_by
 from .screen import Bars, show, table, verb
 from .streamed import SpillOption, StreamOption, prune_streamed, streams
 
-# Minutes of recovery with --best.
-BEST_MINUTES = 10.0
+# Minutes of recovery with --best, and steps in a minute at most: fast machines do not go over the same text for ever.
+BEST_MINUTES, STEPS_A_MINUTE = 10.0, 12
 
 
 def _shares(text: str) -> list[float]:
@@ -131,8 +131,8 @@ def prune(
     recover: Annotated[
         float | None,
         typer.Option(
-            help="Minutes at most in which the dense model teaches the pruned one afterwards, as the verb recover; 0 "
-            f"for none. Default: 0, or {BEST_MINUTES:g} with --best.",
+            help="Minutes at most in which the dense model teaches the pruned one afterwards, as the verb recover, in "
+            f"at most {STEPS_A_MINUTE} steps each; 0 for none. Default: 0, or {BEST_MINUTES:g} with --best.",
             show_default=False,
         ),
     ] = None,
@@ -242,12 +242,12 @@ def prune(
         seed,
         precision,
     )
-    taught_tokens = LESSONS if tokens is None else tokens
     if tokens is None:
         tokens = MANY_TOKENS if best else TOKENS
     minutes = (BEST_MINUTES if best and not nested_widths else 0.0) if recover is None else recover
     check(is_finite(minutes) and minutes >= 0, "recover", "be 0 minutes or more, and finite", minutes)
-    teaching = RecoverConfig(minutes=minutes, seed=seed) if minutes else None
+    steps = max(1, round(STEPS_A_MINUTE * minutes))
+    teaching = RecoverConfig(minutes=minutes, steps=steps, seed=seed) if minutes else None
     to_file = out is not None and out.suffix == ".gguf"
     if to_file:
         _check_gguf(model, out, nested_widths or teaching is not None, overwrite)
@@ -278,7 +278,7 @@ def prune(
             size = {"tokens": tokens, "window": window, "start": start_token, "seed": seed}
             windows = mix(sources, loaded, tokenizer, **size, progress=bars)
             if teaching is not None:
-                size |= {"tokens": taught_tokens, "seed": unread(seed)}
+                size["seed"] = unread(seed)
                 taught_text = windows if text else mix(lessons(tokenizer), loaded, tokenizer, **size, progress=bars)
     text_name = None if windows is None else windows.name
     if tokenizer is None and not dry_run and not to_file:

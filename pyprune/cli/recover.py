@@ -16,7 +16,6 @@ from ..base.files import new_file
 from ..evaluation import perplexity
 from ..model import checkpoint, loading
 from ..pruning.mixture import lessons, mix, unread
-from ..pruning.text import LESSONS
 from ..training.distillation import DistillationConfig
 from ..training.recovery import DECAYS, MODES, ONLY_TEACHER, PRECISIONS, TRAINED, RecoverConfig, RecoverReport, split
 from ..training.recovery import recover as recover_model
@@ -37,8 +36,9 @@ from .options import (
 )
 from .screen import Bars, show, table, verb
 
-# As long as the documents that a model writes, so that few of them are cut in two.
+# As long as the documents that a model writes, so that few of them are cut in two. The tokens are seen about twice.
 WINDOW = 512
+TOKENS = 131_072
 
 
 def _figure(result: dict[str, Any], path: Path) -> None:
@@ -124,7 +124,7 @@ def recover(
     ] = None,
     batch: Annotated[int, typer.Option(help="Windows a step.")] = RecoverConfig.batch,
     window: WindowOption = WINDOW,
-    tokens: TokensOption = LESSONS,
+    tokens: TokensOption = TOKENS,
     start_token: StartOption = "auto",
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = RecoverConfig.learning_rate,
     warmup: Annotated[float, typer.Option(help="Share of the run over which it rises.")] = RecoverConfig.warmup,

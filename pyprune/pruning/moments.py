@@ -13,6 +13,8 @@ from ..model.units import FFN
 
 # Rows of an expert that are added at once: what is added to, `[F, F]`, is far larger than a few rows.
 MANY = 1024
+# Second moments are symmetric: of each block of so many columns what lies below is not multiplied, but copied.
+BLOCK = 256
 
 
 class Moments:
@@ -46,13 +48,17 @@ class Moments:
         self.square.add_(a.double().square().sum(0))
         gram, cross = self.second
         if gram is not None:
-            gram.add_(a.t() @ a)
+            for i in range(0, len(gram), BLOCK):
+                gram[i : i + BLOCK, i:].add_(a[:, i : i + BLOCK].t() @ a[:, i:])
         if cross is not None and more is not None:
             cross.add_(a.t() @ more.float())
 
     def to_stats(self) -> ActivationStats:
         """The sums so far, as means where `ActivationStats` has means."""
         gram, cross = self.second
+        if gram is not None:
+            for i in range(0, len(gram), BLOCK):
+                gram[i + BLOCK :, i : i + BLOCK] = gram[i : i + BLOCK, i + BLOCK :].t()
         t = max(1, self.tokens)
         means = self.total / t, self.absolute / t
         return ActivationStats(self.tokens, *means, self.square.clone(), gram, cross=cross, routed=self.routed / t)

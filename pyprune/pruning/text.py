@@ -22,8 +22,6 @@ Text = Iterable[Tensor] | Sequence[Mapping[str, Any]] | Tensor | Windows | Mappi
 
 # Of text that is not cut into windows yet.
 TOKENS, MANY_TOKENS = 49_152, 131_072
-# To recover with: what its 120 steps of 4 windows read once. A second pass teaches little (bench/notes/quality.md).
-LESSONS = 245_760
 WINDOW = 512
 
 

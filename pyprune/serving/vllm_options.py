@@ -50,3 +50,12 @@ class VllmOptions:
         if unknown := sorted(set(given) - set(known)):
             raise InputError(f"additional_config['pyprune'] has {', '.join(known)}; got {', '.join(unknown)}")
         return cls(**given)
+
+    def with_adapters(self) -> VllmOptions:
+        """The same where vLLM puts adapters (LoRA) on its linear layers, which must then be there.
+
+        Raises:
+            InputError: kernels are asked for.
+        """
+        check(self.kernels != "on" and not self.weights, "kernels", "be 'auto' or 'off' with LoRA adapters", self)
+        return dataclasses.replace(self, kernels="off")

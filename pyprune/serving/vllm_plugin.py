@@ -113,6 +113,8 @@ def _made(initialize: Any) -> Any:
     def initialize_model(*args: Any, **kwargs: Any) -> Any:
         config = _argument(initialize, "vllm_config", args, kwargs)
         options = VllmOptions.of(config.additional_config)
+        if getattr(config, "lora_config", None) is not None:
+            options = options.with_adapters()
         cut = None
         if options.mask is not None:
             cut = Cut(config.model_config.model, options.mask)
