@@ -85,7 +85,7 @@ class Model:
         """Bytes at the peak: two layers, the moment in float64 and what the fit makes of it, hidden states twice."""
         f, d, k = self.width, self.hidden, KEEP * self.width
         layer = WEIGHT * (self.attention + self.experts * self.ffn)
-        fit = 8 * (f * f + k * f + 2 * k * k + 2 * f * d + 2 * k * d)
+        fit = 8 * (f * f + max(k * f + k * k + 2 * f * d + 2 * k * d, 5 * f * d + k * d))
         return 0.5e9 + 2 * layer + fit + 2 * WEIGHT * self.tokens * self.hidden
 
     @property
