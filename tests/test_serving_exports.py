@@ -54,8 +54,9 @@ def test_padded_gives_the_same_without_pyprune_s_file(
     family: str, pruned: Callable[..., Path], ids: torch.Tensor, same_logits: Callable[..., None], tmp_path: Path
 ) -> None:
     folder, out = pruned(family), tmp_path / "out"
-    done = export(folder, "--to", "padded", "--out", out, "--multiple", 16, "--json")
+    done = export(folder, "--to", "padded", "--out", out, "--multiple", 16, "--max-shard-size", "20KB", "--json")
     assert done.exit_code == 0, done.output
+    assert len(list(out.glob("model-*.safetensors"))) > 2
     facts = json.loads(done.stdout)
     assert facts["width"] == 96 and facts["neurons"] == list(DIFFERING) and facts["apart"] < 1e-5
     assert facts["added"] == pytest.approx(1 - sum(DIFFERING) / 288)
@@ -70,9 +71,10 @@ def test_padded_gives_the_same_without_pyprune_s_file(
 def test_deci_is_read_without_pyprune(pruned: Callable[..., Path], tmp_path: Path) -> None:
     for family, bias in (("llama", None), ("qwen2", True)):
         out = tmp_path / f"out-{family}"
-        words = (pruned(family), "--to", "deci", "--out", out)
+        words = (pruned(family), "--to", "deci", "--out", out, "--max-shard-size", "20KB")
         done = export(*words)
         assert done.exit_code == 0, done.output
+        assert len(list(out.glob("model-*.safetensors"))) > 2
         assert "overwrite" in export(*words).stderr and export(*words, "--overwrite").exit_code == 0
         read = subprocess.run(
             [sys.executable, "-c", READ, out], capture_output=True, text=True, check=True, cwd=tmp_path
@@ -101,6 +103,7 @@ def test_options_of_another_target(pruned: Callable[..., Path], tmp_path: Path) 
     for message, words in {
         "to must be one of gguf, padded, deci; got 'onnx'": ("--to", "onnx"),
         "type must be left out unless --to is gguf": ("--to", "deci", "--type", "bf16"),
+        "max_shard_size must be left out unless": ("--to", "gguf", "--max-shard-size", "1GB"),
         "multiple must be left out unless --to is padded": ("--to", "deci", "--multiple", 4),
         "multiple must be a positive integer; got -1": ("--to", "padded", "--multiple", -1),
     }.items():

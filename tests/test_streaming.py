@@ -332,7 +332,9 @@ def test_the_verb_streams_by_itself(tiny_checkpoint: Path, tmp_path: Path, monke
 
 
 def test_a_shard_altered_after_pruning(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text("not one that can be read")
     stream(source, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "not one that can be read"
     shard = sorted((tmp_path / "out").glob("model-*.safetensors"))[2]
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match=f"{shard.name} was altered"):

@@ -6,7 +6,7 @@ A small LLaMA of random weights is pruned with wanda and least squares. Runs are
 from the length of a whole one, and the same call goes on; whenever one ends, its output is compared to the bit with
 that of `prune` and `save` in memory, and a new one begins, until there were as many kills as asked for. After each kill
 the output folder must not be there, or be whole (`verify`), and the layers that were done must be at least those
-before. The log goes into `bench/results/streaming-kill.json`.
+before. The log goes into `bench/results/killed.json`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pyprune.pruning.prune import prune
 from pyprune.pruning.streaming import prune_checkpoint
 from pyprune.pruning.streaming.state import STATE, folder_of
 
-RESULTS = Path(__file__).parents[1] / "results" / "streaming-kill.json"
+RESULTS = Path(__file__).parents[1] / "results" / "killed.json"
 HOW: dict[str, Any] = {"keep": 0.8, "method": "wanda", "repair": "least-squares:target=0.5"}
 
 

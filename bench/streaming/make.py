@@ -37,7 +37,7 @@ def config_of(gigabytes: float, hidden: int, intermediate: int) -> Any:
     )
 
 
-def make(folder: Path, gigabytes: float, hidden: int = 4096, intermediate: int = 8192, seed: int = 0) -> Any:
+def make(folder: Path, gigabytes: float, hidden: int = 3072, intermediate: int = 8192, seed: int = 0) -> Any:
     """Write the checkpoint; matrices are normal with a variance of 1 over their inputs, norms are ones."""
     config = config_of(gigabytes, hidden, intermediate)
     with torch.device("meta"):
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gb", type=float, default=15.0)
-    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=3072)
     parser.add_argument("--intermediate", type=int, default=8192)
     arguments = parser.parse_args()
     config = make(arguments.folder, arguments.gb, arguments.hidden, arguments.intermediate)

@@ -1,15 +1,13 @@
 """What pruning costs on paper: bytes, products and seconds, from a model's shape and a machine's rates.
 
-    python -m bench.streaming.paper            the tables of docs/scale.md
-    python -m bench.streaming.paper --measure  first measure this machine's products, into bench/results/rates.json
+    python -m bench.streaming.paper   measure this machine's products, into bench/results/rates.json
 
-The formulas are the functions below, in plain words in docs/scale.md. A rate is measured where a result says so; every
-other one is an assumption, and names its source.
+The formulas are the functions below, in plain words in docs/scale.md, whose tables `bench.tables` makes. A rate is
+measured where a result says so; every other one is an assumption, and docs/scale.md names its source.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import dataclass
@@ -87,7 +85,7 @@ class Model:
         """Bytes at the peak: two layers, the moment in float64 and what the fit makes of it, hidden states twice."""
         f, d, k = self.width, self.hidden, KEEP * self.width
         layer = WEIGHT * (self.attention + self.experts * self.ffn)
-        fit = 8 * (f * f + k * f + 2 * k * k + 2 * f * d + 2 * k * d)
+        fit = 8 * (f * f + max(k * f + k * k + 2 * f * d + 2 * k * d, 5 * f * d + k * d))
         return 0.5e9 + 2 * layer + fit + 2 * WEIGHT * self.tokens * self.hidden
 
     @property
@@ -148,7 +146,7 @@ def measure() -> dict[str, object]:
     return {"machine": machine.facts(), "products": {name: _rate(3072, dtype) for name, dtype in rates.items()}}
 
 
-def _machines(products: dict[str, float], cores: int) -> list[Machine]:
+def machines(products: dict[str, float], cores: int) -> list[Machine]:
     """One workstation of 32 such cores, and nodes of 8 GPUs; see docs/scale.md for the source of every rate."""
     more = 32 / cores
     one = Machine("workstation", 3e9, *(more * products[d] for d in ("bfloat16", "float32", "float64")))
@@ -156,40 +154,9 @@ def _machines(products: dict[str, float], cores: int) -> list[Machine]:
     return [one, node, Machine("16 nodes", 16 * 10e9, 16 * node.low, 16 * node.single, 16 * node.double, 50e9)]
 
 
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
-
-
-def tables(products: dict[str, float], cores: int) -> str:
-    """Both tables of docs/scale.md."""
-    rows = ["| model | weights | read | written | forwards | moments | fits | peak memory | moments to add up |"]
-    rows += ["| --- |" + " ---: |" * 8]
-    for m in MODELS:
-        work = (f"{w / 1e15:.1f} P" for w in (m.forward, m.moments, m.fit))
-        space = f"{m.memory / 1e9:.0f} GB", f"{m.reduced / 1e12:.1f} TB"
-        sizes = f"{m.weights / 1e9:.0f} G", f"{m.read / 1e9:.0f} GB", f"{m.written / 1e9:.0f} GB"
-        rows.append("| " + " | ".join([m.name, *sizes, *work, *space]) + " |")
-    rows += ["", "| model | machine | disk | forwards | moments | fits | network | sum | binds |"]
-    rows += ["| --- | --- |" + " ---: |" * 6 + " --- |"]
-    for m in MODELS:
-        for place in _machines(products, cores):
-            found = place.seconds(m)
-            cells = [_time(s) for s in (*found.values(), sum(found.values()))]
-            rows.append("| " + " | ".join([m.name, place.name, *cells, max(found, key=found.__getitem__)]) + " |")
-    return "\n".join(rows)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true")
-    file = RESULTS / "rates.json"
-    if parser.parse_args().measure:
-        with new_file(file) as made:
-            made.write_text(json.dumps(measure(), indent=2) + "\n")
-    found = json.loads(file.read_text())
-    print(tables(found["products"], found["machine"]["torch_threads"]))
+    with new_file(RESULTS / "rates.json") as file:
+        file.write_text(json.dumps(measure(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,10 @@ def _run(folder: Path, out: Path, name: str, limit: int, spill: Path | None) -> 
     _evict(folder)
     asked = [str(folder), "--child", name, "--out", str(out), "--limit-bytes", str(limit)]
     asked += [] if spill is None else ["--spill", str(spill)]
-    done = subprocess.run([sys.executable, "-m", "bench.streaming.run", *asked], stdout=subprocess.PIPE, check=True)
+    # One arena: every other thread would reserve addresses that it does not use.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-m", "bench.streaming.run", *asked]
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

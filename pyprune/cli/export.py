@@ -17,7 +17,7 @@ from ..serving.gguf_base import CONVERTER, Base
 from ..serving.gguf_export import check_out_file, to_gguf
 from ..serving.gguf_plan import TYPES, WIDTHS
 from ..serving.padded import to_padded
-from .options import JsonOption
+from .options import JsonOption, ShardOption
 from .screen import megabytes, show, verb
 
 TARGETS = ("gguf", "padded", "deci")
@@ -110,6 +110,7 @@ def export(
         int | None, typer.Option(help="With padded: widths are multiples of this; 1.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out names.")] = False,
+    max_shard_size: ShardOption = checkpoint.MAX_SHARD_SIZE,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint for an engine, and check that it gives the same (docs/serving.md says which runs where)."""
@@ -123,12 +124,14 @@ def export(
     ):
         check(value is None or to == of, argument, f"be left out unless --to is {of}", str(value))
     if to == "gguf":
+        whole = max_shard_size == checkpoint.MAX_SHARD_SIZE
+        check(whole, "max_shard_size", "be left out unless --to is padded or deci", max_shard_size)
         _gguf(model, base, out, kind or "bf16", widths or "as-is", checks or "auto", overwrite, as_json)
         return
-    checkpoint.check_out(out, overwrite)
+    checkpoint.check_out(out, overwrite, max_shard_size)
     loaded, tokenizer = loading.load_model(model, "auto"), _tokenizer(model)
     if to == "deci":
-        made = to_deci(loaded, out, tokenizer, overwrite)
+        made = to_deci(loaded, out, tokenizer, overwrite, max_shard_size)
         show(
             vars(made),
             as_json,
@@ -136,7 +139,7 @@ def export(
         )
         return
     tokens = prompts(tokenizer, loaded.config)
-    result = to_padded(loaded, out, tokens, tokenizer, multiple or 1, overwrite)
+    result = to_padded(loaded, out, tokens, tokenizer, multiple or 1, overwrite, max_shard_size)
     show(
         vars(result),
         as_json,

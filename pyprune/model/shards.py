@@ -96,13 +96,13 @@ def read_header(file: Path) -> dict[str, Place]:
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """Which file of a folder each tensor is in, by its index; None where it has no index.
+    """Which file of a folder each tensor is in, by its index; None where it has none, or one file that is read first.
 
     Raises:
         CheckpointError: a damaged index, or one that names a file that is not there, or outside the folder.
     """
     path = folder / INDEX
-    if not path.is_file():
+    if not path.is_file() or (folder / WEIGHTS).is_file():
         return None
     try:
         said = json.loads(path.read_text(encoding="utf-8"))["weight_map"]

@@ -46,7 +46,13 @@ def _check_shaped(config: Any) -> None:
         raise UnsupportedModelError(f"DeciLM must be LLaMA-shaped; the checkpoint {reason}: export it with --to padded")
 
 
-def to_deci(model: nn.Module, out: str | Path, tokenizer: Any = None, overwrite: bool = False) -> Deci:
+def to_deci(
+    model: nn.Module,
+    out: str | Path,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = checkpoint.MAX_SHARD_SIZE,
+) -> Deci:
     """Write a LLaMA-shaped model as a DeciLM checkpoint: the same tensors, and `block_configs` in its config.
 
     Args:
@@ -54,6 +60,7 @@ def to_deci(model: nn.Module, out: str | Path, tokenizer: Any = None, overwrite:
         out: the folder; made whole beside its place, then renamed.
         tokenizer: saved along.
         overwrite: replace a checkpoint of pyprune's.
+        max_shard_size: as for `checkpoint.save`.
 
     Raises:
         InputError: the folder may not be written (see `checkpoint.save`).
@@ -63,11 +70,11 @@ def to_deci(model: nn.Module, out: str | Path, tokenizer: Any = None, overwrite:
     plain: Any = model
     config = plain.config
     _check_shaped(config)
-    checkpoint.check_out(out, overwrite)
+    checkpoint.check_out(out, overwrite, max_shard_size)
     ffns = families.find_plain(model, "the export as DeciLM")
     widths = [ffn.intermediate_size for ffn in ffns]
     with new_folder(out, overwrite, strangers) as folder:
-        plain.save_pretrained(folder)
+        plain.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         values = {**json.loads((folder / "config.json").read_text()), **_deci(config, widths)}

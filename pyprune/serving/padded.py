@@ -42,6 +42,7 @@ def to_padded(
     tokenizer: Any = None,
     multiple: int = 1,
     overwrite: bool = False,
+    max_shard_size: int | str = checkpoint.MAX_SHARD_SIZE,
 ) -> Padded:
     """Write a model whose FFN widths differ by layer as an ordinary checkpoint of its family, at the widest width.
 
@@ -52,6 +53,7 @@ def to_padded(
         tokenizer: saved along.
         multiple: the width is a multiple of this, as tensor parallelism and blocks of a quantisation need it.
         overwrite: replace a checkpoint of pyprune's.
+        max_shard_size: as for `checkpoint.save`.
 
     Raises:
         InputError: as `checkpoint.save`, or `multiple` is no positive integer.
@@ -59,7 +61,7 @@ def to_padded(
         CheckpointError: its logits changed.
     """
     check(is_count(multiple) and multiple > 0, "multiple", "be a positive integer", multiple)
-    checkpoint.check_out(out, overwrite)
+    checkpoint.check_out(out, overwrite, max_shard_size)
     wide: Any = model
     dtype = wide.dtype
     ffns = families.find_plain(model, "the padded export")
@@ -71,5 +73,6 @@ def to_padded(
         widen(ffn, width)
     surgery.set_widths(model, block, [width] * len(ffns))
     apart = check_same(before, wide, tokens, Path(out))
-    checkpoint.save(wide.to(dtype), out, tokenizer, overwrite, facts={"padded_from": neurons})
+    facts = {"padded_from": neurons}
+    checkpoint.save(wide.to(dtype), out, tokenizer, overwrite, facts=facts, max_shard_size=max_shard_size)
     return Padded(str(out), width, neurons, 1 - sum(neurons) / (width * len(neurons)), apart)

@@ -103,11 +103,12 @@ def least_squares(
     chosen = _choose_damping(v, stats, keep, target) if damping is None else damping
     if scale == 0:
         return Solved(v[keep], 0.0, 0.0, chosen)  # dead neurons only: the bare cut changes nothing
-    new = _Fit(stats, keep, target).rows(v, chosen)
     cut = v.clone()
     cut[keep] = 0.0
-    left = _change(v, keep, new)
-    return Solved(new, _relative_error(stats.gram, cut, v), _relative_error(stats.gram, left, v), chosen)
+    before = _relative_error(stats.gram, cut, v)
+    del cut
+    new = _Fit(stats, keep, target).rows(v, chosen, last=True)
+    return Solved(new, before, _relative_error(stats.gram, _change(v, keep, new), v), chosen)
 
 
 class _Fit:
@@ -120,8 +121,8 @@ class _Fit:
         self.scale = float(stats.gram.diagonal().mean()) / stats.tokens
         self.more = target * stats.cross[keep] / stats.tokens if target and stats.cross is not None else None
 
-    def rows(self, down: Tensor, damping: float) -> Tensor:
-        """`[K, D]`: the fitted down rows, for `down` `[F, D]` in float64."""
+    def rows(self, down: Tensor, damping: float, last: bool = False) -> Tensor:
+        """`[K, D]`: the fitted down rows, for `down` `[F, D]` in float64; the `last` ones free what only they need."""
         ridge = damping * self.scale
         factor = self.rows_of_h[:, self.keep]
         factor.diagonal().add_(ridge)
@@ -129,7 +130,10 @@ class _Fit:
         wanted += ridge * down[self.keep]  # the ridge's share of H_S: V
         if self.more is not None:
             wanted += self.more
+        if last:
+            del self.rows_of_h
         triangle, failed = torch.linalg.cholesky_ex(factor)
+        del factor  # the solution makes a copy of the triangle
         if failed:
             raise InputError(f"damping must be large enough to make the second moment positive definite; got {damping}")
         return torch.cholesky_solve(wanted, triangle)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...base import machine
-from ...base.errors import check
+from ...base.errors import PypruneError, check
 from ...base.files import put_folder
 from ...base.memory import PeakMemory
 from ...base.progress import Progress, quiet
 from ...model import checkpoint, families, loading, surgery
+from ...model.manifest import is_tokenizer
 from ...model.mask import Mask
 from ...model.pages import Pages
 from ...model.shard_writer import ShardWriter, as_bytes
@@ -145,12 +147,23 @@ def prune_checkpoint(
     target = checkpoint.check_out(out, overwrite, max_shard_size)
     text = check_text(text)
     if tokenizer is None and loading.has_tokenizer(str(folder)):
-        tokenizer = loading.load_tokenizer(str(folder))
+        try:
+            tokenizer = loading.load_tokenizer(str(folder))
+        except PypruneError:
+            if options.needs_text(mask is not None) and not isinstance(text, Tensor | Windows):
+                raise
     pages = Pages(folder)
     try:
         return _prune(pages, target, options, text, tokenizer, mask, spill, max_shard_size, progress, provenance)
     finally:
         pages.close()
+
+
+def _copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copy the files of a tokenizer that cannot be loaded here, and need not be."""
+    for file in folder.iterdir():
+        if file.is_file() and is_tokenizer(file.name):
+            shutil.copyfile(file, out / file.name)
 
 
 def _tidy(out: Path) -> None:
@@ -207,6 +220,8 @@ def _prune(
             surgery.set_widths(lm, block, [len(k) for k in keeps])
             facts = run.facts(options.facts(given), **({} if mask is None else {"mask": mask.provenance}))
             totals = run.finish(facts, memory.growth)
+        if tokenizer is None:
+            _copy_tokenizer(pages.shards.files[0].parent, state.out)
         checkpoint.save_around(lm, state.out, target, tokenizer, pruner.writer.hashes)
         put_folder(state.out, target)
     except OSError as error:

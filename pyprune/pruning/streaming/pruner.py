@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base.errors import UnsupportedModelError, check
+from ...base.errors import check
 from ...base.machine import products
 from ...base.progress import Progress
 from ...model import families, surgery
@@ -141,8 +141,6 @@ class StreamedPruner(Pruner):
     def scores(self) -> list[Tensor]:
         """`[F]` scores of every FFN of the dense model, by a pass of its own, which resumes too."""
         kept, last = self.state.progress, len(self.ffns)
-        if self.criterion.needs & {"gradients", "gradients2"}:
-            raise UnsupportedModelError(f"method {self.criterion.name!r} needs gradients, which are not streamed")
         stream = self._stream_from(_DENSE, kept.scored, False) if self.criterion.needs else None
         for ffn in self.ffns[kept.scored :]:
             self.progress("scoring neurons", ffn.layer, last)
@@ -223,7 +221,6 @@ class StreamedPruner(Pruner):
     def close(self) -> None:
         """End threads and files, also after an error."""
         self._writing.shutdown()
-        self.pages.close()
         if hasattr(self, "writer"):
             self.writer.close()
 

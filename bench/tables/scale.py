@@ -1,0 +1,77 @@
+"""Tables of docs/scale.md: streamed runs (bench/streaming/run.py), kills, and what pruning costs on paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.streaming.paper import MODELS, machines
+from bench.tables.readme import markdown, provenance
+
+
+def streaming_table(result: dict[str, Any]) -> list[str]:
+    """A line for each checkpoint and criterion, with where the numbers are from."""
+    rows, sources = [], []
+    for name, found in result.items():
+        shape, copy = found["shape"], found["copy"]
+        sides = f"{shape['num_hidden_layers']} layers, D {shape['hidden_size']}, F {shape['intermediate_size']}"
+        for criterion, run in found["runs"].items():
+            equal = {True: "yes", False: "NO", None: "not compared"}[run.get("equal_to_the_bit")]
+            rows.append(
+                [
+                    f"{name}, {sides}",
+                    criterion,
+                    f"{found['limit_bytes'] / 1e9:g} GB",
+                    f"{run['peak_rss_bytes'] / 1e9:.2f} GB",
+                    f"{run['in_memory']['peak_rss_bytes'] / 1e9:.2f} GB" if "in_memory" in run else "-",
+                    f"{run['seconds']:.0f} s",
+                    f"{run['bytes_per_second'] / 1e6:.0f} MB/s",
+                    f"{run['share_of_copy']:.0%}",
+                    equal,
+                ]
+            )
+        load = found["machine"]["load"]
+        copied = f"a copy {copy['bytes_per_second'] / 1e6:.0f} MB/s read and written; load before {load:g}"
+        sources.append(f"{name}: {copied}. {provenance(found)}")
+    header = ("checkpoint", "criterion", ">limit of addresses", ">peak", ">in memory", ">time", ">rate", ">of a copy's")
+    return [*markdown((*header, "equal to the bit"), rows), "", *(line for s in sources for line in (s, ""))][:-1]
+
+
+def killed_table(result: dict[str, Any]) -> list[str]:
+    """What became of the kills, in one line."""
+    kept = sum(row["layers_done"] > 0 for row in result["log"])
+    return [
+        f"{result['kills']} kills of runs over {result['layers']} layers, {kept} of them with layers done already; "
+        f"{result['runs_that_ended_and_were_equal']} runs ended, each equal to the bit. {provenance(result)}"
+    ]
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def rates_table(result: dict[str, Any]) -> list[str]:
+    """What two models take, and how long that is on three machines."""
+    takes = []
+    for m in MODELS:
+        sizes = f"{m.weights / 1e9:.0f} G", f"{m.read / 1e9:.0f} GB", f"{m.written / 1e9:.0f} GB"
+        work = (f"{products / 1e15:.1f} P" for products in (m.forward, m.moments, m.fit))
+        takes.append([m.name, *sizes, *work, f"{m.memory / 1e9:.0f} GB", f"{m.reduced / 1e12:.1f} TB"])
+    header = ("model", ">weights", ">read", ">written", ">forwards", ">moments", ">fits", ">peak", ">moments to add up")
+    products, threads = result["products"], result["machine"]["torch_threads"]
+    rows, places = [], machines(products, threads)
+    for m in MODELS:
+        for place in places:
+            found = place.seconds(m)
+            binds = max(found, key=lambda part: found[part])
+            rows.append([m.name, place.name, *map(_time, (*found.values(), sum(found.values()))), binds])
+    parts = ("disk", "forwards", "moments", "fits", "network")
+    measured = ", ".join(f"{name} {rate / 1e9:.0f} G/s" for name, rate in products.items())
+    return [
+        *markdown(header, takes),
+        "",
+        *markdown(("model", "machine", *(f">{part}" for part in parts), ">sum", "binds"), rows),
+        "",
+        f"Products here: {measured}; load before {result['machine']['load']:g}. {provenance(result)}",
+    ]
