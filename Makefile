@@ -63,7 +63,7 @@ bench: native
 	$(BIN)/python -m bench.tables.cpu_figure
 	$(BIN)/python -m bench.tables.readme
 
-# The suites of every backend and device as well, and experts of mixtures (5 GB).
+# The suites of every backend and device as well, and experts of mixtures (8 GB).
 bench-all: bench
 	$(BIN)/python -m bench.cpu.moe
 	$(BIN)/python -m bench.model.run
