@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 JOBS ?= 2
 NATIVE := $(wildcard $(addprefix csrc/,*/*.cpp */*.h */*.cu */*.cuh cuda/simulator/*.cpp cuda/simulator/*.h))
-ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_cpu_calls.py tests/test_cuda_simulated.py
+ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_cpu_calls.py tests/test_moe_kernels.py tests/test_cuda_simulated.py
 
 .PHONY: demo test test-all browser test-asan native style format bench bench-all engines gpu clean
 
@@ -63,8 +63,9 @@ bench: native
 	$(BIN)/python -m bench.tables.cpu_figure
 	$(BIN)/python -m bench.tables.readme
 
-# The suites of every backend and device as well.
+# The suites of every backend and device as well, and experts of mixtures (8 GB).
 bench-all: bench
+	$(BIN)/python -m bench.cpu.moe
 	$(BIN)/python -m bench.model.run
 	$(BIN)/python -m bench.tables.readme
 

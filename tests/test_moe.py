@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pyprune.ffn import accelerate_experts, moe_choice, native, tuned
 from pyprune.ffn.mlp import PrunedMLP
 from pyprune.ffn.moe_operator import why_no_kernel
 from pyprune.ffn.tuned import Entry
+from pyprune.ffn.warming import warmup
 from pyprune.model.expert_form import activation
 from pyprune.model.families import find_ffns
 
@@ -58,6 +60,7 @@ def kind(request):
 def test_an_accelerated_mixture_computes_what_it_did(kind, backend, ids, same_logits):
     model = mixture(kind)
     number, parameters = len(banks(model)), sum(p.numel() for p in model.parameters())
+    originals = [weakref.ref(bank.module) for bank in banks(model)]
     with torch.no_grad():
         want = model(ids).logits
         written = model.generate(ids[:2], max_new_tokens=6, min_new_tokens=6, do_sample=False)
@@ -66,6 +69,11 @@ def test_an_accelerated_mixture_computes_what_it_did(kind, backend, ids, same_lo
         assert torch.equal(model.generate(ids[:2], max_new_tokens=6, min_new_tokens=6, do_sample=False), written)
     assert len(modules(model)) == number > 0
     assert sum(p.numel() for p in model.parameters()) == parameters  # no weight is there twice
+    assert [original() for original in originals] == [None] * number
+    assert all(isinstance(model.get_submodule(one.layer), PrunedMLP) for one in warmup(model, (1,)))
+    with pytest.raises(UnsupportedModelError, match="add adapters to the model before"):
+        modules(model)[0].down_proj.data.zero_()
+    assert not hasattr(modules(model)[0], "up_proj")
     with pytest.raises(UnsupportedModelError, match="is accelerated already"):
         accelerate(model)
 
@@ -249,8 +257,7 @@ def test_compiles_and_exports():
         x, index = torch.randn(tokens, 32), torch.rand(tokens, 4).argsort(1)[:, :2]
         call = (x, index, torch.rand(tokens, 2))
         assert torch.equal(dynamic(*call), module(*call))
-        exported = torch.export.export(module, call).module()
-        assert torch.equal(exported(*call), module(*call))
+    assert torch.equal(torch.export.export(module, call).module()(*call), module(*call))
     module.requires_grad_(True)
     with torch.enable_grad():
         call[0].requires_grad_()

@@ -53,8 +53,9 @@ def accelerate(
             weights of its own dtype all the same, rounded as they are kept.
         batch_invariant: make each FFN's result for a token independent, to the bit, of the tokens beside it; slower
             where there are many.
-        measure: on a CPU, time once which kernel is faster for layers of these shapes, in two seconds at most, and keep
-            it for this machine; False: by prediction, or as `pyprune tune` found. Counts for `auto` alone.
+        measure: on a CPU, time once which kernel is faster for layers of these shapes, in two seconds at most, and some
+            more for each shape of experts, of which one layer is there twice meanwhile; what was found is kept for this
+            machine. False: by prediction, or as `pyprune tune` found. Counts for `auto` alone.
 
     Returns:
         `model`.

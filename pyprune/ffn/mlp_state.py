@@ -11,7 +11,7 @@ from ..base.errors import UnsupportedModelError
 from ..model.patterns import Pattern
 from .quantisation import cast, dequantise
 
-_NO_PROJECTION = (
+NO_PROJECTION = (
     "the FFNs of an accelerated model have their projections in one record, which can be neither adapted nor quantised "
     "by itself: add adapters to the model before pyprune.accelerate, and merge them; then accelerate it"
 )
@@ -143,7 +143,7 @@ class FamilyState(nn.Module):
             self.scales[:, part : part + 1] = scales
 
 
-class _NoProjectionError(UnsupportedModelError, AttributeError):
+class NoProjectionError(UnsupportedModelError, AttributeError):
     """To `hasattr` a projection in a record has no weight; whoever goes on without asking reads why."""
 
 
@@ -160,12 +160,12 @@ class Packed(nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "bias"):
-            raise _NoProjectionError(_NO_PROJECTION)
+            raise NoProjectionError(NO_PROJECTION)
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Never computes; raises `UnsupportedModelError`."""
-        raise _NoProjectionError(_NO_PROJECTION)
+        raise NoProjectionError(NO_PROJECTION)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """The `PrunedMLP` loads what stands under this name, and says what does not fit."""

@@ -15,6 +15,7 @@ from ..base.memory import Room
 from ..model.expert_form import activation, tensor_names, why_no_record
 from ..model.experts import Bank
 from . import moe_choice
+from .mlp_state import NO_PROJECTION, NoProjectionError
 from .moe_operator import MOE
 from .quantisation import WEIGHTS, cast, dequantise
 
@@ -86,6 +87,12 @@ class PrunedMoE(nn.Module):
     def _set_dtype(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.native_pairs = moe_choice.native_pairs(self.experts, dtype, self.picked)
+
+    def __getattr__(self, name: str) -> Any:
+        bank = self.__dict__.get("_bank")
+        if bank is not None and name in tensor_names(bank):
+            raise NoProjectionError(NO_PROJECTION)
+        return super().__getattr__(name)
 
     @property
     def experts(self) -> Experts:

@@ -14,6 +14,7 @@ from ..base.errors import check
 from . import dispatch
 from .backends import Problem
 from .mlp import PrunedMLP
+from .moe import PrunedMoE
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1, 512)) -> list[Warmed]:
         BackendError: a forced backend cannot run a problem.
     """
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, PrunedMLP)]
-    check(bool(modules), "model", "have a PrunedMLP; call pyprune.accelerate first", type(model).__name__)
+    # Experts have nothing that must be prepared.
+    known = bool(modules) or any(isinstance(module, PrunedMoE) for module in model.modules())
+    check(known, "model", "have a PrunedMLP; call pyprune.accelerate first", type(model).__name__)
     check(len(tokens) > 0 and min(tokens) >= 1, "tokens", "be one or more numbers of at least 1", tuple(tokens))
     done: dict[tuple[Any, ...], Warmed] = {}
     for number in dict.fromkeys(tokens):

@@ -49,6 +49,8 @@ def why_no_record(bank: Bank) -> str | None:
         against.append("a norm behind each expert")
     if len(bank.tensor(bank.layout.up)) > bank.experts and not bank.layout.flat:
         against.append("experts that do nothing")
+    if getattr(bank.module, "_is_expert_parallel", False):
+        against.append("parts on other devices")
     if activation(bank) is None:
         against.append("an activation of its own")
     return f"its experts have {' and '.join(against)}" if against else None
