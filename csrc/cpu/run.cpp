@@ -26,7 +26,7 @@ int64_t round_up(int64_t a, int64_t multiple) { return (a + multiple - 1) / mult
 // How many slabs. Enough of them to keep threads busy, each large enough that its partial result does not count, and
 // eights where there are many, so that the usual numbers of threads share them evenly. Not a function of the threads.
 int64_t count_slabs(const Call& p) {
-  int64_t bytes = p.neurons * p.parts() * p.hidden_size * element_size(p.weight_type);
+  int64_t bytes = p.neurons * p.parts() * p.part() * element_size(p.weight_type);
   // The partials of many tokens are large beside the weights.
   int64_t most = p.tokens <= 4 ? kMaxSlabs : p.tokens <= 16 ? kMaxSlabs / 2 : kMaxSlabs / 4;
   int64_t wanted = std::min({most, std::max(bytes / kSlabBytes, p.neurons / kSlabMaxNeurons),
@@ -141,6 +141,12 @@ void run(const Call& call, const Kernels& kernels, int64_t threads, ParallelFor 
     part.out = static_cast<char*>(call.out) + first * row;
     run_pass(part, kernels, threads, parallel_for);
   }
+}
+
+void write_out(const Call& call, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
+  if (call.rows == 0) return;
+  spread_items(call.rows, std::max<int64_t>(1, threads), parallel_for,
+               [&](int64_t first, int64_t last) { kernels.write_out(call, first, last); });
 }
 
 double read(const float* values, int64_t count, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
