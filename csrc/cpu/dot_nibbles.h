@@ -81,11 +81,11 @@ inline void dot_bytes(const Rows<Type::i4, R>& rows, int64_t size, const Workspa
   for (auto& value : sums) value = zero();
   int64_t d = 0;
   for (; d + kBlock <= size; d += kBlock, x += kNibbleVectors) {
-    prefetch_nibbles(rows, size, d);
+    rows.prefetch(d);
     add_nibble_line<true>(rows, size, d, x, sums);
   }
   if (d < size) {
-    prefetch_nibbles(rows, size, d);
+    rows.prefetch(d);
     add_nibble_line<false>(rows, size, d, x, sums);
     x += kNibbleVectors;
   }

@@ -4,10 +4,11 @@
 // Neurons of one group: their dot products, their activations, and then their down rows are computed together. One
 // token needs no more than hides the latency of additions, and nearer prefetches; many tokens share each load and store
 // of a partial sum. A gather skips neurons, which ends the hardware's prefetching of a run of memory; more rows in turn
-// keep memory busier then; so does int4, whose rows are short.
+// keep memory busier then; but not int8, and not int4, which prefetches by itself (Lead).
 constexpr int kGroupOne = 2;
 constexpr int kGroupWide = 4;
 constexpr int kGroupMany = 4;
+static_assert(kGroupOne <= kMostInGroup && kGroupWide <= kMostInGroup && kGroupMany <= kMostInGroup);
 
 // From the dot products of `count` neurons (rows `stride` apart) to what their down rows are multiplied by, in place in
 // `gate`: scales, biases, activation, gate times up, and the down row's own scale.
@@ -100,6 +101,52 @@ struct Group {
     }
     return found;
   }
+
+  // The first part of every neuron, then the second, `part` elements behind.
+  Rows<W, 2 * G> two_parts(int64_t part) const {
+    Rows<W, 2 * G> found;
+    for (int i = 0; i < 2 * G; ++i) {
+      found.now[i] = now[i % G] + i / G * part;
+      found.next[i] = next[i % G] + i / G * part;
+    }
+    return found;
+  }
+};
+
+template <int G>
+struct Group<Type::i4, G> {
+  const uint8_t* now[G];
+  mutable Lead lead;
+
+  Group(const Call& p, int64_t first, int64_t count) {
+    lead.count = G;
+    lead.size = p.parts() * p.part();
+    int64_t ahead = (kLeadBytes / (G * lead.size) + 1) * G;
+    for (int n = 0; n < G; ++n) {
+      int64_t neuron = first + (n < count ? n : count - 1);
+      now[n] = at(p, neuron);
+      lead.rows[n] = at(p, neuron + ahead < p.neurons ? neuron + ahead : neuron);
+    }
+  }
+
+  static const uint8_t* at(const Call& p, int64_t neuron) {
+    return static_cast<const uint8_t*>(p.record) + p.row(neuron) * p.record_stride;
+  }
+
+  template <int R>
+  Rows<Type::i4, R> rows(int64_t offset, int first = 0) const {
+    Rows<Type::i4, R> found;
+    for (int r = 0; r < R; ++r) found.now[r] = now[first + r] + offset;
+    found.lead = &lead;
+    return found;
+  }
+
+  Rows<Type::i4, 2 * G> two_parts(int64_t part) const {
+    Rows<Type::i4, 2 * G> found;
+    for (int i = 0; i < 2 * G; ++i) found.now[i] = now[i % G] + i / G * part;
+    found.lead = &lead;
+    return found;
+  }
 };
 
 template <Type W, int R>
@@ -130,15 +177,8 @@ inline void down_all(const Call& p, const Workspace& ws, const Group<W, G>& grou
 template <Type W, int G>
 inline void dots_one(const Call& p, const Workspace& ws, const Group<W, G>& group, float* gate, float* up) {
   if (!p.gated) return dot_tokens<W, G, 1, true>(p, ws, group.template rows<G>(0), 0, gate, 1);
-  Rows<W, 2 * G> rows;
-  for (int i = 0; i < G; ++i) {
-    rows.now[i] = group.now[i];
-    rows.next[i] = group.next[i];
-    rows.now[G + i] = group.now[i] + p.part();
-    rows.next[G + i] = group.next[i] + p.part();
-  }
   float sums[2 * G];
-  dot_tokens<W, 2 * G, 1, true>(p, ws, rows, 0, sums, 1);
+  dot_tokens<W, 2 * G, 1, true>(p, ws, group.two_parts(p.part()), 0, sums, 1);
   for (int i = 0; i < G; ++i) {
     gate[i] = sums[i];
     up[i] = sums[G + i];
@@ -179,7 +219,7 @@ inline void slab_many(const Call& p, const Workspace& ws, int64_t first, int64_t
 template <Type W>
 inline void slab_of(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   __builtin_memset(partial, 0, ws.rows * ws.padded * sizeof(float));
-  if (p.tokens == 1 && (W == Type::i4 || (p.index && W != Type::i8)))
+  if (p.tokens == 1 && p.index && W != Type::i8 && W != Type::i4)
     slab_one<W, kGroupWide>(p, ws, first, last, partial);
   else if (p.tokens == 1)
     slab_one<W, kGroupOne>(p, ws, first, last, partial);
