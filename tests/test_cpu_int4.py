@@ -109,9 +109,10 @@ def test_nothing_around_operands_is_read_and_every_layout_gives_the_same_bits(
         case = make(tokens, 96, 21, (dtype, INT4), gated, form=form)
         moved: dict[str, Any] = {k: embedded(v, offset) for k, v in case.tensors().items()}
         apart = {"record": embedded(case.record, offset, 5), "x": embedded(case.x, offset, 3)}
-        for run in (kernel, written):
-            assert torch.equal(run(case.change(**moved)), run(case))
-            assert torch.equal(run(case.change(**moved | apart)), run(case))
+        for changed in (case.change(**moved), case.change(**moved | apart)):
+            assert torch.equal(kernel(changed), kernel(case))
+            # torch's own sums may depend on where x starts.
+            torch.testing.assert_close(written(changed), written(case))
         assert torch.equal(kernel(case.change(record=case.record.t().contiguous().t())), kernel(case))
 
 
@@ -166,7 +167,7 @@ def test_nan_and_infinity_go_where_they_do_in_torch(isa: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fixed_point_holds_every_mantissa_of_the_largest_token_value(isa: str, dtype: torch.dtype) -> None:
-    digits = 128 if dtype == torch.bfloat16 else 1024
+    digits, smallest = (128, 1e-9) if dtype == torch.bfloat16 else (1024, 2.0**-24)
     weights = torch.zeros(1, 64)
     weights[0, [0, 1, 32, 33]] = torch.tensor([-8.0, 7.0, -8.0, 7.0])
     record, _ = cast(weights, 2, INT4)
@@ -176,7 +177,8 @@ def test_fixed_point_holds_every_mantissa_of_the_largest_token_value(isa: str, d
         x[0, :2] = torch.tensor([value, value / 3])
         for signed in (x, -x):
             case = Case(signed, record, gated=False, activation="quick_gelu")
-            torch.testing.assert_close(kernel(case).double(), exact(case), rtol=2 * torch.finfo(dtype).eps, atol=1e-9)
+            rtol = 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(kernel(case).double(), exact(case), rtol=rtol, atol=smallest)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

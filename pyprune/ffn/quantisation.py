@@ -41,6 +41,8 @@ def row_bytes(parts: int, hidden_size: int, dtype: torch.dtype) -> int:
 
 def check_fits(weights: Tensor, dtype: torch.dtype, argument: str) -> None:
     """Raise `InputError` naming `argument` unless all of `weights` are finite in `dtype` (int8, int4: in scales)."""
+    if weights.numel() == 0:
+        return
     target = dtype if dtype.is_floating_point else torch.float32
     low, high = weights.aminmax()  # NaN if there is one
     check(
