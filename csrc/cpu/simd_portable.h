@@ -60,10 +60,13 @@ struct Weights<Type::bf16> {
   using Element = uint16_t;
   static constexpr int kVectors = 2;
   static inline void unpack(const Element* p, Vec (&out)[2]) {
+    Vec even = zero(), odd = zero();
     for (int i = 0; i < kLanes; ++i) {
-      out[0][i] = from_bf16(p[2 * i]);
-      out[1][i] = from_bf16(p[2 * i + 1]);
+      even[i] = from_bf16(p[2 * i]);
+      odd[i] = from_bf16(p[2 * i + 1]);
     }
+    out[0] = even;
+    out[1] = odd;
   }
 };
 
