@@ -6,7 +6,7 @@ JOBS ?= 2
 NATIVE := $(wildcard $(addprefix csrc/,*/*.cpp */*.h */*.cu */*.cuh cuda/simulator/*.cpp cuda/simulator/*.h))
 ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_cpu_calls.py tests/test_moe_kernels.py tests/test_cuda_simulated.py
 
-.PHONY: demo test test-all browser test-asan native style format bench bench-all engines gpu clean
+.PHONY: demo test test-all browser test-asan test-arm native style format bench bench-all engines gpu clean
 
 demo: native
 	$(BIN)/pyprune demo --out out/demo
@@ -38,6 +38,13 @@ test-asan: $(READY)
 	UBSAN_OPTIONS=print_stacktrace=1 PYPRUNE_CPU_LIBRARY=build/asan/libpyprune_cpu.so \
 	PYPRUNE_SIMULATOR_LIBRARY="$(CURDIR)/build/asan/libpyprune_simulator.so" \
 	$(BIN)/pytest -q -s -p no:faulthandler $(ASAN_TESTS)
+
+# The CPU kernels compiled for 64-bit Arm, and their tests' core run by an emulator. `make test` does it too where both
+# of Debian's packages are there.
+test-arm: $(READY)
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
+		echo "make test-arm needs $$tool: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	$(BIN)/pytest -q tests/test_arm.py
 
 # Compiles what changed: both libraries and the simulator. No compiler, no nvcc: says so and succeeds. A source that
 # does not compile: fails. First the headers of the oldest torch, once, for the test that compiles with them.

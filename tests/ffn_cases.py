@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyprune.base import reference
 from pyprune.base.record import Record
-from pyprune.ffn.quantisation import quantise, widened
+from pyprune.ffn.quantisation import cast, widened
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TYPES = list(itertools.product(FLOATS, (*FLOATS, torch.int8)))  # of x, of weights
@@ -82,7 +82,7 @@ def make(
     parts = 3 if gated else 2
     sizes = torch.tensor([max(1, hidden_size) ** -0.5] * (parts - 1) + [neurons**-0.5])
     record = (randn(neurons, parts, hidden_size) * sizes[:, None]).flatten(1)
-    record, scales = quantise(record, parts) if weights == torch.int8 else (record.to(weights), None)
+    record, scales = cast(record, parts, weights)
     x, neuron_bias = randn(tokens, hidden_size).to(dtype), randn(neurons, parts - 1).to(dtype)
     given = [t if e else None for t, e in zip((neuron_bias, randn(hidden_size).to(dtype)), biases, strict=True)]
     case = Case(x, record, None, scales, *given, gated, activation)

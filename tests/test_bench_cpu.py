@@ -45,7 +45,7 @@ def _row(bench: ModuleType, weights: str = "bfloat16", tokens: int = 1, keep: fl
         "hidden_size": changes.get("hidden_size", 576),
         "intermediate_size": 1536,
         "gated": True,
-        "dtype": "bfloat16" if weights == "int8" else weights,
+        "dtype": "bfloat16" if weights in ("int8", "int4") else weights,
         "weights": weights,
         "tokens": tokens,
         "keep": keep,
@@ -98,9 +98,9 @@ def test_quick_result(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2-135m"])
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "float16", "int8", "int4"])
 def test_every_variant_reads_normal_weights(bench: ModuleType, name: str, weights: str) -> None:
-    dtype = "bfloat16" if weights == "int8" else weights
+    dtype = "bfloat16" if weights in ("int8", "int4") else weights
     case = bench.Case(bench.BY_NAME[name], dtype, weights, 2, 0.5)
     arena = bench.Arena(1 << 26)
     for variant in bench.variants(case, arena, None).values():
@@ -144,6 +144,7 @@ def test_goals_are_judged_by_their_worst_case(bench: ModuleType) -> None:
         _row(bench, tokens=16, compact=201.0, gather=201.0),
         _row(bench, tokens=128, compact=205.0, gather=205.0),
         _row(bench, "int8", keep=1.0, compact=160.0),
+        _row(bench, "int4", keep=1.0, compact=101.0, hidden_size=2048),  # 0.94 of bandwidth, 3.96x
     ]
     goals = _goals(bench, rows, [_model_row(0.93)])
     assert _only(goals, "M = 1, bfloat16 and float32, D >= 2048")["met"] is None
@@ -155,6 +156,8 @@ def test_goals_are_judged_by_their_worst_case(bench: ModuleType) -> None:
     assert _only(goals, "M = 1, bfloat16, D < 2048, keep 0.5", ">= 4x")["met"] is True
     assert _only(goals, "M = 1, int8", ">= 80 %")["met"] is False
     assert _only(goals, "M = 1, int8, keep 1.0")["met"] is True
+    assert _only(goals, "M = 1, int4, D >= 2048", ">= 65 %")["met"] is True
+    assert _only(goals, "M = 1, int4, D >= 2048, keep 1.0")["met"] is False
     slower = _only(goals, "M = 4 and 16")
     assert slower["met"] is False and slower["worst"]["case"] == "toy bfloat16 M 16 keep 0.5"
     assert _only(goals, "M = 4", ">= 1.8x")["met"] is True
@@ -211,4 +214,4 @@ def test_cases_can_be_chosen(bench: ModuleType) -> None:
     assert {(c.shape.name, c.weights) for c in some} == {("gpt2", "int8"), ("smollm2-135m", "int8")}
     assert {c.tokens for c in some} == {1, 4}
     with pytest.raises(InputError, match="weights must be"):
-        bench.choose("", "int4", "")
+        bench.choose("", "int2", "")

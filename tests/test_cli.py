@@ -97,6 +97,7 @@ def test_doctor_says_usable_or_why_not() -> None:
         isinstance(reason, str) and "\n" not in reason for by in facts["backends"].values() for reason in by.values()
     )
     assert all(choice["backend"] in ("torch", "cpu") for choice in facts["choices"] if choice["device"] == "cpu")
+    assert {"bfloat16", "bfloat16, int8 weights", "bfloat16, int4 weights"} <= {c["dtype"] for c in facts["choices"]}
 
 
 def test_inspect_lists_the_ffns(tiny_checkpoint: Path) -> None:
@@ -202,13 +203,16 @@ def test_generate_shows_both_models(tiny_checkpoint: Path, pruned: Path) -> None
 
 
 def test_weights_of_another_dtype(tiny_checkpoint: Path) -> None:
-    found = {w: as_json("eval", tiny_checkpoint, *SMALL, "--weights", w)["perplexity"] for w in ("float32", "int8")}
+    found = {
+        w: as_json("eval", tiny_checkpoint, *SMALL, "--weights", w)["perplexity"] for w in ("float32", "int8", "int4")
+    }
     assert found["float32"] == pytest.approx(as_json("eval", tiny_checkpoint, *SMALL)["perplexity"], rel=1e-4)
     assert found["int8"] != found["float32"] and found["int8"] == pytest.approx(found["float32"], rel=0.05)
+    assert len(set(found.values())) == 3 and found["int4"] == pytest.approx(found["float32"], rel=0.2)
     facts = as_json("generate", tiny_checkpoint, "--prompt", "The list", "--new-tokens", 2, "--weights", "bfloat16")
     assert set(facts["texts"]) == {str(tiny_checkpoint)}
     for verb in (("eval",), ("generate", "--prompt", "x"), ("bench",)):
-        message = refused(2, verb[0], tiny_checkpoint, *verb[1:], "--weights", "int4")
+        message = refused(2, verb[0], tiny_checkpoint, *verb[1:], "--weights", "in8")
         assert "weights must be one of float32" in message and "nearest: int8" in message
 
 

@@ -135,7 +135,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "x of nine dimensions": ({"x": torch.zeros(*[1] * 8, 24)}, "x must have at most eight dimensions"),
     "x of another width": ({"x": torch.zeros(5, 23)}, "record must have two dimensions, the second of 2 .gated: 3."),
     "record of float64": ({"record": torch.zeros(12, 72, dtype=torch.float64)}, "record must be float32"),
-    "record of uint8": ({"record": torch.zeros(12, 72, dtype=torch.uint8)}, "record must be float32"),
+    "record of int16": ({"record": torch.zeros(12, 72, dtype=torch.int16)}, "record must be float32"),
+    "int4 beside 24 columns": (
+        {"record": torch.zeros(12, 54, dtype=torch.uint8)},
+        "x must have a multiple of 32 columns",
+    ),
+    "x of uint8": ({"x": torch.zeros(5, 24, dtype=torch.uint8)}, "x must be floating point"),
     "record of one dimension": ({"record": torch.zeros(72)}, "record must have two dimensions"),
     "record of three": ({"record": torch.zeros(12, 3, 24)}, "record must have two dimensions"),
     "record of another width": ({"record": torch.zeros(12, 71)}, "record must have two dimensions"),

@@ -335,7 +335,7 @@ def test_weights_of_another_dtype(weights, llama_ffn):
     assert {t.dtype for t in pruned.state_dict().values()} == {own}
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8", "int4"])
 def test_kept_neurons_are_those_of_the_whole_module(weights, llama_ffn):
     whole = PrunedMLP.from_dense(llama_ffn, weights=weights)
     compact = PrunedMLP.from_dense(llama_ffn, KEEP, weights=weights)
@@ -349,7 +349,7 @@ def test_kept_neurons_are_those_of_the_whole_module(weights, llama_ffn):
 
 
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "bfloat16"])
 def test_state_dict_of_other_weights_is_the_familys_own(name, weights, tiny):
     module, _ = dense_and_path(tiny, name)
     pruned = PrunedMLP.from_dense(module, weights=weights)
@@ -377,7 +377,7 @@ def test_loading_a_part_leaves_the_others_integers_alone(llama_ffn):
     assert torch.equal(pruned.scales, torch.cat([before[1][:, :1], scales, before[1][:, 2:]], 1))
 
 
-@pytest.mark.parametrize("weights", ["int8", "float16"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "float16"])
 def test_loading_what_the_weights_cannot_hold_is_refused(weights, llama_ffn):
     pruned = PrunedMLP.from_dense(llama_ffn, weights=weights)
     state = {**pruned.state_dict(), "up_proj.weight": torch.full((96, 32), float("inf"))}
@@ -480,7 +480,7 @@ def test_another_dtype_of_x_is_computed_or_refused(tiny, llama_ffn):
         pruned(torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("weights", [None, "int8", "bfloat16"])
+@pytest.mark.parametrize("weights", [None, "int8", "int4", "bfloat16"])
 @pytest.mark.parametrize("mode", ["compact", "gather"])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @torch.no_grad()
@@ -509,7 +509,7 @@ def test_bad_records_are_refused_when_the_module_is_made(llama_ffn):
     pattern = PrunedMLP.from_dense(llama_ffn).pattern
     integers, scales = quantise(torch.randn(5, 24), 3)
     for record, more, message in (
-        (Record(integers, True, "silu", scales), {}, "dtype must be given with int8 rows; got None"),
+        (Record(integers, True, "silu", scales), {}, "dtype must be given with rows of integers; got None"),
         (
             Record(torch.zeros(5, 24).double(), True, "silu"),
             {"dtype": torch.float32},
@@ -519,8 +519,8 @@ def test_bad_records_are_refused_when_the_module_is_made(llama_ffn):
     ):
         with pytest.raises(InputError, match=message):
             PrunedMLP(record, pattern=pattern, **more)
-    with pytest.raises(InputError, match=r"weights must be one of float32, .*; got 'int4' \(nearest: int8"):
-        PrunedMLP.from_dense(llama_ffn, weights="int4")
+    with pytest.raises(InputError, match=r"weights must be one of float32, .*; got 'in8' \(nearest: int8"):
+        PrunedMLP.from_dense(llama_ffn, weights="in8")
 
 
 def test_repr_says_what_it_is(tiny):

@@ -157,7 +157,8 @@ def test_a_width_is_a_view(tiny):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "weights"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")]
+    ("dtype", "weights"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"), (torch.bfloat16, "int4")],
 )
 @pytest.mark.parametrize("name", ["phi3", "gpt2"])
 @torch.no_grad()

@@ -118,7 +118,7 @@ def test_int8_weights(name, mode, tiny, ids, random_mask, masked, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
-@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "bfloat16"])
 @torch.no_grad()
 def test_state_dict_loads_into_other_weights(name, weights, tiny, ids):
     target = accelerate(tiny(name, seed=5), weights=weights)
@@ -169,7 +169,7 @@ def test_accelerate_refuses_before_it_changes_anything(tiny, random_mask):
         ({"mode": "gahter"}, r"mode must be one of compact, gather; got 'gahter' \(nearest: gather\)"),
         ({"mode": "gather"}, "mask must be given in gather mode; got None"),
         ({"backend": "cudnn"}, "backend must be one of auto"),
-        ({"weights": "int4"}, r"weights must be one of float32, .*; got 'int4' \(nearest: int8"),
+        ({"weights": "in8"}, r"weights must be one of float32, .*; got 'in8' \(nearest: int8"),
         ({"weights": "float16"}, r"weights of layer 2 must be finite in torch\.float16; got .*70000"),
         ({"mask": other}, "mask must belong to this model"),
         ({"mode": "gather", "mask": other}, "mask must belong to this model"),

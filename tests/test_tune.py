@@ -145,12 +145,12 @@ def test_what_is_wrong_or_fails_is_refused_and_named(fault, native_library, monk
 
 
 @pytest.mark.parametrize("mode", tune.MODES)
-@pytest.mark.parametrize("weights", [None, torch.int8])
+@pytest.mark.parametrize("weights", [None, torch.int8, torch.uint8])
 @pytest.mark.parametrize("form", [PLAIN, GATED], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_real_timings_of_every_form(mode, weights, form, dtype):
     options = {**form, "dtype": dtype, "weights": weights, "mode": mode, "keep": 0.5}
-    report = tune.tune(tune.layer_problems(40, 200, **options, tokens=[1, 33]))
+    report = tune.tune(tune.layer_problems(64, 200, **options, tokens=[1, 33]))
     expected = ["torch"] if native.load() else ["cpu", "torch"]
     for one in report.tuned:
         assert sorted(entry.backend for entry in one.entries) == expected, one.refused

@@ -91,6 +91,20 @@ GOALS = (
         VS_DENSE,
     ),
     Goal(
+        "M = 1, int4, D >= 2048",
+        ">= 65 % of read bandwidth on its own bytes",
+        0.65,
+        lambda r: r["weights"] == "int4" and _decode(r) and r["hidden_size"] >= 2048,
+        BANDWIDTH,
+    ),
+    Goal(
+        "M = 1, int4, D >= 2048, keep 1.0",
+        ">= 4x torch's bfloat16 dense",
+        4.0,
+        lambda r: r["weights"] == "int4" and _decode(r, 1.0) and r["hidden_size"] >= 2048,
+        VS_DENSE,
+    ),
+    Goal(
         "M = 4 and 16",
         "never slower than torch on the same compact weights",
         1.0,

@@ -12,8 +12,8 @@ A case is one FFN: shape, dtype, M, keep. Its variants take turns in slices of a
     inductor-dense,    the torch functions by torch.compile(mode="max-autotune")
     inductor-compact
 
-With int8 weights those of `dense` and `torch-compact` are in the dtype of x. Calls rotate over one arena of weights
-that exceeds the last-level cache twice where memory allows, so that weights come from memory. Memory's own speed
+With int8 and int4 weights those of `dense` and `torch-compact` are in the dtype of x. Calls rotate over one arena of
+weights that exceeds the last-level cache twice where memory allows, so that they come from memory. Memory's own speed
 drifts on virtual machines; so a plain read loop takes turns with the variants, and the best of its passes in a case is
 the bandwidth that the case is held against. `goals` says what is wanted; the result, what was met.
 """
@@ -48,7 +48,7 @@ from pyprune.base.record import Record, described
 from pyprune.cli.screen import Bars, out, table
 from pyprune.ffn import dispatch, native, operators
 from pyprune.ffn.backends import Problem
-from pyprune.ffn.quantisation import WEIGHTS
+from pyprune.ffn.quantisation import WEIGHTS, row_bytes
 from pyprune.model.loading import load_model
 from pyprune.speed import roofline
 from pyprune.speed.benchmark import benchmark
@@ -83,6 +83,7 @@ _FLOAT_POINTS = ((1, 1.0), (1, 0.5), (1, 0.25), (4, 0.5), (16, 0.5), (64, 0.5), 
 POINTS: dict[tuple[str, str], tuple[tuple[int, float], ...]] = {
     ("bfloat16", "bfloat16"): _FLOAT_POINTS,
     ("bfloat16", "int8"): ((1, 1.0), (1, 0.5), (1, 0.25), (4, 0.5), (16, 0.5)),
+    ("bfloat16", "int4"): ((1, 1.0), (1, 0.5), (1, 0.25), (4, 0.5), (16, 0.5), (128, 0.5)),
     ("float32", "float32"): _FLOAT_POINTS,
     ("float16", "float16"): ((1, 1.0), (1, 0.5)),
 }
@@ -107,8 +108,8 @@ QUICK = tuple(Case(BY_NAME["smollm2-135m"], "bfloat16", weights, 1, 0.5) for wei
 class Arena:
     """Memory that weights of every variant are views of, so that they need no time to make and no room each.
 
-    It holds bfloat16 numbers near 0.02. Two of them read as one float32 are such a number again, and every byte is an
-    int8 one; for float16 it is filled anew.
+    It holds bfloat16 numbers near 0.02. Two of them read as one float32 are such a number again, every byte is an int8
+    one or two of int4, and int4's scales are bfloat16; for float16 it is filled anew.
     """
 
     def __init__(self, size: int) -> None:
@@ -216,7 +217,7 @@ def pruned_variant(case: Case, arena: Arena, x: Tensor, gather: bool) -> Variant
     if gather:
         scores = torch.rand(rows, generator=torch.Generator().manual_seed(0))
         index = KeepIndex.from_scores(scores, case.neurons).neurons
-    records = arena.copies(dtype, (rows, parts * d))
+    records = arena.copies(dtype, (rows, row_bytes(parts, d, dtype) // dtype.itemsize))
     scales: list[Any] = [None] * len(records)
     if dtype == torch.int8:
         scales = list(torch.full((len(records), rows, parts), 1e-4).unbind())
@@ -368,7 +369,7 @@ def measure_model(name: str, progress: Callable[[str, int, int], None]) -> tuple
     mask = prune(narrow, 0.5, "random", repair=None).mask
     candidates = {
         weights or "bfloat16": accelerate(copy.deepcopy(dense), mask=mask, weights=weights)
-        for weights in (None, "int8")
+        for weights in (None, "int8", "int4")
     }
     report = benchmark(
         dense, candidates, batches=(1,), new_tokens=32, prefill_tokens=64, repeats=6, progress=progress
@@ -466,7 +467,7 @@ def tables(result: dict[str, Any]) -> Iterator[Any]:
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Two small cases, no model, nothing compiled.")] = False,
     shapes: Annotated[str, typer.Option(help=f"Of {', '.join(DEFAULT)}, by commas; default: all.")] = "",
-    weights: Annotated[str, typer.Option(help="bfloat16, int8, float32, float16, by commas; default: all.")] = "",
+    weights: Annotated[str, typer.Option(help="bfloat16, int8, int4, float32, float16, by commas; default: all.")] = "",
     tokens: Annotated[str, typer.Option(help="Values of M, by commas; default: all.")] = "",
     seconds: Annotated[float, typer.Option(help="To spend on each variant of a case.")] = 0.3,
     compile_seconds: Annotated[float, typer.Option(help="No compilation starts after as many; 0: none does.")] = 60,

@@ -5,7 +5,15 @@
 
 namespace pyprune {
 
-enum class Type { f32, bf16, f16, i8 };
+enum class Type { f32, bf16, f16, i8, i4 };
+
+// Weights of one scale in an int4 row; see pyprune/base/int4.py.
+constexpr int64_t kScaleGroup = 32;
+
+// Elements of one part of a row. Those of int4 are bytes: of pairs, then a bfloat16 scale for each group.
+constexpr int64_t part_elements(Type type, int64_t hidden_size) {
+  return type == Type::i4 ? hidden_size / 2 + hidden_size / kScaleGroup * 2 : hidden_size;
+}
 
 // In the order of pyprune.base.activations.
 enum class Activation { gelu, gelu_tanh, relu, relu2, silu, quick_gelu };
@@ -23,7 +31,7 @@ struct Call {
   int64_t x_stride;
 
   Type weight_type;
-  const void* record;  // [F, P*D], rows `record_stride` elements apart
+  const void* record;  // [F, P * part()], rows `record_stride` elements apart
   int64_t record_stride;
   const int32_t* index;     // [K] rows of the record, or null for its first K
   const float* scales;      // [F, P] for i8, else null
@@ -32,6 +40,7 @@ struct Call {
   void* out;                // [M, D] contiguous
 
   int parts() const { return gated ? 3 : 2; }
+  int64_t part() const { return part_elements(weight_type, hidden_size); }
   int64_t row(int64_t neuron) const { return index ? index[neuron] : neuron; }
 };
 

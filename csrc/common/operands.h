@@ -39,8 +39,10 @@ inline Type type_of(const Tensor& tensor, const char* argument) {
       return Type::f16;
     case ScalarType::Char:
       return Type::i8;
+    case ScalarType::Byte:
+      return Type::i4;
     default:
-      check(false, argument, "be float32, bfloat16 or float16 (a record also int8)");
+      check(false, argument, "be float32, bfloat16 or float16 (a record also int8, or uint8 for int4)");
       return Type::f32;
   }
 }
@@ -148,7 +150,7 @@ class Operands {
   void set_tokens(const Tensor& x) {
     p_.x_type = type_of(x, "x");
     check_place(place_, x, "x");
-    check(p_.x_type != Type::i8, "x", "be floating point");
+    check(p_.x_type != Type::i8 && p_.x_type != Type::i4, "x", "be floating point");
     check(x.dim() >= 1, "x", "have at least one dimension");
     auto sizes = x.sizes();
     p_.hidden_size = sizes[sizes.size() - 1];
@@ -168,8 +170,11 @@ class Operands {
   void set_record(const Tensor& record) {
     p_.weight_type = type_of(record, "record");
     check_place(place_, record, "record");
-    check(record.dim() == 2 && record.size(1) == p_.parts() * p_.hidden_size, "record",
-          "have two dimensions, the second of 2 (gated: 3) times the width of x");
+    bool int4 = p_.weight_type == Type::i4;
+    check(!int4 || !place_.cuda, "record", "not be int4 on a CUDA device");
+    check(!int4 || p_.hidden_size % kScaleGroup == 0, "x", "have a multiple of 32 columns beside an int4 record");
+    check(record.dim() == 2 && record.size(1) == p_.parts() * p_.part(), "record",
+          "have two dimensions, the second of 2 (gated: 3) times the width of x (int4: of its bytes)");
     bool in_rows = record.stride(1) == 1 || record.size(1) <= 1;
     p_.record = in_rows ? record.const_data_ptr() : keep(torch::stable::contiguous(record));
     p_.record_stride = in_rows ? record.stride(0) : record.size(1);

@@ -94,6 +94,28 @@ double cpu_read(const Tensor& buffer) {
               torch::stable::get_num_threads(), parallel_for);
 }
 
+// Write the weights of int4 rows (`[n, parts * bytes]`) into `out`, `[n, parts * D]`.
+void cpu_write_out(const Tensor& rows, int64_t parts, Tensor out) {
+  check(rows.is_cpu() && rows.dim() == 2 && rows.scalar_type() == ScalarType::Byte && rows.stride(1) == 1, "rows",
+        "be uint8 of two dimensions on the CPU, contiguous along a row");
+  check(out.is_cpu() && out.dim() == 2 && out.is_contiguous(), "out", "be contiguous, of two dimensions, on the CPU");
+  check(parts == 2 || parts == 3, "parts", "be 2 or 3");
+  Call call{};
+  call.gated = parts == 3;
+  call.weight_type = Type::i4;
+  call.x_type = type_of(out, "out");
+  check(call.x_type != Type::i8 && call.x_type != Type::i4, "out", "be floating point");
+  call.hidden_size = out.size(1) / parts;
+  call.rows = rows.size(0);
+  check(call.hidden_size % kScaleGroup == 0 && out.size(0) == call.rows && out.size(1) == parts * call.hidden_size &&
+            rows.size(1) == parts * call.part(),
+        "out", "have the shape that goes with rows and parts");
+  call.record = rows.const_data_ptr();
+  call.record_stride = rows.stride(0);
+  call.out = out.mutable_data_ptr();
+  write_out(call, current_kernels(), torch::stable::get_num_threads(), parallel_for);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyprune, m) {
@@ -103,12 +125,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyprune, m) {
   m.def(
       "moe_cpu(Tensor x, Tensor rows, Tensor? scales, Tensor index, Tensor weights, bool gated, str activation) -> "
       "Tensor");
+  m.def("cpu_write_out(Tensor rows, int parts, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
   m.impl("cpu_read", TORCH_BOX(&cpu_read));
+  m.impl("cpu_write_out", TORCH_BOX(&cpu_write_out));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) {

@@ -1,5 +1,6 @@
 // VNNI: dot products of int8 weights with tokens in fixed point, 64 products an instruction where converting weights to
-// floats costs twelve instructions. Included by source files inside their own namespace, after rows.h.
+// floats costs twelve instructions. Included by source files inside their own namespace, after ends.h; dot_nibbles.h
+// has the same for int4.
 //
 // A token is held as x = step * (u - 2^23) with u of 24 bits, in three planes of bytes, so that nothing of a bfloat16
 // or float16 token is lost beside its largest element. Products are summed exactly in 32-bit integers; the sum of the
@@ -13,7 +14,7 @@ constexpr int64_t kMaxBytesWidth = 65536;
 // One token only: for several of them converting the weights once to floats is cheaper. And not for float32 tokens: 24
 // bits beside the largest element are fewer than theirs beside each.
 inline bool fits_bytes(const Call& p) {
-  if (p.weight_type != Type::i8 || p.x_type == Type::f32) return false;
+  if ((p.weight_type != Type::i8 && p.weight_type != Type::i4) || p.x_type == Type::f32) return false;
   if (p.tokens != 1 || p.hidden_size > kMaxBytesWidth) return false;
   const uint16_t exponent = p.x_type == Type::bf16 ? 0x7f80 : 0x7c00;
   auto* x = static_cast<const uint16_t*>(p.x);
@@ -22,14 +23,17 @@ inline bool fits_bytes(const Call& p) {
   return finite;
 }
 
-inline int64_t bytes_of_token(int64_t padded) { return kPlanes * padded + kLineBytes; }
+// What makes integers of a token's elements, the largest `most`.
+inline float token_factor(const float* x, int64_t padded, float most) {
+  Vec largest = zero();
+  for (int64_t d = 0; d < padded; d += kLanes) largest = max(largest, abs(load(x + d)));
+  float factor = most / _mm512_reduce_max_ps(largest);
+  return factor < 1e38f ? factor : 1e38f;  // of zeros, and of numbers so small that no digit of them matters
+}
 
 // The planes of each line one after the other, and `step` behind the last.
 inline void pack_token(const float* x, int64_t padded, uint8_t* out) {
-  Vec largest = zero();
-  for (int64_t d = 0; d < padded; d += kLanes) largest = max(largest, abs(load(x + d)));
-  float factor = kLargest / _mm512_reduce_max_ps(largest);
-  factor = factor < 1e38f ? factor : 1e38f;  // of zeros, and of numbers so small that no digit of them matters
+  float factor = token_factor(x, padded, kLargest);
   const __m512i offset = _mm512_set1_epi32(1 << 23);
   for (int64_t d = 0; d < padded; d += kLanes) {
     __m512i u = _mm512_add_epi32(_mm512_cvtps_epi32(mul(load(x + d), broadcast(factor))), offset);
@@ -43,7 +47,7 @@ inline void pack_token(const float* x, int64_t padded, uint8_t* out) {
   __builtin_memcpy(out + kPlanes * padded, &step, sizeof step);
 }
 
-inline void pack_bytes(const Call& p, const Workspace& ws) {
+inline void pack_token_of(const Call& p, const Workspace& ws) {
   constexpr int64_t kVectors = kLineBytes / kLanes;
   alignas(kLineBytes) float x[kMaxBytesWidth];
   auto* from = static_cast<const uint16_t*>(p.x);

@@ -2,6 +2,33 @@
 // Included by each instruction set's
 // source file, inside that file's own namespace.
 
+// Blocks of four floats, which int4 keeps together: block k of group g to block g of vector k, and back.
+template <int V>
+inline void move_fours(Vec (&values)[V], bool to_natural) {
+  constexpr int kGroups = kLanes / 4;
+  alignas(kLineBytes) float from[V * kLanes], to[V * kLanes];
+  for (int v = 0; v < V; ++v) store(from + v * kLanes, values[v]);
+  for (int v = 0; v < V; ++v)
+    for (int g = 0; g < kGroups; ++g) {
+      int natural = 4 * (g * V + v), expanded = 4 * (v * kGroups + g);
+      __builtin_memcpy(to + (to_natural ? natural : expanded), from + (to_natural ? expanded : natural),
+                       4 * sizeof(float));
+    }
+  for (int v = 0; v < V; ++v) values[v] = load(to + v * kLanes);
+}
+
+template <int V>
+inline void to_expanded(Vec (&values)[V]) {
+  if constexpr (V == 2) deinterleave(values[0], values[1], values[0], values[1]);
+  if constexpr (V == kNibbles) move_fours<V>(values, false);
+}
+
+template <int V>
+inline void to_natural(Vec (&values)[V]) {
+  if constexpr (V == 2) interleave(values[0], values[1], values[0], values[1]);
+  if constexpr (V == kNibbles) move_fours<V>(values, true);
+}
+
 template <Type W, Type X>
 inline void pack_as(const Call& p, const Workspace& ws, int64_t first, int64_t last) {
   constexpr int V = Weights<W>::kVectors;
@@ -11,7 +38,7 @@ inline void pack_as(const Call& p, const Workspace& ws, int64_t first, int64_t l
     for (int64_t d = 0; d < ws.padded; d += V * kLanes) {
       Vec values[V];
       get_block<X, V>(x + d, p.hidden_size - d, values);
-      if constexpr (V == 2) deinterleave(values[0], values[1], values[0], values[1]);
+      to_expanded<V>(values);
       for (int v = 0; v < V; ++v) store(out + d + v * kLanes, values[v]);
     }
   }
@@ -46,7 +73,7 @@ inline void finish_columns(const Call& p, const Workspace& ws, int64_t slabs, in
   for (int64_t d = first; d < last; d += V * kLanes) {
     Vec sums[V];
     sum_block<V>(ws, slabs, ws.offset(t, d), sums);
-    if constexpr (V == 2) interleave(sums[0], sums[1], sums[0], sums[1]);
+    to_natural<V>(sums);
     if (bias) {
       Vec values[V];
       get_block<X, V>(bias + d, last - d, values);
@@ -80,7 +107,28 @@ inline void combine_as(const Contribution* given, int64_t count, int64_t first, 
       sum_block<V>(ws, given[i].slabs, ws.offset(given[i].token, d), sums);
       for (int v = 0; v < V; ++v) total[v] = fma(broadcast(given[i].weight), sums[v], total[v]);
     }
-    if constexpr (V == 2) interleave(total[0], total[1], total[0], total[1]);
+    to_natural<V>(total);
     put_block<X, V>(total, out + d, last - d);
   }
+}
+
+template <Type X>
+inline void write_out_as(const Call& p, int64_t first, int64_t last) {
+  using Value = typename Values<X>::Element;
+  const int64_t size = p.hidden_size;
+  for (int64_t n = first; n < last; ++n)
+    for (int64_t part = 0; part < p.parts(); ++part) {
+      auto* row = static_cast<const uint8_t*>(p.record) + n * p.record_stride + part * p.part();
+      Value* out = static_cast<Value*>(p.out) + (n * p.parts() + part) * size;
+      for (int64_t d = 0; d < size; d += kBlock) {
+        NibbleBlock block = d + kBlock <= size ? NibbleBlock::whole(row, size, d) : NibbleBlock::rest(row, size, d);
+        Vec values[kNibbles];
+        for (auto& value : values) value = mul(next_nibble(block.left), block.scales);
+        to_natural<kNibbles>(values);
+        Value rest[kBlock];
+        bool whole = d + kBlock <= size;
+        for (int v = 0; v < kNibbles; ++v) Values<X>::put((whole ? out + d : rest) + v * kLanes, values[v]);
+        if (!whole) __builtin_memcpy(out + d, rest, (size - d) * sizeof(Value));
+      }
+    }
 }

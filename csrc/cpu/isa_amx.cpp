@@ -13,10 +13,12 @@ namespace {
 #include "simd_avx512.h"
 #include "activation.h"
 #include "rows.h"
+#include "nibbles.h"
 #include "dot_bf16.h"
-#include "dot_bytes.h"
 #include "products.h"
 #include "ends.h"
+#include "dot_bytes.h"
+#include "dot_nibbles.h"
 #include "kernel.h"
 #include "amx.h"
 
@@ -32,7 +34,7 @@ bool tiles_allowed() {
 }  // namespace
 
 const Kernels* amx_kernels() {
-  static const Kernels kernels{"amx", tile_shape, tile_pack, tile_slab, finish, combine, read_all};
+  static const Kernels kernels{"amx", tile_shape, tile_pack, tile_slab, finish, combine, write_out, read_all};
   static const bool supported = avx512_bf16_kernels() && tiles_allowed();
   return supported ? &kernels : nullptr;
 }

@@ -9,6 +9,7 @@ namespace {
 #include "simd_portable.h"
 #include "activation.h"
 #include "rows.h"
+#include "nibbles.h"
 #include "no_dot_bf16.h"
 #include "products.h"
 #include "ends.h"
@@ -17,7 +18,7 @@ namespace {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels{"portable", shape, pack, slab, finish, combine, read_all};
+  static const Kernels kernels{"portable", shape, pack, slab, finish, combine, write_out, read_all};
   bool supported = true;
   return supported ? &kernels : nullptr;
 }

@@ -4,10 +4,11 @@
 // Neurons of one group: their dot products, their activations, and then their down rows are computed together. One
 // token needs no more than hides the latency of additions, and nearer prefetches; many tokens share each load and store
 // of a partial sum. A gather skips neurons, which ends the hardware's prefetching of a run of memory; more rows in turn
-// keep memory busier then.
+// keep memory busier then; but not int8, and not int4, which prefetches by itself (Lead).
 constexpr int kGroupOne = 2;
-constexpr int kGroupGather = 4;
+constexpr int kGroupWide = 4;
 constexpr int kGroupMany = 4;
+static_assert(kGroupOne <= kMostInGroup && kGroupWide <= kMostInGroup && kGroupMany <= kMostInGroup);
 
 // From the dot products of `count` neurons (rows `stride` apart) to what their down rows are multiplied by, in place in
 // `gate`: scales, biases, activation, gate times up, and the down row's own scale.
@@ -40,9 +41,12 @@ inline void dot_tokens(const Call& p, const Workspace& ws, const Rows<W, R>& row
   if constexpr (kDotBf16 && W == Type::bf16)
     if (ws.form == Form::pairs)
       return dot<W, R, T, Prefetch>(rows, p.hidden_size, ws.token<uint16_t>(token), ws.padded, out, stride);
-  if constexpr (kDotBf16 && W == Type::i8 && T == 1)
+  if constexpr (kDotBf16 && (W == Type::i8 || W == Type::i4) && T == 1)
     if (ws.form == Form::bytes) return dot_bytes<R>(rows, p.hidden_size, ws, out, stride);
-  dot<W, R, T, Prefetch>(rows, p.hidden_size, ws.token<float>(token), ws.padded, out, stride);
+  if constexpr (W == Type::i4)
+    dot_nibbles<R, T, Prefetch>(rows, p.hidden_size, ws.token<float>(token), ws.padded, out, stride);
+  else
+    dot<W, R, T, Prefetch>(rows, p.hidden_size, ws.token<float>(token), ws.padded, out, stride);
 }
 
 template <Type W, int T>
@@ -97,21 +101,73 @@ struct Group {
     }
     return found;
   }
+
+  // The first part of every neuron, then the second, `part` elements behind.
+  Rows<W, 2 * G> two_parts(int64_t part) const {
+    Rows<W, 2 * G> found;
+    for (int i = 0; i < 2 * G; ++i) {
+      found.now[i] = now[i % G] + i / G * part;
+      found.next[i] = next[i % G] + i / G * part;
+    }
+    return found;
+  }
+};
+
+template <int G>
+struct Group<Type::i4, G> {
+  const uint8_t* now[G];
+  mutable Lead lead;
+
+  Group(const Call& p, int64_t first, int64_t count) {
+    lead.count = G;
+    lead.size = p.parts() * p.part();
+    int64_t ahead = (kLeadBytes / (G * lead.size) + 1) * G;
+    for (int n = 0; n < G; ++n) {
+      int64_t neuron = first + (n < count ? n : count - 1);
+      now[n] = at(p, neuron);
+      lead.rows[n] = at(p, neuron + ahead < p.neurons ? neuron + ahead : neuron);
+    }
+  }
+
+  static const uint8_t* at(const Call& p, int64_t neuron) {
+    return static_cast<const uint8_t*>(p.record) + p.row(neuron) * p.record_stride;
+  }
+
+  template <int R>
+  Rows<Type::i4, R> rows(int64_t offset, int first = 0) const {
+    Rows<Type::i4, R> found;
+    for (int r = 0; r < R; ++r) found.now[r] = now[first + r] + offset;
+    found.lead = &lead;
+    return found;
+  }
+
+  Rows<Type::i4, 2 * G> two_parts(int64_t part) const {
+    Rows<Type::i4, 2 * G> found;
+    for (int i = 0; i < 2 * G; ++i) found.now[i] = now[i % G] + i / G * part;
+    found.lead = &lead;
+    return found;
+  }
 };
 
 template <Type W, int R>
 inline void down_group(const Call& p, const Workspace& ws, const Rows<W, R>& rows, const float* a, int64_t stride,
                        float* partial) {
-  if (p.tokens == 1)
+  if constexpr (W == Type::i4) {
+    if (p.tokens == 1)
+      down_nibbles<R, true>(rows, p.hidden_size, a, stride, 1, partial, ws.padded);
+    else
+      down_nibbles<R, false>(rows, p.hidden_size, a, stride, p.tokens, partial, ws.padded);
+  } else if (p.tokens == 1) {
     down<W, R, true>(rows, p.hidden_size, a, stride, 1, partial, ws.padded);
-  else
+  } else {
     down<W, R, false>(rows, p.hidden_size, a, stride, p.tokens, partial, ws.padded);
+  }
 }
 
 template <Type W, int G>
 inline void down_all(const Call& p, const Workspace& ws, const Group<W, G>& group, int64_t count, const float* a,
                      int64_t stride, float* partial) {
-  int64_t offset = (p.parts() - 1) * p.hidden_size;
+  int64_t offset = (p.parts() - 1) * p.part();
   if (count == G) return down_group<W, G>(p, ws, group.template rows<G>(offset), a, stride, partial);
   for (int n = 0; n < count; ++n)
     down_group<W, 1>(p, ws, group.template rows<1>(offset, n), a + n * stride, stride, partial);
@@ -121,15 +177,8 @@ inline void down_all(const Call& p, const Workspace& ws, const Group<W, G>& grou
 template <Type W, int G>
 inline void dots_one(const Call& p, const Workspace& ws, const Group<W, G>& group, float* gate, float* up) {
   if (!p.gated) return dot_tokens<W, G, 1, true>(p, ws, group.template rows<G>(0), 0, gate, 1);
-  Rows<W, 2 * G> rows;
-  for (int i = 0; i < G; ++i) {
-    rows.now[i] = group.now[i];
-    rows.next[i] = group.next[i];
-    rows.now[G + i] = group.now[i] + p.hidden_size;
-    rows.next[G + i] = group.next[i] + p.hidden_size;
-  }
   float sums[2 * G];
-  dot_tokens<W, 2 * G, 1, true>(p, ws, rows, 0, sums, 1);
+  dot_tokens<W, 2 * G, 1, true>(p, ws, group.two_parts(p.part()), 0, sums, 1);
   for (int i = 0; i < G; ++i) {
     gate[i] = sums[i];
     up[i] = sums[G + i];
@@ -160,7 +209,7 @@ inline void slab_many(const Call& p, const Workspace& ws, int64_t first, int64_t
     Group<W, G> group(p, n, count);
     for (int part = 0; part < p.parts() - 1; ++part)
       for (int r = 0; r < G; r += kRows)
-        dot_all<W>(p, ws, group.template rows<kRows>(part * p.hidden_size, r), (part == 0 ? gate : up) + r * p.tokens,
+        dot_all<W>(p, ws, group.template rows<kRows>(part * p.part(), r), (part == 0 ? gate : up) + r * p.tokens,
                    p.tokens);
     hidden_values(p, n, static_cast<int>(count), p.tokens, gate, up);
     down_all<W, G>(p, ws, group, count, gate, p.tokens, partial);
@@ -170,8 +219,8 @@ inline void slab_many(const Call& p, const Workspace& ws, int64_t first, int64_t
 template <Type W>
 inline void slab_of(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   __builtin_memset(partial, 0, ws.rows * ws.padded * sizeof(float));
-  if (p.tokens == 1 && p.index && W != Type::i8)
-    slab_one<W, kGroupGather>(p, ws, first, last, partial);
+  if (p.tokens == 1 && p.index && W != Type::i8 && W != Type::i4)
+    slab_one<W, kGroupWide>(p, ws, first, last, partial);
   else if (p.tokens == 1)
     slab_one<W, kGroupOne>(p, ws, first, last, partial);
   else
@@ -195,7 +244,7 @@ inline Shape shape(const Call& p, int64_t padded) {
   int64_t values = p.tokens * padded;
   if (kDotBf16 && p.weight_type == Type::bf16 && p.x_type == Type::bf16)
     return {Form::pairs, p.tokens, values * int64_t{sizeof(uint16_t)}};
-  if (kDotBf16 && fits_bytes(p)) return {Form::bytes, 1, bytes_of_token(padded)};
+  if (kDotBf16 && fits_bytes(p)) return {Form::bytes, 1, bytes_of_token(p, padded)};
   return {Form::floats, p.tokens, values * int64_t{sizeof(float)}};
 }
 
@@ -224,6 +273,8 @@ inline void with_weights(const Call& p, const Body& body) {
       return body(Constant<Type::f16>{});
     case Type::i8:
       return body(Constant<Type::i8>{});
+    case Type::i4:
+      return body(Constant<Type::i4>{});
   }
 }
 
@@ -256,4 +307,13 @@ inline void finish(const Call& p, const Workspace& ws, int64_t slabs, int64_t fi
 inline void combine(const Call& p, const Contribution* given, int64_t count, int64_t first, int64_t last, void* row) {
   with_types(
       p, [&](auto w, auto x) { combine_as<decltype(w)::value, decltype(x)::value>(given, count, first, last, row); });
+}
+
+inline void write_out(const Call& p, int64_t first, int64_t last) {
+  if (p.x_type == Type::f32)
+    write_out_as<Type::f32>(p, first, last);
+  else if (p.x_type == Type::bf16)
+    write_out_as<Type::bf16>(p, first, last);
+  else
+    write_out_as<Type::f16>(p, first, last);
 }

@@ -6,7 +6,7 @@
 //
 // Tokens and partials are held in "expanded" order: the order in which an instruction set unpacks a line of weights
 // into float vectors. For bfloat16 that is the even elements of two vectors, then the odd ones, which costs one
-// instruction a vector where natural order would cost a shuffle more.
+// instruction a vector where natural order would cost a shuffle more. For int4 see nibbles.h.
 #pragma once
 
 #include "../common/call.h"
@@ -17,10 +17,12 @@ constexpr int64_t kLineBytes = 64;
 // Most tokens of one pass over the weights.
 constexpr int64_t kMaxTokens = 64;
 
-constexpr int64_t element_size(Type type) { return type == Type::f32 ? 4 : type == Type::i8 ? 1 : 2; }
+constexpr int64_t element_size(Type type) {
+  return type == Type::f32 ? 4 : type == Type::i8 || type == Type::i4 ? 1 : 2;
+}
 
-// Elements of one cache line; D is padded to a multiple.
-constexpr int64_t line(Type type) { return kLineBytes / element_size(type); }
+// Weights of one cache line; D is padded to a multiple.
+constexpr int64_t line(Type type) { return kLineBytes / element_size(type) * (type == Type::i4 ? 2 : 1); }
 
 // The output is finished in pieces of so many columns of one token.
 constexpr int64_t kFinishColumns = 512;
@@ -30,7 +32,7 @@ constexpr int64_t finish_pieces(int64_t hidden_size) { return (hidden_size + kFi
 enum class Form {
   floats,  // float32 in expanded order
   pairs,   // bfloat16, for AVX-512 BF16
-  bytes,   // fixed point in three bytes, for VNNI
+  bytes,   // fixed point in three bytes, for VNNI and int8 or int4
   tiles,   // bfloat16 in tiles of 16 tokens, for AMX
 };
 
@@ -79,6 +81,8 @@ struct Kernels {
   void (*finish)(const Call&, const Workspace&, int64_t slabs, int64_t first, int64_t last);
   // Of a token's output `row`, write columns [first, last), `first` a whole line: what `count` experts gave, weighted.
   void (*combine)(const Call&, const Contribution*, int64_t count, int64_t first, int64_t last, void* row);
+  // The weights of the int4 rows [first, last) as `out`, [F, P*D] of x's type.
+  void (*write_out)(const Call&, int64_t first, int64_t last);
   // The sum of `count` floats, as fast as memory gives them.
   double (*read)(const float*, int64_t count);
 };

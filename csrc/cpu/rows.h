@@ -4,6 +4,9 @@
 template <Type W>
 using Element = typename Weights<W>::Element;
 
+// Most neurons whose rows are read side by side.
+constexpr int kMostInGroup = 4;
+
 // Rows of weights, and the rows that will be read after them; those are prefetched a line for each line that is read,
 // so that memory is busy also while registers are summed up and activations computed.
 template <Type W, int R>

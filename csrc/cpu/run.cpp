@@ -50,6 +50,12 @@ void run(const Call& call, const Kernels& kernels, int64_t threads, ParallelFor 
   }
 }
 
+void write_out(const Call& call, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
+  if (call.rows == 0) return;
+  spread_items(call.rows, std::max<int64_t>(1, threads), parallel_for,
+               [&](int64_t first, int64_t last) { kernels.write_out(call, first, last); });
+}
+
 double read(const float* values, int64_t count, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
   struct Reading {
     const float* values;

@@ -43,3 +43,11 @@ struct Weights {
     out[0] = Values<W>::get(p);
   }
 };
+
+// Of int4 eight weights lie in 32 bits; nibbles.h unpacks them.
+constexpr int kNibbles = 8;
+template <>
+struct Weights<Type::i4> {
+  using Element = uint8_t;
+  static constexpr int kVectors = kNibbles;
+};

@@ -97,3 +97,26 @@ struct Values<Type::i8> {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
 };
+
+// Eight words of eight int4 weights each; of the last block of a row only one group may be read.
+using Nibbles = __m256i;
+template <bool Whole>
+inline Nibbles load_nibbles(const uint8_t* p, int) {
+  if (Whole) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// The weight in the lowest half of each word, which is then shifted out.
+inline Vec next_nibble(Nibbles& left) {
+  __m256i found = _mm256_srai_epi32(_mm256_slli_epi32(left, 28), 28);
+  left = _mm256_srli_epi32(left, 4);
+  return _mm256_cvtepi32_ps(found);
+}
+// Two scales, each in four lanes.
+template <bool Whole>
+inline Vec load_scales(const uint8_t* p, int) {
+  int32_t two = 0;
+  __builtin_memcpy(&two, p, Whole ? 4 : 2);
+  const __m256i words =
+      _mm256_setr_epi32(0x01008080, 0x01008080, 0x01008080, 0x01008080, 0x03028080, 0x03028080, 0x03028080, 0x03028080);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi32(two), words));
+}

@@ -96,3 +96,28 @@ struct Values<Type::i8> {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 };
+
+// Sixteen words of eight int4 weights each; of the last block of a row only some groups may be read.
+using Nibbles = __m512i;
+template <bool Whole>
+inline Nibbles load_nibbles(const uint8_t* p, int groups) {
+  if (Whole) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << 4 * groups) - 1), p);
+}
+// The weight in the lowest half of each word, which is then shifted out. The lookup sees only these four bits.
+inline Vec next_nibble(Nibbles& left) {
+  const Vec table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  Vec found = _mm512_permutexvar_ps(left, table);
+  left = _mm512_srli_epi32(left, 4);
+  return found;
+}
+// Four scales, each in four lanes.
+template <bool Whole>
+inline Vec load_scales(const uint8_t* p, int groups) {
+  auto* from = reinterpret_cast<const __m128i*>(p);
+  __m128i four = Whole ? _mm_loadl_epi64(from) : _mm_maskz_loadu_epi16(static_cast<__mmask8>((1u << groups) - 1), from);
+  const __m512i words =
+      _mm512_setr_epi32(0x01008080, 0x01008080, 0x01008080, 0x01008080, 0x03028080, 0x03028080, 0x03028080, 0x03028080,
+                        0x05048080, 0x05048080, 0x05048080, 0x05048080, 0x07068080, 0x07068080, 0x07068080, 0x07068080);
+  return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_broadcastq_epi64(four), words));
+}

@@ -60,10 +60,13 @@ struct Weights<Type::bf16> {
   using Element = uint16_t;
   static constexpr int kVectors = 2;
   static inline void unpack(const Element* p, Vec (&out)[2]) {
+    Vec even = zero(), odd = zero();
     for (int i = 0; i < kLanes; ++i) {
-      out[0][i] = from_bf16(p[2 * i]);
-      out[1][i] = from_bf16(p[2 * i + 1]);
+      even[i] = from_bf16(p[2 * i]);
+      odd[i] = from_bf16(p[2 * i + 1]);
     }
+    out[0] = even;
+    out[1] = odd;
   }
 };
 
@@ -97,3 +100,26 @@ struct Values<Type::i8> {
     return a;
   }
 };
+
+// Four words of eight int4 weights each: one group.
+typedef uint32_t Nibbles __attribute__((vector_size(16)));
+template <bool Whole>
+inline Nibbles load_nibbles(const uint8_t* p, int) {
+  Nibbles words;
+  __builtin_memcpy(&words, p, sizeof words);
+  return words;
+}
+// The weight in the lowest half of each word, which is then shifted out.
+inline Vec next_nibble(Nibbles& left) {
+  Nibbles top = left << 28;
+  Ints found;
+  __builtin_memcpy(&found, &top, sizeof found);
+  left = left >> 4;
+  return __builtin_convertvector(found >> 28, Vec);
+}
+template <bool Whole>
+inline Vec load_scales(const uint8_t* p, int) {
+  uint16_t scale;
+  __builtin_memcpy(&scale, p, sizeof scale);
+  return broadcast(from_bf16(scale));
+}

@@ -17,7 +17,7 @@ constexpr int64_t kSlabNeurons = 32;
 // How many slabs. Enough of them to keep threads busy, each large enough that its partial result does not count, and
 // eights where there are many, so that the usual numbers of threads share them evenly. Not a function of the threads.
 inline int64_t count_slabs(const Call& p) {
-  int64_t bytes = p.neurons * p.parts() * p.hidden_size * element_size(p.weight_type);
+  int64_t bytes = p.neurons * p.parts() * p.part() * element_size(p.weight_type);
   // The partials of many tokens are large beside the weights.
   int64_t most = p.tokens <= 4 ? kMaxSlabs : p.tokens <= 16 ? kMaxSlabs / 2 : kMaxSlabs / 4;
   int64_t wanted = std::min({most, std::max(bytes / kSlabBytes, p.neurons / kSlabMaxNeurons),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import int4
 from .activations import ACTIVATIONS
 from .errors import check, check_choice
 
@@ -18,7 +19,8 @@ class Record:
     """An FFN as one row per neuron. Checked once, when it is made.
 
     Attributes:
-        rows: `[F, P*D]`, each [up | down] (P = 2) or [gate | up | down] (P = 3); floating point or int8.
+        rows: `[F, P*D]`, each [up | down] (P = 2) or [gate | up | down] (P = 3); floating point or int8, or int4 in
+            uint8, whose parts have `int4.part_bytes(D)` columns.
         gated: P = 3 if true, else 2.
         activation: a key of `ACTIVATIONS`.
         scales: `[F, P]` float32 with int8 rows (weight = row * scale), else None.
@@ -43,9 +45,10 @@ class Record:
         check_choice(self.activation, "activation", ACTIVATIONS)
         check(rows.ndim == 2, "rows", "have two dimensions", tuple(rows.shape))
         f, parts, d = rows.shape[0], self.parts, self.hidden_size
-        check(rows.shape[1] == parts * d, "rows", f"have shape {(f, parts * d)}", tuple(rows.shape))
-        int8 = rows.dtype == torch.int8
-        check(int8 or rows.is_floating_point(), "rows", "be floating point or int8", rows.dtype)
+        int8, packed = rows.dtype == torch.int8, rows.dtype == torch.uint8
+        check(int8 or packed or rows.is_floating_point(), "rows", "be floating point, int8 or uint8 (int4)", rows.dtype)
+        shape = (f, parts * (int4.part_bytes(d) if packed else d))
+        check(rows.shape[1] == shape[1], "rows", f"have shape {shape}", tuple(rows.shape))
         check(not int8 or self.scales is not None, "scales", "be given with int8 rows", None)
         given = None if self.scales is None else tuple(self.scales.shape)
         check(int8 or given is None, "scales", f"be None with rows of {rows.dtype}", given)
@@ -99,7 +102,8 @@ class Record:
     @property
     def hidden_size(self) -> int:
         """D."""
-        return self.rows.shape[1] // self.parts
+        size = self.rows.shape[1] // self.parts
+        return int4.width(size) if self.rows.dtype == torch.uint8 else size
 
     @property
     def neurons(self) -> int:
@@ -132,10 +136,10 @@ class Record:
     def check_dtype(self, dtype: torch.dtype, argument: str) -> None:
         """Raise `InputError` naming `argument` unless x may have `dtype`, given the biases and the rows.
 
-        float32, bfloat16 and float16 mix with each other, and any floating dtype with int8.
+        float32, bfloat16 and float16 mix with each other, and any floating dtype with int8 and int4.
         """
         rows = self.rows.dtype
-        fits = rows in (torch.int8, dtype) or (rows in _MIXING and dtype in _MIXING)
+        fits = rows in (torch.int8, torch.uint8, dtype) or (rows in _MIXING and dtype in _MIXING)
         check(fits, argument, f"be {rows}, as the rows are, or mix with it (float32, bfloat16, float16)", dtype)
         for name, bias in (("neuron_bias", self.neuron_bias), ("down_bias", self.down_bias)):
             if bias is not None:
@@ -170,7 +174,7 @@ def described(
         neurons: F.
         gated, activation: the FFN.
         dtype: of the biases, which is that of x.
-        weights: of the rows; None for `dtype`. Int8 rows have scales.
+        weights: of the rows; None for `dtype`. Int8 rows have scales; uint8 is int4.
         neuron_bias, down_bias: which biases it has.
         kept: K, for an index of so many rows; None for no index.
     """
@@ -180,7 +184,7 @@ def described(
         return torch.empty(shape, dtype=of, device="meta")
 
     return Record(
-        meta(neurons, parts * hidden_size, of=weights),
+        meta(neurons, parts * (int4.part_bytes(hidden_size) if weights == torch.uint8 else hidden_size), of=weights),
         gated,
         activation,
         meta(neurons, parts, of=torch.float32) if weights == torch.int8 else None,

@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import int4
 from .activations import ACTIVATIONS as ACTIVATIONS
 from .experts import Experts
 from .record import Record
 
 
-def _compute_dtype(x: Tensor, rows: Tensor) -> torch.dtype:
-    if rows.dtype == torch.int8:
+def compute_dtype(x: Tensor, rows: Tensor) -> torch.dtype:
+    """What `ffn` computes in."""
+    if rows.dtype in (torch.int8, torch.uint8):
         return torch.float32 if x.dtype == torch.float16 else x.dtype
     return torch.promote_types(x.dtype, rows.dtype)
 
@@ -34,7 +36,7 @@ def ffn(x: Tensor, record: Record) -> Tensor:
 
     Computed in the dtype to which torch promotes those of x and the rows, and rounded where Transformers' own FFN
     modules round. Int8 rows are computed in the dtype of x, which holds their integers exactly; beside float16 in
-    float32, for sums of such integers pass 65504.
+    float32, for sums of such integers pass 65504. Int4 rows are written out in that dtype.
 
     Args:
         x: `[..., D]`.
@@ -48,8 +50,10 @@ def ffn(x: Tensor, record: Record) -> Tensor:
         rows = rows.index_select(0, record.index)
         scales = None if scales is None else scales.index_select(0, record.index)
         neuron_bias = None if neuron_bias is None else neuron_bias.index_select(0, record.index)
-    act, d, dtype = ACTIVATIONS[record.activation], x.shape[-1], _compute_dtype(x, rows)
+    act, d, dtype = ACTIVATIONS[record.activation], x.shape[-1], compute_dtype(x, rows)
     a = x.to(dtype)
+    if rows.dtype == torch.uint8:
+        rows = int4.unpack(rows, record.parts, dtype)
     neuron_bias = None if neuron_bias is None else neuron_bias.to(dtype)
     down_bias = None if down_bias is None else down_bias.to(dtype)
     hidden = act(_project(a, rows[:, :d], _column(scales, 0), _column(neuron_bias, 0)))

@@ -11,9 +11,18 @@ from ..base import machine
 from ..base.errors import BackendError, InputError
 from ..ffn import dispatch, native, tuned
 from ..ffn.backends import Problem
+from ..ffn.quantisation import WEIGHTS, name_of
 from ..model import loading
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of x, and of the weights where they have another.
+_DTYPES = (
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.float16, None),
+    (torch.bfloat16, "int8"),
+    (torch.bfloat16, "int4"),
+)
+_LAYER = (4096, 14336, 7168)  # LLaMA-3-8B's at half its width
 
 
 def _states() -> dict[str, dict[str, str]]:
@@ -44,12 +53,12 @@ def _choices() -> list[dict[str, str]]:
     return [
         {
             "device": device,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": name_of(dtype) + (f", {weights} weights" if weights else ""),
             "form": "gather" if gather else "compact",
             "tokens": str(tokens),
-            **_choice(Problem(device, dtype, tokens, 4096, 14336, 7168, True, gather, "silu")),
+            **_choice(Problem(device, dtype, tokens, *_LAYER, True, gather, "silu", weights and WEIGHTS[weights])),
         }
-        for device, dtype, gather, tokens in itertools.product(devices, _DTYPES, (False, True), (1, 512))
+        for device, (dtype, weights), gather, tokens in itertools.product(devices, _DTYPES, (False, True), (1, 512))
     ]
 
 

@@ -19,7 +19,7 @@ from ..model.weights import check_finite
 from . import accelerate_experts, dispatch, first_use
 from .mlp import MODES, PrunedMLP
 from .mlp_state import DownStandIn
-from .quantisation import WEIGHTS, check_fits
+from .quantisation import WEIGHTS, check_fits, check_width, row_bytes
 
 
 @torch.inference_mode(False)
@@ -62,7 +62,8 @@ def accelerate(
 
     Raises:
         InputError: unknown mode, backend or weights, a mask that is missing or belongs to another model, weights that
-            are not finite, or not in the dtype asked for; the model is unchanged then.
+            are not finite, or not in the dtype asked for, a hidden_size that int4 cannot have (see
+            `quantisation.check_width`); the model is unchanged then.
         UnsupportedModelError: an FFN that pyprune does not know, or a model that is accelerated already; a mask, a mode
             or a backend for a model of which some FFNs cannot run from records, or a mask for one with experts, which
             `prune(model, mask=mask)` takes.
@@ -83,7 +84,7 @@ def accelerate(
         mask.check_fits([f.intermediate_size for f in ffns], families.fingerprint(model, ffns))
     check_finite(model)
     if weights is not None:
-        _check_finite(ffns, WEIGHTS[weights])
+        _check_fits(ffns, WEIGHTS[weights])
         accelerate_experts.check_finite(banks, WEIGHTS[weights])
     if mask is not None and mode == "compact":
         set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
@@ -153,12 +154,13 @@ def _record_bytes(ffns: list[FFN], mask: Mask | None, weights: str | None) -> in
             continue
         rows = len(mask.layers[ffn.layer]) if mask else ffn.intermediate_size
         dtype = WEIGHTS[weights] if weights else dense.down.dtype
-        total += Room.rounded(rows * len(dense.parts) * dense.down.shape[1] * dtype.itemsize)
+        total += Room.rounded(rows * row_bytes(len(dense.parts), dense.down.shape[1], dtype))
     return total
 
 
-def _check_finite(ffns: list[FFN], dtype: torch.dtype) -> None:
+def _check_fits(ffns: list[FFN], dtype: torch.dtype) -> None:
     for ffn in ffns:
+        check_width(ffn.hidden_size, dtype)
         for part in ffn.weights().parts:
             check_fits(part, dtype, f"weights of layer {ffn.layer}")
 

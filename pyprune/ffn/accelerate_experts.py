@@ -38,6 +38,8 @@ def why_not(bank: Bank, backend: str, weights: str | None) -> str | None:
     """Why a bank cannot become a `PrunedMoE`, in one line, or None; arguments as of `accelerate`."""
     if backend not in BACKENDS:
         return f"backend {backend} has no kernel of experts"
+    if weights == "int4":
+        return "experts have no int4 records yet"
     if reason := why_no_record(bank):
         return reason
     down = bank.tensor(bank.layout.down)

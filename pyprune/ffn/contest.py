@@ -17,11 +17,13 @@ from ..base.errors import BackendError
 from ..base.record import Record
 from . import dispatch, tuned
 from .backends import Backend, Config, Problem
-from .quantisation import quantise, widened
+from .quantisation import cast, widened
 from .tuned import Entry
 
 _MOST_COPIES = 64
 _CHECKED_ROWS = 8
+# int4 rows that are made, and then repeated: to round all of a wide layer would take longer than to time it.
+_INT4_ROWS = 512
 # A candidate this much slower than its backend's best at the first sample is not timed again.
 _HOPELESS = 1.5
 
@@ -88,10 +90,9 @@ def _operands(problem: Problem, copy_bytes: int) -> tuple[Tensor, list[Record]]:
         return torch.randn(*size, generator=generator, device=device)
 
     parts = 3 if problem.gated else 2
-    rows, scales, index = randn(f, parts * d).mul_(d**-0.5), None, None
-    if problem.weights == torch.int8:
-        rows, scales = quantise(rows, parts)
-    rows = rows.to(problem.weights or dtype)
+    made = min(f, _INT4_ROWS) if problem.weights == torch.uint8 else f
+    rows, scales = cast(randn(made, parts * d).mul_(d**-0.5), parts, problem.weights or dtype)
+    rows, index = rows.repeat(-(-f // made), 1)[:f] if made < f else rows, None
     if problem.gather:
         order = torch.randperm(f, generator=generator, device=device)
         index = order[: problem.kept].sort().values.int()

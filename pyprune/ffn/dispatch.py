@@ -37,6 +37,8 @@ _NATIVE_TOKENS: dict[tuple[torch.dtype, bool], tuple[int, int]] = {
     (torch.float16, True): (64, 128),
     (torch.int8, False): (256, 256),
     (torch.int8, True): (256, 256),
+    (torch.uint8, False): (32, 32),  # int4; above, the library writes out its rows for torch
+    (torch.uint8, True): (32, 32),
 }
 # At most so many where tokens are not multiplied by matrix tiles, which need bfloat16 tokens.
 _WITHOUT_TILES = {torch.bfloat16: 16, torch.int8: 64}
@@ -83,7 +85,9 @@ def _native_best(problem: Problem) -> bool | None:
     entries = _measured(problem)
     if not entries:
         return None
-    best, default = entries[0], backends()[problem.device].default_config(tuned.representative(problem))
+    best, own = entries[0], backends()[problem.device]
+    # On a CPU the operator by itself has no configuration.
+    default = {} if problem.device == "cpu" else own.default_config(tuned.representative(problem))
     return best.backend == problem.device and _text(best.config) == _text(default)
 
 
@@ -135,7 +139,8 @@ def _native_tokens(problem: Problem) -> int:
 def _order(problem: Problem) -> tuple[str, ...]:
     """Whom `auto` asks, as predicted."""
     if problem.device == "cpu":
-        return ("cpu", "torch") if problem.tokens <= _native_tokens(problem) else ("torch", "cpu")
+        native_first = problem.weights == torch.uint8 or problem.tokens <= _native_tokens(problem)
+        return ("cpu", "torch") if native_first else ("torch", "cpu")
     if problem.device != "cuda":
         return ("torch",)
     if problem.batch_invariant:

@@ -19,7 +19,7 @@ from ..model.patterns import FFNWeights, Pattern, match
 from ..model.probe import detect_activation
 from . import dispatch, operators
 from .mlp_state import FamilyState, Packed
-from .quantisation import WEIGHTS, cast, check_fits
+from .quantisation import WEIGHTS, cast, check_fits, name_of
 
 MODES = ("compact", "gather")
 
@@ -69,8 +69,8 @@ class PrunedMLP(FamilyState):
     it stands for, so a model that holds it saves and loads as its family does.
 
     Attributes:
-        record: `[F, P*D]` parameter, rows [up | down] or [gate | up | down]; int8, or any dtype that mixes with `dtype`
-            (see `Record.check_dtype`). `module.to(dtype)` casts it as every parameter, unless it is int8.
+        record: `[F, P*D]` parameter, rows [up | down] or [gate | up | down]; int8, int4 (see `base.int4`), or any dtype
+            that mixes with `dtype` (see `Record.check_dtype`). `module.to(dtype)` casts it where it is floating point.
         scales: `[F, P]` float32 buffer with an int8 record, which no cast of the module changes, else None.
         neuron_bias: `[F, P-1]` parameter or None.
         down_bias: `[D]` parameter or None.
@@ -117,7 +117,7 @@ class PrunedMLP(FamilyState):
         self.hidden_size = record.hidden_size
         self.intermediate_size = record.neurons
         rows = record.rows
-        check(dtype is not None or rows.is_floating_point(), "dtype", "be given with int8 rows", dtype)
+        check(dtype is not None or rows.is_floating_point(), "dtype", "be given with rows of integers", dtype)
         self.dtype = dtype or rows.dtype
         record.check_dtype(self.dtype, "dtype")
         self.record = nn.Parameter(rows, requires_grad=rows.is_floating_point())
@@ -343,7 +343,7 @@ class PrunedMLP(FamilyState):
         if self._width is not None:
             kept = f", first {self._width}{' compensated' if self.plain_down is not None else ''}"
         own = self.record.dtype
-        weights = "" if own == self.dtype else f", {str(own).removeprefix('torch.')} weights"
+        weights = "" if own == self.dtype else f", {name_of(own)} weights"
         size = f"D={self.hidden_size}, F={self.intermediate_size}{kept}"
         invariant = ", batch-invariant" if self.batch_invariant else ""
         return f"{kind}, {size}, {self.activation}, {self.backend}{weights}{invariant}"

@@ -31,15 +31,21 @@ class FamilyState(nn.Module):
     hidden_size: int
     dtype: torch.dtype
 
+    @property
+    def _parts(self) -> int:
+        return 3 if self.pattern.gated else 2
+
+    @property
+    def _part_columns(self) -> int:
+        return self.record.shape[1] // self._parts
+
     def _projection_tensors(self) -> dict[str, Tensor]:
         """Tensors under the family's own names; weights are views of the record where layout and dtype allow it."""
-        bias, scales = self.neuron_bias, self.scales
-        record = self.record.to(self.dtype) if scales is None else dequantise(self.record, scales, self.dtype)
+        bias = self.neuron_bias
+        record = dequantise(self.record, self.scales, self._parts, self.dtype)
         *inputs, down = record.split(self.hidden_size, dim=1)
         if self.plain_down is not None:
-            plain = self.plain_down
-            own = self.plain_scales
-            plain = plain.to(self.dtype) if own is None else dequantise(plain, own, self.dtype)
+            plain = dequantise(self.plain_down, self.plain_scales, 1, self.dtype)
             down = torch.cat([plain, down[len(plain) :]])
         columns = [] if bias is None else list(bias.unbind(1))
         names = [name for name, _ in self.pattern.inputs]
@@ -107,7 +113,7 @@ class FamilyState(nn.Module):
 
     def _exchange_down(self) -> None:
         """Swap the first down rows of the record with `plain_down`."""
-        pairs = [(self.record.detach()[:, -self.hidden_size :], self.plain_down)]
+        pairs = [(self.record.detach()[:, -self._part_columns :], self.plain_down)]
         if self.scales is not None:
             pairs.append((self.scales[:, -1:], self.plain_scales))
         for column, other in pairs:
@@ -136,7 +142,7 @@ class FamilyState(nn.Module):
             self.down_bias.copy_(bias)
 
     def _set_part(self, part: int, weight: Tensor) -> None:
-        columns = slice(part * self.hidden_size, (part + 1) * self.hidden_size)
+        columns = slice(part * self._part_columns, (part + 1) * self._part_columns)
         own = self.record.dtype == self.dtype
         self.record[:, columns], scales = (weight, None) if own else cast(weight, 1, self.record.dtype)
         if scales is not None and self.scales is not None:

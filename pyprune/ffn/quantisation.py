@@ -1,10 +1,12 @@
-"""Records in another dtype than their model's: symmetric int8 with one scale per neuron and part, and plain casts."""
+"""Records in another dtype than their model's: int8 with one scale per neuron and part, int4 in groups (as `base.int4`
+has it), and plain casts."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..base import int4
 from ..base.errors import check
 from ..base.record import Record
 
@@ -14,14 +16,34 @@ WEIGHTS: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "int8": torch.int8,
+    "int4": torch.uint8,  # two in a byte
 }
 _LARGEST = 127
 _TINY = torch.finfo(torch.float32).tiny
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """What users call a record's dtype."""
+    return "int4" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
+
+
+def check_width(hidden_size: int, dtype: torch.dtype | None) -> None:
+    """Raise `InputError` unless records of `dtype` can have this D: int4 needs whole groups."""
+    if dtype == torch.uint8:
+        rule = f"be a multiple of {int4.GROUP} for int4 weights"
+        check(hidden_size % int4.GROUP == 0, "hidden_size", rule, hidden_size)
+
+
+def row_bytes(parts: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one row of a record."""
+    return parts * (int4.part_bytes(hidden_size) if dtype == torch.uint8 else hidden_size * dtype.itemsize)
+
+
 def check_fits(weights: Tensor, dtype: torch.dtype, argument: str) -> None:
-    """Raise `InputError` naming `argument` unless all of `weights` are finite in `dtype` (int8: in its scales)."""
-    target = torch.float32 if dtype == torch.int8 else dtype
+    """Raise `InputError` naming `argument` unless all of `weights` are finite in `dtype` (int8, int4: in scales)."""
+    if weights.numel() == 0:
+        return
+    target = dtype if dtype.is_floating_point else torch.float32
     low, high = weights.aminmax()  # NaN if there is one
     check(
         bool(torch.stack((low, high)).to(target).isfinite().all()),
@@ -57,34 +79,41 @@ def quantise(record: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return out.flatten(1), scales
 
 
-def dequantise(record: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights of an int8 record.
+def dequantise(record: Tensor, scales: Tensor | None, parts: int, dtype: torch.dtype) -> Tensor:
+    """The weights of a record, `[F, P*D]`.
 
     Args:
-        record: `[F, P*D]` int8.
-        scales: `[F, P]` float32.
-        dtype: of the result; the product is rounded once.
+        record: its rows.
+        scales: `[F, P]` float32 with int8 rows, else None.
+        parts: P.
+        dtype: of the result; a product is rounded once.
     """
-    f, parts = scales.shape
+    if record.dtype == torch.uint8:
+        return int4.unpack(record, parts, dtype)
+    if scales is None:
+        return record.to(dtype)
+    f = len(record)
     split = record.view(f, parts, record.shape[1] // parts).to(torch.promote_types(dtype, torch.float32))
     return split.mul_(scales[..., None]).to(dtype).view(record.shape)
 
 
 def widened(record: Record, dtype: torch.dtype = torch.float64) -> Record:
-    """The same FFN with everything in `dtype`, int8 rows written out."""
-    rows, scales = record.rows, record.scales
+    """The same FFN with everything in `dtype`, int8 and int4 rows written out."""
     neuron_bias, down_bias = (None if t is None else t.to(dtype) for t in (record.neuron_bias, record.down_bias))
-    rows = rows.to(dtype) if scales is None else dequantise(rows, scales, dtype)
+    rows = dequantise(record.rows, record.scales, record.parts, dtype)
     return Record(rows, record.gated, record.activation, None, neuron_bias, down_bias, record.index)
 
 
 def cast(record: Tensor, parts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`record` (`[F, P*D]`) in `dtype`, and scales `[F, P]` if that is int8.
+    """`record` (`[F, P*D]`) in `dtype`, and scales `[F, P]` if that is int8; int4 as `int4.pack` has it, part by part.
 
     Raises:
-        InputError: a weight is not finite in `dtype`.
+        InputError: a weight is not finite in `dtype`, or D is no multiple of 32 for int4.
     """
+    check_width(record.shape[1] // parts, dtype)
     if dtype == torch.int8:
         return quantise(record, parts)
     check_fits(record, dtype, "record")
+    if dtype == torch.uint8:
+        return torch.cat([int4.pack(part) for part in record.chunk(parts, dim=1)], dim=1), None
     return record.to(dtype), None

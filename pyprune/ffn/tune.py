@@ -18,6 +18,7 @@ from ..model.units import OWN
 from . import tuned
 from .backends import Problem
 from .contest import Effort, Tuned, try_all
+from .quantisation import check_width
 
 MODES = ("compact", "gather")
 # Tokens that are timed unless others are asked for: on a CPU the question is where torch begins to be faster.
@@ -76,6 +77,7 @@ def layer_problems(
     """
     check(hidden_size >= 1, "hidden_size", "be at least 1", hidden_size)
     check(intermediate_size >= 1, "intermediate_size", "be at least 1", intermediate_size)
+    check_width(hidden_size, weights)
     check(0 < keep <= 1, "keep", "be in (0, 1]", keep)
     check_choice(activation, "activation", reference.ACTIVATIONS)
     check_choice(mode, "mode", MODES)

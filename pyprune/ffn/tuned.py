@@ -25,6 +25,7 @@ from ..base.errors import check
 from ..base.files import cache_folder, new_file
 from . import native
 from .backends import Config, Problem
+from .quantisation import name_of
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
 _FORMAT = 1
@@ -77,7 +78,7 @@ def representative(problem: Problem) -> Problem:
 def key(problem: Problem) -> str:
     """What a table calls a problem: D, bucketed K and M, dtypes, form, activation. Its device chooses the table."""
     chosen = representative(problem)
-    dtype, weights = (str(t).removeprefix("torch.") for t in (chosen.dtype, chosen.weights))
+    dtype, weights = name_of(chosen.dtype), name_of(chosen.weights or chosen.dtype)
     form = "gather" if chosen.gather else "compact"
     words = [
         f"D{chosen.hidden_size}",

@@ -83,14 +83,15 @@ class Backend(Protocol):
 
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NATIVE_ON: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.uint8,), "cuda": ()}  # int4
 
 
 def no_native_kernel(problem: Problem) -> str | None:
     """Why neither native library has a kernel for the dtypes of `problem`, in one line, or None."""
     if problem.dtype not in NATIVE_DTYPES:
         return f"no kernel for {problem.dtype}"
-    if problem.weights not in (None, *NATIVE_DTYPES, torch.int8):
-        return f"no kernel for {problem.weights} weights"
+    if problem.weights not in (None, *NATIVE_DTYPES, torch.int8, *_NATIVE_ON[problem.device]):
+        return f"no kernel for {'int4' if problem.weights == torch.uint8 else problem.weights} weights"
     return None
 
 
