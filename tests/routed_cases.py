@@ -35,9 +35,7 @@ def widened(experts: Experts) -> Experts:
     rows = experts.rows
     if experts.scales is not None:
         pairs = zip(rows, experts.scales, strict=True)
-        return Experts(
-            torch.stack([dequantise(r, s, torch.float64) for r, s in pairs]), experts.gated, experts.activation
-        )
+        rows = torch.stack([dequantise(r, s, experts.parts, torch.float64) for r, s in pairs])
     return Experts(rows.double(), experts.gated, experts.activation)
 
 

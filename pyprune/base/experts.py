@@ -36,6 +36,7 @@ class Experts:
         check_choice(self.activation, "activation", ACTIVATIONS)
         check(rows.ndim == 3, "rows", "have three dimensions", tuple(rows.shape))
         check(len(rows) > 0, "rows", "hold one expert at least", tuple(rows.shape))
+        check(rows.dtype == torch.int8 or rows.is_floating_point(), "rows", "be floating point or int8", rows.dtype)
         if scales is not None:
             shape = (*rows.shape[:2], self.parts)
             check(tuple(scales.shape) == shape, "scales", f"have shape {shape}", tuple(scales.shape))

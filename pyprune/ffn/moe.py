@@ -189,7 +189,8 @@ class PrunedMoE(nn.Module):
         for part, place in enumerate(of.over(tensors).all_weights().parts):
             for expert, own in enumerate(place):
                 rows = self.record.detach()[expert, :, part * d : (part + 1) * d]
-                own.copy_(rows if self.scales is None else dequantise(rows, self.scales[expert, :, [part]], self.dtype))
+                scales = None if self.scales is None else self.scales[expert, :, [part]]
+                own.copy_(dequantise(rows, scales, 1, self.dtype))
         return tensors
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
