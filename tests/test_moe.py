@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from moe_cases import MIXTURES, make_mixture
+from transformers.models.dbrx.modeling_dbrx import DbrxConfig, DbrxExperts
 
 from pyprune import BackendError, InputError, PrunedMoE, UnsupportedModelError, accelerate, prune, save
 from pyprune.base.experts import Experts
@@ -16,6 +17,7 @@ from pyprune.ffn.moe_operator import why_no_kernel
 from pyprune.ffn.tuned import Entry
 from pyprune.ffn.warming import warmup
 from pyprune.model.expert_form import activation
+from pyprune.model.experts import find_bank
 from pyprune.model.families import find_ffns
 
 needs_kernel = pytest.mark.skipif(
@@ -216,6 +218,24 @@ def test_bad_calls_are_refused():
     with torch.no_grad():
         assert torch.equal(module(x + 1, weights, index), module(hidden_states=x + 1, index=index, weights=weights))
         assert module(x.view(1, 3, 32), index.view(1, 3, 2), weights.view(1, 3, 2)).shape == (1, 3, 32)
+
+
+@torch.no_grad()
+def test_experts_whose_neurons_lie_flat_in_a_module_of_their_own():
+    config = DbrxConfig().ffn_config
+    config.hidden_size, config.ffn_hidden_size, config.moe_num_experts = 32, 48, 4
+    module = DbrxExperts(config).eval()
+    for parameter in module.parameters():
+        parameter.normal_(std=0.15)
+    own, state = PrunedMoE.from_bank(find_bank("x", module)), module.state_dict()
+    assert own.state_dict().keys() == state.keys()
+    assert all(torch.equal(own.state_dict()[name], tensor) for name, tensor in state.items())
+    call = torch.randn(1, 5, 32), torch.rand(5, 4).argsort(1)[:, :2], torch.rand(5, 2)
+    torch.testing.assert_close(own(*call).view(5, 32), module(*call).view(5, 32), rtol=1e-4, atol=1e-6)
+    want = own.record.clone()
+    own.record.zero_()
+    own.load_state_dict(state)
+    assert torch.equal(own.record, want)
 
 
 def test_loading_says_what_does_not_fit():
