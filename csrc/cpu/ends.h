@@ -123,7 +123,7 @@ inline void write_out_as(const Call& p, int64_t first, int64_t last) {
       for (int64_t d = 0; d < size; d += kBlock) {
         NibbleBlock block = d + kBlock <= size ? NibbleBlock::whole(row, size, d) : NibbleBlock::rest(row, size, d);
         Vec values[kNibbles];
-        for (auto& value : values) value = mul(next_nibble(block.left), block.scales);
+        for (int k = kNibbles; k-- > 0;) values[k] = mul(next_nibble(block.left), block.scales);
         to_natural<kNibbles>(values);
         Value rest[kBlock];
         bool whole = d + kBlock <= size;

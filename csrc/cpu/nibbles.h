@@ -1,9 +1,9 @@
 // int4 rows: dot products with tokens, and sums of down rows. Included by each instruction set's source file, inside
 // that file's own namespace, after rows.h.
 //
-// A vector of 32-bit words is unpacked by shifts into eight vectors of floats (the layout: pyprune/base/int4.py), and
-// every four lanes have one scale. So the expanded order of a block of 8 * kLanes weights is, in vector k, lanes
-// 4g .. 4g + 3: elements 4k .. 4k + 3 of group g.
+// A vector of 32-bit words is unpacked by shifts into eight vectors of floats (the layout: pyprune/base/int4.py), the
+// last one first, for so the sign comes with one shift; and every four lanes have one scale. So the expanded order of a
+// block of 8 * kLanes weights is, in vector k, lanes 4g .. 4g + 3: elements 4k .. 4k + 3 of group g.
 
 constexpr int kBlock = kNibbles * kLanes;  // weights
 
@@ -38,7 +38,7 @@ struct Rows<Type::i4, R> {
   }
 };
 
-// A block of one row: words whose lowest halves come next, and the scale of each lane.
+// A block of one row: words whose highest halves come next, and the scale of each lane.
 struct NibbleBlock {
   Nibbles left;
   Vec scales;
@@ -67,13 +67,13 @@ inline void dot_block(const Rows<Type::i4, R>& rows, int64_t size, int64_t d, co
   if constexpr (T == 1) {
     Vec products[R];
     for (auto& product : products) product = zero();
-    for (int k = 0; k < kNibbles; ++k) {
+    for (int k = kNibbles; k-- > 0;) {
       Vec token = load(x + k * kLanes);
       for (int r = 0; r < R; ++r) products[r] = fma(next_nibble(blocks[r].left), token, products[r]);
     }
     for (int r = 0; r < R; ++r) sums[r][0] = fma(products[r], blocks[r].scales, sums[r][0]);
   } else {
-    for (int k = 0; k < kNibbles; ++k) {
+    for (int k = kNibbles; k-- > 0;) {
       Vec w[R];
       for (int r = 0; r < R; ++r) w[r] = mul(next_nibble(blocks[r].left), blocks[r].scales);
       for (int t = 0; t < T; ++t) {
@@ -113,17 +113,17 @@ inline void down_block(const Rows<Type::i4, R>& rows, int64_t size, int64_t d, c
     for (int r = 0; r < R; ++r) {
       NibbleBlock block = NibbleBlock::at<Whole>(rows.now[r], size, d);
       Vec factor = mul(block.scales, broadcast(a[r * a_stride]));
-      for (auto& value : sums) value = fma(next_nibble(block.left), factor, value);
+      for (int k = kNibbles; k-- > 0;) sums[k] = fma(next_nibble(block.left), factor, sums[k]);
     }
     for (int k = 0; k < kNibbles; ++k) store(partial + k * kLanes, sums[k]);
   } else {
     constexpr int V = kLanes == 16 ? 4 : 2;  // as many as registers hold
     NibbleBlock blocks[R];
     for (int r = 0; r < R; ++r) blocks[r] = NibbleBlock::at<Whole>(rows.now[r], size, d);
-    for (int k = 0; k < kNibbles; k += V) {
+    for (int k = kNibbles - V; k >= 0; k -= V) {
       Vec w[R][V];
       for (int r = 0; r < R; ++r)
-        for (auto& value : w[r]) value = mul(next_nibble(blocks[r].left), blocks[r].scales);
+        for (int v = V; v-- > 0;) w[r][v] = mul(next_nibble(blocks[r].left), blocks[r].scales);
       for (int64_t t = 0; t < tokens; ++t) {
         float* p = partial + t * stride + k * kLanes;
         Vec sums[V];

@@ -105,10 +105,10 @@ inline Nibbles load_nibbles(const uint8_t* p, int) {
   if (Whole) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-// The weight in the lowest half of each word, which is then shifted out.
+// The weight in the highest half of each word, which is then shifted out.
 inline Vec next_nibble(Nibbles& left) {
-  __m256i found = _mm256_srai_epi32(_mm256_slli_epi32(left, 28), 28);
-  left = _mm256_srli_epi32(left, 4);
+  __m256i found = _mm256_srai_epi32(left, 28);
+  left = _mm256_slli_epi32(left, 4);
   return _mm256_cvtepi32_ps(found);
 }
 // Two scales, each in four lanes.

@@ -104,12 +104,11 @@ inline Nibbles load_nibbles(const uint8_t* p, int groups) {
   if (Whole) return _mm512_loadu_si512(p);
   return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << 4 * groups) - 1), p);
 }
-// The weight in the lowest half of each word, which is then shifted out. The lookup sees only these four bits.
+// The weight in the highest half of each word, which leaves it. The lookup sees only the lowest four bits.
 inline Vec next_nibble(Nibbles& left) {
   const Vec table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-  Vec found = _mm512_permutexvar_ps(left, table);
-  left = _mm512_srli_epi32(left, 4);
-  return found;
+  left = _mm512_rol_epi32(left, 4);
+  return _mm512_permutexvar_ps(left, table);
 }
 // Four scales, each in four lanes.
 template <bool Whole>

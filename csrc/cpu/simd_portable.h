@@ -109,12 +109,11 @@ inline Nibbles load_nibbles(const uint8_t* p, int) {
   __builtin_memcpy(&words, p, sizeof words);
   return words;
 }
-// The weight in the lowest half of each word, which is then shifted out.
+// The weight in the highest half of each word, which is then shifted out.
 inline Vec next_nibble(Nibbles& left) {
-  Nibbles top = left << 28;
   Ints found;
-  __builtin_memcpy(&found, &top, sizeof found);
-  left = left >> 4;
+  __builtin_memcpy(&found, &left, sizeof found);
+  left = left << 4;
   return __builtin_convertvector(found >> 28, Vec);
 }
 template <bool Whole>
