@@ -1,6 +1,6 @@
 """Experts of mixtures at decode: PrunedMoE against Transformers' own paths in one process, each ratio from one run.
 
-    python -m bench.cpu.moe                      all cases; writes bench/results/moe.json (about 3 minutes, 8 GB)
+    python -m bench.cpu.moe                      all cases; writes bench/results/moe.json (about 4 minutes, 8 GB)
     python -m bench.cpu.moe --shapes olmoe-1b-7b --tokens 1,4 --out FILE
 
 A case is a shape and a number of tokens M. The experts alone run, in bfloat16, with random weights, in several layers,
@@ -42,7 +42,7 @@ from pyprune.base.errors import check_choice
 from pyprune.base.files import new_file
 from pyprune.base.memory import Room
 from pyprune.cli.screen import Bars, out, table
-from pyprune.ffn import native
+from pyprune.ffn import moe_choice, native
 from pyprune.ffn.moe import PrunedMoE
 from pyprune.model.experts import find_bank
 from pyprune.speed import roofline
@@ -90,7 +90,7 @@ SHAPES = {
 
 @torch.no_grad()
 def layers(shape: Shape, keep: float) -> tuple[list[Any], list[PrunedMoE]]:
-    """Modules of random weights, as Transformers has them, and as `accelerate` makes them of those."""
+    """Modules of random weights, as Transformers has them, and as `accelerate`, which measures, makes them of those."""
     own = []
     generator = torch.Generator().manual_seed(0)
     tile = (torch.randn(1 << 20, generator=generator) * 0.02).bfloat16()
@@ -102,9 +102,12 @@ def layers(shape: Shape, keep: float) -> tuple[list[Any], list[PrunedMoE]]:
             for part in parameter.view(-1).split(len(tile)):
                 part.copy_(tile[: len(part)])
         own.append(module)
-    banks = [find_bank(f"{shape.name}.{i}", module) for i, module in enumerate(own)]
+    banks = [bank for i, module in enumerate(own) if (bank := find_bank(f"{shape.name}.{i}", module))]
+    trial = PrunedMoE.from_bank(banks[0], picked=shape.picked)
+    moe_choice.measure(trial.experts, own[0], torch.bfloat16, shape.picked)
+    del trial
     room = Room(sum(Room.rounded(sum(p.nbytes for p in module.parameters())) for module in own))
-    return own, [PrunedMoE.from_bank(bank, room=room, picked=shape.picked) for bank in banks if bank]
+    return own, [PrunedMoE.from_bank(bank, room=room, picked=shape.picked) for bank in banks]
 
 
 Call = tuple[Tensor, Tensor, Tensor]

@@ -64,7 +64,8 @@ def native_pairs(experts: Experts, dtype: torch.dtype, picked: int) -> int:
             high = low
             break
         low = tokens * picked
-    most = max(low, alone * len(rows))  # as an FFN of as many tokens as each expert has
+    # As an FFN of as many tokens as experts have on average; of those that have more, by half of that.
+    most = max(low, alone * len(rows) // 2)
     return most if high is None else min(most, high)
 
 
