@@ -34,6 +34,7 @@ class RecordFFN(nn.Module):
         most: see `own`.
     """
 
+    rows: Tensor
     _made = itertools.count()
 
     def __init__(self, record: Record, dtype: torch.dtype, own: nn.Module | None = None, most: int = 0) -> None:
