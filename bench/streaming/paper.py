@@ -82,10 +82,10 @@ class Model:
 
     @property
     def memory(self) -> float:
-        """Bytes at the peak: two layers, the moment in float64 and what the fit makes of it, hidden states twice."""
+        """Bytes at the peak: two layers, both moments of all experts, what a fit makes of them, hidden states twice."""
         f, d, k = self.width, self.hidden, KEEP * self.width
         layer = WEIGHT * (self.attention + self.experts * self.ffn)
-        fit = 8 * (f * f + max(k * f + k * k + 2 * f * d + 2 * k * d, 5 * f * d + k * d))
+        fit = 8 * (self.experts * f * (f + d) + max(k * f + k * k + f * d + 2 * k * d, 4 * f * d + k * d))
         return 0.5e9 + 2 * layer + fit + 2 * WEIGHT * self.tokens * self.hidden
 
     @property
@@ -130,20 +130,21 @@ MODELS = (
 
 
 def _rate(size: int, dtype: torch.dtype) -> float:
-    """Products and sums a second of a square product, the best of some."""
+    """Products and sums a second of one thread in a square product, by its own clock, the best of some."""
     a, b = torch.randn(size, size, dtype=torch.float32).to(dtype), torch.randn(size, size).to(dtype)
     best = 0.0
     for _ in range(4):
-        start = time.perf_counter()
+        start = time.process_time()
         a @ b
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        best = max(best, 2 * size**3 / (time.process_time() - start))
     return best
 
 
 def measure() -> dict[str, object]:
-    """This machine's rates."""
+    """This machine's rates, of one thread."""
+    torch.set_num_threads(1)
     rates = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-    return {"machine": machine.facts(), "products": {name: _rate(3072, dtype) for name, dtype in rates.items()}}
+    return {"machine": machine.facts(), "products": {name: _rate(2048, dtype) for name, dtype in rates.items()}}
 
 
 def machines(products: dict[str, float], cores: int) -> list[Machine]:
