@@ -47,8 +47,8 @@ class Record:
         f, parts, d = rows.shape[0], self.parts, self.hidden_size
         int8, packed = rows.dtype == torch.int8, rows.dtype == torch.uint8
         check(int8 or packed or rows.is_floating_point(), "rows", "be floating point, int8 or uint8 (int4)", rows.dtype)
-        shape = (f, parts * (int4.part_bytes(d) if packed else d))
-        check(rows.shape[1] == shape[1], "rows", f"have shape {shape}", tuple(rows.shape))
+        columns = parts * (int4.part_bytes(d) if packed else d)
+        check(rows.shape[1] == columns, "rows", f"have shape {(f, columns)}", tuple(rows.shape))
         check(not int8 or self.scales is not None, "scales", "be given with int8 rows", None)
         given = None if self.scales is None else tuple(self.scales.shape)
         check(int8 or given is None, "scales", f"be None with rows of {rows.dtype}", given)

@@ -56,7 +56,9 @@ def _choices() -> list[dict[str, str]]:
             "dtype": name_of(dtype) + (f", {weights} weights" if weights else ""),
             "form": "gather" if gather else "compact",
             "tokens": str(tokens),
-            **_choice(Problem(device, dtype, tokens, *_LAYER, True, gather, "silu", weights and WEIGHTS[weights])),
+            **_choice(
+                Problem(device, dtype, tokens, *_LAYER, True, gather, "silu", WEIGHTS[weights] if weights else None)
+            ),
         }
         for device, (dtype, weights), gather, tokens in itertools.product(devices, _DTYPES, (False, True), (1, 512))
     ]
