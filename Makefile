@@ -76,7 +76,7 @@ bench-all: bench
 	$(BIN)/python -m bench.model.run
 	$(BIN)/python -m bench.tables.readme
 
-# vLLM and llama.cpp under build/engines (the first time 20 minutes on two cores, 6 GB), the tests of exports and plugin
+# vLLM and llama.cpp under build/engines (the first time 11 minutes, 4 GB), the tests of exports and plugin
 # in both, and how well they agree with Transformers; speed too where nothing else runs.
 engines: native
 	JOBS=$(JOBS) $(BIN)/python -m bench.engines.setup

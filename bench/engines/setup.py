@@ -2,7 +2,7 @@
 
     python -m bench.engines.setup
 
-Needs a C++ compiler and cmake, a package registry, 6 GB of disk and, on two cores, 20 minutes, nearly all of it for
+Needs a C++ compiler and cmake, a package registry, 4 GB of disk and, with one job, 11 minutes, most of it for
 llama.cpp, whose source comes with llama-cpp-python. Nothing outside build/engines is changed.
 """
 
