@@ -292,7 +292,7 @@ def test_command_line(own_cache, tiny_checkpoint):
         ((*SIZES, "--tokens", "0"), "tokens must be one or more numbers of at least 1; got (0,)"),
         ((*SIZES, "--budget", "-1"), "budget must be more than 0 seconds; got -1.0"),
         ((*SIZES, "--dtype", "float64"), "dtype must be one of float32"),
-        ((*SIZES, "--weights", "int4"), "weights must be one of float32"),
+        ((*SIZES, "--weights", "in8"), "weights must be one of float32"),
         ((*SIZES[:4], "--device", "tpu"), "device must be one of cpu, cuda; got 'tpu'"),
         ((*SIZES[:4], "--device", "cpu:0"), "device must be cpu, cuda or auto; got 'cpu:0'"),
     ],

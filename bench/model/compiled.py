@@ -37,7 +37,7 @@ PROMPT = 32
 def recipe() -> str:
     """The Python of the documented recipe, without its last line, the call."""
     after = DOCS.read_text(encoding="utf-8").partition("<!-- recipe:compile -->")[2]
-    code = after.partition("```python\n")[2].partition("```")[0]
+    code = after.partition("```py\n")[2].partition("```")[0]
     body, _, call = code.rstrip().rpartition("\n")
     check(call.startswith("ids = model.generate("), "docs/speed-cpu.md", "end its recipe with a call of generate", call)
     return body
