@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pyprune.base import reference
@@ -93,6 +94,24 @@ def make(
         cut = {k: v[:kept] for k, v in case.tensors().items() if k in ("record", "scales", "neuron_bias")}
         return case.change(**cut)
     return case
+
+
+@st.composite
+def cases(draw: st.DrawFn, tokens: Any, widths: Any, neurons: Any, types: Any) -> Case:
+    """Cases of every form, each of the four from what is given."""
+    count = draw(st.sampled_from(neurons))
+    return make(
+        draw(st.sampled_from(tokens)),
+        draw(st.sampled_from(widths)),
+        count,
+        draw(st.sampled_from(types)),
+        draw(st.booleans()),
+        draw(st.sampled_from(sorted(reference.ACTIVATIONS))),
+        draw(st.tuples(st.booleans(), st.booleans())),
+        draw(st.sampled_from(FORMS)),
+        draw(st.sampled_from(sorted({1, max(1, count - 1), count, (count + 1) // 2}))),
+        draw(st.integers(0, 1000)),
+    )
 
 
 def check_error(case: Case, kernel: Callable[[Case], Tensor]) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import ffn_cases
 import pytest
 import torch
-from ffn_cases import FLOATS, FORMS, Case, embedded, exact, make
+from ffn_cases import FLOATS, FORMS, Case, cases, embedded, exact, make
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from pyprune.base import int4, reference
@@ -45,24 +44,7 @@ def check_error(case: Case) -> None:
         ffn_cases.check_error(case, run)
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    neurons = draw(st.sampled_from(NEURONS))
-    return make(
-        draw(st.sampled_from(TOKENS)),
-        draw(st.sampled_from(WIDTHS)),
-        neurons,
-        (draw(st.sampled_from(FLOATS)), INT4),
-        draw(st.booleans()),
-        draw(st.sampled_from(sorted(reference.ACTIVATIONS))),
-        draw(st.tuples(st.booleans(), st.booleans())),
-        draw(st.sampled_from(FORMS)),
-        draw(st.sampled_from(sorted({1, max(1, neurons - 1), neurons, (neurons + 1) // 2}))),
-        draw(st.integers(0, 1000)),
-    )
-
-
-@given(case=cases())
+@given(case=cases(TOKENS, WIDTHS, NEURONS, [(dtype, INT4) for dtype in FLOATS]))
 @settings(
     max_examples=60,
     deadline=None,

@@ -9,9 +9,8 @@ import math
 import ffn_cases
 import pytest
 import torch
-from ffn_cases import FLOATS, FORMS, TYPES, Case, embedded, exact, make
+from ffn_cases import FLOATS, FORMS, TYPES, Case, cases, embedded, exact, make
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from pyprune.base import reference
@@ -42,24 +41,7 @@ def check_special(case: Case) -> None:
     ffn_cases.check_special(case, kernel)
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    neurons = draw(st.sampled_from(NEURONS))
-    return make(
-        draw(st.sampled_from(TOKENS)),
-        draw(st.sampled_from(WIDTHS)),
-        neurons,
-        draw(st.sampled_from(TYPES)),
-        draw(st.booleans()),
-        draw(st.sampled_from(sorted(reference.ACTIVATIONS))),
-        draw(st.tuples(st.booleans(), st.booleans())),
-        draw(st.sampled_from(FORMS)),
-        draw(st.sampled_from(sorted({1, max(1, neurons - 1), neurons, (neurons + 1) // 2}))),
-        draw(st.integers(0, 1000)),
-    )
-
-
-@given(case=cases())
+@given(case=cases(TOKENS, WIDTHS, NEURONS, TYPES))
 @settings(
     max_examples=120,
     deadline=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,26 @@ NO_PROJECTION = (
     "the FFNs of an accelerated model have their projections in one record, which can be neither adapted nor quantised "
     "by itself: add adapters to the model before pyprune.accelerate, and merge them; then accelerate it"
 )
+
+
+def fitting(
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    shapes: Mapping[str, torch.Size],
+    missing_keys: list[str],
+    error_msgs: list[str],
+) -> dict[str, Tensor]:
+    """The tensors of `shapes` that are in a `state_dict` below `prefix`; the two lists are told of the others."""
+    found = {}
+    for name, shape in shapes.items():
+        new = state_dict.get(prefix + name)
+        if new is None:
+            missing_keys.append(prefix + name)
+        elif new.shape != shape:
+            error_msgs.append(f"{prefix}{name} must have shape {tuple(shape)}; got {tuple(new.shape)}")
+        else:
+            found[name] = new
+    return found
 
 
 class FamilyState(nn.Module):
@@ -89,18 +110,10 @@ class FamilyState(nn.Module):
         error_msgs: list[str],
     ) -> None:
         root, projections = self._split(prefix)
-        tensors: dict[str, Tensor] = {}
         known = self._projection_tensors()
-        for name, old in known.items():
-            if name.partition(".")[0] not in projections:
-                continue
-            new = state_dict.get(root + name)
-            if new is None:
-                missing_keys.append(root + name)
-            elif new.shape != old.shape:
-                error_msgs.append(f"{root}{name} must have shape {tuple(old.shape)}; got {tuple(new.shape)}")
-            else:
-                tensors[name] = new.to(self.record.device)
+        shapes = {name: old.shape for name, old in known.items() if name.partition(".")[0] in projections}
+        found = fitting(state_dict, root, shapes, missing_keys, error_msgs)
+        tensors = {name: new.to(self.record.device) for name, new in found.items()}
         if strict:
             unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(root) :] not in known)
         with torch.no_grad():

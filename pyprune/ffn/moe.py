@@ -15,7 +15,7 @@ from ..base.memory import Room
 from ..model.expert_form import activation, tensor_names, why_no_record
 from ..model.experts import Bank
 from . import moe_choice
-from .mlp_state import NO_PROJECTION, NoProjectionError
+from .mlp_state import NO_PROJECTION, NoProjectionError, fitting
 from .moe_operator import MOE
 from .quantisation import WEIGHTS, cast, dequantise
 
@@ -207,16 +207,11 @@ class PrunedMoE(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names, tensors = tensor_names(self._bank), {}
-        for name in dict.fromkeys(names):
-            shape, new = tuple(self._bank.tensor(name).shape), state_dict.get(prefix + name)
-            tensors[name] = self._bank.tensor(name)
-            if new is None:
-                missing_keys.append(prefix + name)
-            elif tuple(new.shape) != shape:
-                error_msgs.append(f"{prefix}{name} must have shape {shape}; got {tuple(new.shape)}")
-            else:
-                tensors[name] = new.to(self.record.device)
+        names = tensor_names(self._bank)
+        tensors = {name: self._bank.tensor(name) for name in names}
+        shapes = {name: old.shape for name, old in tensors.items()}
+        found = fitting(state_dict, prefix, shapes, missing_keys, error_msgs)
+        tensors |= {name: new.to(self.record.device) for name, new in found.items()}
         if strict:
             unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in names)
         for part, given in enumerate(self._bank.over(tensors).all_weights().parts):
