@@ -37,7 +37,7 @@ from bench.gpu.output import Handed
 REFUSED = 2
 MINUTES, QUICK = 9.0, 3.0
 # Seconds kept for the case under way and the last lines; the most of the first cases, so that tests have their turn.
-AFTER, FIRST_CASES = 20.0, 240.0
+AFTER, FIRST_CASES = 20.0, 150.0
 
 
 def refusal(dry: bool) -> str | None:

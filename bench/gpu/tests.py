@@ -17,7 +17,7 @@ from bench.gpu.stages import ROOT, environment
 
 # Most seconds of each.
 TESTS, CHECK, SANITIZER = 150.0, 45.0, 100.0
-TESTERS = 8
+TESTERS = 12
 SANITIZER_FOUND = 9
 # pytest's exit code where no test is left to run, as in a share of few tests.
 _NONE_LEFT = 5
