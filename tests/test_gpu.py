@@ -381,7 +381,7 @@ def test_kernels_that_begin_before_the_one_before_has_ended(plan: dict[str, Any]
 
 @needs_gpu
 def test_what_doctor_says_of_the_device_is_what_the_library_plans() -> None:
-    given = layer("cuda", 1, 352, 256, dtype=BF16)
+    given = layer("cuda", 1, 352, 4096, dtype=BF16)
     usable(given, "cuda")
     planned = dispatch.backends()["cuda"].default_config(given.problem())
     clusters = torch.cuda.get_device_capability()[0] >= 9
