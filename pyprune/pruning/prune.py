@@ -12,6 +12,7 @@ from ..base.errors import check
 from ..base.memory import PeakMemory
 from ..base.progress import Progress, quiet
 from ..model import checkpoint, surgery
+from ..model.attention import in_blocks
 from ..model.described import Described
 from ..model.mask import Mask
 from ..model.probe import evaluating
@@ -142,7 +143,7 @@ def prune(
     if mask is not None:
         mask.check_fits(described.sizes, fingerprint)
     check_rebuilds(described, options, mask)
-    with evaluating(model), PeakMemory() as memory:
+    with evaluating(model), PeakMemory() as memory, in_blocks(model):
         pruner = Pruner(described, options, run.windows, progress, run.batches)
         plan = options.allocation.plan(pruner, keep) if mask is None else Plan(list(mask.layers))
         options.repair.prepare(described)
@@ -175,7 +176,7 @@ def score(
     Args and errors as `prune`.
     """
     options = PruneOptions.of(1.0, method, repair=None, seed=seed)
-    with evaluating(model):
+    with evaluating(model), in_blocks(model):
         return _pruner(model, options, options.needs_text(), text, tokenizer, progress).scores()
 
 
@@ -200,5 +201,5 @@ def curves(
     The others, and errors, as `prune`.
     """
     options = PruneOptions.of(1.0, method, repair=repair, seed=seed)
-    with evaluating(model):
+    with evaluating(model), in_blocks(model):
         return _pruner(model, options, True, text, tokenizer, progress).curves(multiple)

@@ -16,6 +16,7 @@ from ...base.files import put_folder
 from ...base.memory import PeakMemory
 from ...base.progress import Progress, quiet
 from ...model import checkpoint, families, loading, surgery
+from ...model.attention import in_blocks
 from ...model.manifest import is_tokenizer
 from ...model.mask import Mask
 from ...model.pages import Pages
@@ -206,7 +207,7 @@ def _prune(
         progress("going on where an earlier run was stopped", state.progress.layers, len(described.ffns))
     pruner = StreamedPruner(pages, options, run.windows, progress, state, place is not None)
     try:
-        with PeakMemory() as memory:
+        with PeakMemory() as memory, in_blocks(lm):
             plan = options.allocation.plan(pruner, options.keep) if mask is None else Plan(list(mask.layers))
             options.repair.prepare(described)
             widths = [item if isinstance(item, int) else len(item) for item in plan.layers]

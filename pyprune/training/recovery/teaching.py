@@ -15,6 +15,7 @@ from ...base.memory import PeakMemory
 from ...base.progress import Progress, quiet
 from ...model import families
 from ...model import provenance as model_provenance
+from ...model.attention import in_blocks
 from ...model.probe import evaluating
 from ...model.weights import check_plain, check_there, leave_inference
 from ...pruning.mixture import Windows
@@ -117,7 +118,13 @@ def recover(
     report = RecoverReport(config, windows=len(training.ids), window=training.ids.shape[1])
     report.sources = [] if training.names == UNNAMED else training.facts()
     report.held_out_windows = 0 if held is None else len(held.ids)
-    with evaluating(teacher), torch.random.fork_rng(), PeakMemory() as memory, _trainable(student, config):
+    with (
+        evaluating(teacher),
+        torch.random.fork_rng(),
+        PeakMemory() as memory,
+        _trainable(student, config),
+        in_blocks(student, teacher),
+    ):
         lesson = Lesson(student, teacher, training.ids, held, config)
         report.precision = str(lesson.dtype).removeprefix("torch.")
         run = Run(lesson, report)
