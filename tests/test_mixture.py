@@ -237,3 +237,18 @@ def test_the_default_asks_for_no_more_than_a_family_can(tiny):
     assert PruneOptions.of(sequential=False).suited(tiny("llama")).repair.target == 0.0
     forced = PruneOptions.of(repair="least-squares:target=0.5")
     assert forced.suited(tiny("gemma2")) == forced, "refused later, not replaced"
+
+
+def test_a_gpu_writes_as_many_documents_at_once_as_an_eighth_of_its_memory_holds(monkeypatch, tiny):
+    model = tiny("llama")
+    weight = SimpleNamespace(device=SimpleNamespace(type="cuda"), itemsize=2)
+    config = model.config
+    on_gpu = SimpleNamespace(parameters=lambda: iter([weight]), config=config)
+    heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    document = 2 * config.num_hidden_layers * heads * size * 2 * (100 + 64)
+    monkeypatch.setattr(written, "AT_ONCE", 4)
+    for documents, wanted in ((1, 4), (40, 32), (64, 64), (1 << 20, 1024)):
+        room = SimpleNamespace(total_memory=8 * document * documents)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, room=room: room)
+        assert written._at_once(on_gpu, 100) == wanted
+    assert written._at_once(model, 100) == 4

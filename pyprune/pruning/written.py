@@ -25,8 +25,8 @@ from ..base.windows import plain_ids, start_ids
 from ..model.decode import end_tokens
 
 KINDS = ("plain", "chat")
-# Tokens of a document, and of what a user says, at most; documents that are written at once.
-LENGTH, _ASKED, AT_ONCE = 256, 64, 64
+# Tokens of a document, and of what a user says, at most; documents that are written at once, and at most on a GPU.
+LENGTH, _ASKED, AT_ONCE, _ON_GPU = 256, 64, 64, 1024
 _FORMAT = 2
 _MARK = "\x00what is said\x00"
 
@@ -102,6 +102,21 @@ def _writer(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).bfloat16() if fast else model
 
 
+def _at_once(model: Any, length: int) -> int:
+    """Documents of a batch: on a GPU, which a step of a few leaves idle, as many as fill an eighth of its memory.
+
+    The device's whole memory counts and not what is free now, so that a seed gives the same text each time.
+    """
+    weight, config = next(model.parameters()), model.config.get_text_config()
+    if weight.device.type != "cuda":
+        return AT_ONCE
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    document = 2 * config.num_hidden_layers * heads * size * weight.itemsize * (length + _ASKED)
+    room = torch.cuda.get_device_properties(weight.device).total_memory // 8 // document
+    return max(AT_ONCE, min(_ON_GPU, 1 << max(0, room.bit_length() - 1)))
+
+
 def write(
     model: nn.Module,
     tokenizer: Any,
@@ -113,7 +128,7 @@ def write(
 ) -> list[list[int]]:
     """Texts that a model samples from itself at temperature 1, in batches, until there are `tokens` tokens in all.
 
-    What a batch says depends on its number and the seed alone, so more tokens begin as fewer do.
+    What a batch says depends on its number, its size and the seed alone, so more tokens begin as fewer do.
 
     Args:
         model: a causal LM of Transformers, dense, in eval mode.
@@ -135,11 +150,12 @@ def write(
     total, context = sum(before), getattr(model.config, "max_position_embeddings", None)
     length = min(LENGTH, context // 2) if isinstance(context, int) else LENGTH
     writer = _writer(model)
+    at_once = _at_once(model, length)
     with torch.random.fork_rng():
         while total < tokens:
             progress("writing calibration text", total, tokens)
             torch.manual_seed(seed * 1_000_003 + len(before) + len(found))
-            made = [token for row in _documents(writer, tokenizer, kind, AT_ONCE, length) for token in row]
+            made = [token for row in _documents(writer, tokenizer, kind, at_once, length) for token in row]
             check(bool(made), "text", "not be 'self' for a model that writes nothing but its end token", kind)
             found.append(made)
             total += len(made)
