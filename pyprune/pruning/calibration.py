@@ -221,8 +221,12 @@ class LayerStream:
         with torch.autocast(hidden.device.type, self._products, enabled=lower):
             return _first(self._layers[self._position](hidden, *args, **kwargs))
 
+    def _window(self, states: Tensor, window: int) -> Tensor:
+        """`[1, W, D]`, where the layers are; the states of all windows may be in main memory."""
+        return states[window : window + 1].to(self._device, non_blocking=True)
+
     def _forward(self, window: int) -> Tensor:
-        return self._layer_on(self._hidden[window : window + 1])
+        return self._layer_on(self._window(self._hidden, window))
 
     def _run_to(
         self, module: nn.Module, see: Callable[[Tensor], None], window: int, stop: bool = True
@@ -286,7 +290,7 @@ class LayerStream:
                     except _Stop:
                         continue
                 if self._twin is not None:
-                    found[0].moments.add(seen.pop().float(), self._twin[window] - out[0])
+                    found[0].moments.add(seen.pop(), self._window(self._twin, window)[0] - out[0])
             for one in found:
                 one.close()
         return [one.stats() for one in found]
@@ -313,7 +317,7 @@ class LayerStream:
         for window in range(len(self._hidden)):
             out = self._run_to(entrance, lambda x: entering.append(x.float()), window, stop=self._twin is None)
             if self._twin is not None and out is not None:
-                more.append((self._twin[window] - out[0]).float())
+                more.append((self._window(self._twin, window)[0] - out[0]).float())
         return torch.cat(entering), torch.cat(more) if more else None
 
     @torch.no_grad()
@@ -372,7 +376,7 @@ class LayerStream:
         assert self._twin is not None
         into = self._onward("twin", self._twin)
         for window in range(len(self._twin)):
-            into[window] = self._layer_on(self._twin[window : window + 1])[0]
+            into[window] = self._layer_on(self._window(self._twin, window))[0]
         self._twin = into
         self._twin_position += 1
 

@@ -142,14 +142,14 @@ def prune(
     if mask is not None:
         mask.check_fits(described.sizes, fingerprint)
     check_rebuilds(described, options, mask)
-    with evaluating(model), PeakMemory() as memory:
+    with evaluating(model), PeakMemory(device=next(model.parameters()).device) as memory:
         pruner = Pruner(described, options, run.windows, progress, run.batches)
         plan = options.allocation.plan(pruner, keep) if mask is None else Plan(list(mask.layers))
         options.repair.prepare(described)
         keeps = pruner.run(plan.layers)
         surgery.set_widths(model, described.block, [len(k) for k in keeps])
         facts = run.facts(options.facts(given), **({} if mask is None else {"mask": mask.provenance}))
-        totals = run.finish(facts, memory.growth)
+        totals = run.finish(facts, memory)
         made = Mask(tuple(keeps), fingerprint, facts)
         return PruneReport(options=options, mask=made, layers=pruner.reports, promise=plan.promise, **totals)
 
