@@ -169,7 +169,9 @@ class StreamedPruner(Pruner):
         k = math.ceil(self.options.keep * f)
         needed = 3 * self.pages.layer_bytes + tokens * (20 * f + 16 * d)
         if "gram" in self.options.repair.needs | self.criterion.needs:
-            needed += 8 * (f * (f + d * twin) + max(k * f + 2 * k * k + f * d + 2 * k * d, 4 * f * d + k * d))
+            fit = max(k * f + 2 * k * k + f * d + 2 * k * d, 4 * f * d + k * d)
+            scores = 4 * f * f if "gram" in self.criterion.needs else 0
+            needed += 8 * (f * (f + d * twin) + max(fit, scores))
         return needed
 
     def _due(self) -> bool:
