@@ -72,6 +72,50 @@ def test_tables() -> None:
     assert sum(line.startswith("| 70B dense |") for line in rates) == 4
 
 
+def test_a_rehearsal_of_the_gpu(tmp_path: Path) -> None:
+    bench = importlib.import_module("bench.streaming.gpu")
+    out, place = tmp_path / "result.json", tmp_path / "place"
+    sizes = ["--gb", "0.0175", "--hidden", "128", "--intermediate", "352", "--windows", "5", "--window", "64"]
+    bench.main([str(place), *sizes, "--device", "cpu", "--compare", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["errors"] == {} and not place.exists()
+    assert found["make"]["num_hidden_layers"] == found["make"]["layers_asked"] >= 2
+    for name, run in bench.RUNS.items():
+        row = found[name]
+        assert found["compared"]["runs"][name]["equal_to_the_bit"]
+        fits = {"fit", "moments", "statistics", "forward, cut", "forward, dense", "embedding", "scores"}
+        assert fits <= row["phases"].keys() if run["repair"] else not fits - {"scores"} & row["phases"].keys()
+        assert 0 < row["phases"]["write: hash and file"] <= row["phases"]["write"] < row["seconds"]
+        assert row["bytes_read"] > row["bytes_written"] > 0 and row["host_peak_bytes"] > row["host_growth_bytes"] >= 0
+        assert (row["tokens"] == 5 * 64) == bool(run["repair"]) == ("fits" in row["floor"])
+    slow = {"read": 1e8, "write": 1e8}
+    assert bench.seconds(15, 33, 1.0, slow) == pytest.approx(25 + 150 + 255 + 255)
+    config = {"intermediate_size": 10, "hidden_size": 4, "num_hidden_layers": 2}
+    least = bench.floor(config, 10**8, 5 * 10**7, slow, 100)
+    assert least["reading"] == 1 and least["writing"] == 0.5
+    assert least["forwards and moments"] == pytest.approx(2 * 200 * (120 + 2.7 * 120 + 10 * 9) / bench.LOW)
+    assert least["fits"] == pytest.approx(2 * (560 + 343 / 3 + 392 + 3200) / bench.DOUBLE)
+
+
+def test_an_error_on_the_gpu_ends_its_step_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = importlib.import_module("bench.streaming.gpu")
+    limits: list[float | None] = []
+    stream = bench._stream
+
+    def small(folder: Path, out: Path, name: str, asked: Any, config: Any, limit: float | None) -> Any:
+        limits.append(limit)
+        if name != "magnitude" or len(limits) < 3:
+            raise torch.OutOfMemoryError("too much")
+        return stream(folder, out, name, asked, config, limit)
+
+    monkeypatch.setattr(bench, "_stream", small)
+    sizes = ["--gb", "0.0175", "--hidden", "128", "--intermediate", "352", "--limit-gb", "4"]
+    found = bench.main([str(tmp_path / "place"), *sizes, "--device", "cpu"])
+    assert [row["limit_bytes"] for row in found["magnitude"]["too_small"]] == [4e9, 6e9]
+    assert found["magnitude"]["limit_bytes"] == 9e9 and limits == [4e9, 6e9, 9e9, 4e9, 6e9, 9e9]
+    assert list(found["errors"]) == ["wanda + least squares"] and not (tmp_path / "place").exists()
+
+
 @pytest.mark.slow
 def test_kills(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.streaming.kill", "--kills", "3", "--results", str(tmp_path / "log.json")]

@@ -301,7 +301,6 @@ BY_VERB = {
     "nested": ["--nested"],
     "dry_run": ["--dry-run"],
     "dtype": ["--dtype", "bfloat16"],
-    "device": ["--device", "cuda:0"],
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyprune.model.shard_writer import Planned, ShardWriter
+from pyprune.model.transfer import Transfer
 
 SHARD = 2 * 10**9
 VOCABULARY = 32_000
@@ -37,20 +38,38 @@ def config_of(gigabytes: float, hidden: int, intermediate: int) -> Any:
     )
 
 
-def make(folder: Path, gigabytes: float, hidden: int = 3072, intermediate: int = 8192, seed: int = 0) -> Any:
-    """Write the checkpoint; matrices are normal with a variance of 1 over their inputs, norms are ones."""
+class _Unsynced(ShardWriter):
+    """Leaves it to the system when files come to the disk."""
+
+    def flush(self) -> None:
+        pass
+
+
+def make(
+    folder: Path,
+    gigabytes: float,
+    hidden: int = 3072,
+    intermediate: int = 8192,
+    seed: int = 0,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+) -> Any:
+    """Write the checkpoint; matrices are normal with a variance of 1 over their inputs, norms are ones.
+
+    Random numbers are those of `device`.
+    """
     config = config_of(gigabytes, hidden, intermediate)
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
     folder.mkdir(parents=True)
-    writer = ShardWriter(folder, [Planned(n, torch.bfloat16, s) for n, s in shapes.items()], SHARD)
-    generator = torch.Generator().manual_seed(seed)
+    writer = _Unsynced(folder, [Planned(n, torch.bfloat16, s) for n, s in shapes.items()], SHARD)
+    generator, move = torch.Generator(device).manual_seed(seed), Transfer(device)
     for name, shape in shapes.items():
         if len(shape) == 1:
             writer.write(name, [torch.ones(shape, dtype=torch.bfloat16)])
             continue
-        values = torch.empty(shape, dtype=torch.bfloat16).normal_(std=shape[1] ** -0.5, generator=generator)
-        writer.write(name, [values])
+        values = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        values.normal_(std=shape[1] ** -0.5, generator=generator)
+        writer.write(name, move.leave(values, move.mark()))
     writer.finish()
     config.save_pretrained(folder)
     return config

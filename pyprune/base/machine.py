@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import torch
 
+from .errors import check
+
 _PACKAGES = ("torch", "transformers", "triton", "pyprune")
 # What runs, apart from the package itself: a commit names the numbers only if these are as committed.
 _SOURCES = (":(top)csrc", ":(top)triton_kernels", ":(top)setup.py")
@@ -78,6 +80,32 @@ def _gpu() -> dict[str, Any] | None:
         "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
     }
+
+
+def place_of(device: str | torch.device) -> torch.device:
+    """A device that torch sees here, with its number.
+
+    Raises:
+        InputError: another one.
+    """
+    rule = "be cpu or cuda"
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        check(False, "device", rule, device)
+        raise
+    check(place.type in ("cpu", "cuda"), "device", rule, str(device))
+    if place.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    check(count > 0, "device", "be cpu, for torch sees no CUDA device here", str(device))
+    check((place.index or 0) < count, "device", f"be one of the {count} that torch sees", str(device))
+    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+
+
+def name_of(device: torch.device) -> str:
+    """What results may depend on of a device: `cpu`, or which GPU."""
+    return device.type if device.type != "cuda" else f"cuda ({torch.cuda.get_device_name(device)})"
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -127,14 +127,24 @@ def available() -> int:
     return max(0, min(found))
 
 
+def device_available(device: torch.device) -> int:
+    """Bytes of a CUDA device that this process's tensors can still get, within the share of it that torch may take."""
+    free, total = torch.cuda.mem_get_info(device)
+    held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    share = torch.cuda.memory.get_per_process_memory_fraction(device)
+    return max(0, min(free + held, int(share * total)) - used)
+
+
 class PeakMemory:
     """Sample the process's resident size in a thread; `start`, `peak` and `growth` are in bytes.
 
-    A sample every 5 ms; allocations that live shorter are missed.
+    A sample every 5 ms; allocations that live shorter are missed. `device_peak` is what tensors on a CUDA device held
+    at most since the start, by torch's own count; 0 for another device.
     """
 
-    def __init__(self, interval: float = 0.005) -> None:
+    def __init__(self, interval: float = 0.005, device: torch.device | None = None) -> None:
         self._interval = interval
+        self._device = device if device is not None and device.type == "cuda" else None
         self._process = psutil.Process()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -144,12 +154,18 @@ class PeakMemory:
     def growth(self) -> int:
         return self.peak - self.start
 
+    @property
+    def device_peak(self) -> int:
+        return 0 if self._device is None else torch.cuda.max_memory_allocated(self._device)
+
     def _sample(self) -> None:
         while not self._done.wait(self._interval):
             self.peak = max(self.peak, self._process.memory_info().rss)
 
     def __enter__(self) -> PeakMemory:
         self.start = self.peak = self._process.memory_info().rss
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._thread.start()
         return self
 

@@ -259,14 +259,15 @@ def prune(
         check(sequential, "sequential", "be True with nested widths", False)
     loaded_mask = Mask.load(mask) if mask else None
     against: dict[str, Any] = {"recover": minutes, "nested": nested_widths, "dry_run": dry_run, "out": to_file and out}
-    against |= {"dtype": dtype != "auto" and dtype, "device": device not in ("auto", "cpu") and device}
-    if streams(stream, model, dtype, spill, against):
+    against |= {"dtype": dtype != "auto" and dtype}
+    place = choose_device(device)
+    if streams(stream, model, dtype, spill, place, against):
         read = check_sources(text, tokens, window, start_token) if text else None
         size: dict[str, Any] = {"tokens": tokens, "window": window, "start": start_token}
         more: dict[str, Any] = {"spill": spill, "max_shard_size": max_shard_size, "overwrite": overwrite}
+        more["device"] = place
         prune_streamed(model, out, options, loaded_mask, read, size, save_mask, as_json, **more)
         return
-    place = choose_device(device)
     windows, taught_text, tokenizer = None, None, None
     needed = options.needs_text(loaded_mask is not None) or teaching is not None
     sources = check_sources(text, tokens, window, start_token)

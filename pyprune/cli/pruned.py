@@ -70,6 +70,7 @@ def finish(
     if save_mask is not None and report.mask is not None:
         report.mask.save(save_mask)
         written = f"{save_mask} only (dry run)" if out is None else f"{written} and {save_mask}"
+    on_device = f", {megabytes(report.device_peak_bytes)} on the device" if report.device_peak_bytes else ""
     show(
         {
             "model": model,
@@ -82,5 +83,5 @@ def finish(
         table(f"pruned {escape(model)}", ("what", ">dense", ">pruned"), _rows(report)),
         *notes,
         f"text {text or 'not needed'}, {report.tokens} tokens; {report.seconds:.1f} s; "
-        f"peak memory +{megabytes(report.peak_bytes)}; wrote {escape(written)}",
+        f"peak memory +{megabytes(report.peak_bytes)}{on_device}; wrote {escape(written)}",
     )

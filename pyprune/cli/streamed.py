@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..base.errors import CheckpointError, check
-from ..base.memory import available
+from ..base.machine import place_of
+from ..base.memory import available, device_available
 from ..base.windows import check_size
 from ..model import loading
 from ..model.mask import Mask
@@ -24,7 +25,8 @@ StreamOption = Annotated[
     typer.Option(
         "--stream/--no-stream",
         help="Read MODEL, a folder of safetensors, a layer at a time, and write as it goes: memory is that of layers, "
-        "not of MODEL. A killed run goes on with the same command. Default: where MODEL is larger than free memory.",
+        "not of MODEL. A killed run goes on with the same command. Default: where MODEL is larger than free memory, or "
+        "than that of --device.",
         show_default=False,
     ),
 ]
@@ -47,12 +49,21 @@ def _size(model: str, dtype: str) -> int:
     return 2 * shards.size if wider else shards.size
 
 
-def streams(asked: bool | None, model: str, dtype: str, spill: Path | None, others: dict[str, Any]) -> bool:
+def _free(device: str) -> int:
+    """Bytes that are free in memory and on a device: a model is loaded into the one, and put on the other."""
+    place = place_of(device)
+    return available() if place.type == "cpu" else min(available(), device_available(place))
+
+
+def streams(
+    asked: bool | None, model: str, dtype: str, spill: Path | None, device: str, others: dict[str, Any]
+) -> bool:
     """Whether to stream: where it was asked for, or weights do not fit and nothing in `others` stands against it.
 
     Args:
         asked: True or False where the user says so.
         model, dtype, spill: as on the command line.
+        device: where layers compute.
         others: what cannot be streamed, by option; what is false was not asked for.
 
     Raises:
@@ -64,7 +75,7 @@ def streams(asked: bool | None, model: str, dtype: str, spill: Path | None, othe
             check(False, name, "be left out with --stream", value if isinstance(value, bool) else str(value))
         check(Path(model).expanduser().is_dir(), "model", "be a folder of safetensors with --stream", model)
         return True
-    size, free = (0, 0) if asked is False else (_size(model, dtype), available())
+    size, free = (0, 0) if asked is False else (_size(model, dtype), _free(device))
     if size > free:
         told = f"the weights ({size / 1e9:.1f} GB) are larger than the free memory ({free / 1e9:.1f} GB)"
         how = "they are streamed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from .heterogeneous import narrow
 from .shard_writer import Planned
 from .shards import DTYPES, Shards
 from .towers import decoder_layers
+from .transfer import Transfer
+
+CPU = torch.device("cpu")
 
 
 @contextmanager
@@ -63,9 +66,11 @@ class Pages:
 
     Args:
         folder: a checkpoint of safetensors, of a model whose layers each have one FFN of one form.
+        device: where what was read is put.
 
     Attributes:
-        model: on the meta device but for what was read; buffers are there.
+        model: on the meta device but for what was read; buffers are on `device`.
+        transfer: to and from `device`; None where that is the CPU.
         described: it, dense.
         layers: its decoder layers.
         shards: where its tensors are.
@@ -76,8 +81,9 @@ class Pages:
         UnsupportedModelError: a model of another kind, or a quantised one.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, device: torch.device = CPU) -> None:
         folder = Path(folder)
+        self.device, self.transfer = device, None if device.type == "cpu" else Transfer(device)
         self.shards = Shards(folder)
         checkpoint.check_fits(folder)
         config: Any = AutoConfig.from_pretrained(folder)
@@ -96,6 +102,10 @@ class Pages:
                 f"stream takes models whose layers each have one FFN of one form; {kind} has experts, several FFNs in "
                 "a layer, layers without one, or an encoder: prune it in memory, without stream"
             )
+        for module in self.model.modules():
+            for key, values in module._buffers.items():
+                if values is not None and not values.is_meta:
+                    module._buffers[key] = values.to(device)
         path, layers = decoder_layers(self.model)
         self.layers, self._path = list(layers), path
         self._known = self._names(kind)
@@ -134,6 +144,12 @@ class Pages:
                     "weights are not converted; prune the model in memory, or convert it first"
                 )
 
+    @property
+    def layer_bytes(self) -> int:
+        """Of the largest layer's tensors in the shards."""
+        layers = ([self._known.get(name) for name in self.names(i)] for i in range(len(self.layers)))
+        return max(sum(self.shards.places[said].size for said in layer if said) for layer in layers)
+
     def close(self) -> None:
         """End the reading thread."""
         self._reader.shutdown(cancel_futures=True)
@@ -143,23 +159,37 @@ class Pages:
         prefix = f"{self._path}.{layer}."
         return [prefix + name for name in self.layers[layer].state_dict()]
 
+    def _fetch(self, name: str) -> Tensor:
+        """A tensor of the model, from its shard to the device."""
+        if self.transfer is None:
+            return self.shards.read(self._known[name])
+        return self.transfer.read(self.shards, self._known[name])
+
     def _read(self, layer: int) -> dict[str, Tensor]:
         found = {}
-        for name in self.names(layer):
-            if name in self._known:
-                found[name] = self.shards.read(self._known[name])
-                check_values(name, found[name])
+        with nullcontext() if self.transfer is None else self.transfer.reading():
+            for name in self.names(layer):
+                if name in self._known:
+                    found[name] = self._fetch(name)
+                    check_values(name, found[name])
+        return found
+
+    def _arrived(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same, which what follows on the device waits for."""
+        if self.transfer is not None:
+            self.transfer.arrive(list(found.values()))
         return found
 
     def need(self, layer: int) -> None:
-        """Let a layer's weights be in memory, and begin to read the next layer's."""
+        """Let a layer's weights be on the device, and begin to read the next layer's."""
         waiting, self._ahead = self._ahead, None
-        found = waiting[1].result() if waiting is not None and waiting[0] == layer else self._read(layer)
+        ahead = waiting is not None and waiting[0] == layer
+        found = self._arrived(waiting[1].result() if ahead and waiting is not None else self._read(layer))
         for name in self.names(layer):
             module, _, key = name.rpartition(".")
             owner = self.model.get_submodule(module)
             if name not in found:  # given by a repair: zeros, as it gives them
-                self._put(owner, key, torch.zeros_like(self.model.get_parameter(name), device="cpu"))
+                self._put(owner, key, torch.zeros_like(self.model.get_parameter(name), device=self.device))
             else:
                 self._put(owner, key, found[name])
         if layer + 1 < len(self.layers):
@@ -182,6 +212,9 @@ class Pages:
             if parameter is not None and not parameter.is_meta:
                 module._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
+    def _front(self, name: str) -> Tensor:
+        return self._arrived({name: self._fetch(name)})[name]
+
     @contextmanager
     def front(self) -> Iterator[None]:
         """Inside, what stands in front of the layers has its weights, and the first layer."""
@@ -197,9 +230,9 @@ class Pages:
         for name in self.outside:
             if name not in parameters:
                 module, _, key = name.rpartition(".")
-                self._put(self.model.get_submodule(module), key, self.shards.read(self._known[name]))
+                self._put(self.model.get_submodule(module), key, self._front(name))
             elif id(parameters[name]) not in head:
-                whole = nn.Parameter(self.shards.read(self._known[name]), requires_grad=False)
+                whole = nn.Parameter(self._front(name), requires_grad=False)
                 for module, key in places[id(parameters[name])]:
                     taken.append((module, key, parameters[name]))
                     module._parameters[key] = whole

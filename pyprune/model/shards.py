@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,20 +168,28 @@ class Shards:
             self._fill(stream, raw_bytes(raw), name)
         return raw.view(DTYPES[place.dtype]).view(place.shape)
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """One tensor's values in order, `CHUNK` bytes at a time; each is overwritten by the next.
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor."""
+        return DTYPES[self.places[name].dtype]
+
+    def chunks(self, name: str, room: Callable[[], Tensor] | None = None) -> Iterator[Tensor]:
+        """One tensor's values in order, `CHUNK` bytes at a time.
+
+        Args:
+            name: of the tensor.
+            room: gives `[CHUNK]` uint8 for each piece; None: each is overwritten by the next.
 
         Raises:
             CheckpointError: the file has become shorter.
         """
         place = self.places[name]
-        raw = torch.empty(min(CHUNK, place.size), dtype=torch.uint8)
-        view = raw_bytes(raw)
+        own = torch.empty(min(CHUNK, place.size) if room is None else 0, dtype=torch.uint8)
         with place.file.open("rb", buffering=0) as stream:
             stream.seek(place.start)
             left = place.size
             while left:
-                count = self._fill(stream, view[: min(left, len(view))], name)
+                raw = own if room is None else room()
+                count = self._fill(stream, raw_bytes(raw)[: min(left, len(raw))], name)
                 left -= count
                 yield raw[:count].view(DTYPES[place.dtype])
 

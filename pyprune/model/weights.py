@@ -31,8 +31,9 @@ def check_there(model: nn.Module) -> None:
     kind = type(model).__name__
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UnsupportedModelError(
-            f"{kind}: layers carry accelerate hooks that keep weights elsewhere ({name} is offloaded): load the model "
-            "whole, with a device_map that names neither 'cpu' beside a GPU nor 'disk'"
+            f"{kind}: layers carry accelerate hooks that keep weights elsewhere ({name} is offloaded): prune it as it "
+            "is (prune), or its folder (pyprune prune --stream); for anything else load the model whole, with a "
+            "device_map that names neither 'cpu' beside a GPU nor 'disk'"
         )
     raise UnsupportedModelError(
         f"{kind}: {name} is on the meta device, where it has no values: load the weights first (from_pretrained, or "

@@ -264,7 +264,7 @@ def prune_blocks(
         # What is removed is not known yet: can the config say differing widths at all?
         widths = [max(1, size - i % 2) for i, size in enumerate(described.sizes)]
         checkpoint.check_narrows(model, described.block, widths)
-    with evaluating(model), PeakMemory() as memory:
+    with evaluating(model), PeakMemory(device=next(model.parameters()).device) as memory:
         found, removed = _choose(described, options, ids, progress)
         kept = [i for i in range(len(described.ffns)) if i not in removed]
         mask = None
@@ -274,7 +274,7 @@ def prune_blocks(
             surgery.drop_layers(model, kept)
         blocks = {"structure": structure, "influence": found, "removed": removed, "kept": kept}
         facts = run.facts(options.facts(), blocks=blocks)
-        totals = run.finish(facts, memory.growth)
+        totals = run.finish(facts, memory)
     if mask is not None:
         mask = replace(mask, provenance=facts)
     return BlockReport(options=options, influence=found, removed=removed, kept=kept, mask=mask, **totals)

@@ -145,7 +145,7 @@ def prune_experts(
         )
     removal = Removal(model, banks, keep)
     described.fingerprint  # noqa: B018 - of the dense model
-    with evaluating(model), PeakMemory() as memory:
+    with evaluating(model), PeakMemory(device=next(model.parameters()).device) as memory:
         pruner = Pruner(described, PruneOptions.of(repair=None), run.windows, progress, run.batches)
         measured = _measured(pruner, banks, method, seed, progress)
         kept = [choose(scores, removal.count, removal.groups) for scores, _ in measured]
@@ -160,5 +160,5 @@ def prune_experts(
         ]
         chosen = {"keep": keep, "structure": "experts", "method": method, "seed": seed}
         facts = run.facts(chosen, experts=[{"name": one["name"], "kept": one["kept"]} for one in layers])
-        totals = run.finish(facts, memory.growth)
+        totals = run.finish(facts, memory)
     return ExpertReport(method=method, keep=keep, seed=seed, layers=layers, **totals)

@@ -13,8 +13,16 @@ from ..model.units import FFN
 
 # Rows of an expert that are added at once: what is added to, `[F, F]`, is far larger than a few rows.
 MANY = 1024
-# Second moments are symmetric: of each block of so many columns what lies below is not multiplied, but copied.
-BLOCK = 256
+# Second moments are symmetric: of each block of so many columns what lies below is not multiplied, but copied. A GPU
+# needs more columns to be busy.
+BLOCK, GPU_BLOCK = 256, 1024
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a^T b` of `[T, F]` and `[T, D]`, summed in float32, in which products of 16-bit floats are exact."""
+    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    return a.float().t() @ b.float()
 
 
 class Moments:
@@ -24,6 +32,7 @@ class Moments:
         self.tokens, self.routed = 0, 0.0
         self.shape, self.device, self.gram, self.with_cross = (size, hidden), device, gram, cross and gram
         self.total, self.absolute, self.square = torch.zeros(3, size, dtype=torch.float64, device=device)
+        self._block = BLOCK if device.type == "cpu" else GPU_BLOCK
         self.second = self.empty_second()
 
     def empty_second(self) -> tuple[Tensor | None, Tensor | None]:
@@ -39,26 +48,27 @@ class Moments:
         Args:
             weights: `[T]` of the router, where there is one.
         """
+        given, a = a, a.float()
         self.tokens += len(a)
         self.absolute.add_(a.abs().sum(0, dtype=torch.float64))
         self.routed += len(a) if weights is None else float(weights.double().sum())
         if weights is not None:
-            a = a * weights.float()[:, None]
+            given = a = a * weights.float()[:, None]
         self.total.add_(a.sum(0, dtype=torch.float64))
         self.square.add_(a.double().square().sum(0))
         gram, cross = self.second
         if gram is not None:
-            for i in range(0, len(gram), BLOCK):
-                gram[i : i + BLOCK, i:].add_(a[:, i : i + BLOCK].t() @ a[:, i:])
+            for i in range(0, len(gram), self._block):
+                gram[i : i + self._block, i:].add_(_product(given[:, i : i + self._block], given[:, i:]))
         if cross is not None and more is not None:
-            cross.add_(a.t() @ more.float())
+            cross.add_(_product(given, more))
 
     def to_stats(self) -> ActivationStats:
         """The sums so far, as means where `ActivationStats` has means."""
         gram, cross = self.second
         if gram is not None:
-            for i in range(0, len(gram), BLOCK):
-                gram[i + BLOCK :, i : i + BLOCK] = gram[i : i + BLOCK, i + BLOCK :].t()
+            for i in range(0, len(gram), self._block):
+                gram[i + self._block :, i : i + self._block] = gram[i : i + self._block, i + self._block :].t()
         t = max(1, self.tokens)
         means = self.total / t, self.absolute / t
         return ActivationStats(self.tokens, *means, self.square.clone(), gram, cross=cross, routed=self.routed / t)
@@ -109,7 +119,7 @@ class Gathered:
     def add(self, a: Tensor, weights: Tensor | None) -> None:
         """Add rows `[T, F]` of one call; those of experts, which are few each time, wait until they are many."""
         if weights is None:
-            self.moments.add(a.float(), None)
+            self.moments.add(a, None)
             return
         self._waiting.append((a.float(), weights))
         if sum(len(rows) for rows, _ in self._waiting) >= MANY:

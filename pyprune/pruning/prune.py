@@ -15,9 +15,11 @@ from ..model import checkpoint, surgery
 from ..model.attention import in_blocks
 from ..model.described import Described
 from ..model.mask import Mask
+from ..model.offloaded import OffloadedLayers, is_offloaded
 from ..model.probe import evaluating
 from ..model.units import ROW, check_tied, groups, tied
 from .allocation import Allocation, Plan
+from .offloaded import OffloadedPruner, check_offloaded, present
 from .options import ALLOCATION, KEEP, METHOD, REPAIR, PruneOptions
 from .pruner import LayerReport, Pruner
 from .repair import Repair
@@ -133,24 +135,40 @@ def prune(
     """
     options = PruneOptions.of(keep, method, allocation, repair, sequential, seed, precision)
     given = mask is not None
-    run = Run(model, text, tokenizer, options.needs_text(given), options.purpose, provenance, seed, progress)
+    layers = OffloadedLayers(model) if is_offloaded(model) else None
+    known = None
+    if layers is not None:
+        check_offloaded(options)
+        known = layers.described
+    run = Run(model, text, tokenizer, options.needs_text(given), options.purpose, provenance, seed, progress, known)
     described = run.described
-    options = options.suited(model, run.batches is None)
+    if layers is not None:
+        check(run.batches is None, "text", "be windows of token ids where layers are offloaded", "batches")
+        described.fingerprint = layers.fingerprint()
+    with present(layers):
+        options = options.suited(described, run.batches is None)
     shares = run.batches is not None and options.repair.share > 0
     check(not shares, "target", "be 0 with batches of keyword tensors", options.repair.share)
-    options.repair.check_model(described)
+    with present(layers):
+        options.repair.check_model(described)
     fingerprint = described.fingerprint
     if mask is not None:
         mask.check_fits(described.sizes, fingerprint)
     check_rebuilds(described, options, mask)
-    with evaluating(model), PeakMemory() as memory, in_blocks(model):
-        pruner = Pruner(described, options, run.windows, progress, run.batches)
+    device = next(model.parameters()).device
+    with evaluating(model), PeakMemory(device=device) as memory, in_blocks(model):
+        chosen = options, run.windows, progress, run.batches
+        pruner = Pruner(described, *chosen) if layers is None else OffloadedPruner(layers, *chosen)
         plan = options.allocation.plan(pruner, keep) if mask is None else Plan(list(mask.layers))
         options.repair.prepare(described)
-        keeps = pruner.run(plan.layers)
+        try:
+            keeps = pruner.run(plan.layers)
+        finally:
+            if layers is not None:
+                layers.drop_all()
         surgery.set_widths(model, described.block, [len(k) for k in keeps])
         facts = run.facts(options.facts(given), **({} if mask is None else {"mask": mask.provenance}))
-        totals = run.finish(facts, memory.growth)
+        totals = run.finish(facts, memory)
         made = Mask(tuple(keeps), fingerprint, facts)
         return PruneReport(options=options, mask=made, layers=pruner.reports, promise=plan.promise, **totals)
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.errors import check
+from ..base.memory import PeakMemory
 from ..base.progress import Progress, quiet
 from ..model import provenance
 from ..model.described import Described
@@ -28,6 +29,7 @@ class Totals:
         sources: of those tokens: `source`, `tokens`, and their `share`.
         seconds: wall time.
         peak_bytes: growth of the process's memory while pruning, over what it held before.
+        device_peak_bytes: most that its tensors held at once on a GPU while pruning, the model's included; else 0.
     """
 
     parameters_before: int = 0
@@ -39,6 +41,7 @@ class Totals:
     sources: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
+    device_peak_bytes: int = 0
 
 
 def _sizes(model: nn.Module) -> tuple[int, int]:
@@ -111,7 +114,7 @@ class Run:
         tokens, window = self.size
         return {"config": chosen, "tokens": tokens, "window": window, **self._given, **more}
 
-    def finish(self, facts: dict[str, Any], peak: int) -> dict[str, Any]:
+    def finish(self, facts: dict[str, Any], memory: PeakMemory) -> dict[str, Any]:
         """Write provenance into the model's config; returns the fields of `Totals`."""
         provenance.write(self.described.model, self.described.fingerprint, facts)
         after = _sizes(self.described.model)
@@ -126,6 +129,7 @@ class Run:
                 window=window,
                 sources=[] if self.windows is None or not any(self.windows.names) else self.windows.facts(),
                 seconds=time.perf_counter() - self._started,
-                peak_bytes=peak,
+                peak_bytes=memory.growth,
+                device_peak_bytes=memory.device_peak,
             )
         )

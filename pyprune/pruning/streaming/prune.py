@@ -53,6 +53,7 @@ def _settings(
         "mask": kept,
         "text": None if windows is None else f"{windows.ids.numel()} tokens, {read.hexdigest()[:16]}",
         "max_shard_size": limit,
+        "device": machine.name_of(pages.device),
         "spill": None if spill is None else str(spill.absolute()),
         "config.json": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:16],
         **machine.versions(),
@@ -105,6 +106,7 @@ def prune_checkpoint(
     spill: str | Path | None = None,
     max_shard_size: int | str = checkpoint.MAX_SHARD_SIZE,
     overwrite: bool = False,
+    device: str | torch.device = "cpu",
     progress: Progress = quiet,
     provenance: dict[str, Any] | None = None,
 ) -> PruneReport:
@@ -130,6 +132,8 @@ def prune_checkpoint(
         tokenizer: the model's; None for the one in its folder.
         spill: a folder for the hidden states of the calibration text, which else are in memory.
         max_shard_size, overwrite: as for `save`.
+        device: what computes; weights come from the disk all the same. Of a GPU, memory is that of two layers, one
+            layer's statistics and, where they fit, hidden states; the result is that of `prune` on the same GPU.
 
     Raises:
         InputError: a value breaks its rule, or cannot be streamed; a run with other settings was begun with this
@@ -141,6 +145,7 @@ def prune_checkpoint(
     """
     options = PruneOptions.of(keep, method, allocation, repair, sequential, seed, precision)
     check_streamed(options)
+    place = machine.place_of(device)
     folder = Path(model).expanduser()
     rule = "be a folder with a checkpoint of safetensors, to be streamed"
     check(folder.is_dir() and (folder / "config.json").is_file(), "model", rule, str(model))
@@ -153,7 +158,7 @@ def prune_checkpoint(
         except PypruneError:
             if options.needs_text(mask is not None) and not isinstance(text, Tensor | Windows):
                 raise
-    pages = Pages(folder)
+    pages = Pages(folder, place)
     try:
         return _prune(pages, target, options, text, tokenizer, mask, spill, max_shard_size, progress, provenance)
     finally:
@@ -207,7 +212,7 @@ def _prune(
         progress("going on where an earlier run was stopped", state.progress.layers, len(described.ffns))
     pruner = StreamedPruner(pages, options, run.windows, progress, state, place is not None)
     try:
-        with PeakMemory() as memory, in_blocks(lm):
+        with PeakMemory(device=pages.device) as memory, in_blocks(lm):
             plan = options.allocation.plan(pruner, options.keep) if mask is None else Plan(list(mask.layers))
             options.repair.prepare(described)
             widths = [item if isinstance(item, int) else len(item) for item in plan.layers]
@@ -220,7 +225,7 @@ def _prune(
             described.fingerprint = pruner.fingerprint
             surgery.set_widths(lm, block, [len(k) for k in keeps])
             facts = run.facts(options.facts(given), **({} if mask is None else {"mask": mask.provenance}))
-            totals = run.finish(facts, memory.growth)
+            totals = run.finish(facts, memory)
         if tokenizer is None:
             _copy_tokenizer(pages.shards.files[0].parent, state.out)
         checkpoint.save_around(lm, state.out, target, tokenizer, pruner.writer.hashes)

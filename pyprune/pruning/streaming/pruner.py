@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ...base.errors import check
 from ...base.machine import products
+from ...base.memory import device_available
 from ...base.progress import Progress
 from ...model import families, surgery
 from ...model.families import FFN
@@ -26,6 +29,9 @@ from .state import State
 
 # Hidden states of the first of two passes, which compares layers.
 _DENSE = "dense"
+# On a GPU layers take less time than their hidden states to be kept, so these are kept as seldom, in seconds; what was
+# done since is lost in a kill.
+SELDOM = 30.0
 
 
 class KeptStream(LayerStream):
@@ -36,12 +42,15 @@ class KeptStream(LayerStream):
         name: of the hidden states there.
         start: the layer that they are in front of.
         spilled: they are mapped to their files.
+        work: bytes of the device that a layer needs beside them; where both do not fit, they are in main memory.
 
     The others, and errors, as `LayerStream`.
     """
 
-    def __init__(self, state: State, name: str, start: int, spilled: bool, *args: Any, **kwargs: Any) -> None:
-        self._state, self._name, self._start, self.spilled = state, name, start, spilled
+    def __init__(
+        self, state: State, name: str, start: int, spilled: bool, work: int, *args: Any, **kwargs: Any
+    ) -> None:
+        self._state, self._name, self._start, self.spilled, self._work = state, name, start, spilled, work
         super().__init__(*args, **kwargs)
         for layer in range(start):
             self._calls[layer] = ((), {})
@@ -50,17 +59,33 @@ class KeptStream(LayerStream):
     def _embed(self, ids: Tensor) -> Tensor:
         kept = self._state.progress.hidden
         if self._start and kept:
-            return self._state.states(self._name, self._start, kept, self.spilled)
+            return self._back(self._name, kept)
         return super()._embed(ids)
+
+    def _back(self, name: str, kept: list[Any]) -> Tensor:
+        """Hidden states that an earlier process kept, where this one has them."""
+        states = self._state.states(name, self._start, kept, self.spilled)
+        if self.spilled or self._device.type == "cpu":
+            return states
+        return self._room(name, tuple(states.shape), states).copy_(states)
 
     def _begin_twin(self) -> Tensor:
         kept = self._state.progress.twin
         if self._start and kept:
-            return self._state.states("twin", self._start, kept, self.spilled)
+            return self._back("twin", kept)
         return super()._begin_twin()
 
     def _room(self, what: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        return self._map(what, shape, like, self._start) if self.spilled else super()._room(what, shape, like)
+        if self.spilled:
+            return self._map(what, shape, like, self._start)
+        if self._device.type == "cpu":
+            return super()._room(what, shape, like)
+        if self._fits(torch.Size(shape).numel() * like.dtype.itemsize):
+            return torch.empty(shape, dtype=like.dtype, device=self._device)
+        return torch.empty(shape, dtype=like.dtype, pin_memory=self._device.type == "cuda")
+
+    def _fits(self, size: int) -> bool:
+        return size + self._work <= device_available(self._device)
 
     def _onward(self, what: str, states: Tensor) -> Tensor:
         if not self.spilled:
@@ -112,6 +137,8 @@ class StreamedPruner(Pruner):
         super().__init__(pages.described, options, windows, progress)
         self.pages, self.state, self.spilled = pages, state, spilled
         self._samples: list[bytes] = []
+        self._seldom = 0.0 if spilled or pages.transfer is None else SELDOM
+        self._kept = time.monotonic()
         self._writing = ThreadPoolExecutor(1, "writing a layer")
         self._job: Future[None] | None = None
 
@@ -130,9 +157,26 @@ class StreamedPruner(Pruner):
         self.progress("embedding the calibration text", 0, 1)
         assert self.ids is not None
         with self.pages.front():
-            multiplied = products(self.options.precision, torch.device("cpu"))
-            kept = self.state, name, start, self.spilled
+            multiplied = products(self.options.precision, self.pages.device)
+            kept = self.state, name, start, self.spilled, self.work(twin)
             return KeptStream(*kept, self.pages.model, self.ffns, self.ids, twin, self.sources, multiplied)
+
+    def work(self, twin: bool) -> int:
+        """Bytes that a layer needs at most, of weights, activations of a window, statistics and its fit."""
+        assert self.ids is not None
+        ffn = self.ffns[0]
+        f, d, tokens = max(self.sizes), ffn.hidden_size, self.ids.shape[1]
+        k = math.ceil(self.options.keep * f)
+        needed = 3 * self.pages.layer_bytes + tokens * (20 * f + 16 * d)
+        if "gram" in self.options.repair.needs | self.criterion.needs:
+            fit = max(k * f + 2 * k * k + f * d + 2 * k * d, 4 * f * d + k * d)
+            scores = 4 * f * f if "gram" in self.criterion.needs else 0
+            needed += 8 * (f * (f + d * twin) + max(fit, scores))
+        return needed
+
+    def _due(self) -> bool:
+        """Whether hidden states are to be kept now."""
+        return time.monotonic() - self._kept >= self._seldom
 
     def stream(self, twin: bool = False) -> KeptStream | None:  # type: ignore[override]
         """As `Pruner.stream`; None where no layer is left."""
@@ -149,15 +193,20 @@ class StreamedPruner(Pruner):
             if stream is not None:
                 stats = stream.statistics(ffn, "gram" in self.criterion.needs)
             self.state.note_scores(ffn.layer, self.score(ffn, stats))
-            if stream is not None and ffn.layer + 1 < last:
+            more = ffn.layer + 1 < last
+            if stream is not None and more:
                 stream.advance()
-                stream.keep(ffn.layer + 1)
             self.pages.drop(ffn.block)
+            if stream is not None and more:
+                if not self._due():
+                    continue
+                stream.keep(ffn.layer + 1)
             kept.scored = ffn.layer + 1
-            if kept.scored == last:
+            if not more:
                 kept.hidden = None
             self.state.save()
             self.state.forget_states(kept.scored)
+            self._kept = time.monotonic()
         self.progress("scoring neurons", last, last)
         self._scores = [self.state.scores(ffn.layer) for ffn in self.ffns]
         return self._scores
@@ -196,17 +245,29 @@ class StreamedPruner(Pruner):
         self.pages.drop(block)
         self.wait()  # no more than one layer waits to be written
         what = self.reports[-1], chosen[-1], self._samples[-1]
-        self._job = self._writing.submit(self._write, block, tensors, what, stream if more else None)
-        if stream is not None:
+        after = None if self.pages.transfer is None else self.pages.transfer.mark()
+        keeps = not more or stream is None or self._due()
+        self._job = self._writing.submit(self._write, block, tensors, what, after, stream if more else None, keeps)
+        if stream is not None and keeps:
             self.wait()  # the next layer changes what is to be kept
+            self._kept = time.monotonic()
 
     def _write(
-        self, block: int, tensors: dict[str, Tensor], what: tuple[LayerReport, KeepIndex, bytes], stream: Any
+        self,
+        block: int,
+        tensors: dict[str, Tensor],
+        what: tuple[LayerReport, KeepIndex, bytes],
+        after: Any,
+        stream: Any,
+        keeps: bool,
     ) -> None:
-        """Let a layer be on the disk, and then the state say so."""
+        """Let a layer be on the disk, and then, where it `keeps` up, the state say so."""
+        move = self.pages.transfer
         for name, tensor in tensors.items():
-            self.writer.write(name, [tensor])
+            self.writer.write(name, [tensor] if move is None else move.leave(tensor, after))
         self.state.note_layer(block, *what)
+        if not keeps:
+            return
         if isinstance(stream, KeptStream):
             stream.keep(block + 1)
         self.state.progress.layers = block + 1

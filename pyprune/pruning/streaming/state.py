@@ -188,8 +188,11 @@ class State:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         else:
-            with new_file(path) as made, made.open("wb") as file:
-                file.write(raw_bytes(states))
+            with new_file(path) as made, made.open("wb", buffering=0) as file:
+                for window in states:
+                    raw = raw_bytes(window.cpu().contiguous())
+                    while len(raw):
+                        raw = raw[file.write(raw) :]
         return [list(states.shape), str(states.dtype).removeprefix("torch.")]
 
     def states(self, what: str, layer: int, facts: list[Any], mapped: bool) -> Tensor:
