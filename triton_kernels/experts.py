@@ -288,8 +288,8 @@ def moe(
         x: `[T, D]` float32, float16 or bfloat16, any strides.
         rows: `[E, F, P*D]` in x's dtype or int8, rows `[up | down]` or `[gate | up | down]` of each expert, contiguous
             along a row.
-        index: `[T, K]` int64 or int32, experts of each token. What it holds is not read here: a token for which it names
-            an expert that there is not becomes NaN.
+        index: `[T, K]` int64 or int32, experts of each token. What it holds is not read by the host: a token for which
+            it names an expert that there is not becomes NaN.
         weights: `[T, K]` floating point.
         gated: P is 3, not 2.
         activation: one of `ACTIVATIONS`.

@@ -90,7 +90,8 @@ def experts_config(
         splits //= 2
     if deep:
         most = most_stages(parts, hidden.block_n, architecture)
-        hidden = _deepest(replace(hidden, num_stages=1), parts, tiles * _ceil_div(f, hidden.block_n), architecture, most)
+        programs = tiles * _ceil_div(f, hidden.block_n)
+        hidden = _deepest(replace(hidden, num_stages=1), parts, programs, architecture, most)
         down = _deepest(replace(down, num_stages=1), 1, columns * splits, architecture)
     return PrefillConfig(hidden, down, group=8, splits=splits)
 

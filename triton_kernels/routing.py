@@ -1,8 +1,8 @@
 """Which pairs of token and expert a program computes, and the sum of a token's pairs. Nothing waits for the device.
 
-A call of `[T, K]` routing has T * K pairs, numbered as the routing lies. The pairs of an expert are put together, and cut
-into tiles of BLOCK_M at most. How many tiles there are only the device knows: a table has a slot for each that there can
-be, and programs of empty slots end at once. With `before` pairs of experts below e, tile b of e is in slot
+A call of `[T, K]` routing has T * K pairs, numbered as the routing lies. The pairs of an expert are put together, and
+cut into tiles of BLOCK_M at most. How many tiles there are only the device knows: a table has a slot for each that
+there can be, and programs of empty slots end at once. With `before` pairs of experts below e, tile b of e is in slot
 
     before // BLOCK_M + e + b
 
@@ -129,9 +129,9 @@ def combine_kernel(
         weight = tl.load(weights + pair, mask=there, other=0.0).to(tl.float32)
         place = (term % splits).to(tl.int64) * pairs + pair
         known = there & (named >= 0) & (named < E)
-        share = tl.load(
-            partial + place[:, None] * D + d[None, :], mask=known[:, None] & inside[None, :], other=0.0
-        ).to(tl.float32)
+        share = tl.load(partial + place[:, None] * D + d[None, :], mask=known[:, None] & inside[None, :], other=0.0).to(
+            tl.float32
+        )
         # 0 where there is no term, NaN where there is no expert.
         weight = tl.where(there & (known == 0), float("nan"), weight)
         total += share * weight[:, None]

@@ -119,9 +119,7 @@ def run(x: Tensor, record: Record, config: Config | None = None, batch_invariant
     return out
 
 
-def run_experts(
-    x: Tensor, experts: Experts, index: Tensor, weights: Tensor, batch_invariant: bool = False
-) -> Tensor:
+def run_experts(x: Tensor, experts: Experts, index: Tensor, weights: Tensor, batch_invariant: bool = False) -> Tensor:
     """`reference.moe` by the kernels, which wait for nothing: a token whose index names no expert becomes NaN."""
     out: Tensor = _package().moe(
         x,
