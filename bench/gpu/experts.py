@@ -324,7 +324,7 @@ class Bench:
         self.path, self.dry, self.budget, self.until, self.start = path, dry, budget, 0.0, time.time()
         self.timer: Timer = WallTimer() if dry else CudaTimer()
         self.shapes, self.tokens = (tiny(), (1, 4)) if dry else (SHAPES, TOKENS)
-        self.rounds, self.routings = (1, 2) if dry else (ROUNDS, ROUTINGS)
+        self.rounds, self.routings, self.configs = (1, 2, 2) if dry else (ROUNDS, ROUTINGS, None)
         self.built: list[Layers] = []
         self.cases: list[Case] = []
         self.result: dict[str, Any] = {
@@ -419,7 +419,7 @@ class Bench:
 
     def _configured(self, case: Case) -> None:
         """Further configurations of the kernels, with the default once more beside them."""
-        found = candidates(case.layers.shape, case.layers.keep, case.tokens, self.timer.device)
+        found = candidates(case.layers.shape, case.layers.keep, case.tokens, self.timer.device)[: self.configs]
         if time.time() > self.until:
             self.result["left_out"].append(f"{case.name}: configurations")
             return
