@@ -40,10 +40,12 @@ def _pairs(tokens: int, picked: int, experts: int, tallest: int) -> int:
     return _power_of_two(min(tokens, mean), 16, tallest)
 
 
-def _tile(block_m: int, depth: int, dtype: torch.dtype, aligned: bool, products: int) -> TileConfig:
+def _tile(block_m: int, depth: int, dtype: torch.dtype, aligned: bool, int8: bool, products: int) -> TileConfig:
     """The widest tile of so many pairs whose accumulators fit; see `defaults._TILES`."""
     kind = (dtype != torch.float32, aligned)
     _, block_n, warps = next(t for t in _TILES[kind] if t[0] == block_m and products * t[0] * t[1] <= 128 * 128)
+    if int8 and not kind[0]:
+        warps = 8  # with four, a program for sm_80 spills a register
     stages = 3 if kind[0] else 2
     return TileConfig(block_m, block_n, _power_of_two(depth, 16, _BLOCK_K[kind]), warps, stages)
 
@@ -77,7 +79,7 @@ def experts_config(
     """
     parts = 2 if gated else 1
     block_m = _pairs(tokens, picked, experts, _tallest(dtype, aligned, int8, batch_invariant))
-    hidden, down = (_tile(block_m, depth, dtype, aligned, n) for depth, n in ((d, parts), (f, 1)))
+    hidden, down = (_tile(block_m, depth, dtype, aligned, int8, n) for depth, n in ((d, parts), (f, 1)))
     # Experts that a call is expected to read at the least, each a tile.
     tiles = min(experts, picked if batch_invariant else tokens * picked)
     deep = _has_few(dtype, aligned, int8) and block_m <= MAX_TOKENS
