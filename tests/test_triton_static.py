@@ -17,6 +17,8 @@ import pytest
 
 STATIC = Path(__file__).parents[1] / "bench" / "results" / "static.json"
 ARCHITECTURES = (80, 90, 100)
+# Kernels that multiply no matrices.
+WITHOUT = ("reduce_kernel", "act_mul_kernel", "route_kernel", "combine_kernel")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 
@@ -64,7 +66,7 @@ def test_every_kernel_branch_and_dtype_is_compiled(rows: list[dict[str, Any]]) -
     both = {(a, b) for a in (False, True) for b in (False, True)}
     for architecture in SHARED_LIMIT:
         here = [row for row in rows if row["architecture"] == architecture]
-        found = {"slab_kernel", "reduce_kernel", "hidden_kernel", "down_kernel", "act_mul_kernel"}
+        found = {"slab_kernel", "hidden_kernel", "down_kernel", "expert_hidden_kernel", "expert_down_kernel", *WITHOUT}
         if architecture != "sm_80":
             found |= {"hidden_descriptor_kernel", "down_descriptor_kernel"}
         assert {row["kernel"] for row in here} == found
@@ -89,7 +91,7 @@ def test_registers_and_shared_memory_fit(rows: list[dict[str, Any]]) -> None:
 def test_half_precision_uses_the_matrix_units(rows: list[dict[str, Any]]) -> None:
     tall = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
     for row in rows:
-        if row["kernel"] in ("reduce_kernel", "act_mul_kernel") or row["dtype"] == "float32":
+        if row["kernel"] in WITHOUT or row["dtype"] == "float32":
             continue
         # The warp-group instructions of sm_90 and sm_100 work on 64 rows at least, which are rows of weights.
         weights = row["blocks"].get("SLAB") or row["blocks"]["BLOCK_N"]
@@ -136,9 +138,17 @@ def test_few_tokens_bring_weights_in_asynchronously(rows: list[dict[str, Any]]) 
         assert row["copies_128"] == row["loads_128"] > 0, row
 
 
+def test_experts_bring_weights_in_asynchronously_by_16_bytes(rows: list[dict[str, Any]]) -> None:
+    products = [row for row in rows if row["kernel"] in ("expert_hidden_kernel", "expert_down_kernel")]
+    wide = [row for row in products if row["aligned"] and row["dtype"] != "float32" and not row["int8"]]
+    assert {row["architecture"] for row in wide} == SHARED_LIMIT.keys()
+    assert {row["blocks"]["BLOCK_M"] for row in wide} == {16, 32, 64, 128}
+    for row in wide:
+        assert row["copies_narrow"] == 0 and row["copies_128"] == row["loads_128"] > 0, row
+
+
 def test_float32_is_not_rounded_to_tf32(rows: list[dict[str, Any]]) -> None:
-    without = ("reduce_kernel", "act_mul_kernel")
-    products = [row for row in rows if row["dtype"] == "float32" and row["kernel"] not in without]
+    products = [row for row in rows if row["dtype"] == "float32" and row["kernel"] not in WITHOUT]
     assert products
     assert {row["mma"] for row in products} <= {"FFMA", "FFMA2"}
 

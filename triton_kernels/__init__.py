@@ -1,4 +1,4 @@
-"""Fused pruned FFNs in Triton: `ffn(x, record, ...)` equals `reference.ffn`.
+"""Fused pruned FFNs in Triton: `ffn(x, record, ...)` equals `reference.ffn`, `moe(x, rows, ...)` `reference.moe`.
 
 Imports torch, triton and siblings only. With TRITON_INTERPRET=1 set before the first import of triton, everything
 runs on the CPU, slowly, for tests.
@@ -18,6 +18,8 @@ from .checks import INTERPRETED, check_operands, require, require_device, why_no
 from .config import Config, DecodeConfig, PrefillConfig, TileConfig, from_json, to_json
 from .defaults import DECODE_MAX_TOKENS, MAX_TOKENS, decode_config, default_config, prefill_config
 from .elementwise import act_mul
+from .experts import moe
+from .experts_config import experts_candidates, experts_config
 from .hardware import architecture
 from .launch import Operands, device_of
 
@@ -34,8 +36,11 @@ __all__ = [
     "candidates",
     "decode_config",
     "default_config",
+    "experts_candidates",
+    "experts_config",
     "ffn",
     "from_json",
+    "moe",
     "prefill_config",
     "to_json",
     "why_no_int8",

@@ -27,9 +27,12 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .checks import INTERPRETED
+from .expert_variants import ExpertVariant
 from .hardware import has_descriptors
 from .launch import Launch
 from .variants import Variant, offered, variants
+
+Either = Variant | ExpertVariant
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -37,6 +40,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int64: "i64",
     torch.int32: "i32",
     torch.int8: "i8",
 }
@@ -117,9 +121,9 @@ def machine_code(launch: Launch, architecture: int) -> dict[str, Any]:
     }
 
 
-def distinct_launches(variants: Iterable[Variant]) -> list[tuple[Variant, Launch]]:
+def distinct_launches(variants: Iterable[Either]) -> list[tuple[Either, Launch]]:
     """The launches of `variants` that Triton would compile separately."""
-    found: dict[tuple[str, ...], tuple[Variant, Launch]] = {}
+    found: dict[tuple[str, ...], tuple[Either, Launch]] = {}
     for variant in variants:
         for launch in variant.launches():
             source = _source(launch)
@@ -128,7 +132,7 @@ def distinct_launches(variants: Iterable[Variant]) -> list[tuple[Variant, Launch
     return list(found.values())
 
 
-def described(variant: Variant, launch: Launch, architecture: int) -> dict[str, Any]:
+def described(variant: Either, launch: Launch, architecture: int) -> dict[str, Any]:
     """What a row of the table is about: kernel, architecture, dtype, int8, gated, gather, activation (None where
     the kernel has no such branch), extras (biases), aligned, blocks, num_warps, num_stages.
     """
@@ -149,13 +153,13 @@ def described(variant: Variant, launch: Launch, architecture: int) -> dict[str, 
     }
 
 
-def distinct_rows(variants: Iterable[Variant], architecture: int) -> list[tuple[Variant, Launch]]:
+def distinct_rows(variants: Iterable[Either], architecture: int) -> list[tuple[Either, Launch]]:
     """`distinct_launches` without descriptors where the hardware has none."""
     found = distinct_launches(variants)
     return [row for row in found if has_descriptors(architecture) or "descriptor" not in row[1].kernel.__name__]
 
 
-def static_table(variants: Iterable[Variant], architecture: int) -> list[dict[str, Any]]:
+def static_table(variants: Iterable[Either], architecture: int) -> list[dict[str, Any]]:
     """Compile `variants` for sm_`architecture`, each distinct kernel once.
 
     Returns:

@@ -21,7 +21,7 @@ from .config import PrefillConfig
 from .hardware import multiplies_from_shared
 from .launch import Launch, Operands
 from .products import split_of, store_down, tile_of
-from .tile import hidden_tile, record_rows
+from .tile import down_tile, hidden_tile, record_rows
 
 
 @triton.jit(do_not_specialize=["M", "K", "width"])
@@ -79,7 +79,7 @@ def down_kernel(
     BLOCK_M: tl.constexpr,  # tokens of a program
     BLOCK_N: tl.constexpr,  # channels of a program
     BLOCK_K: tl.constexpr,  # neurons taken at once; divides the width of hidden
-    TOKENS_LEFT: tl.constexpr,  # tokens are the left operand, not the weights
+    TOKENS_LEFT: tl.constexpr,  # see down_tile
     GROUP: tl.constexpr,  # see tile_of
 ):
     split = tl.program_id(0) % splits
@@ -87,27 +87,10 @@ def down_kernel(
     begin, end = split_of(split, splits, K, BLOCK_K)
     tokens = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     d = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    hidden_tiles = hidden + tokens.to(tl.int64)[:, None] * hidden_stride + k[None, :]
-    # Weights stand on the left where matrix instructions read them from shared memory. Where those read registers,
-    # Triton brings a turned left operand in through registers too, and copies it asynchronously on the right only.
-    if TOKENS_LEFT:
-        total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    else:
-        total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for start in range(begin, end, BLOCK_K):
-        neurons = start + k
-        rows = record_rows(index, neurons, K)
-        hs = tl.load(hidden_tiles + start, mask=(tokens < M)[:, None], other=0.0)
-        mask = (neurons < K)[:, None] & (d < D)[None, :]
-        ws = tl.load(down + rows[:, None] * record_stride + d[None, :], mask=mask, other=0)
-        ws = ws.to(hidden.dtype.element_ty)
-        if TOKENS_LEFT:
-            total = tl.dot(hs, ws, total, input_precision="ieee")
-        else:
-            total = tl.dot(tl.trans(ws), tl.trans(hs), total, input_precision="ieee")
-    if TOKENS_LEFT:
-        total = tl.trans(total)
+    total = down_tile(
+        hidden, hidden_stride, tokens, tokens < M, down, record_stride, index, d, begin, end, K, D,
+        BLOCK_M, BLOCK_N, BLOCK_K, TOKENS_LEFT,
+    )  # fmt: skip
     store_down(total, tokens, d, split, scales, down_bias, partial, out, M, D)
 
 

@@ -1,4 +1,4 @@
-"""The half of the FFN that decode and prefill share: a tile of hidden activations.
+"""Tiles of both products, as the kernels share them: hidden activations, and sums of their products with down rows.
 
 Tiles stand with the weights on the left, `[neurons, tokens] = W [neurons, D] @ x.T [D, tokens]`: the side on which the
 matrix units work in 16 rows, or 64, has a neuron in each, and a single token fills one column of 8.
@@ -123,3 +123,47 @@ def hidden_tile(
         first, second, rows, live, scales, scales_stride, neuron_bias, bias_stride, storage,
         GATED, ACTIVATION, BF16_BITS,
     )  # fmt: skip
+
+
+@triton.jit
+def down_tile(
+    hidden,  # [M, width], zero in columns K to the end of their block
+    hidden_stride,  # elements between hidden rows
+    tokens,  # [BLOCK_M] int32, hidden rows
+    present,  # [BLOCK_M] bool, False for slots beyond the last token
+    down,  # [F, D] view of the down part of the records
+    record_stride,  # elements between record rows
+    index,  # [K] int32 kept neurons, or None
+    d,  # [BLOCK_N] int32, channels
+    begin,  # first neuron, at the beginning of a block
+    end,  # behind the last one
+    K,  # number of kept neurons
+    D,  # hidden_size
+    BLOCK_M: tl.constexpr,  # tokens of the tile
+    BLOCK_N: tl.constexpr,  # channels of the tile
+    BLOCK_K: tl.constexpr,  # neurons taken at once; divides the width of hidden
+    TOKENS_LEFT: tl.constexpr,  # tokens are the left operand, not the weights
+):
+    """`down.T @ hidden.T` over neurons [begin, end), `[BLOCK_N, BLOCK_M]` float32."""
+    k = tl.arange(0, BLOCK_K)
+    hidden_tiles = hidden + tokens.to(tl.int64)[:, None] * hidden_stride + k[None, :]
+    # Weights stand on the left where matrix instructions read them from shared memory. Where those read registers,
+    # Triton brings a turned left operand in through registers too, and copies it asynchronously on the right only.
+    if TOKENS_LEFT:
+        total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        neurons = start + k
+        rows = record_rows(index, neurons, K)
+        hs = tl.load(hidden_tiles + start, mask=present[:, None], other=0.0)
+        mask = (neurons < K)[:, None] & (d < D)[None, :]
+        ws = tl.load(down + rows[:, None] * record_stride + d[None, :], mask=mask, other=0)
+        ws = ws.to(hidden.dtype.element_ty)
+        if TOKENS_LEFT:
+            total = tl.dot(hs, ws, total, input_precision="ieee")
+        else:
+            total = tl.dot(tl.trans(ws), tl.trans(hs), total, input_precision="ieee")
+    if TOKENS_LEFT:
+        total = tl.trans(total)
+    return total

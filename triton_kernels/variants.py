@@ -13,9 +13,8 @@ from . import decode, elementwise, prefill
 from .candidates import candidates
 from .config import Config, DecodeConfig
 from .defaults import prefill_config
+from .expert_variants import DTYPES, ExpertVariant, expert_variants
 from .launch import Launch, Operands
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Variant:
     def operands(self) -> Operands:
         """Meta tensors."""
         parts = 3 if self.gated else 2
-        dtype = _DTYPES[self.dtype]
+        dtype = DTYPES[self.dtype]
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -81,15 +80,16 @@ class Variant:
     def candidates(self) -> list[Variant]:
         """This problem with every configuration that the kernels offer for it."""
         offered = candidates(
-            self.m, self.k, self.d, _DTYPES[self.dtype], self.gated, self.gather,
+            self.m, self.k, self.d, DTYPES[self.dtype], self.gated, self.gather,
             self.operands().aligned, int8=self.int8, architecture=self.architecture,
         )  # fmt: skip
         return [replace(self, config=config) for config in offered]
 
 
-def variants(architecture: int) -> Iterator[Variant]:
+def variants(architecture: int) -> Iterator[Variant | ExpertVariant]:
     """Every branch, dtype and kind of tile at least once, for sm_`architecture`."""
-    return (replace(variant, architecture=architecture) for variant in _variants())
+    yield from (replace(variant, architecture=architecture) for variant in _variants())
+    yield from (replace(variant, architecture=architecture) for variant in expert_variants())
 
 
 def _variants() -> Iterator[Variant]:
@@ -117,7 +117,7 @@ def _variants() -> Iterator[Variant]:
     yield Variant(33, 3072, 768, "float16", False, True, "relu2", "prefill")
     yield Variant(17, 587, 587, "float16", False, False, "relu", "prefill")
     for m, k, d, dtype, gated in ((512, 14336, 4096, "bfloat16", True), (33, 3072, 768, "float16", False)):
-        tiles = prefill_config(m, k, d, _DTYPES[dtype], gated, False, True)
+        tiles = prefill_config(m, k, d, DTYPES[dtype], gated, False, True)
         described = replace(tiles, descriptors=True)
         yield Variant(m, k, d, dtype, gated, False, "silu", "prefill", config=described)
     # Sizes and strides of 1, which Triton makes constants.

@@ -22,19 +22,16 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from torch import Tensor
 
 from bench import by_line
 from bench.cpu.run import READ_BYTES, ROUNDS, Reader
+from bench.mixtures import OTHERS, OWN, SHAPES, Shape
 from bench.tables.moe import GOAL, HEADER, PRUNED_GOAL, cells
 from pyprune.base import machine
 from pyprune.base.clock import Job, interleave, quantiles
@@ -48,44 +45,11 @@ from pyprune.model.experts import find_bank
 from pyprune.speed import roofline
 
 RESULT = Path(__file__).parents[1] / "results" / "moe.json"
-OWN = "grouped_mm"  # what Transformers takes by itself
 KEEPS = (1.0, 0.5)
 # Steps of decoding, and one prompt, which is only reported.
 TOKENS = (1, 4, 16, 256)
 _ROUTINGS = 16
 _COPYING = 4  # most tokens for batched_mm
-_OTHERS = ("eager", "batched_mm")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A mixture's experts: from the defaults of its config class in Transformers, or its public config."""
-
-    name: str
-    kind: str
-    module: type[nn.Module]
-    hidden_size: int
-    intermediate_size: int
-    experts: int
-    picked: int
-    layers: int
-
-    def config(self, keep: float, implementation: str) -> Any:
-        """That of a layer of so many kept neurons."""
-        width = round(keep * self.intermediate_size)
-        given = {"intermediate_size": width, "moe_intermediate_size": width, "hidden_size": self.hidden_size}
-        config = AutoConfig.for_model(self.kind, **given, num_experts=self.experts, num_experts_per_tok=self.picked)
-        config._experts_implementation = implementation
-        return config
-
-
-SHAPES = {
-    s.name: s
-    for s in (
-        Shape("olmoe-1b-7b", "olmoe", OlmoeExperts, 2048, 1024, 64, 8, 2),
-        Shape("qwen3-30b-a3b", "qwen3_moe", Qwen3MoeExperts, 2048, 768, 128, 8, 2),
-    )
-}
 
 
 @torch.no_grad()
@@ -95,9 +59,7 @@ def layers(shape: Shape, keep: float) -> tuple[list[Any], list[PrunedMoE]]:
     generator = torch.Generator().manual_seed(0)
     tile = (torch.randn(1 << 20, generator=generator) * 0.02).bfloat16()
     for _ in range(shape.layers):
-        with torch.device("meta"):
-            module: Any = shape.module(shape.config(keep, OWN))
-        module = module.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
+        module = shape.empty(keep, "cpu")
         for parameter in module.parameters():
             for part in parameter.view(-1).split(len(tile)):
                 part.copy_(tile[: len(part)])
@@ -161,7 +123,7 @@ def measure(
     given = calls(shape, tokens)
     share = seconds / ROUNDS
     jobs: dict[str, Job] = {"read": reader.job}
-    for name in (OWN, *(n for n in _OTHERS if n != "batched_mm" or tokens <= _COPYING)):
+    for name in (OWN, *(n for n in OTHERS if n != "batched_mm" or tokens <= _COPYING)):
         jobs[name] = job(built[1.0][0], given, share, _by(name))
     for keep, (own, records) in built.items():
         jobs[f"PrunedMoE {keep}"] = job(records, given, share)
@@ -170,7 +132,7 @@ def measure(
     samples = interleave(jobs, ROUNDS)
     read = reader.facts(samples.pop("read"))
     us = {name: quantiles(found, 1e6) for name, found in samples.items()}
-    ways = {name: facts for name, facts in us.items() if name == OWN or name in _OTHERS}
+    ways = {name: facts for name, facts in us.items() if name == OWN or name in OTHERS}
     best = min(ways, key=lambda name: ways[name]["p50"])
     active = sum(len(index.unique()) for _, index, _ in given) / len(given)
     rows = []

@@ -44,7 +44,8 @@ def why_not(bank: Bank, backend: str, weights: str | None) -> str | None:
         return reason
     down = bank.tensor(bank.layout.down)
     dtype = WEIGHTS[weights] if weights else down.dtype
-    return None if backend == "torch" else why_no_kernel(down.device.type, down.dtype, dtype)
+    kernel = None if backend == "auto" else backend
+    return None if backend == "torch" else why_no_kernel(down.device.type, down.dtype, dtype, kernel)
 
 
 def _described(bank: Bank, weights: str | None) -> tuple[Experts, torch.dtype]:
@@ -57,10 +58,14 @@ def _described(bank: Bank, weights: str | None) -> tuple[Experts, torch.dtype]:
     return Experts.unchecked(rows, given.gate is not None, name), given.down.dtype
 
 
+def _on_cpu(bank: Bank) -> bool:
+    return bank.tensor(bank.layout.down).device.type == "cpu"
+
+
 def measure(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> None:
-    """Time the banks of each shape once, over records that are freed again."""
+    """Time the banks of each shape on a CPU once, over records that are freed again."""
     seen = set()
-    for bank in banks:
+    for bank in filter(_on_cpu, banks):
         described, dtype = _described(bank, weights)
         k = picked(model, bank)
         known = moe_choice.key(described, dtype, k, 1)
@@ -75,8 +80,11 @@ def measure(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> Non
 
 
 def not_slower(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> list[Bank]:
-    """Without those for which `auto` leaves the module as it is, as was measured; says so."""
-    reasons = [moe_choice.why_slower(*_described(bank, weights), picked(model, bank)) for bank in banks]
+    """Without those on a CPU for which `auto` leaves the module as it is, as was measured; says so."""
+    reasons = [
+        moe_choice.why_slower(*_described(bank, weights), picked(model, bank)) if _on_cpu(bank) else None
+        for bank in banks
+    ]
     left = [f"{bank.name}: {reason}" for bank, reason in zip(banks, reasons, strict=True) if reason]
     if left:
         warnings.warn(f"experts of {len(left)} layers stay as they are (such as {left[0]})", stacklevel=3)

@@ -16,10 +16,11 @@ from ..model.expert_form import activation, tensor_names, why_no_record
 from ..model.experts import Bank
 from . import moe_choice
 from .mlp_state import NO_PROJECTION, NoProjectionError, fitting
-from .moe_operator import MOE
+from .moe_operator import BACKENDS as KERNELS
+from .moe_operator import MOE, kernel_on
 from .quantisation import WEIGHTS, cast, dequantise
 
-BACKENDS = ("auto", "torch", "cpu")
+BACKENDS = ("auto", *KERNELS)
 
 
 def _fill(rows: Tensor, scales: Tensor | None, part: int, given: Tensor) -> None:
@@ -114,7 +115,7 @@ class PrunedMoE(nn.Module):
 
         Args:
             bank: what `families.find_ffns` found (`Expert.of_bank`).
-            backend: `auto`, `torch` or `cpu`.
+            backend: `auto`, `torch`, `cpu` or `triton`.
             weights: dtype of the records, a key of `quantisation.WEIGHTS`; None for that of the bank.
             room: where the records are to lie, or None for anywhere.
             batch_invariant, picked: see the attributes.
@@ -151,7 +152,7 @@ class PrunedMoE(nn.Module):
 
         Raises:
             InputError: x has another width, dtype or device than the records, or the router names an expert that there
-                is not.
+                is not (the token becomes NaN where Triton runs on a GPU).
             BackendError: the forced backend cannot run this.
         """
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
@@ -174,7 +175,8 @@ class PrunedMoE(nn.Module):
         if backend == "auto":
             pairs = self.picked if self.batch_invariant else index.numel()
             # Those of another dtype than expected are for torch.
-            backend = "cpu" if x.dtype == self.dtype and pairs <= self.native_pairs else "torch"
+            kernel = kernel_on(self.record.device.type)
+            backend = kernel if x.dtype == self.dtype and pairs <= self.native_pairs else "torch"
         operands = (x, self.record, self.scales, index, weights)
         return MOE(*operands, self.gated, self.activation, backend, self.batch_invariant).view(hidden.shape)
 

@@ -1,5 +1,5 @@
-"""Who runs experts on a CPU: the native kernel for few pairs of token and expert, torch for many; as measured by the
-first `accelerate` of a shape on this machine, else as predicted.
+"""Who runs experts: on a CPU the native kernel for few pairs of token and expert, torch for many; as measured by the
+first `accelerate` of a shape on this machine, else as predicted. On a GPU Triton's kernels, where they can.
 
 Three ways are timed beside each other: `cpu`, the native kernel over records, `torch`, the twin over them, and
 `transformers`, the module as it is. Where the kernel never wins, the module stays.
@@ -18,7 +18,7 @@ from ..base.clock import Job, interleave, median, timed
 from ..base.experts import Experts
 from ..base.files import cache_folder
 from . import dispatch, tuned
-from .moe_operator import moe, why_no_kernel
+from .moe_operator import kernel_on, moe, why_no_kernel
 from .quantisation import widened
 from .tuned import Entry
 
@@ -26,6 +26,7 @@ from .tuned import Entry
 TOKENS = (1, 4, 16, 64, 256)
 SECONDS = 3.0
 _ROUNDS = 3
+ALL = 1 << 40  # pairs that no call has
 Own = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -43,7 +44,7 @@ def unknown(experts: Experts, dtype: torch.dtype, picked: int) -> list[int]:
 
 
 def native_pairs(experts: Experts, dtype: torch.dtype, picked: int) -> int:
-    """Most pairs of token and expert for which `auto` takes the native kernel; 0 where there is none.
+    """Most pairs of token and expert for which `auto` takes the device's kernel; 0 where there is none, `ALL` on a GPU.
 
     Args:
         experts: the records.
@@ -53,6 +54,8 @@ def native_pairs(experts: Experts, dtype: torch.dtype, picked: int) -> int:
     rows = experts.rows
     if why_no_kernel(rows.device.type, dtype, rows.dtype) is not None:
         return 0
+    if kernel_on(rows.device.type) != "cpu":
+        return ALL
     form = (experts.gated, experts.activation)
     alone = dispatch.native_tokens(dtype, rows.dtype, experts.hidden_size, False, "cpu", experts.neurons, *form)
     low, high = 0, None
@@ -107,6 +110,8 @@ def _jobs(experts: Experts, own: Own, dtype: torch.dtype, picked: int, tokens: i
 def measure(experts: Experts, own: Own, dtype: torch.dtype, picked: int, seconds: float = SECONDS) -> None:
     """Time what the table of this machine does not have yet, for so many seconds at most; the rest is predicted.
 
+    On a CPU; elsewhere nothing is timed.
+
     Args:
         experts: the records.
         own: the module as Transformers runs it.
@@ -115,7 +120,8 @@ def measure(experts: Experts, own: Own, dtype: torch.dtype, picked: int, seconds
         seconds: after which nothing else is begun.
     """
     new = unknown(experts, dtype, picked)
-    if not new or why_no_kernel(experts.rows.device.type, dtype, experts.rows.dtype) or not _is_right(experts, dtype):
+    weights = experts.rows.dtype
+    if not new or why_no_kernel(experts.rows.device.type, dtype, weights, "cpu") or not _is_right(experts, dtype):
         return
     deadline = time.monotonic() + seconds
     try:

@@ -2,7 +2,7 @@
 
     y[t] = sum over k of weights[t, k] * ffn(x[t], experts.one(index[t, k]))
 
-Two backends run it: `torch`, the twin, anywhere, and `cpu`, the native library's kernel.
+Three backends run it: `torch`, the twin, anywhere, `cpu`, the native library's kernel, and `triton` on CUDA devices.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ..base import reference
 from ..base.errors import BackendError, check_choice
 from ..base.experts import Experts
 from . import native
-from .backends import NATIVE_DTYPES
+from .backends import NATIVE_DTYPES, triton
 from .operators import LIBRARY
 
-BACKENDS = ("torch", "cpu")
+BACKENDS = ("torch", "cpu", "triton")
 _SCHEMA = (
     "moe(Tensor x, Tensor rows, Tensor? scales, Tensor index, Tensor weights, bool gated, str activation, str backend, "
     "bool batch_invariant) -> Tensor"
@@ -30,14 +30,22 @@ _GRADIENTS = (
 )
 
 
-def why_no_kernel(device: str, dtype: torch.dtype, weights: torch.dtype) -> str | None:
-    """Why the native kernel cannot run experts, in one line, or None.
+def kernel_on(device: str) -> str:
+    """The backend with a kernel for a type of device."""
+    return "triton" if device == "cuda" else "cpu"
+
+
+def why_no_kernel(device: str, dtype: torch.dtype, weights: torch.dtype, backend: str | None = None) -> str | None:
+    """Why a kernel cannot run experts, in one line, or None.
 
     Args:
         device: type of device.
         dtype: of x.
         weights: of the rows.
+        backend: `cpu` or `triton`; None for that of the device.
     """
+    if (backend or kernel_on(device)) == triton.NAME:
+        return triton.why_no_kernel(device, dtype, weights)
     if device != "cpu":
         return f"needs tensors on a CPU, not on {device}"
     for one, what in ((dtype, ""), (weights, " weights")):
@@ -71,12 +79,16 @@ def _run(
 ) -> Tensor:
     """Compute by the backend that is named."""
     experts = Experts.unchecked(rows, gated, activation, scales)
-    experts.check_index(index)
+    # The kernels on a GPU do not wait for what index holds, so that a CUDA graph can be captured.
+    if backend != triton.NAME or not index.is_cuda:
+        experts.check_index(index)
     run = reference.moe
-    if backend == "cpu":
-        if reason := why_no_kernel(x.device.type, x.dtype, rows.dtype):
-            raise BackendError(f"cpu: {reason}")
+    if backend != "torch":
+        if reason := why_no_kernel(x.device.type, x.dtype, rows.dtype, backend):
+            raise BackendError(f"{backend}: {reason}")
         run = _native
+    if backend == triton.NAME:
+        return triton.run_experts(x, experts, index, weights, batch_invariant)
     if not batch_invariant:
         return run(x, experts, index, weights)
     # Each token alone and from fresh memory, for where it starts can change the order of sums too.
@@ -163,7 +175,8 @@ def moe(
         `[T, D]` in the dtype of `x`.
 
     Raises:
-        InputError: x or the routing does not fit the experts, an expert that there is not, or no such backend.
+        InputError: x or the routing does not fit the experts, an expert that there is not (by `triton` on a GPU, which
+            waits for nothing, the token becomes NaN instead), or no such backend.
         BackendError: the backend cannot run this.
     """
     check_choice(backend, "backend", BACKENDS)

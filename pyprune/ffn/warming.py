@@ -47,7 +47,7 @@ def _distinct(name: str, module: PrunedMLP, tokens: int) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def warmup(model: nn.Module, tokens: Sequence[int] = (1, 512)) -> list[Warmed]:
-    """Run every distinct problem of the model's `PrunedMLP`s once for each number of tokens.
+    """Run every distinct problem of the model's `PrunedMLP`s once for each number of tokens, and experts on a GPU.
 
     Kernels are compiled, choices made, and rows of a gather copied where a backend keeps them. Do this before a CUDA
     graph is captured, on the stream and with the numbers of tokens that it will have, and before latency is measured.
@@ -57,15 +57,15 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1, 512)) -> list[Warmed]:
         tokens: how many at once; a prompt of 512 tokens in two sequences is 1024.
 
     Returns:
-        What was run, in order.
+        What was run of `PrunedMLP`s, in order.
 
     Raises:
         InputError: no `PrunedMLP` in the model, or a number of tokens below 1.
         BackendError: a forced backend cannot run a problem.
     """
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, PrunedMLP)]
-    # Experts have nothing that must be prepared.
-    known = bool(modules) or any(isinstance(module, PrunedMoE) for module in model.modules())
+    experts = [module for module in model.modules() if isinstance(module, PrunedMoE)]
+    known = bool(modules) or bool(experts)
     check(known, "model", "have a PrunedMLP; call pyprune.accelerate first", type(model).__name__)
     check(len(tokens) > 0 and min(tokens) >= 1, "tokens", "be one or more numbers of at least 1", tuple(tokens))
     done: dict[tuple[Any, ...], Warmed] = {}
@@ -81,7 +81,21 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1, 512)) -> list[Warmed]:
             seconds = time.perf_counter() - start
             backend = dispatch.choose(problem, module.backend).backend.NAME
             done[distinct] = Warmed(name, problem, backend, seconds)
+        _run_experts(experts, number)
     return list(done.values())
+
+
+def _run_experts(modules: Sequence[PrunedMoE], tokens: int) -> None:
+    """Run those that have kernels to compile, one of each form."""
+    seen = set()
+    for module in modules:
+        record = module.record
+        form = (record.shape, record.dtype, record.device, module.dtype, module.activation, module.backend)
+        if record.is_cuda and (form, module.batch_invariant) not in seen:
+            seen.add((form, module.batch_invariant))
+            x = torch.zeros(tokens, module.hidden_size, dtype=module.dtype, device=record.device)
+            index = torch.arange(module.picked, device=record.device).expand(tokens, -1)
+            _finish(module(x, index, torch.ones(index.shape, dtype=module.dtype, device=record.device)))
 
 
 def _finish(out: Tensor) -> None:

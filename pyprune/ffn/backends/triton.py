@@ -1,4 +1,4 @@
-"""Triton kernels, compact and gather, on CUDA devices (and in Triton's interpreter, for tests)."""
+"""Triton kernels, compact and gather, and of experts, on CUDA devices (and in Triton's interpreter, for tests)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import BackendError
+from ...base.experts import Experts
 from ...base.record import Record
 from . import Config, Problem
 
@@ -35,19 +36,24 @@ def _package() -> ModuleType:
     return kernels
 
 
-def why_not(problem: Problem) -> str | None:
-    """Why the Triton kernels cannot run `problem`, in one line, or None."""
+def why_no_kernel(device: str, dtype: torch.dtype, weights: torch.dtype | None) -> str | None:
+    """Why the Triton kernels cannot run x of `dtype` beside `weights` (None: the same), in one line, or None."""
     kernels = _kernels()
     if isinstance(kernels, str):
         return kernels
-    if problem.dtype not in _DTYPES:
-        return f"no kernel for {problem.dtype}"
-    if problem.weights not in (None, problem.dtype, torch.int8):
-        return f"no kernel for {problem.weights} weights beside x of {problem.dtype}"
-    reason: str | None = kernels.why_unavailable(problem.device)
-    if reason is None and problem.weights == torch.int8:
-        reason = kernels.why_no_int8(problem.dtype, problem.device)
+    if dtype not in _DTYPES:
+        return f"no kernel for {dtype}"
+    if weights not in (None, dtype, torch.int8):
+        return f"no kernel for {weights} weights beside x of {dtype}"
+    reason: str | None = kernels.why_unavailable(device)
+    if reason is None and weights == torch.int8:
+        reason = kernels.why_no_int8(dtype, device)
     return reason
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the Triton kernels cannot run `problem`, in one line, or None."""
+    return why_no_kernel(problem.device, problem.dtype, problem.weights)
 
 
 def _sizes(problem: Problem) -> tuple[Any, ...]:
@@ -108,6 +114,21 @@ def run(x: Tensor, record: Record, config: Config | None = None, batch_invariant
         index=record.index,
         scales=record.scales,
         config=None if config is None else _parsed(tuple(config.items())),
+        batch_invariant=batch_invariant,
+    )
+    return out
+
+
+def run_experts(x: Tensor, experts: Experts, index: Tensor, weights: Tensor, batch_invariant: bool = False) -> Tensor:
+    """`reference.moe` by the kernels, which wait for nothing: a token whose index names no expert becomes NaN."""
+    out: Tensor = _package().moe(
+        x,
+        experts.rows,
+        index,
+        weights,
+        gated=experts.gated,
+        activation=experts.activation,
+        scales=experts.scales,
         batch_invariant=batch_invariant,
     )
     return out
