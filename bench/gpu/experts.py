@@ -1,6 +1,6 @@
 """Experts of mixtures on a GPU: PrunedMoE by Triton and by torch against Transformers' own paths, in one process.
 
-    python3 -m bench.gpu.experts [--out FILE] [--budget 60]      writes bench/results/gpu-experts.json
+    python3 -m bench.gpu.experts [--out FILE] [--budget 60]      writes bench/results/experts-gpu.json
     python3 -m bench.gpu.experts --dry-run --out FILE            the same code on a CPU, tiny; its numbers mean nothing
 
 with `bench/checkout` and the checkout itself on PYTHONPATH where pyprune is not installed.
@@ -51,7 +51,7 @@ from pyprune.base.clock import quantiles
 from pyprune.ffn.moe import PrunedMoE
 from pyprune.model.experts import find_bank
 
-RESULT = Path(__file__).parents[1] / "results" / "gpu-experts.json"
+RESULT = Path(__file__).parents[1] / "results" / "experts-gpu.json"
 TOKENS = (1, 4, 16, 256)
 KEEPS = (1.0, 0.5)
 ROUTINGS, ROUNDS, PER_ROUND = 16, 4, 3

@@ -1,6 +1,6 @@
 """A checkpoint larger than the device may hold, pruned from the disk on a GPU: peaks, time, and where it goes.
 
-    python3 -m bench.streaming.gpu FOLDER --gb 15 --limit-gb 12 --out gpu-streaming.json --compare
+    python3 -m bench.streaming.gpu FOLDER --gb 15 --limit-gb 12 --out streamed-gpu.json --compare
 
 Makes a LLaMA of random bfloat16 weights (LLaMA-3-8B's widths unless told otherwise) in FOLDER, and prunes it streamed,
 once by weights alone and once with random token ids and a fit, while torch may take `--limit-gb` of the device. The

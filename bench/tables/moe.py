@@ -1,4 +1,4 @@
-"""The table of experts at decode (bench/cpu/moe.py)."""
+"""The tables of experts: at decode on a CPU (bench/cpu/moe.py), and on a GPU (bench/gpu/experts.py)."""
 
 from __future__ import annotations
 
@@ -57,3 +57,40 @@ def moe_table(result: dict[str, Any]) -> list[str]:
     ]
     start = f"The experts of one layer, bfloat16, medians in us. {provenance(result)}"
     return [start, "", *markdown(HEADER, map(cells, result["rows"])), "", *goals]
+
+
+def experts_table(result: dict[str, Any]) -> list[str]:
+    """A line for each mixture, number of tokens and share of neurons on a GPU."""
+    rows = []
+    for row in result["rows"]:
+        fastest, own = row["fastest"], row["fastest"]["default"]["us"]
+        dense, pruned = fastest["dense"], fastest.get("pruned")
+        few = row["tokens"] <= _FEW_TOKENS
+        rows.append(
+            [
+                f"{row['model']} {row['hidden_size']} x {row['intermediate_size']}, {row['picked']} of {row['experts']}",
+                str(row["tokens"]),
+                f"{row['keep']:.0%}",
+                f"{dense['us']:.1f} ({dense['by']})",
+                f"{pruned['us']:.1f}" if pruned and row["keep"] < 1 else "",
+                f"{own:.1f}",
+                f"{row['floor_us']:.1f}",
+                f"{row['floor_us'] / own:.0%}" if few else "",
+                f"{dense['us'] / own:.2f}x",
+                f"{pruned['us'] / own:.2f}x" if pruned and row["keep"] < 1 else "",
+            ]
+        )
+    header = (
+        "experts",
+        ">M",
+        ">kept",
+        ">fastest of Transformers, all neurons, us",
+        ">pruned, us",
+        ">PrunedMoE, us",
+        ">floor",
+        ">of read",
+        ">vs all neurons",
+        ">vs pruned",
+    )
+    start = f"The experts of one layer, bfloat16, in a CUDA graph, medians. {provenance(result)}"
+    return [start, "", *markdown(header, rows)]

@@ -36,6 +36,33 @@ def streaming_table(result: dict[str, Any]) -> list[str]:
     return [*markdown((*header, "equal to the bit"), rows), "", *(line for s in sources for line in (s, ""))][:-1]
 
 
+def streamed_table(result: dict[str, Any]) -> list[str]:
+    """A line for each run on a GPU."""
+    made, rows = result["make"], []
+    for name, run in result.items():
+        if not (isinstance(run, dict) and "device_peak_bytes" in run):
+            continue
+        rows.append(
+            [
+                name,
+                f"{run['limit_bytes'] / 1e9:g} GB",
+                f"{run['device_peak_bytes'] / 1e9:.2f} GB",
+                f"{run['host_peak_bytes'] / 1e9:.2f} GB",
+                f"{run['seconds']:.1f} s",
+                f"{run['seconds_a_layer']:.2f} s",
+                f"{max(run['floor'].values()):.1f} to {sum(run['floor'].values()):.1f} s",
+                f"{run['bytes_per_second'] / 1e9:.2f} GB/s",
+                f"{run['tokens_per_second']:,.0f}" if run["tokens"] else "",
+            ]
+        )
+    sides = f"{made['num_hidden_layers']} layers, D {made['hidden_size']}, F {made['intermediate_size']}"
+    disk = result["disk"]
+    header = ("run", ">limit", ">peak of the GPU", ">of the host", ">time", ">a layer", ">floor", ">rate", ">tokens/s")
+    start = f"{made['bytes'] / 1e9:.1f} GB in bfloat16, {sides}, {result['keep']:.0%} kept; the disk reads "
+    start += f"{disk['read'] / 1e9:.2f} and writes {disk['write'] / 1e9:.2f} GB/s. {provenance(result)}"
+    return [start, "", *markdown(header, rows)]
+
+
 def killed_table(result: dict[str, Any]) -> list[str]:
     """What became of the kills, in one line."""
     kept = sum(row["layers_done"] > 0 for row in result["log"])
