@@ -66,9 +66,10 @@ def experts_table(result: dict[str, Any]) -> list[str]:
         fastest, own = row["fastest"], row["fastest"]["default"]["us"]
         dense, pruned = fastest["dense"], fastest.get("pruned")
         few = row["tokens"] <= _FEW_TOKENS
+        name = f"{row['model']} {row['hidden_size']} x {row['intermediate_size']}, {row['picked']} of {row['experts']}"
         rows.append(
             [
-                f"{row['model']} {row['hidden_size']} x {row['intermediate_size']}, {row['picked']} of {row['experts']}",
+                name,
                 str(row["tokens"]),
                 f"{row['keep']:.0%}",
                 f"{dense['us']:.1f} ({dense['by']})",
