@@ -44,7 +44,7 @@ from .screen import Bars, show, table, verb
 from .streamed import SpillOption, StreamOption, prune_streamed, streams
 
 # Minutes of recovery with --best, and steps in a minute at most: fast machines do not go over the same text for ever.
-BEST_MINUTES, STEPS_A_MINUTE = 10.0, 12
+BEST_MINUTES, STEPS_A_MINUTE = 10.0, 30
 
 
 def _shares(text: str) -> list[float]:

@@ -49,8 +49,8 @@ class RecoverConfig:
         InputError: a value breaks its rule.
     """
 
-    steps: int = 120
-    batch: int = 4
+    steps: int = 300
+    batch: int = 2
     learning_rate: float = 1e-4
     warmup: float = 0.05
     decay: str = "cosine"
@@ -63,7 +63,7 @@ class RecoverConfig:
     precision: str = "auto"
     minutes: float | None = None
     held_out: float = 0.05
-    every: int = 25
+    every: int = 60
     patience: int = 4
     save_every: int = 0
     seed: int = 0
