@@ -53,7 +53,8 @@ def mixture_table(result: dict[str, Any]) -> list[str]:
     return [
         f"Perplexity, dense {result['dense']:.1f}; bold where the 95 % interval of the difference in nats from the "
         f"mean of random choices lies below zero. {result['judged']:,} tokens of {result['text']} judged, "
-        f"{result['calibration']:,} others calibrated. {provenance(result)}",
+        f"{result['calibration']:,} others calibrated. {provenance(result)}"
+        + "".join(f" Of {name}: {provenance({'machine': facts})}" for name, facts in result.get("later", {}).items()),
         "",
         *markdown(header, lines),
     ]
