@@ -141,7 +141,8 @@ def _add_stack(model: nn.Module, found: list[FFN], number: int, list_name: str, 
                 if not computes(bank):
                     raise UnsupportedModelError(
                         f"{kind}: {where} ({type(module).__name__}) holds a mixture of experts, but does not compute "
-                        f"what its tensors {bank.layout.up} and {bank.layout.down} say"
+                        f"what its tensors {bank.layout.up} and {bank.layout.down} say; its form may be added to "
+                        "`experts.LAYOUTS` (see CONTRIBUTING.md)"
                     )
                 found += [Expert.of(bank, e, len(found) + e, number, i) for e in range(bank.experts)]
                 continue
