@@ -241,6 +241,8 @@ def ffn_pass(units: Sequence[FFNUnit], x: Tensor, compiled: bool = False) -> Cal
         for ffn in runs:
             ffn(x)
 
+    if any(unit.routed for unit in units):
+        return run  # experts may ask the host what the router chose, which a CUDA graph cannot hold
     return graphed(run, x.device)
 
 
