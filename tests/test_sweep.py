@@ -86,7 +86,7 @@ def test_the_result_is_json(tmp_path, capsys):
     found["types"]["x"] = {"state": "CRASH", "message": "", "class": "X", "table": "causal"}
     found["types"]["y"] = {"state": "not built", "message": "", "class": "Y", "table": "image-text"}
     (line,) = tables.works_table({"families": found})
-    assert "3 types could be built" in line and "[1 work](docs/families.md) (1 causal, 0 image-text)" in line
+    assert "Of 3 types of Transformers" in line and "[1 work](docs/families.md) (1 causal, 0 image-text)" in line
     assert "1 are refused before anything changes, 1 crash, and 0 are no decoders" in line
     assert found["counts"] == {"works": 1, "refused": 1} and found["types"]["gpt2"]["table"] == "causal"
     assert "works" in capsys.readouterr().out

@@ -26,10 +26,10 @@ def works_table(result: dict[str, Any]) -> list[str]:
     *tables, (_, every, works, refused, late, crash, none, missing) = _counts(types)
     kinds = ", ".join(f"{line[2]} {line[0]}" for line in tables)
     bad = [f", {count} {what}" for count, what in ((late, "after something changed"), (crash, "crash")) if count != "0"]
+    built, version = int(every) - int(missing), result["families"]["transformers"]
     return [
-        f"Of Transformers {result['families']['transformers']} {int(every) - int(missing)} types could be built tiny: "
-        f"[{works} work](docs/families.md) ({kinds}), {refused} are refused before anything changes{''.join(bad)}, and "
-        f"{none} are no decoders."
+        f"Of {built} types of Transformers {version} that could be built tiny, [{works} work](docs/families.md) "
+        f"({kinds}), {refused} are refused before anything changes{''.join(bad)}, and {none} are no decoders."
     ]
 
 
