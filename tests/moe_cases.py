@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from pyprune.model.experts import find_bank
 
 _COMMON = {
     "hidden_size": 32,
@@ -75,4 +79,44 @@ def make_mixture(kind: str, seed: int = 0, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 or name.endswith("bias"):
                 parameter.normal_(std=0.15)
+    return model
+
+
+class One(nn.Module):
+    """One expert as a module."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w1, self.w3, self.w2 = (nn.Linear(32, 48, False), nn.Linear(32, 48, False), nn.Linear(48, 32, False))
+        for own, part in ((self.w1, w.gate), (self.w3, w.up), (self.w2, w.down.t())):
+            own.weight = nn.Parameter(part.detach().clone())
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Listed(nn.Module):
+    """A mixture whose experts are a list of modules, as in older code."""
+
+    def __init__(self, block, weights):
+        super().__init__()
+        self.gate, self.experts = block.gate, nn.ModuleList(One(w) for w in weights)
+
+    def forward(self, x):
+        rows = x.reshape(-1, 32)
+        _, scores, index = self.gate(rows)
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token, place = (index == number).nonzero(as_tuple=True)
+            out = out.index_add(0, token, expert(rows[token]) * scores[token, place, None])
+        return out.view_as(x)
+
+
+def listed(model):
+    """The same mixture with lists of expert modules."""
+    for layer in model.model.layers:
+        bank = find_bank("", layer.mlp.experts)
+        assert bank is not None
+        layer.mlp = Listed(layer.mlp, [bank.weights(number) for number in range(bank.experts)])
+    model.__class__ = type("OlderMixtral", (type(model),), {})  # of code that Transformers does not have
     return model

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from moe_cases import make_mixture
+from moe_cases import listed, make_mixture
 from torch.nn import functional as F
 from tower_cases import make_tower
 
@@ -172,8 +172,6 @@ def test_what_needs_windows_says_so(options, error, message, tiny, more_ids):
 
 
 def test_lists_of_expert_modules_cannot_tell_padding(ids):
-    from test_experts import listed
-
     model = listed(make_mixture("mixtral"))
     rows = rows_of(ids, (16, 5, 11, 2))
     with pytest.raises(UnsupportedModelError, match="padded cannot be told: give batches without padding"):

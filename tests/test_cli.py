@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from moe_cases import make_mixture
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -236,6 +237,15 @@ def test_bench_of_int8_weights(tiny_checkpoint: Path) -> None:
     narrow, swapped = (facts["models"][name] for name in ("narrow modules", "PrunedMLP compact int8"))
     assert swapped["ffn_bytes"] == 48 * 3 * (32 + 4)
     assert narrow["bytes"] - swapped["bytes"] == 3 * (narrow["ffn_bytes"] - swapped["ffn_bytes"])
+
+
+@pytest.mark.usefixtures("small_buffer")
+def test_bench_of_a_mixture(tmp_path: Path) -> None:
+    make_mixture("qwen3_moe").save_pretrained(tmp_path / "x")
+    facts = as_json("bench", tmp_path / "x", "--prefill", 32, "--repeats", 1)
+    assert set(facts["models"]) == {"dense", "narrow modules", "PrunedMoE compact"}
+    assert {entry["keep"] for entry in facts["models"].values()} == {1.0, 0.5}
+    assert "prune(model, mask=mask)" in refused(1, "bench", tmp_path / "x", "--mode", "gather")
 
 
 @pytest.mark.usefixtures("small_buffer")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from gguf_cases import write_dense
+from moe_cases import make_mixture
 
-from pyprune import prune
+from pyprune import prune, prune_experts
 from pyprune.base.errors import CheckpointError
 from pyprune.model import checkpoint
 from pyprune.serving import gguf_check, gguf_plan
@@ -124,6 +125,33 @@ def test_vllm_writes_the_tokens_of_the_checkpoint(
     }
     found = ask_vllm({"model": str(folder), "options": options, **asked(ids)})
     assert found["class"].endswith(kind)
+    check_same(found, model, ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "own"),
+    [
+        ("qwen3_moe", 40, "models.qwen3_moe.Qwen3MoeForCausalLM"),
+        ("mixtral", 32, "models.mixtral.MixtralForCausalLM"),
+    ],
+)
+def test_vllm_writes_the_tokens_of_pruned_experts(
+    kind: str,
+    width: int,
+    own: str,
+    ids: torch.Tensor,
+    tmp_path: Path,
+    ask_vllm: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Fewer neurons in each expert, and fewer experts, as the config's own keys say."""
+    model = make_mixture(kind, **SIZES)
+    prune(model, width / 48, "magnitude-l2-both", allocation="uniform:multiple=8", repair=None)
+    prune_experts(model, 0.75, "random")
+    assert tuple(model.model.layers[0].mlp.experts.down_proj.shape) == (3, 128, width)
+    folder = str(checkpoint.save(model, tmp_path / "pruned"))
+    options = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
+    found = ask_vllm({"model": folder, "options": options, **asked(ids)})
+    assert found["class"].endswith(own)
     check_same(found, model, ids)
 
 

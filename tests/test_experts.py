@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_cases import BANKS, MIXTURES, make_mixture
+from moe_cases import BANKS, MIXTURES, listed, make_mixture
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from pyprune import InputError, KeepIndex, Mask, UnsupportedModelError, accelerate, prune, save
+from pyprune.ffn.mlp import PrunedMLP
 from pyprune.model import experts, families
 from pyprune.model.families import find_ffns
 from pyprune.model.narrowing import replaced
@@ -276,7 +278,7 @@ def test_a_mask_whose_experts_differ_in_width_is_refused(ids):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"allocation": "sensitivity"}, "allocation 'sensitivity' needs a model whose layers each have one FFN"),
+        ({"allocation": "latency:target_speedup=1.5"}, "allocation 'latency' needs a model whose layers each have one"),
         ({"repair": "refit"}, r"repair 'refit' needs activations .*experts\.0 is an expert"),
         ({"repair": "least-squares:target=0.5"}, "target above 0 needs a model whose layers each have one FFN"),
     ],
@@ -334,43 +336,6 @@ def test_every_kind_of_criterion_ranks_neurons_of_experts(method, more_ids):
     assert len(set(report.mask.layers)) == len(report.mask.layers)
 
 
-class One(nn.Module):
-    """One expert as a module."""
-
-    def __init__(self, w):
-        super().__init__()
-        self.w1, self.w3, self.w2 = (nn.Linear(32, 48, False), nn.Linear(32, 48, False), nn.Linear(48, 32, False))
-        for own, part in ((self.w1, w.gate), (self.w3, w.up), (self.w2, w.down.t())):
-            own.weight = nn.Parameter(part.detach().clone())
-
-    def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class Listed(nn.Module):
-    """A mixture whose experts are a list of modules, as in older code."""
-
-    def __init__(self, block, weights):
-        super().__init__()
-        self.gate, self.experts = block.gate, nn.ModuleList(One(w) for w in weights)
-
-    def forward(self, x):
-        rows = x.reshape(-1, 32)
-        _, scores, index = self.gate(rows)
-        out = torch.zeros_like(rows)
-        for number, expert in enumerate(self.experts):
-            token, place = (index == number).nonzero(as_tuple=True)
-            out = out.index_add(0, token, expert(rows[token]) * scores[token, place, None])
-        return out.view_as(x)
-
-
-def listed(model):
-    """The same mixture with lists of expert modules."""
-    for layer, bank in zip(model.model.layers, banks(model), strict=True):
-        layer.mlp = Listed(layer.mlp, [expert.weights() for expert in bank])
-    return model
-
-
 def test_lists_of_expert_modules_keep_one_width(ids):
     model = make_mixture("mixtral")
     want = model(ids).logits
@@ -379,6 +344,42 @@ def test_lists_of_expert_modules_keep_one_width(ids):
     found = groups(find_ffns(model))
     assert [len(group) for group in found] == [4, 4]
     assert {ffn.group for ffn in found[0]} == {"model.layers.0.mlp.experts"}
+
+
+@pytest.mark.parametrize("mode", ["compact", "gather"])
+def test_lists_of_expert_modules_run_from_records(mode, ids, random_mask):
+    """Each expert has a record of its own, whatever number of tokens it gets."""
+    model = listed(make_mixture("mixtral"))
+    mask = random_mask(model, [24] * 8)
+    pruned = copy.deepcopy(model)
+    prune(pruned, mask=mask, **BARE)
+    want, names = pruned(ids).logits, set(pruned.state_dict())
+    accelerate(model, mode, mask=mask)
+    assert sum(isinstance(m, PrunedMLP) for m in model.modules()) == 8
+    assert set(model.state_dict()) == names
+    for rows in (ids, ids[:1, :1]):  # of one token, most experts get none
+        torch.testing.assert_close(model(rows).logits, pruned(rows).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_lists_of_expert_modules_of_transformers(ids, tmp_path):
+    config = AutoConfig.for_model(
+        "switch_transformers", vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_experts=4,
+        num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    words = {"input_ids": ids, "decoder_input_ids": ids[:, :7]}
+    prune(model, 0.5, "magnitude-l2-both", allocation="uniform:multiple=8", **BARE)
+    want = model(**words).logits
+    accelerate(model)
+    assert sum(isinstance(m, PrunedMLP) for m in model.modules()) == 2 * 4 + 2  # and the dense layers
+    assert model.config.d_ff == 24
+    torch.testing.assert_close(model(**words).logits, want, rtol=1e-4, atol=1e-5)
+    save(model, tmp_path / "x")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "x").eval()
+    torch.testing.assert_close(again(**words).logits, want, rtol=1e-4, atol=1e-5)
 
 
 def test_layouts_are_told_by_shapes_where_nothing_says_them():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tower_cases import make_tower
 
 from pyprune import CheckpointError, InputError, prune
 from pyprune.model import checkpoint, loading
@@ -103,6 +104,23 @@ def test_a_model_without_a_tokenizer_says_so(tiny, tmp_path):
     assert not loading.has_tokenizer(str(tmp_path))
     with pytest.raises(InputError, match="has no tokenizer, which is needed here: put its files there"):
         loading.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("widths", ["dense", "differing"])
+def test_a_hub_name_loads_with_the_class_that_its_config_names(widths, ids, tmp_path, monkeypatch):
+    model = make_tower("llava")
+    if widths == "differing":
+        prune(model, 0.5, "magnitude-l2-both", allocation="global:multiple=1", repair=None)
+    place = tmp_path / "models--some--eyes"  # as the hub's cache has it
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    checkpoint.save(model, place / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    loaded = loading.load_model("some/eyes")
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises(InputError, match="model 'some/ears' cannot be loaded"):
+        loading.load_model("some/ears")
 
 
 def test_unknown_dtype_names_the_nearest(tiny_checkpoint):

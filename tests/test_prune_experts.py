@@ -145,10 +145,23 @@ def test_on_the_command_line(tmp_path, tokenizer):
     model = make_mixture("qwen3_moe", vocab_size=1024)
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
-    words = ["--keep", "0.5", "--text", "builtin:prose", "--tokens", "256", "--window", "32", "--json"]
+    words = [
+        "--keep",
+        "0.5",
+        "--repair",
+        "least-squares",
+        "--text",
+        "builtin:prose",
+        "--tokens",
+        "256",
+        "--window",
+        "32",
+        "--json",
+    ]
     run = CliRunner().invoke(app, ["prune-experts", str(tmp_path / "dense"), "--out", str(tmp_path / "x"), *words])
     assert run.exit_code == 0, run.output
     found = json.loads(run.stdout)
     assert [len(layer["kept"]) for layer in found["layers"]] == [2, 2] and found["structure"] == "experts"
+    assert found["repair"] == "least-squares" and found["layers"][0]["error_repaired"] < found["layers"][0]["error_cut"]
     again = type(model).from_pretrained(tmp_path / "x")
     assert again.config.num_experts == 2 and again.config.pyprune["provenance"]["config"]["method"] == "reap"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +25,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from pyprune import prune, prune_experts
 from pyprune.base import machine
+from pyprune.base.errors import check
 from pyprune.base.files import new_file
 from pyprune.evaluation.intervals import paired_bootstrap
 from pyprune.evaluation.perplexity import window_losses
 
+Structure = Enum("Structure", {name: name for name in ("neurons", "experts")})
 VOCABULARY, WINDOW, BATCH = 2048, 128, 16
 CRITERIA = ("magnitude-l2-both", "activation", "wanda", "flap", "fisher", "taylor-neuron", "obs")
 EXPERTS = ("frequency", "reap")
@@ -105,18 +108,20 @@ def train(windows: Tensor, minutes: float, seed: int = 0) -> Any:
     return model.eval()
 
 
-def ways() -> list[dict[str, Any]]:
-    """Everything that is tried: structure, method, keep, repair, seed."""
+def ways(structure: str | None = None) -> list[dict[str, Any]]:
+    """Everything that is tried, or what of one structure is: structure, method, keep, repair, seed."""
     found: list[dict[str, Any]] = []
     for keep in KEEPS:
         for repair in REPAIRS:
             one = {"structure": "neurons", "keep": keep, "repair": repair}
             found += [{**one, "method": "random", "seed": seed} for seed in SEEDS]
             found += [{**one, "method": method, "seed": 0} for method in CRITERIA]
-        one = {"structure": "experts", "keep": keep, "repair": None}
-        found += [{**one, "method": "random", "seed": seed} for seed in SEEDS]
-        found += [{**one, "method": method, "seed": 0} for method in EXPERTS]
-    return found
+    for keep in KEEPS:
+        for repair in REPAIRS:
+            one = {"structure": "experts", "keep": keep, "repair": repair}
+            found += [{**one, "method": "random", "seed": seed} for seed in SEEDS]
+            found += [{**one, "method": method, "seed": 0} for method in EXPERTS]
+    return [way for way in found if structure in (None, way["structure"])]
 
 
 def losses_of(folder: Path, way: dict[str, Any] | None, calibration: Tensor, judged: Tensor) -> Tensor:
@@ -125,18 +130,19 @@ def losses_of(folder: Path, way: dict[str, Any] | None, calibration: Tensor, jud
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if way is not None and way["structure"] == "experts":
-            prune_experts(model, way["keep"], way["method"], text=calibration, seed=way["seed"])
+            options = {"repair": way["repair"], "seed": way["seed"]}
+            prune_experts(model, way["keep"], way["method"], text=calibration, **options)
         elif way is not None:
             options = {"keep": way["keep"], "method": way["method"], "repair": way["repair"], "seed": way["seed"]}
             prune(model, allocation="uniform:multiple=8", text=calibration, **options)
     return window_losses(model, judged) / (WINDOW - 1)
 
 
-def measured(folder: Path, calibration: Tensor, judged: Tensor) -> dict[str, Any]:
+def measured(folder: Path, calibration: Tensor, judged: Tensor, structure: str | None) -> dict[str, Any]:
     """Perplexities of all ways, and by how many nats each is apart from random choices."""
     dense = losses_of(folder, None, calibration, judged)
     rows = []
-    for way in ways():
+    for way in ways(structure):
         losses = losses_of(folder, way, calibration, judged)
         rows.append({**way, "losses": losses, "perplexity": float(losses.mean().exp())})
         print({k: v for k, v in rows[-1].items() if k != "losses"}, flush=True)
@@ -150,11 +156,26 @@ def measured(folder: Path, calibration: Tensor, judged: Tensor) -> dict[str, Any
     return {"dense": float(dense.mean().exp()), "rows": rows}
 
 
+def beside(old: dict[str, Any], facts: dict[str, Any], found: dict[str, Any], structure: str) -> tuple[Any, Any]:
+    """A result with the rows of one structure measured anew, on the same mixture and the same tokens."""
+    same = {key: old[key] == facts[key] for key in ("text", "calibration", "judged", "window")}
+    check(
+        all(same.values()), "out", "hold a result of the same text and windows", [k for k, s in same.items() if not s]
+    )
+    check(abs(old["dense"] / found["dense"] - 1) < 1e-3, "model", f"have perplexity {old['dense']}", found["dense"])
+    rows = [row for row in old["rows"] if row["structure"] != structure] + found["rows"]
+    later = {**old.get("later", {}), structure: facts["machine"]}
+    return {**{key: old[key] for key in facts}, "later": later}, {"dense": old["dense"], "rows": rows}
+
+
 def main(
     text: Annotated[Path, typer.Option(help="The text, as one file.")],
     model: Annotated[Path, typer.Option(help="Folder of the mixture; trained into it where it is not there.")],
     minutes: Annotated[float, typer.Option(help="Of training.")] = 4.5,
     out: Annotated[Path | None, typer.Option(help="JSON of perplexities by each way to prune it.")] = None,
+    structure: Annotated[
+        Structure | None, typer.Option(help="Measure the ways of this one alone, beside what is in the JSON.")
+    ] = None,
 ) -> None:
     """Train the mixture, and prune it in every way."""
     torch.set_num_threads(1)
@@ -168,9 +189,12 @@ def main(
     learnt, judged = windows_of(first, tokenizer), windows_of(last, tokenizer)
     chosen = torch.linspace(0, len(learnt) - 1, CALIBRATION).round().long()
     if out is not None:
-        found = measured(model, learnt[chosen], judged[:JUDGED])
+        only = None if structure is None else structure.value
+        found = measured(model, learnt[chosen], judged[:JUDGED], only)
         sizes = {"calibration": CALIBRATION * WINDOW, "judged": min(JUDGED, len(judged)) * WINDOW, "window": WINDOW}
         facts = {"machine": machine.facts(), "text": text.name, "training_minutes": minutes, **sizes}
+        if only is not None:
+            facts, found = beside(json.loads(out.read_text(encoding="utf-8")), facts, found, only)
         with new_file(out) as temporary:
             temporary.write_text(json.dumps({**facts, **found}, indent=1) + "\n", encoding="utf-8")
 

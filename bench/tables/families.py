@@ -10,16 +10,32 @@ from bench.tables.readme import markdown, provenance
 _STATES = ("works", "refused", "refused late", "CRASH", "no decoder", "not built")
 
 
-def families_table(result: dict[str, Any]) -> list[str]:
-    """A line a table of Transformers with counts, then the types that work, and those refused with their reason."""
-    types = result["types"]
-    tables = list(dict.fromkeys(found["table"] for found in types.values()))
+def _counts(types: dict[str, Any]) -> list[list[str]]:
+    """Of each table of Transformers, and of all: its name, all types, and those of each of `_STATES`."""
     lines = []
-    for table in tables:
+    for table in dict.fromkeys(found["table"] for found in types.values()):
         own = [found["state"] for found in types.values() if found["table"] == table]
         counts = [sum(state.startswith(s) and (s != "refused" or state == s) for state in own) for s in _STATES]
         lines.append([table, str(len(own)), *map(str, counts)])
-    total = [str(sum(int(line[i]) for line in lines)) for i in range(1, len(lines[0]))]
+    return [*lines, ["all", *(str(sum(int(line[i]) for line in lines)) for i in range(1, len(lines[0])))]]
+
+
+def works_table(result: dict[str, Any]) -> list[str]:
+    """README's line: how many of the types that could be built work, and of which kinds."""
+    types = result["families"]["types"]
+    *tables, (_, every, works, refused, late, crash, none, missing) = _counts(types)
+    kinds = ", ".join(f"{line[2]} {line[0]}" for line in tables)
+    bad = [f", {count} {what}" for count, what in ((late, "after something changed"), (crash, "crash")) if count != "0"]
+    built, version = int(every) - int(missing), result["families"]["transformers"]
+    return [
+        f"Of {built} types of Transformers {version} that could be built tiny, [{works} work](docs/families.md) "
+        f"({kinds}), {refused} are refused before anything changes{''.join(bad)}, and {none} are no decoders."
+    ]
+
+
+def families_table(result: dict[str, Any]) -> list[str]:
+    """A line a table of Transformers with counts, then the types that work, and those refused with their reason."""
+    types = result["types"]
     header = ("model types", ">all", *(f">{state}" for state in _STATES))
     works = sorted(kind for kind, found in types.items() if found["state"] == "works")
     by_letter = [" ".join(f"`{kind}`" for kind in kinds) for _, kinds in groupby(works, key=lambda kind: kind[0])]
@@ -27,7 +43,7 @@ def families_table(result: dict[str, Any]) -> list[str]:
     return [
         f"Transformers {result['transformers']}.",
         "",
-        *markdown(header, [*lines, ["all", *total]]),
+        *markdown(header, _counts(types)),
         "",
         f"These {len(works)} work:",
         "",
@@ -53,7 +69,8 @@ def mixture_table(result: dict[str, Any]) -> list[str]:
     return [
         f"Perplexity, dense {result['dense']:.1f}; bold where the 95 % interval of the difference in nats from the "
         f"mean of random choices lies below zero. {result['judged']:,} tokens of {result['text']} judged, "
-        f"{result['calibration']:,} others calibrated. {provenance(result)}",
+        f"{result['calibration']:,} others calibrated. {provenance(result)}"
+        + "".join(f" Of {name}: {provenance({'machine': facts})}" for name, facts in result.get("later", {}).items()),
         "",
         *markdown(header, lines),
     ]

@@ -278,13 +278,14 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "streaming": _elsewhere("bench.tables.scale", "streaming_table"),
     "training": _elsewhere("bench.tables.methods", "training_table"),
     "vae": _elsewhere("bench.tables.vae", "vae_table"),
+    "works": _elsewhere("bench.tables.families", "works_table"),
 }
 
 
 ROOT = HERE.parent
 # Tables that are made of what is registered, not of measurements; and those of several results, by file name.
 _OF_CODE = ("allocations", "methods", "repairs", "training")
-_TOGETHER = {"glance": ("compare-suite", "model", "nested")}
+_TOGETHER = {"glance": ("compare-suite", "model", "nested"), "works": ("families",)}
 
 
 def texts() -> list[Path]:

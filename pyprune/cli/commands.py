@@ -17,6 +17,7 @@ from ..evaluation.domains.suite import NEW_TOKENS, TOKENS, WINDOW
 from ..ffn import dispatch, native
 from ..ffn.accelerate import accelerate
 from ..ffn.mlp import MODES
+from ..ffn.moe import PrunedMoE
 from ..ffn.quantisation import WEIGHTS
 from ..model import checkpoint, families, loading
 from ..pruning import nested
@@ -259,8 +260,12 @@ def bench(
         candidates["narrow modules"] = narrow = loading.load_model(model, dtype, place)
         if against is None:
             mask = prune_model(narrow, keep, "random", allocation=every, repair=None, seed=seed).mask
-    name = f"PrunedMLP {mode}" + (f" {weights}" if weights else "") + (f" width {width:g}" if width else "")
+    if mask is not None and mode == "compact":  # experts are pruned in place only
+        prune_model(swapped, mask=mask, repair=None)
+        mask = None
     accelerate(swapped, mode, backend, mask, weights)
+    kind = "PrunedMoE" if any(isinstance(module, PrunedMoE) for module in swapped.modules()) else "PrunedMLP"
+    name = f"{kind} {mode}" + (f" {weights}" if weights else "") + (f" width {width:g}" if width else "")
     candidates[name] = nested.narrowed(swapped, model, width)
     with Bars() as bars:
         report = benchmark(dense, candidates, prefill_tokens=prefill, repeats=repeats, compiled=compiled, progress=bars)

@@ -12,6 +12,7 @@ from ..model import checkpoint, loading
 from ..pruning.experts import METHODS
 from ..pruning.experts import prune_experts as remove_experts
 from ..pruning.mixture import mix
+from ..pruning.repair import parse as parse_repair
 from ..pruning.text import TOKENS, WINDOW
 from .options import (
     DeviceOption,
@@ -30,6 +31,9 @@ from .options import (
 from .pruned import DryRunOption, OutOption, OverwriteOption, check_out, run_facts
 from .screen import Bars, megabytes, show, table, verb
 
+RepairOption = Annotated[
+    str, typer.Option(help="none, least-squares (the experts that are left are fitted to what all gave), or bias.")
+]
 MethodOption = Annotated[str, typer.Option(help=f"What ranks experts: {', '.join(METHODS)}.")]
 
 
@@ -39,6 +43,7 @@ def prune_experts(
     out: OutOption = None,
     method: MethodOption = "reap",
     keep: Annotated[float, typer.Option(help="Share of the experts of every layer that stays, in (0, 1].")] = 0.75,
+    repair: RepairOption = "none",
     text: SourcesOption = None,
     tokens: TokensOption = TOKENS,
     window: WindowOption = WINDOW,
@@ -54,16 +59,17 @@ def prune_experts(
     """Remove whole experts of a mixture with their rows of the router, and write a checkpoint."""
     check_choice(method, "method", METHODS)
     check_out(out, dry_run, overwrite, max_shard_size)
+    fits = parse_repair(repair)
     place = choose_device(device)
     tokenizer = loading.load_tokenizer(model)
     sources = check_sources(text, tokens, window, start_token)
     loaded = loading.load_model(model, dtype, place)
     with Bars() as bars:
         windows = None
-        if method != "random":
+        if method != "random" or fits.needs:
             windows = mix(sources, loaded, tokenizer, tokens, window, start=start_token, seed=seed, progress=bars)
         report = remove_experts(
-            loaded, keep, method, text=windows, seed=seed, progress=bars, provenance=run_facts(model)
+            loaded, keep, method, repair=fits, text=windows, seed=seed, progress=bars, provenance=run_facts(model)
         )
     if out is not None and not dry_run:
         checkpoint.save(loaded, out, tokenizer, overwrite, max_shard_size=max_shard_size)

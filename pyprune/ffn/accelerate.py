@@ -34,8 +34,9 @@ def accelerate(
 ) -> nn.Module:
     """Swap every FFN of a loaded model, pruned or not, for a `PrunedMLP`, layer by layer, freeing the originals.
 
-    Experts that lie in tensors become a `PrunedMoE` a layer. What cannot run from records stays as it is, with a
-    warning that says why; so do experts for which Transformers' own path was measured to be faster.
+    Experts that lie in tensors become a `PrunedMoE` a layer, those in a list of modules a `PrunedMLP` each. What cannot
+    run from records stays as it is, with a warning that says why; so do experts in tensors for which Transformers' own
+    path was measured to be faster.
 
     The FFNs' parameters are others afterwards: an optimizer or adapters made before do not know them.
 
@@ -73,7 +74,7 @@ def accelerate(
     check_choice(weights or "float32", "weights", WEIGHTS)
     check(mask is not None or mode == "compact", "mask", "be given in gather mode", mask)
     every = families.find_ffns(model)
-    ffns = [ffn for ffn in every if ffn.activation != OWN and not ffn.shared and not ffn.expert]
+    ffns = [ffn for ffn in every if ffn.activation != OWN and not ffn.shared]
     banks = accelerate_experts.banks_of(every)
     reasons = {bank.name: accelerate_experts.why_not(bank, backend, weights) for bank in banks}
     banks = [bank for bank in banks if reasons[bank.name] is None]
@@ -111,8 +112,6 @@ def _why_left(ffn: FFN, reasons: dict[str, str | None]) -> tuple[FFN, str] | Non
     if isinstance(ffn, Expert):
         reason = reasons[ffn.group]
         return None if reason is None else (ffn, reason)
-    if ffn.expert:
-        return ffn, "its experts are a list of modules"
     return ffn, "several layers run it" if ffn.shared else "an activation of its own"
 
 

@@ -27,11 +27,11 @@ def banks_of(ffns: list[FFN]) -> list[Bank]:
     return [group[0].of_bank for group in groups(ffns) if isinstance(group[0], Expert)]
 
 
-def picked(model: nn.Module, bank: Bank) -> int:
-    """How many experts of a bank a token goes to, as a config says; 2 where none does."""
+def picked(model: nn.Module, experts: int) -> int:
+    """How many of so many experts a token goes to, as a config says; 2 where none does."""
     config: Any = model.config
     found = (getattr(part, name, None) for part in (config.get_text_config(), config) for name in TOP_KEYS)
-    return min(bank.experts, next((k for k in found if isinstance(k, int) and k > 0), 2))
+    return min(experts, next((k for k in found if isinstance(k, int) and k > 0), 2))
 
 
 def why_not(bank: Bank, backend: str, weights: str | None) -> str | None:
@@ -67,7 +67,7 @@ def measure(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> Non
     seen = set()
     for bank in filter(_on_cpu, banks):
         described, dtype = _described(bank, weights)
-        k = picked(model, bank)
+        k = picked(model, bank.experts)
         known = moe_choice.key(described, dtype, k, 1)
         if known in seen or not moe_choice.unknown(described, dtype, k):
             continue
@@ -82,7 +82,7 @@ def measure(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> Non
 def not_slower(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> list[Bank]:
     """Without those on a CPU for which `auto` leaves the module as it is, as was measured; says so."""
     reasons = [
-        moe_choice.why_slower(*_described(bank, weights), picked(model, bank)) if _on_cpu(bank) else None
+        moe_choice.why_slower(*_described(bank, weights), picked(model, bank.experts)) if _on_cpu(bank) else None
         for bank in banks
     ]
     left = [f"{bank.name}: {reason}" for bank, reason in zip(banks, reasons, strict=True) if reason]
@@ -116,7 +116,7 @@ def swap(
     banks.reverse()
     while banks:
         bank = banks.pop()
-        k = picked(model, bank)
+        k = picked(model, bank.experts)
         module = PrunedMoE.from_bank(bank, backend, weights, room, batch_invariant, k)
         parent, _, name = bank.name.rpartition(".")
         setattr(model.get_submodule(parent), name, module)

@@ -57,6 +57,15 @@ class Described:
                 "'neurons' with allocation 'uniform' or 'global'"
             )
 
+    def check_layered(self, what: str) -> None:
+        """Raise `UnsupportedModelError`, naming `what` asks for it, where FFNs are not reached layer by layer."""
+        if not self.streamed or any(ffn.expert and not isinstance(ffn, Expert) for ffn in self.ffns):
+            raise UnsupportedModelError(
+                f"{what} needs one list of layers, and experts in tensors; {type(self.model).__name__} has an encoder "
+                "beside its decoder, a block that several layers run, or experts in a list of modules: use structure "
+                "'neurons' with allocation 'uniform' or 'global'"
+            )
+
     @cached_property
     def block(self) -> dict[str, Any]:
         """What the config must say of FFNs whose widths differ (`families.ffn_block`)."""

@@ -7,7 +7,8 @@ weights, and comparing the two: tensors that became shorter, and numbers that mo
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -111,24 +112,49 @@ class Removal:
         return None
 
     @torch.no_grad()
-    def apply(self, kept: Sequence[Sequence[int]]) -> None:
-        """Remove all experts but these, of each bank, sorted."""
+    def cut(self, number: int, kept: Sequence[int]) -> None:
+        """Remove all experts of one bank but these, sorted; the model is whole again after `finish`."""
         tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         for name, dim in self._shorter.items():
-            i = self._bank_of(name)
-            assert i is not None
+            if self._bank_of(name) != number:
+                continue
             tensor: Any = tensors[name]
-            index = _rows_of(kept[i], self.experts, tensor.shape[dim], self._per(name, dim)).to(tensor.device)
+            index = _rows_of(kept, self.experts, tensor.shape[dim], self._per(name, dim)).to(tensor.device)
             new = tensor.detach().index_select(dim, index)
             if isinstance(tensor, nn.Parameter):
                 exchange(tensor, new)
             else:
                 parent, _, last = name.rpartition(".")
                 self._model.get_submodule(parent)._buffers[last] = new
-        for module, attribute, value in self._numbers:
-            setattr(self._model.get_submodule(module), attribute, value)
+        self._tell(number)
+
+    def finish(self) -> None:
+        """Tell the rest of the model, and its configs, after all banks were cut."""
+        self._tell(None)
+        self.say(self.count)
+
+    @contextmanager
+    def partly(self) -> Iterator[None]:
+        """Inside, some banks may be cut and others not: no loss is taken over the routers of all layers."""
+        asked = [config for config in self.configs if getattr(config, "output_router_logits", False)]
+        for config in asked:
+            config.output_router_logits = False
+        try:
+            yield
+        finally:
+            for config in asked:
+                config.output_router_logits = True
+
+    def say(self, count: int) -> None:
+        """Have the configs say that there are so many experts, for routers that ask them at every call."""
         for config in self.configs:
-            setattr(config, self._key, self.count)
+            setattr(config, self._key, count)
+
+    def _tell(self, number: int | None) -> None:
+        """Set the numbers that modules of a bank's block know, or with None those of all other modules."""
+        for module, attribute, value in self._numbers:
+            if self._bank_of(f"{module}.") == number:
+                setattr(self._model.get_submodule(module), attribute, value)
 
     def _per(self, name: str, dim: int) -> int:
         """Rows of a tensor that each expert has: more than one where experts lie flat behind each other."""

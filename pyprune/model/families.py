@@ -30,6 +30,7 @@ __all__ = [
     "WIDTH_KEYS",
     "Expert",
     "bias_key",
+    "candidates",
     "decoder_layers",
     "ffn_block",
     "find_ffns",
@@ -124,7 +125,7 @@ def _add_stack(model: nn.Module, found: list[FFN], number: int, list_name: str, 
     start = len(found)
     for i, layer in enumerate(layers):
         prefix = f"{list_name}.{i}"
-        here = _candidates(layer)
+        here = candidates(layer)
         for name, module, pattern in here:
             where = f"{prefix}.{name}".rstrip(".")
             if id(module) in seen:
@@ -134,12 +135,14 @@ def _add_stack(model: nn.Module, found: list[FFN], number: int, list_name: str, 
                         object.__setattr__(found[j], "shared", True)
                 continue
             seen[id(module)] = len(found)
+            assert pattern is not None
             if isinstance(pattern, Bank):
                 bank = Bank(where, *list(vars(pattern).values())[1:])
                 if not computes(bank):
                     raise UnsupportedModelError(
                         f"{kind}: {where} ({type(module).__name__}) holds a mixture of experts, but does not compute "
-                        f"what its tensors {bank.layout.up} and {bank.layout.down} say"
+                        f"what its tensors {bank.layout.up} and {bank.layout.down} say; its form may be added to "
+                        "`experts.LAYOUTS` (see CONTRIBUTING.md)"
                     )
                 found += [Expert.of(bank, e, len(found) + e, number, i) for e in range(bank.experts)]
                 continue
@@ -167,14 +170,18 @@ def _same_weights(found: list[FFN], module: nn.Module, pattern: Pattern) -> FFN 
     return next((f for f in found if f.pattern is pattern and own == {id(p) for p in f.parameters()}), None)
 
 
-def _candidates(layer: nn.Module) -> list[tuple[str, nn.Module, Pattern | Bank]]:
-    """(path, module, pattern or bank) of everything in a layer that looks like an FFN, none inside another."""
-    found: list[tuple[str, nn.Module, Pattern | Bank]] = []
+def candidates(layer: nn.Module) -> list[tuple[str, nn.Module, Pattern | Bank | None]]:
+    """(path, module, pattern or bank) of everything in a layer that looks like an FFN, none inside another.
+
+    What runs from records has None.
+    """
+    found: list[tuple[str, nn.Module, Pattern | Bank | None]] = []
     for name, module in layer.named_modules():
         if any(name.startswith(f"{outer}.") for outer, _, _ in found if outer) or _ROUTES.search(name):
             continue
-        pattern = find_bank(name, module) or match(module, in_layer=not name)
-        if pattern is not None:
+        swapped = hasattr(module, "record")
+        pattern = None if swapped else find_bank(name, module) or match(module, in_layer=not name)
+        if swapped or pattern is not None:
             found.append((name, module, pattern))
     return found
 

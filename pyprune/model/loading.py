@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..base.errors import CheckpointError, InputError, check, check_choice, one_line
 from ..base.files import check_name, restore
@@ -73,7 +73,8 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
     if local and any(Path(place).glob("*.safetensors")):
         checkpoint.check_fits(place)
     try:
-        result: Any = _loader(place, local).from_pretrained(
+        kind = AutoModelForCausalLM if extra else _loader(place, local)
+        result: Any = kind.from_pretrained(
             place, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **extra
         )
     except Exception as error:  # whatever a reader makes of a damaged file
@@ -90,12 +91,12 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
 
 
 def _loader(place: str, local: bool) -> Any:
-    """What loads a folder: the class that its config names, where that is no causal LM; else the auto class."""
+    """What loads a checkpoint: the class that its config names, where that is no causal LM; else the auto class."""
     try:
-        written = checkpoint.writer_of(checkpoint.read_config(place)) if local else None
-    except CheckpointError:
-        written = None  # the auto class will say what is wrong
-    return written or AutoModelForCausalLM
+        config = checkpoint.read_config(place) if local else AutoConfig.from_pretrained(place, trust_remote_code=False)
+        return checkpoint.writer_of(config) or AutoModelForCausalLM
+    except Exception:  # whatever a name leads to: the auto class will say what is wrong
+        return AutoModelForCausalLM
 
 
 def load_tokenizer(model: str) -> Any:

@@ -113,7 +113,7 @@ class Expert(FFN):
     def down(self) -> nn.Module:
         raise UnsupportedModelError(
             f"{self.name} is an expert whose weights lie in a tensor with the others': `prune` with allocation "
-            "'uniform' or 'global' and `prune_experts` take it, nothing else does"
+            "'uniform', 'global' or 'sensitivity' and `prune_experts` take it, nothing else does"
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import UnsupportedModelError, check, check_choice, is_count, is_number
+from ..base.errors import InputError, UnsupportedModelError, check, check_choice, is_count, is_number
 from ..base.memory import PeakMemory, release
 from ..base.progress import Progress, quiet
 from ..model import families
@@ -18,8 +19,11 @@ from ..model.probe import evaluating
 from ..model.provenance import read
 from ..model.units import Expert, groups
 from ..model.widths import set_widths
+from .expert_repair import check_repair, mend, of_bank, outputs
 from .options import PruneOptions
-from .pruner import Pruner
+from .pruner import LEAST_TOKENS, Pruner
+from .repair import Repair
+from .repair import parse as parse_repair
 from .run import Run, Totals
 from .text import Text
 
@@ -38,7 +42,9 @@ class ExpertReport(Totals):
 
     Attributes:
         method, keep, seed: as given.
-        layers: for every bank of experts its `name`, `scores` and `tokens` of all experts, and those `kept`.
+        repair: its name.
+        layers: for every bank of experts its `name`, `scores` and `tokens` of all experts, and those `kept`; after a
+            repair also `error_cut`, `error_repaired` and `damping` (see `expert_repair.Mended`).
 
     The others: see `run.Totals`.
     """
@@ -46,6 +52,7 @@ class ExpertReport(Totals):
     method: str
     keep: float
     seed: int = 0
+    repair: str = "none"
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +99,48 @@ def _measured(
     return found
 
 
+def _remove(
+    pruner: Pruner, removal: Removal, banks: Sequence[list[Expert]], kept: Sequence[list[int]], progress: Progress
+) -> list[dict[str, Any]]:
+    """Cut every bank and repair what is left of it, behind the banks before as they are then; facts for the report."""
+    repair = pruner.options.repair
+    if not repair.needs:
+        for i, own in enumerate(kept):
+            removal.cut(i, own)
+        removal.finish()
+        return [{} for _ in banks]
+    stream, few = pruner.stream(), dict[str, int]()
+    facts: list[dict[str, Any]] = []
+    count = len(pruner.batches or pruner.ids)  # type: ignore[arg-type]
+    sources = [0] * count if pruner.sources is None else pruner.sources.tolist()
+    with removal.partly():
+        for i, (bank, own) in enumerate(zip(banks, kept, strict=True)):
+            progress("repairing experts", i, len(banks))
+            try:
+                stream.reach(bank[0])
+                removal.say(removal.experts)
+                dense = outputs(stream, bank)
+                removal.cut(i, own)
+                removal.say(removal.count)
+                found = mend(stream, of_bank(bank[0].of_bank, bank[0]), dense, repair, sources, LEAST_TOKENS)
+            except InputError as error:
+                raise InputError(f"{error}; experts are removed already, so load the model again") from error
+            few |= found.few
+            facts.append(
+                {"error_cut": found.error_cut, "error_repaired": found.error_repaired, "damping": found.damping}
+            )
+    removal.finish()
+    progress("repairing experts", len(banks), len(banks))
+    if few:
+        shown = ", ".join(f"{name} ({tokens})" for name, tokens in list(few.items())[:5])
+        warnings.warn(
+            f"{len(few)} of the experts that are left saw too few calibration tokens for a repair and keep their rows: "
+            f"{shown}{', ...' if len(few) > 5 else ''}",
+            stacklevel=6,
+        )
+    return facts
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def prune_experts(
@@ -99,6 +148,7 @@ def prune_experts(
     keep: float = 0.75,
     method: str = "reap",
     *,
+    repair: Repair | str | None = None,
     text: Text = None,
     tokenizer: Any = None,
     seed: int = 0,
@@ -122,19 +172,25 @@ def prune_experts(
         model: a mixture of Transformers whose experts lie in tensors (`model.experts.Bank`).
         keep: share of the experts of every layer that stays, in (0, 1]: the nearest number.
         method: one of `METHODS`; all measure the dense model.
-        text, tokenizer, progress, provenance: as for `prune.prune`; text must be given but for `random`.
+        repair: `least-squares` fits the down rows of the experts that are left to what the dense experts of the layer
+            gave together, `bias` their down biases; layer by layer, on what the layers before give then. `damping`
+            as for `prune.prune`, `target` 0.
+        text, tokenizer, progress, provenance: as for `prune.prune`; text must be given but for `random` with no repair.
         seed: of what is random.
 
     Raises:
         InputError: a value breaks its rule, text is missing, fewer experts would be left than the router chooses for a
-            token, or outputs are not finite; the model is unchanged then.
-        UnsupportedModelError: no experts in tensors, or a family whose config cannot say how many there are; the
-            model is unchanged then.
+            token, outputs are not finite, or a repair is none for whole experts; the model is unchanged then.
+        UnsupportedModelError: no experts in tensors, a family whose config cannot say how many there are, or experts
+            that the repair cannot be written into; the model is unchanged then.
     """
     check(is_number(keep) and 0 < keep <= 1, "keep", "lie in (0, 1]", keep)
     check_choice(method, "method", METHODS)
     check(is_count(seed), "seed", "be a non-negative integer", seed)
-    run = Run(model, text, tokenizer, method != "random", f"method {method!r}", provenance, seed, progress)
+    chosen_repair = parse_repair(repair).suited(model, False)
+    needed = method != "random" or bool(chosen_repair.needs)
+    purpose = f"method {method!r} and repair {chosen_repair.NAME!r}"
+    run = Run(model, text, tokenizer, needed, purpose, provenance, seed, progress)
     described = run.described
     banks = [[f for f in group if isinstance(f, Expert)] for group in groups(described.ffns)]
     banks = [bank for bank in banks if bank]
@@ -143,22 +199,25 @@ def prune_experts(
             f"{type(model).__name__} has no experts whose weights lie in tensors: structure 'experts' has nothing to "
             "remove (lists of expert modules are pruned by neurons)"
         )
+    check_repair(chosen_repair, described, banks)
     removal = Removal(model, banks, keep)
     described.fingerprint  # noqa: B018 - of the dense model
     with evaluating(model), PeakMemory(device=next(model.parameters()).device) as memory:
-        pruner = Pruner(described, PruneOptions.of(repair=None), run.windows, progress, run.batches)
+        pruner = Pruner(described, PruneOptions.of(repair=chosen_repair), run.windows, progress, run.batches)
         measured = _measured(pruner, banks, method, seed, progress)
         kept = [choose(scores, removal.count, removal.groups) for scores, _ in measured]
-        removal.apply(kept)
+        repaired = _remove(pruner, removal, banks, kept, progress)
         if any("modules" in (read(config).get("ffn") or {}) for config in removal.configs):
             ffns = families.find_ffns(model)
             set_widths(model, families.ffn_block(model, ffns), [f.intermediate_size for f in ffns])
         release()
         layers = [
-            {"name": bank[0].group, "scores": scores.tolist(), "tokens": tokens, "kept": own}
-            for bank, (scores, tokens), own in zip(banks, measured, kept, strict=True)
+            {"name": bank[0].group, "scores": scores.tolist(), "tokens": tokens, "kept": own, **facts}
+            for bank, (scores, tokens), own, facts in zip(banks, measured, kept, repaired, strict=True)
         ]
         chosen = {"keep": keep, "structure": "experts", "method": method, "seed": seed}
+        if chosen_repair.needs:
+            chosen |= {"compensate": chosen_repair.NAME, **chosen_repair.values()}
         facts = run.facts(chosen, experts=[{"name": one["name"], "kept": one["kept"]} for one in layers])
         totals = run.finish(facts, memory)
-    return ExpertReport(method=method, keep=keep, seed=seed, layers=layers, **totals)
+    return ExpertReport(method=method, keep=keep, seed=seed, repair=chosen_repair.NAME, layers=layers, **totals)

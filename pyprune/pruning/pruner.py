@@ -166,7 +166,7 @@ class Pruner:
         """How much the loss grows when one layer alone is narrowed and repaired, computed once for a `multiple`."""
         if multiple in self._curves:
             return self._curves[multiple]
-        self.described.check_plain(f"allocation {self.options.allocation.NAME!r}")
+        self.described.check_layered(f"allocation {self.options.allocation.NAME!r}")
         check(self.ids is not None, "text", "be windows of token ids for curves of layers", "batches")
         assert self.ids is not None
         self.gradients()

@@ -14,6 +14,7 @@ from ..base.clock import Job, clock, interleave, median, quantiles, timed
 from ..base.errors import check
 from ..base.progress import Progress, quiet
 from ..ffn.mlp import PrunedMLP
+from ..ffn.moe import PrunedMoE
 from . import roofline
 from .timing import Decode, FFNUnit, Prefill, ffn_pass, ffn_probe, ffn_units
 
@@ -34,12 +35,12 @@ class BenchReport:
     `models`: by name, the dense model as "dense":
 
         bytes            of its parameters, tied ones once, and of the scales of int8 weights
-        ffn_bytes        of weights that the FFN of one layer must read for a call (mean over layers)
-        keep             neurons that it computes, as a share of the dense model's
+        ffn_bytes        of weights that the FFN of one layer must read for a token (mean over layers)
+        keep             neurons that it computes for a token, as a share of the dense model's
         decode[batch]    tokens_per_s = batch / median step; step_ms (quantiles p10 .. p90)
         prefill[tokens]  tokens_per_s = tokens / median pass; pass_ms (quantiles)
         ffn[tokens]      us = median per FFN, rotating over all layers; us_quantiles;
-                         gb_s = ffn_bytes / us; share_of_bandwidth
+                         gb_s = bytes that so many tokens must read / us; share_of_bandwidth
 
     and in each of the three: `samples` (their number), `path` ("eager" or "compiled": the faster one, whose numbers
     these are), `paths` (median of each path, same unit), `ratio` (dense median / median, each by its own faster path),
@@ -49,6 +50,10 @@ class BenchReport:
     kept in another dtype, it is the ratio of `ffn_bytes` for few tokens, which are bound by bytes. The ceiling of the
     whole model is Amdahl's with that on the FFN's share. A kernel that uses the machine better than the dense path's
     can pass both; `share_of_bandwidth` says how much it leaves.
+
+    Of a mixture, the FFN of a layer is its experts and what stands beside them. Alone, experts get a random routing,
+    another in each call; what they must read are the experts that the tokens name, in the mean over such routings, and
+    for few tokens ceilings are ratios of these bytes. `settings` then has `experts` and `experts_per_token`.
     """
 
     machine: dict[str, Any]
@@ -67,6 +72,11 @@ class BenchReport:
             "share": self.share,
             "models": self.models,
         }
+
+
+def _swapped(model: Any) -> list[Any]:
+    """What of a model runs from records."""
+    return [module for module in model.modules() if isinstance(module, PrunedMLP | PrunedMoE)]
 
 
 # model name -> path -> samples in seconds
@@ -96,17 +106,23 @@ class _Bench:
         shares = self.kept if keep is None else {name: 1.0 if name == DENSE else keep for name in self.models}
         if tokens > _FEW_TOKENS:
             return shares
-        return {name: share * self._bytes_ratio(name) for name, share in shares.items()}
+        return {name: share * self._bytes_ratio(name, tokens) for name, share in shares.items()}
 
-    def _bytes_ratio(self, name: str) -> float:
-        """Bytes of a neuron over those of a dense one where the records have another dtype, else 1."""
-        records = [m.record for m in self.models[name].modules() if isinstance(m, PrunedMLP)]
-        if all(record.dtype == self.dtype for record in records):
+    def _bytes_ratio(self, name: str, tokens: int) -> float:
+        """Bytes of a neuron over those of a dense one where records have another dtype or there are experts, else 1."""
+        records = [m.record for m in _swapped(self.models[name])]
+        routed = any(unit.routed for unit in self.units[DENSE])
+        if not routed and all(record.dtype == self.dtype for record in records):
             return 1.0
         own, dense = (
-            sum(u.bytes for u in self.units[n]) / sum(u.neurons for u in self.units[n]) for n in (name, DENSE)
+            sum(u.read(tokens) for u in self.units[n]) / sum(u.neurons for u in self.units[n]) for n in (name, DENSE)
         )
         return own / dense
+
+    def bytes(self, name: str, tokens: int) -> float:
+        """Of weights that the FFNs of one layer must read for so many tokens, mean over layers."""
+        units = self.units[name]
+        return sum(unit.read(tokens) for unit in units) / len(units)
 
     def prompt(self, batch: int, tokens: int) -> Tensor:
         """`[batch, tokens]` random token ids."""
@@ -116,21 +132,23 @@ class _Bench:
     def dense_facts(self) -> dict[str, Any]:
         """Device, dtype and FFN shape of the dense model."""
         units = self.units[DENSE]
+        experts = next((one for unit in units for one in unit.routed), None)
         return {
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "layers": len(units),
             "hidden_size": units[0].hidden_size,
             "intermediate_size": max(unit.neurons for unit in units),
+            **({} if experts is None else {"experts": experts.experts, "experts_per_token": experts.picked}),
         }
 
     def model_facts(self, name: str) -> dict[str, Any]:
         """The start of a model's entry in the report: its bytes and neurons, and room for what was timed."""
-        model, units = self.models[name], self.units[name]
-        scales = [m.scales for m in model.modules() if isinstance(m, PrunedMLP) and m.scales is not None]
+        model = self.models[name]
+        scales = [m.scales for m in _swapped(model) if m.scales is not None]
         return {
             "bytes": sum(t.numel() * t.element_size() for t in [*model.parameters(), *scales]),
-            "ffn_bytes": sum(unit.bytes for unit in units) / len(units),
+            "ffn_bytes": self.bytes(name, 1),
             "keep": self.kept[name],
             "decode": {},
             "prefill": {},
@@ -268,7 +286,7 @@ def _entries(
     for tokens, samples in ffn.items():
         for name, entry in compare(samples, bench.costs(tokens, keep), 1.0, "us_quantiles", 1e6).items():
             us = entry["us_quantiles"]["p50"]
-            gb_s = entries[name]["ffn_bytes"] / us / 1e3
+            gb_s = bench.bytes(name, tokens) / us / 1e3
             rates = {"us": us, "gb_s": gb_s, "share_of_bandwidth": gb_s / bandwidth.gb_s}
             entries[name]["ffn"][str(tokens)] = {**rates, **entry}
     return entries

@@ -1,26 +1,30 @@
-"""Timing: a clock that waits for the device, quantiles, interleaved rounds, and the work that is timed.
-
-The work: KV-cached decode, prefill, and FFNs alone or inside a forward pass of their model.
-"""
+"""The work that is timed: KV-cached decode, prefill, and FFNs alone or inside a forward pass of their model."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
+from ..base.activations import ACTIVATIONS
 from ..base.clock import clock, graphed
 from ..base.errors import UnsupportedModelError
-from ..base.record import described
+from ..ffn.accelerate_experts import picked
 from ..ffn.mlp import PrunedMLP
+from ..ffn.moe import PrunedMoE
 from ..model import families
-from ..model.families import FFN
+from ..model.experts import Bank
+from ..model.families import FFN, Expert
+from ..model.patterns import Pattern
+from ..model.units import OWN
+from . import routed
+from .routed import Routed
 
 
 class Decode:
@@ -86,58 +90,140 @@ class Prefill:
 
 @dataclass(frozen=True)
 class FFNUnit:
-    """One FFN as it stands in a model, ready to be run alone.
+    """The FFNs of one layer as they stand in a model, ready to be run alone: one, or experts and what is beside them.
 
     Attributes:
-        run: `[..., D]` -> `[..., D]`.
+        run: `[1, M, D]` -> `[..., D]`, of several FFNs that of the last; experts get a routing by chance.
         hidden_size: D.
-        neurons: those it computes; in gather mode those of its index.
-        bytes: of weights that one call must read.
+        neurons: those it computes for a token; in gather mode those of its index.
+        bytes: of weights that every call must read.
+        routed: banks of experts, of which a call reads those that its tokens go to.
     """
 
-    run: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor], object]
     hidden_size: int
     neurons: int
     bytes: int
+    routed: tuple[Routed, ...] = ()
+
+    def read(self, tokens: int) -> float:
+        """Bytes of weights that a call with so many tokens must read, with experts in the mean over routings."""
+        return self.bytes + sum(one.active(tokens) * one.bytes for one in self.routed)
 
 
 def pruned_unit(module: PrunedMLP) -> FFNUnit:
     return FFNUnit(module, module.hidden_size, module.neurons, module.running.nbytes)
 
 
-def _module_unit(ffn: FFN) -> FFNUnit:
-    weights = ffn.weights()
-    neurons, hidden_size = weights.down.shape
-    record = described(
-        hidden_size,
-        neurons,
-        gated=ffn.gated,
-        activation=ffn.activation,
-        dtype=weights.down.dtype,
-        neuron_bias=any(bias is not None for bias in weights.input_biases),
-        down_bias=weights.down_bias is not None,
-    )
-    run: Callable[[Tensor], Tensor] = ffn.holder
-    if ffn.pattern.in_layer:
-        # No module stands for the FFN; these three are what the decoder layer calls.
-        up, act, down = (ffn.holder.get_submodule(n) for n in (ffn.pattern.up, "activation_fn", ffn.pattern.down))
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """An FFN or the experts of a layer: as a unit, and the modules with which it begins and ends inside the model."""
 
-        def run(x: Tensor) -> Tensor:
-            return down(act(up(x)))
+    unit: FFNUnit
+    ends: tuple[tuple[nn.Module, nn.Module], ...]
 
-    return FFNUnit(run, hidden_size, neurons, record.nbytes)
+
+def _module_part(holder: Any, pattern: Pattern) -> _Part:
+    ffn = FFN(0, "", holder, pattern, OWN)
+    size = (ffn.hidden_size, ffn.intermediate_size, sum(p.nbytes for p in ffn.parameters()))
+    if not pattern.in_layer:
+        return _Part(FFNUnit(holder, *size), ((holder, holder),))
+    # No module stands for the FFN; these three are what the decoder layer calls.
+    up, act, down = (holder.get_submodule(n) for n in (pattern.up, "activation_fn", pattern.down))
+    return _Part(FFNUnit(lambda x: down(act(up(x))), *size), ((up, down),))
+
+
+def _routed_part(routed: Routed, modules: Sequence[nn.Module]) -> _Part:
+    unit = FFNUnit(routed, routed.hidden_size, routed.picked * routed.size, 0, (routed,))
+    return _Part(unit, tuple((module, module) for module in modules))
+
+
+def _parts(model: Any) -> list[list[_Part]]:
+    """The FFNs of every decoder layer that has some, as they are now.
+
+    Raises:
+        UnsupportedModelError: an FFN that pyprune does not know or that has an activation of its own, or an encoder
+            beside the decoder.
+    """
+    _, layers = families.decoder_layers(model)
+    if not any(hasattr(m, "record") for m in layers.modules()):
+        _check_known(model)
+    found = []
+    for layer in layers:
+        parts: list[_Part] = []
+        lists: dict[str, list[_Part]] = {}
+        for path, module, form in families.candidates(layer):
+            parent = path.rpartition(".")[0]
+            if isinstance(module, PrunedMoE):
+                parts.append(_routed_part(routed.of_records(module, picked(model, module.num_experts)), [module]))
+                continue
+            if isinstance(form, Bank):
+                parts.append(_routed_part(routed.of_bank(form, picked(model, form.experts)), [module]))
+                continue
+            if isinstance(form, Pattern):
+                part = _module_part(module, form)
+            else:
+                assert isinstance(module, PrunedMLP)
+                part = _Part(pruned_unit(module), ((module, module),))
+            listed = parent and isinstance(layer.get_submodule(parent), nn.ModuleList | nn.ModuleDict)
+            (lists.setdefault(parent, []) if listed else parts).append(part)
+        for several in lists.values():
+            parts += several if len(several) == 1 else [_listed(several, picked(model, len(several)))]
+        if parts:
+            found.append(parts)
+    return found
+
+
+def _listed(parts: list[_Part], picked: int) -> _Part:
+    """Experts that are modules of their own."""
+    modules, unit = [part.ends[0][0] for part in parts], parts[0].unit
+    return _routed_part(routed.of_list(modules, picked, unit.hidden_size, unit.neurons, unit.bytes), modules)
+
+
+def _check_known(model: nn.Module) -> None:
+    own = [f.name for f in families.find_ffns(model) if f.activation == OWN and not isinstance(f, Expert)]
+    if own:
+        raise UnsupportedModelError(
+            f"timing of FFNs takes those with one of the activations {', '.join(ACTIVATIONS)}, and experts in tensors; "
+            f"{own[0]} of {type(model).__name__} has another"
+        )
 
 
 def ffn_units(model: nn.Module) -> list[FFNUnit]:
-    """The FFN of every layer, accelerated or not, in order.
+    """The FFNs of every layer that has some, accelerated or not, in order.
 
     Raises:
-        UnsupportedModelError: an FFN that pyprune does not know.
+        UnsupportedModelError: an FFN that pyprune does not know or that has an activation of its own, or an encoder
+            beside the decoder.
     """
-    pruned = [module for module in model.modules() if isinstance(module, PrunedMLP)]
-    if pruned:
-        return [pruned_unit(module) for module in pruned]
-    return [_module_unit(ffn) for ffn in families.find_plain(model, "timing of FFNs")]
+    return [_together([part.unit for part in parts]) for parts in _parts(model)]
+
+
+def _together(units: list[FFNUnit]) -> FFNUnit:
+    if len(units) == 1:
+        return units[0]
+    run = _Several([unit.run for unit in units])
+    sums = sum(unit.neurons for unit in units), sum(unit.bytes for unit in units)
+    return FFNUnit(run, units[0].hidden_size, *sums, tuple(r for unit in units for r in unit.routed))
+
+
+@dataclass(frozen=True)
+class _Several:
+    """FFNs of one layer in turn; the result is the last one's."""
+
+    runs: list[Callable[[Tensor], object]]
+
+    def __call__(self, x: Tensor) -> object:
+        return [run(x) for run in self.runs][-1]
+
+
+def _compiled(run: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
+    """`run` by `torch.compile`, but for the routing that experts get."""
+    if isinstance(run, _Several):
+        return _Several([_compiled(one) for one in run.runs])
+    if isinstance(run, Routed):
+        return replace(run, call=torch.compile(run.call, dynamic=False))
+    return torch.compile(run, dynamic=False)
 
 
 def ffn_pass(units: Sequence[FFNUnit], x: Tensor, compiled: bool = False) -> Callable[[], object]:
@@ -148,13 +234,15 @@ def ffn_pass(units: Sequence[FFNUnit], x: Tensor, compiled: bool = False) -> Cal
         x: `[1, M, D]`, the input of each.
         compiled: by `torch.compile`.
     """
-    runs = [torch.compile(unit.run, dynamic=False) if compiled else unit.run for unit in units]
+    runs = [_compiled(unit.run) if compiled else unit.run for unit in units]
 
     @torch.no_grad()
     def run() -> None:
         for ffn in runs:
             ffn(x)
 
+    if any(unit.routed for unit in units):
+        return run  # experts may ask the host what the router chose, which a CUDA graph cannot hold
     return graphed(run, x.device)
 
 
@@ -183,9 +271,8 @@ def ffn_probe(model: nn.Module) -> Iterator[list[float]]:
         shares.append(spent / (time.perf_counter() - started))
 
     hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
-    for ffn in families.find_plain(model, "timing of FFNs"):
-        first = ffn.holder.get_submodule(ffn.pattern.up) if ffn.pattern.in_layer else ffn.holder
-        last = ffn.down if ffn.pattern.in_layer else ffn.holder
+    ends = {end: None for parts in _parts(model) for part in parts for end in part.ends}  # shared ones once
+    for first, last in ends:
         hooks += [first.register_forward_pre_hook(enter), last.register_forward_hook(leave)]
     try:
         yield shares

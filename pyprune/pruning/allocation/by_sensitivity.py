@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...base.errors import check
+from ...model.units import ROW
 from ..sensitivity.curve import SensitivityCurves
 from . import bounds
 from .base import ALLOCATIONS, Floored, Layers, Plan
@@ -18,7 +19,7 @@ def choose_widths(
     floor: float = 0.0,
     protect: tuple[int, int] = (0, 0),
 ) -> list[int]:
-    """The widths that cost least by `curves` among those that keep at most the share `keep` of all neurons.
+    """The width of each layer, those that cost least by `curves` and keep at most the share `keep` of all neurons.
 
     Losses of layers are taken to add up; the optimum of the sum is exact (`exact`).
 
@@ -32,14 +33,18 @@ def choose_widths(
     Raises:
         InputError: the least widths allowed hold more neurons than `keep` does.
     """
-    choices = bounds.candidate_widths(curves.sizes, multiple, floor, protect)
-    budget, least = round(keep * sum(curves.sizes)), sum(row[0] for row in choices)
-    rule = f"be at least {least / sum(curves.sizes):.3f} with this multiple, floor and protect"
+    counts, choices = curves.counts, bounds.candidate_widths(curves.sizes, multiple, floor, protect)
+    if curves.members:  # banks of experts have whole rows alone
+        pairs = zip(choices, counts, strict=True)
+        choices = [row if n == 1 else [w for w in row if w % ROW == 0 or w == row[-1]] for row, n in pairs]
+    every = sum(n * size for n, size in zip(counts, curves.sizes, strict=True))
+    budget, least = round(keep * every), sum(n * row[0] for n, row in zip(counts, choices, strict=True))
+    rule = f"be at least {least / every:.3f} with this multiple, floor and protect"
     check(least <= budget, "keep", rule, keep)
     # The widest first: of equal losses it is taken, so a flat curve leaves no neurons unspent.
     choices = [row[::-1] for row in choices]
     losses = [curves.at(i, row) for i, row in enumerate(choices)]
-    chosen = exact(losses, choices, budget)
+    chosen = exact(losses, [[n * width for width in row] for n, row in zip(counts, choices, strict=True)], budget)
     return [row[i] for row, i in zip(choices, chosen, strict=True)]
 
 
@@ -53,4 +58,6 @@ class Sensitivity(Floored):
     NEEDS_TEXT = True
 
     def plan(self, layers: Layers, keep: float) -> Plan:
-        return Plan(choose_widths(layers.curves(self.multiple), keep, self.multiple, self.floor, self.protect))
+        curves = layers.curves(self.multiple)
+        widths = choose_widths(curves, keep, self.multiple, self.floor, self.protect)
+        return Plan([width for width, n in zip(widths, curves.counts, strict=True) for _ in range(n)])

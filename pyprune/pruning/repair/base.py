@@ -67,7 +67,7 @@ class Repair(Option):
     """What kept neurons take over from removed ones; a subclass in a file of its own, under `@REPAIRS.add`.
 
     Attributes:
-        STRUCTURES: whole blocks that it can stand in for when they are removed (see `prune_blocks`).
+        STRUCTURES: what it can stand in for when it is removed whole (see `prune_blocks`, `prune_experts`).
     """
 
     STRUCTURES: ClassVar[frozenset[str]] = frozenset()

@@ -245,6 +245,7 @@ class LeastSquares(Fit):
 
     NAME = "least-squares"
     SUMMARY = "the down rows of the kept neurons are fitted to the dense output"
+    STRUCTURES = frozenset({"experts"})
 
     def fit(self, layer: Layer) -> Fitted:
         found = self.solve(layer)

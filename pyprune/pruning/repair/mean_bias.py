@@ -29,7 +29,7 @@ class MeanBias(Repair):
     NAME = "bias"
     SUMMARY = "the mean contribution of the removed neurons goes into the down bias"
     SOURCE = "An et al. 2023 (FLAP), arXiv 2312.11983, section 3"
-    STRUCTURES = frozenset({"ffn"})
+    STRUCTURES = frozenset({"ffn", "experts"})
 
     def check_model(self, described: Described) -> None:
         surgery.check_biases(described.model, described.ffns)

@@ -14,7 +14,7 @@ class NoRepair(Repair):
 
     NAME = "none"
     SUMMARY = "kept neurons stay as they are"
-    STRUCTURES = frozenset({"ffn", "layer"})
+    STRUCTURES = frozenset({"ffn", "layer", "experts"})
 
     @property
     def needs(self) -> frozenset[str]:

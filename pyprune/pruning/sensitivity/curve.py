@@ -27,6 +27,7 @@ class SensitivityCurves:
             it negative.
         tokens: that were predicted for it.
         fingerprint: of the dense model.
+        members: of each layer, how many FFNs of its width it is: the experts of a bank; () for one each.
 
     Raises:
         InputError: NaN or infinite losses, widths out of range or not ascending, or lengths that differ.
@@ -38,17 +39,25 @@ class SensitivityCurves:
     losses: tuple[tuple[float, ...], ...]
     tokens: int
     fingerprint: str
+    members: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice(self.kind, "kind", KINDS)
         layers = len(self.sizes)
         check(layers > 0 and len(self.widths) == layers, "widths", f"be given for {layers} layers", len(self.widths))
         check(len(self.losses) == layers, "losses", f"be given for {layers} layers", len(self.losses))
+        right = len(self.members) in (0, layers) and all(n >= 1 for n in self.members)
+        check(right, "members", f"be counts for {layers} layers, or none", list(self.members))
         for i, (size, widths, losses) in enumerate(zip(self.sizes, self.widths, self.losses, strict=True)):
             rising = all(a < b for a, b in zip((0, *widths), (*widths, size), strict=True)) and len(widths) > 0
             check(rising, f"widths of layer {i}", f"ascend between 1 and {size - 1}", list(widths))
             check(len(losses) == len(widths), f"losses of layer {i}", f"be {len(widths)} numbers", len(losses))
             check(all(map(math.isfinite, losses)), f"losses of layer {i}", "be finite", list(losses))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Of each layer, how many FFNs it is."""
+        return self.members or (1,) * len(self.sizes)
 
     def at(self, layer: int, widths: Sequence[int]) -> list[float]:
         """Growth of the loss when `layer` keeps each of `widths` neurons: a power law between neighbours.
@@ -93,6 +102,7 @@ class SensitivityCurves:
                 losses=tuple(map(tuple, values["losses"])),
                 tokens=int(values["tokens"]),
                 fingerprint=str(values["fingerprint"]),
+                members=tuple(values.get("members", ())),
             )
         except InputError:
             raise

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from ...base.errors import check
 from ...base.progress import Progress, quiet
 from ...model.families import FFN
+from ...model.units import Expert, groups
 from ..gradients import backward_windows, watching
 
 
 def output_gradients(
     model: Any, ffns: Sequence[FFN], ids: Tensor, seed: int = 0, progress: Progress = quiet
 ) -> list[Tensor]:
-    """Gradient of a window's summed negative log-likelihood at every FFN's output, with labels that the model draws.
+    """Gradient of a window's summed negative log-likelihood at every output of an FFN, or of a bank of experts, with
+    labels that the model draws.
 
     Args:
         model: a causal LM of Transformers, its weights get no gradients.
@@ -28,21 +30,23 @@ def output_gradients(
         progress: called as `(stage, done, total)`.
 
     Returns:
-        `[n * W, D]` float32 for each FFN.
+        `[n * W, D]` float32 for each FFN, one for the experts of a bank together.
 
     Raises:
         InputError: gradients that are not finite.
     """
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     leaves: dict[int, Tensor] = {}
-    found: list[list[Tensor]] = [[] for _ in ffns]
+    heads = [group[0] for group in groups(list(ffns))]
+    found: list[list[Tensor]] = [[] for _ in heads]
 
     def leaf(layer: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         leaves[layer] = torch.zeros_like(output, requires_grad=True)
         return output + leaves[layer]
 
     def hooks() -> list[Any]:
-        return [ffn.down.register_forward_hook(partial(leaf, ffn.layer)) for ffn in ffns]
+        ends = [ffn.of_bank.module if isinstance(ffn, Expert) else ffn.down for ffn in heads]
+        return [end.register_forward_hook(partial(leaf, i)) for i, end in enumerate(ends)]
 
     def drawn(number: int, window: Tensor, logits: Tensor) -> Tensor:
         plain = logits.requires_grad_()[:-1].float()
@@ -52,12 +56,14 @@ def output_gradients(
 
     with watching(model, (), [hooks]):
         for _ in backward_windows(model, ids, "gradients of FFN outputs", drawn, progress):
-            for row, ffn in zip(found, ffns, strict=True):
-                gradient = leaves[ffn.layer].grad
+            for i, ffn in enumerate(heads):
+                gradient = leaves[i].grad
                 assert gradient is not None
-                row.append(gradient.reshape(-1, gradient.shape[-1]).float())
+                if isinstance(ffn, Expert) and ffn.of_bank.layout.sorted_rows:  # blocks of the experts, added up behind
+                    gradient = gradient[: len(gradient) // ffn.of_bank.experts]
+                found[i].append(gradient.reshape(-1, gradient.shape[-1]).float())
     joined = [torch.cat(row) for row in found]
-    for ffn, gradient in zip(ffns, joined, strict=True):
+    for ffn, gradient in zip(heads, joined, strict=True):
         bad = int((~gradient.isfinite()).sum())
         check(bad == 0, f"gradients of layer {ffn.layer}", "be finite", f"{bad} values that are not")
     return joined

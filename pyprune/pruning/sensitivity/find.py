@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...base.errors import check, check_choice
+from ...base.errors import UnsupportedModelError, check, check_choice
 from ...base.progress import Progress, quiet
 from ...base.statistics import ActivationStats
 from ...base.windows import check_windows
@@ -17,6 +17,7 @@ from ...model import families
 from ...model.described import Described
 from ...model.families import FFN
 from ...model.narrowing import Rest, narrowed
+from ...model.units import Expert, groups
 from ..allocation import bounds
 from ..calibration import LayerStream
 from ..repair.least_squares import least_squares
@@ -55,6 +56,21 @@ def _look(stream: LayerStream, ffn: FFN, layer: nn.Module) -> tuple[Tensor, Tens
     return torch.cat(hidden), torch.cat(inner)
 
 
+def _look_routed(stream: LayerStream, group: list[FFN], width: int) -> list[tuple[Tensor, Tensor]]:
+    """Of each expert of a bank: `[n]` tokens that went to it, in windows of `width`, and `[n, F]` what it adds up."""
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in group]
+    window = -1
+
+    def see(ffn: FFN, a: Tensor, weights: Tensor | None, tokens: Tensor | None) -> None:
+        nonlocal window
+        window += ffn is group[0]
+        assert isinstance(ffn, Expert) and weights is not None and tokens is not None
+        found[ffn.number].append((window * width + tokens, a.float() * weights[:, None].float()))
+
+    stream.see_all(group, see)
+    return [(torch.cat([t for t, _ in calls]), torch.cat([a for _, a in calls])) for calls in found]
+
+
 def curves(
     described: Described,
     ids: Tensor,
@@ -70,6 +86,8 @@ def curves(
     progress: Progress = quiet,
 ) -> SensitivityCurves:
     """Narrow each layer of the dense model alone, and find what that does to the loss. The model stays as it is.
+
+    The experts of a bank are one layer, all of one width: what they do is taken to add up. Estimates alone know them.
 
     Cost of `loss`: layers x shares passes of `windows` windows through the rest of the model; of the estimates: one
     backward pass over them, and a Cholesky factor of each layer.
@@ -90,7 +108,7 @@ def curves(
 
     Raises:
         InputError: a value breaks its rule, or losses, activations or gradients are not finite.
-        UnsupportedModelError: the layers do not simply hand one hidden state to the next.
+        UnsupportedModelError: the layers do not simply hand one hidden state to the next, or experts with kind `loss`.
     """
     check_choice(kind, "kind", KINDS)
     tried = tuple(shares) if shares is not None else SHARES[kind] or _FINE
@@ -101,18 +119,22 @@ def curves(
     check(ids.ndim == 2 and ids.shape[1] >= 2, "ids", "be [N, W] with at least 2 tokens a window", tuple(ids.shape))
     model, ffns = described.model, described.ffns
     check_windows(model, ids, "ids")
+    every = groups(ffns)
+    if kind == "loss" and any(isinstance(ffn, Expert) for ffn in ffns):
+        raise UnsupportedModelError("curves of kind 'loss' are not measured of experts: use 'error' or 'fisher'")
     finder = _Finder(model, ffns, ids, score, kind, damping, gram, windows, seed, progress)
     rows = []
-    for ffn in ffns:
-        size = ffn.intermediate_size
-        check(size > 1, f"layer {ffn.layer}", "have more than one neuron", size)
+    for number, group in enumerate(every):
+        size = group[0].intermediate_size
+        check(size > 1, f"layer {group[0].layer}", "have more than one neuron", size)
         widths = {bounds.round_width(share * size, multiple, size) for share in tried}
         widths = {width for width in widths if width < size} or {max(1, size // 2)}
-        rows.append(finder.layer(ffn, sorted(widths)))
-    progress("sensitivity of layers", len(ffns), len(ffns))
+        rows.append(finder.layer(number, group, sorted(widths)))
+    progress("sensitivity of layers", len(every), len(every))
     return SensitivityCurves(
         kind=kind,
-        sizes=tuple(ffn.intermediate_size for ffn in ffns),
+        sizes=tuple(group[0].intermediate_size for group in every),
+        members=tuple(map(len, every)) if len(every) < len(ffns) else (),
         widths=tuple(tuple(row) for row in rows),
         losses=tuple(tuple(row.values()) for row in rows),
         tokens=finder.predicted,
@@ -142,7 +164,7 @@ class _Finder:
         self._progress, self._layers = progress, list(families.decoder_layers(model)[1])
         chosen = torch.linspace(0, len(ids) - 1, min(windows, len(ids))).round().long()
         few = ids[chosen]
-        self.predicted = few.numel() - len(few)
+        self.predicted, self._width = few.numel() - len(few), few.shape[1]
         if kind == "loss":
             self._rest = Rest(model, few)
             self._dense = self._rest.dense_loss()
@@ -152,19 +174,33 @@ class _Finder:
         self._few = LayerStream(model, ffns, few)
 
     @torch.no_grad()
-    def layer(self, ffn: FFN, widths: list[int]) -> dict[int, float]:
-        """Width -> growth of the loss, for the layer that both streams stand in front of; they move on."""
-        self._progress("sensitivity of layers", ffn.layer, len(self._layers))
-        stats = self._stream.statistics(ffn, gram=self._gram or self._damping is not None)
-        hidden, activations = _look(self._few, ffn, self._layers[ffn.layer])
+    def layer(self, number: int, group: list[FFN], widths: list[int]) -> dict[int, float]:
+        """Width -> growth of the loss, for an FFN or a bank of experts, to which both streams move."""
+        ffn, gram = group[0], self._gram or self._damping is not None
+        self._progress("sensitivity of layers", ffn.block, len(self._layers))
+        for stream in (self._stream, self._few):
+            stream.reach(ffn)
+        if isinstance(ffn, Expert):
+            return self._of_experts(number, group, gram, widths)
+        stats = self._stream.statistics(ffn, gram=gram)
+        hidden, activations = _look(self._few, ffn, self._layers[ffn.block])
         order = self._score(ffn, stats).argsort(descending=True, stable=True)
         if self._kind == "loss":
-            found = {width: self._measured(ffn, stats, order[:width].sort().values, hidden) for width in widths}
-        else:
-            found = self._estimated(ffn, stats, order, activations, widths)
-        self._stream.advance()
-        self._few.advance()
-        return found
+            return {width: self._measured(ffn, stats, order[:width].sort().values, hidden) for width in widths}
+        return self._estimated(ffn, stats, order, activations, self._gradients[number], widths)
+
+    def _of_experts(self, number: int, group: list[FFN], gram: bool, widths: list[int]) -> dict[int, float]:
+        total = dict.fromkeys(widths, 0.0)
+        every = self._stream.group_statistics(group, gram)
+        looked = _look_routed(self._few, group, self._width)
+        for ffn, stats, (tokens, activations) in zip(group, every, looked, strict=True):
+            if stats.tokens == 0 or len(tokens) == 0:
+                continue
+            order = self._score(ffn, stats).argsort(descending=True, stable=True)
+            gradients = self._gradients[number][tokens]
+            for width, loss in self._estimated(ffn, stats, order, activations, gradients, widths).items():
+                total[width] += loss
+        return total
 
     def _measured(self, ffn: FFN, stats: ActivationStats, keep: Tensor, hidden: Tensor) -> float:
         down = None
@@ -175,9 +211,15 @@ class _Finder:
             return self._rest.loss(ffn.layer, hidden) - self._dense
 
     def _estimated(
-        self, ffn: FFN, stats: ActivationStats, order: Tensor, activations: Tensor, widths: list[int]
+        self,
+        ffn: FFN,
+        stats: ActivationStats,
+        order: Tensor,
+        activations: Tensor,
+        gradients: Tensor,
+        widths: list[int],
     ) -> dict[int, float]:
         gram = None if self._damping is None or stats.gram is None else stats.gram / stats.tokens
-        gradients, down = self._gradients[ffn.layer], ffn.weights().down
+        down = ffn.weights().down
         total = second_order(self._kind, activations, gradients, down, order, gram, self._damping or 0.0)
         return {width: float(total[width]) / self.predicted for width in widths}
