@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..base.errors import check
 from ..base.memory import PeakMemory
 from ..base.progress import Progress, quiet
+from ..base.ranks import Ranks
 from ..model import checkpoint, surgery
 from ..model.described import Described
 from ..model.mask import Mask
@@ -22,7 +23,7 @@ from .pruner import LayerReport, Pruner
 from .repair import Repair
 from .run import Run, Totals
 from .sensitivity import SensitivityCurves
-from .text import Text
+from .text import Text, describe
 
 
 @dataclass(kw_only=True)
@@ -86,6 +87,7 @@ def prune(
     mask: Mask | None = None,
     progress: Progress = quiet,
     provenance: dict[str, Any] | None = None,
+    together: bool = True,
 ) -> PruneReport:
     """Remove FFN neurons from a causal LM of Transformers, in place.
 
@@ -121,18 +123,39 @@ def prune(
         mask: neurons to keep, instead of scoring; `keep`, `method` and `allocation` are not used then.
         progress: called as `(stage, done, total)`.
         provenance: facts about the run (text, versions) that go into the mask and the checkpoint.
+        together: in an initialised `torch.distributed` group of several processes every one makes this call with the
+            same model and arguments: calibration text is shared out among them, and each gets the whole result (see
+            docs/scale.md). False: this process works by itself.
 
     Raises:
         InputError: a value breaks its rule, calibration text is missing or too short, weights are not finite, or the
-            mask belongs to another model; the model is unchanged then. Also where scores or activations are not
+            mask belongs to another model; processes that work together have other models or arguments, or are more than
+            the windows of text; the model is unchanged then. Also where scores or activations are not
             finite: if that shows only after some layers were pruned, the message says so, and the model must be loaded
             again.
         UnsupportedModelError: an FFN that pyprune does not know, a repair that its format cannot hold, or widths
             that its config cannot say; the model is unchanged then.
     """
-    options = PruneOptions.of(keep, method, allocation, repair, sequential, seed, precision)
+    ranks = Ranks.joined(together)
+    with ranks.working():
+        options = PruneOptions.of(keep, method, allocation, repair, sequential, seed, precision)
+        return _prune(model, options, text, tokenizer, mask, progress, provenance, ranks)
+
+
+def _prune(
+    model: nn.Module,
+    options: PruneOptions,
+    text: Text,
+    tokenizer: Any,
+    mask: Mask | None,
+    progress: Progress,
+    provenance: dict[str, Any] | None,
+    ranks: Ranks,
+) -> PruneReport:
     given = mask is not None
-    run = Run(model, text, tokenizer, options.needs_text(given), options.purpose, provenance, seed, progress)
+    needed, seed = options.needs_text(given), options.seed
+    same = {**options.facts(), "precision": options.precision, "mask": describe(mask and [*map(hash, mask.layers)])}
+    run = Run(model, text, tokenizer, needed, options.purpose, provenance, seed, progress, ranks=ranks, same=same)
     described = run.described
     options = options.suited(model, run.batches is None)
     shares = run.batches is not None and options.repair.share > 0
@@ -143,8 +166,8 @@ def prune(
         mask.check_fits(described.sizes, fingerprint)
     check_rebuilds(described, options, mask)
     with evaluating(model), PeakMemory() as memory:
-        pruner = Pruner(described, options, run.windows, progress, run.batches)
-        plan = options.allocation.plan(pruner, keep) if mask is None else Plan(list(mask.layers))
+        pruner = Pruner(described, options, run.windows, progress, run.batches, ranks)
+        plan = Plan(list(mask.layers)) if mask else pruner.agreed(options.allocation.plan(pruner, options.keep))
         options.repair.prepare(described)
         keeps = pruner.run(plan.layers)
         surgery.set_widths(model, described.block, [len(k) for k in keeps])
