@@ -21,7 +21,7 @@ def launched(arguments: list[str], processes: int = 2, **environment: str) -> su
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     paths = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
     known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
-    return subprocess.run([*words, *arguments], capture_output=True, text=True, timeout=240, env=known, check=False)
+    return subprocess.run([*words, *arguments], capture_output=True, text=True, timeout=900, env=known, check=False)
 
 
 def cases() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,18 @@ T = TypeVar("T")
 _WORDS = 2048  # bytes of what a rank says of its error
 
 
+class _Now:
+    """Of the work at hand in this process: how many `working` are inside one another, and whether all ranks know of an
+    error already, or cannot be told.
+    """
+
+    depth = 0
+    told = False
+
+
+_now = _Now()
+
+
 class Ranks:
     """All processes of the default group, or this one alone.
 
@@ -34,7 +47,6 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self._told = False  # all ranks know of an error, or cannot be told
         self._devices = "" if size == 1 else str(dist.get_backend_config())
 
     @classmethod
@@ -65,14 +77,22 @@ class Ranks:
         Raises:
             PypruneError: another rank's error, of its kind, with its number in front.
         """
+        if self.size == 1:
+            yield
+            return
+        if _now.depth == 0:
+            _now.told = False
+        _now.depth += 1
         try:
             yield
             self._meet("end")
         except Exception as error:
-            if not self._told:
-                self._told = True
-                self._tell({"kind": type(error).__name__, "message": one_line(error, 1500)})
+            if not _now.told:
+                _now.told = True
+                self._tell(f"{type(error).__name__} {one_line(error, 1500)}")
             raise
+        finally:
+            _now.depth -= 1
 
     def _place(self) -> torch.device:
         """Where small tensors must lie for the group's backend."""
@@ -84,49 +104,48 @@ class Ranks:
         dist.all_gather(every, mine)
         return [row.tolist() for row in every]
 
-    def _meet(self, what: str, size: int = 0, failed: bool = False) -> None:
+    def _meet(self, what: str, size: int = 0) -> None:
         """Let all ranks know that this one has come to `what`, and is well; raise what another one has to say."""
         if self.size == 1:
             return
         here = zlib.crc32(what.encode())
         try:
-            rows = self._all([int(failed), here, size])
+            rows = self._all([0, here, size])
         except Exception:
-            self._told = True  # a rank is gone
+            _now.told = True  # a rank is gone
             raise
         if any(row[0] for row in rows):
-            self._told = True
-            self._raise(self._said(None))
+            _now.told = True
+            self._raise(self._said(""))
         if any(row != [0, here, size] for row in rows):
-            self._told = True
+            _now.told = True
             raise PypruneError(f"ranks came to different places ({what}): every rank must call the same, in one order")
 
-    def _tell(self, error: dict[str, str]) -> None:
+    def _tell(self, error: str) -> None:
         """Let the others know of this rank's error."""
-        if self.size == 1:
-            return
         try:
             self._all([1, 0, 0])
             self._said(error)
         except Exception:  # they are gone, and will not ask; this rank's own error is what counts
             return
 
-    def _said(self, mine: dict[str, str] | None) -> dict[int, dict[str, str]]:
+    def _said(self, mine: str) -> dict[int, str]:
         """What ranks with an error say of it."""
-        text = b"" if mine is None else json.dumps(mine).encode()[:_WORDS]
+        text = mine.encode()[:_WORDS]
         row = torch.zeros(_WORDS, dtype=torch.uint8, device=self._place())
         row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
         every = [torch.empty_like(row) for _ in range(self.size)]
         dist.all_gather(every, row)
-        found = {i: bytes(r.tolist()).rstrip(b"\0") for i, r in enumerate(every)}
-        return {i: json.loads(words) for i, words in found.items() if words}
+        found = {i: bytes(r.tolist()).rstrip(b"\0").decode(errors="ignore") for i, r in enumerate(every)}
+        return {i: words for i, words in found.items() if words}
 
-    def _raise(self, said: dict[int, dict[str, str]]) -> None:
-        rank, error = min(said.items())
-        kind = getattr(errors, error["kind"], None)
-        known = isinstance(kind, type) and issubclass(kind, PypruneError)
-        name = "" if known else f"{error['kind']}: "
-        raise (kind if known else PypruneError)(f"rank {rank}: {name}{error['message']}")  # type: ignore[misc]
+    def _raise(self, said: dict[int, str]) -> None:
+        rank, words = min(said.items())
+        name, _, message = words.partition(" ")
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, PypruneError):
+            raise kind(f"rank {rank}: {message}")
+        raise PypruneError(f"rank {rank}: {name}: {message}")
 
     # What ranks exchange.
 
@@ -213,7 +232,7 @@ class Ranks:
                 said = ", ".join(f"{value} on rank {' '.join(map(str, on[:4]))}" for value, on in values.items())
                 differing.append(f"{name} ({said})")
         if differing:
-            self._told = True  # every rank raises it by itself
+            _now.told = True  # every rank raises it by itself
             raise InputError(f"ranks must be given the same; they differ in {'; '.join(differing)}")
 
     def check_enough(self, count: int, argument: str, what: str) -> None:
@@ -225,5 +244,68 @@ ALONE = Ranks()
 
 
 def leads() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this process is the one that writes and prints: the first of its group, or alone."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def _number(name: str, default: str = "") -> int:
+    value = os.environ.get(name, "") or default
+    rule = "be a number where WORLD_SIZE is above 1: start with `torchrun --nproc-per-node N -m pyprune ...`"
+    check(value.isdigit(), name, rule, value)
+    return int(value)
+
+
+def launched() -> int:
+    """How many processes a launcher (torchrun) says that it started."""
+    return _number("WORLD_SIZE", "1") or 1
+
+
+def local_device(device: str) -> str:
+    """The device of this process among those that a launcher started: `cpu`, or `cuda` with a number of its own.
+
+    Raises:
+        InputError: a device with a number, fewer GPUs than processes on this machine, or torch without NCCL or gloo.
+    """
+    if launched() == 1:
+        return device
+    check(dist.is_available() and dist.is_gloo_available(), "torch", "have torch.distributed with gloo", "one without")
+    if not device.startswith("cuda"):
+        return device
+    count, needed = torch.cuda.device_count(), _number("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    check(device == "cuda", "device", "be cuda, for every process takes the GPU of its number, or cpu", device)
+    rule = f"be cpu where {needed} processes do not have a GPU each on this machine"
+    check(count >= needed, "device", rule, f"cuda, of which there are {count}")
+    check(dist.is_nccl_available(), "device", "be cpu where torch has no NCCL", "cuda")
+    return f"cuda:{_number('LOCAL_RANK')}"
+
+
+@contextmanager
+def joining(device: str) -> Iterator[Ranks]:
+    """Inside, the processes that a launcher started are one group; this one alone where there was none.
+
+    Args:
+        device: what `local_device` gave.
+
+    Raises:
+        whatever is raised inside, on every rank; with `told` where the first rank has said it.
+    """
+    if launched() == 1 or dist.is_initialized():
+        yield ALONE
+        return
+    for name in ("RANK", "MASTER_PORT"):
+        _number(name)
+    backend = "gloo"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    # Rank 0 may write for long while others wait. A process that dies is noticed, and the launcher ends the others.
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+    ranks = Ranks.joined()
+    try:
+        with ranks.working():
+            yield ranks
+    except Exception as error:
+        error.told = ranks.rank > 0  # type: ignore[attr-defined]  # the first rank knows of it, and says it
+        raise
+    finally:
+        dist.destroy_process_group()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..base import reference
 from ..base.errors import UnsupportedModelError
 from .experts import Bank, computes, find_bank
-from .patterns import PATTERNS, Pattern, match, projections
+from .patterns import PATTERNS, FFNWeights, Pattern, match, projections
 from .probe import detect_activation, prunable
 from .towers import decoder_layers, stacks
 from .units import FFN, OWN, Expert
@@ -272,8 +272,12 @@ def fingerprint_of(model: nn.Module, samples: Iterable[bytes]) -> str:
 
 def sample(ffn: FFN) -> bytes:
     """What an FFN has a part in `fingerprint` with."""
-    weights = ffn.weights()
-    found = [repr((ffn.layer, ffn.gated, tuple(weights.down.shape))).encode()]
+    return sample_of(ffn.layer, ffn.gated, ffn.weights())
+
+
+def sample_of(layer: int, gated: bool, weights: FFNWeights) -> bytes:
+    """`sample`, of the weights of FFN number `layer`."""
+    found = [repr((layer, gated, tuple(weights.down.shape))).encode()]
     for part in weights.parts:
         step = max(1, part.numel() // 4096)
         rows, columns = _spread(part.shape, step)

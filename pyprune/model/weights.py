@@ -21,7 +21,8 @@ _MARKS = ("quantization_scheme", "weight_qtype", "weight_fake_quantizer")
 def check_finite(model: nn.Module) -> None:
     """Raise `InputError` naming the first parameter that has NaN or infinity."""
     for name, parameter in model.named_parameters():
-        check(bool(parameter.isfinite().all()), "model", "have finite weights", f"NaN or infinity in {name}")
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        check(bool(own.isfinite().all()), "model", "have finite weights", f"NaN or infinity in {name}")
 
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -94,7 +95,8 @@ def _kept_in(tensor: Tensor) -> torch.dtype:
     """The dtype that a tensor is kept in: of one that wraps others, theirs, where that is no ordinary float."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            if (dtype := _kept_in(getattr(tensor, name))) not in _FLOATS:
+            inner = getattr(tensor, name)
+            if isinstance(inner, Tensor) and (dtype := _kept_in(inner)) not in _FLOATS:
                 return dtype
     return tensor.dtype
 
