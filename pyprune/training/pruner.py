@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import CheckpointError, InputError, check
+from ..base.ranks import Ranks
 from ..model import families, surgery
 from ..model import provenance as model_provenance
 from ..model.mask import KeepIndex, Mask
@@ -42,11 +43,14 @@ _FORMAT = "pyprune-training-1"
 class TrainingPruner:
     """Prunes the FFN neurons of a model during training. The weights stay dense until `finish`.
 
-    One process and one copy of the model: gradients of scores are not exchanged between processes.
+    In an initialised `torch.distributed` group the processes train one model, as DistributedDataParallel does: what
+    scores learn from is the mean over them, and all have the same masks. Everything here is then called by every one.
 
     Args:
-        model: a causal LM of Transformers; its down projections get forward pre-hooks until `finish` or `remove`.
+        model: a causal LM of Transformers, as it is inside DistributedDataParallel; its down projections get forward
+            pre-hooks until `finish` or `remove`.
         config: what to do.
+        together: with all processes of the group; False: this process trains a model of its own.
 
     Attributes:
         done: optimizer steps taken.
@@ -57,7 +61,8 @@ class TrainingPruner:
     """
 
     @torch.inference_mode(False)
-    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainingConfig, together: bool = True) -> None:
+        self._ranks = Ranks.joined(together)
         for name, module in model.named_modules():
             hooks = module._forward_pre_hooks.values()
             masked = any(isinstance(getattr(hook, "__self__", None), NeuronMask) for hook in hooks)
@@ -70,6 +75,7 @@ class TrainingPruner:
             selection.check_narrows(sizes, config.scope, config.keep, config.floor, config.multiple)
         self._block = families.ffn_block(model, self._ffns)
         self._fingerprint = families.fingerprint(model, self._ffns)
+        self._ranks.check_same({"checkpoint": self._fingerprint, "config": config.to_json()})
         self._states: list[State] = []
         for ffn in self._ffns:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + ffn.layer)
@@ -137,8 +143,13 @@ class TrainingPruner:
             widths = selection.global_widths(scores, moment.keep, self.config.floor, multiple)
         else:
             widths = selection.layer_widths(scores, moment.keep, self.config.floor, multiple)
-        for i, (mask, score, width) in enumerate(zip(self._masks, scores, widths, strict=True)):
-            mask.set(selection.top(score, width), None if gates is None else gates[i])
+        keeps = [selection.top(score, width) for score, width in zip(scores, widths, strict=True)]
+        if self._ranks.several:  # the first rank's: other hardware may round otherwise
+            whole = torch.cat(keeps)
+            found = self._ranks.exchange({"keep": whole} if self._ranks.rank == 0 else {}, whole.device)["keep"]
+            keeps = list(found.split([len(keep) for keep in keeps]))
+        for i, (mask, keep) in enumerate(zip(self._masks, keeps, strict=True)):
+            mask.set(keep, None if gates is None else gates[i])
         self._share = moment.keep
 
     @torch.no_grad()
@@ -160,17 +171,29 @@ class TrainingPruner:
                 torch.zeros_like(mask.keep, dtype=torch.float32) if g is None else g
                 for g, mask in zip(gradients, self._masks, strict=True)
             ]
+            gradients = self._mean([g for g in gradients if g is not None])
             self._check_finite([g for g in gradients if g is not None], "score gradients")
+        products = [mask.products for mask in self._masks]
+        self._ranks.add(*(p for p in products if p is not None))
         moment = self._moment(self.done)
-        for ffn, state, mask, gradient in zip(self._ffns, self._states, self._masks, gradients, strict=True):
+        every = zip(self._ffns, self._states, self._masks, gradients, products, strict=True)
+        for ffn, state, mask, gradient, product in every:
             before = state["scores"]
-            gathered = Gathered(ffn, len(self._ffns), gradient, mask.products, mask.statistics)
+            gathered = Gathered(ffn, len(self._ffns), gradient, product, mask.statistics(self._ranks))
             self._method.update(state, gathered, moment)
             if not self._moved[ffn.layer]:
                 self._moved[ffn.layer] = not torch.equal(before, state["scores"])
         self._check_finite([state["scores"] for state in self._states], "scores")
         self.done += 1
         self._share = None
+
+    def _mean(self, gradients: list[Tensor]) -> list[Tensor | None]:
+        """Over the ranks, as DistributedDataParallel takes it of the weights' gradients."""
+        if not self._ranks.several:
+            return [*gradients]
+        whole = torch.cat(gradients)
+        self._ranks.add(whole)
+        return [*(whole / self._ranks.size).split([len(g) for g in gradients])]
 
     def _check_finite(self, values: list[Tensor], what: str) -> None:
         finite = torch.stack([v.isfinite().all().cpu() for v in values]).tolist()
