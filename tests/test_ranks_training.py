@@ -1,5 +1,7 @@
 """Two processes that train and prune one model do what one does with the batches of both."""
 
+import json
+
 import pytest
 import rank_cases
 import torch
@@ -54,3 +56,20 @@ def test_training_goes_on_from_a_checkpoint(done):
 def test_the_trainer_prunes_in_two_processes(done, tmp_path):
     same(found(done, "trainer"), cases.by_trainer(tmp_path, 4))
     assert (done / "trainer" / "checkpoint-4" / "pruning.safetensors").is_file()
+
+
+def test_weights_cut_over_processes_train_as_whole_ones(done):
+    """FSDP2: the same masks and weights, put together on the first process; and on from a checkpoint, to the bit."""
+    whole, resumed = (load_file(done / f"fsdp-{name}-0.safetensors") for name in ("whole", "cut"))
+    want = cases.trained("movement")
+    del want["losses"]
+    same(whole, want)
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+
+
+def test_what_cut_weights_cannot(done):
+    first, second = (json.loads((done / f"refused-{rank}.json").read_text()) for rank in (0, 1))
+    rule = "InputError: into must be a whole model of the same config where weights are cut (FSDP2); got None"
+    assert first[0] == rule and second[0] == rule.replace("into", "rank 0: into", 1)
+    assert "checkpoint must be left out where weights are cut over processes (FSDP2)" in first[1]
+    assert "method must be one that learns from activations and gradients" in first[2]

@@ -5,6 +5,7 @@ training_rank_cases.py OUT    every case; rank r writes OUT/NAME-r.safetensors
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,80 @@ def by_trainer(folder: Path, size: int) -> dict[str, Any]:
     return state_of(model, callback.mask)
 
 
+def by_fsdp(rank: int, ranks: int, folder: Path | None = None, stop: int | None = None) -> dict[str, Any]:
+    """The same with weights that are cut over the ranks, from `folder`, or to it after `stop` steps."""
+    import test_training_loop as loop
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from conftest import make_model
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    from pyprune.training import TrainingPruner
+
+    own = [row for i, row in enumerate(rows()) if i % 4 // 2 == rank]
+    model = make_model("llama")
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer, scheduler = loop.optimizer_of(model)
+    pruner = TrainingPruner(model, loop.config_of("movement"))
+    start = 0 if folder is None or stop else 4
+    if start:
+        weights, moments = get_state_dict(model, optimizer)
+        kept = {"model": weights, "optimizer": moments}
+        dcp.load(kept, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=kept["model"], optim_state_dict=kept["optimizer"])
+        pruner.load(folder)
+        scheduler.last_epoch = start - 1
+        scheduler.step()
+    batches = loop.batches_of(own, 2)
+    model.train()
+    for step in range(start, stop or loop.STEPS):
+        pruner.before_step(step)
+        train_loss = model(**batches[step % len(batches)]).loss
+        train_loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        pruner.step()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    if stop:
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+        pruner.save(folder)
+        torch.distributed.barrier()
+        return {}
+    into = make_model("llama", seed=5) if rank == 0 else None
+    mask = pruner.finish(into=into)
+    return {} if into is None else state_of(into, mask)
+
+
+def refused(call: Any) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def refusals() -> list[str]:
+    """What is said of weights that are cut, where that does not do."""
+    import test_training_loop as loop
+    from conftest import make_model
+    from torch.distributed.fsdp import fully_shard
+
+    from pyprune.training import TrainingPruner, train
+
+    model = fully_shard(make_model("llama"))
+    pruner = TrainingPruner(model, loop.config_of("movement"))
+    optimizer, _ = loop.optimizer_of(model)
+    found = [refused(lambda: pruner.finish(into=None))]
+    found.append(refused(lambda: train(model, [], optimizer, pruner, steps=loop.STEPS, checkpoint="x")))
+    pruner.remove()
+    return [*found, refused(lambda: TrainingPruner(model, loop.config_of("magnitude")))]
+
+
 def main(out: Path) -> None:
     import torch
     import torch.distributed as dist
@@ -80,6 +155,12 @@ def main(out: Path) -> None:
     trained("movement", rank, ranks, **stop)
     found = trained("movement", rank, ranks, resume=out / "state")
     save_file(found, out / f"resumed-{rank}.safetensors")
+    if rank == 0:
+        (out / "cut").mkdir()
+    dist.barrier()
+    for name, how in (("whole", {}), ("stopped", {"folder": out / "cut", "stop": 4}), ("cut", {"folder": out / "cut"})):
+        save_file(by_fsdp(rank, ranks, **how), out / f"fsdp-{name}-{rank}.safetensors")
+    (out / f"refused-{rank}.json").write_text(json.dumps(refusals()))
     save_file(by_trainer(out / "trainer", 2), out / f"trainer-{rank}.safetensors")
     dist.destroy_process_group()
 

@@ -19,9 +19,10 @@ from ..base.errors import UnsupportedModelError, check
 from ..model import families
 from ..model.families import FFN
 from ..model.mask import KeepIndex, Mask
-from ..model.patterns import FFNWeights, Pattern, match, projections
+from ..model.patterns import Pattern, match, projections
 from ..model.probe import detect_activation
 from ..model.towers import stacks
+from ..model.weights import is_sharded
 from .mlp import PrunedMLP
 
 PLAN = "load it with the plan that Transformers has for the model (tp_plan='auto'), by torch.distributed.tensor"
@@ -178,9 +179,7 @@ class Parts:
     def _samples(self) -> Iterator[bytes]:
         for ffn in self.ffns:
             whole = projections(self.model.get_submodule(ffn.name), ffn.pattern)
-            parts = {name: getattr(whole, name) for name in ("up", "down", "gate")}
-            full = {name: None if part is None else part.full_tensor() for name, part in parts.items()}
-            yield families.sample_of(ffn.layer, ffn.gated, FFNWeights(**full))
+            yield families.sample_of(ffn.layer, ffn.gated, whole)
 
 
 def _is_shard(tensor: Any, dim: int) -> bool:
@@ -229,8 +228,7 @@ def find(model: nn.Module) -> Parts | None:
         UnsupportedModelError: FFNs that are cut in another way than by neurons, or are of several forms.
         InputError: fewer neurons than ranks.
     """
-    cut = any(hasattr(p, "placements") for p in model.parameters())
-    if not cut:
+    if not is_sharded(model):
         ranks = getattr(model, "tp_size", None) or 1
         if ranks > 1:
             raise UnsupportedModelError(f"{type(model).__name__} is tensor-parallel without DTensors: {PLAN}")

@@ -60,7 +60,18 @@ def check_there(model: nn.Module) -> None:
     )
 
 
-def check_plain(model: nn.Module, layers: nn.Module, prefix: str) -> None:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some weights are cut over processes (DTensor)."""
+    return any(hasattr(p, "placements") for p in model.parameters())
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor with all its values: of one that is cut over processes each of them must ask."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "placements") else tensor
+    return found
+
+
+def check_plain(model: nn.Module, layers: nn.Module, prefix: str, sharded: bool = False) -> None:
     """Raise `UnsupportedModelError` when weights in `layers` are quantised, sharded, or computed from others.
 
     Told by the tensors and modules themselves, whatever wrote them: a dtype, a tensor class, what a quantiser marks.
@@ -69,6 +80,7 @@ def check_plain(model: nn.Module, layers: nn.Module, prefix: str) -> None:
         model: the whole model, which the message names.
         layers: the part of it that is looked at.
         prefix: its path.
+        sharded: they may be.
     """
     kind = type(model).__name__
     for name, module in layers.named_modules():
@@ -79,7 +91,11 @@ def check_plain(model: nn.Module, layers: nn.Module, prefix: str) -> None:
                 f"{where}: weights are {what} ({how}): load the model unquantised, prune it, then quantise"
             )
         for key, tensor in module._parameters.items():
-            if tensor is not None and type(tensor) is not nn.Parameter:
+            if (
+                tensor is not None
+                and type(tensor) is not nn.Parameter
+                and not (sharded and hasattr(tensor, "placements"))
+            ):
                 raise UnsupportedModelError(
                     f"{where}.{key} is a {type(tensor).__name__}: load the model with plain tensors, whole in one "
                     "process"

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..base.errors import InputError, check
 from ..base.progress import Progress, quiet
 from ..base.ranks import ALONE, Ranks
+from ..model.weights import is_sharded
 from .pruner import TrainingPruner
 from .resume import check_place, load_random_state, load_training, save_training
 from .schedule import check_whole
@@ -96,6 +97,10 @@ def train(
     check_whole(every, "every", 0)
     wanted = pruner.config.steps if pruner else steps
     check(steps >= wanted, "steps", f"be at least those of the pruner's schedule ({wanted})", steps)
+    rule = "be left out where weights are cut over processes (FSDP2): keep them by torch.distributed.checkpoint"
+    check(
+        not is_sharded(model) or (checkpoint is None and resume is None), "checkpoint", rule, str(checkpoint or resume)
+    )
     several = isinstance(model, DistributedDataParallel)
     inner: nn.Module = model.module if several else model  # type: ignore[assignment, union-attr]
     ranks = Ranks.joined() if several else ALONE

@@ -29,12 +29,13 @@ from ..base.ranks import Ranks
 from ..model import families, surgery
 from ..model import provenance as model_provenance
 from ..model.mask import KeepIndex, Mask
+from ..model.weights import is_sharded, whole
 from ..pruning.importance.base import NEEDS
 from . import methods, persist, selection
 from .config import TrainingConfig
 from .masks import NeuronMask
 from .methods import Gathered, Moment, State
-from .optimizers import Optimizers
+from .optimizers import Cut, Optimizers
 
 FILE = "pruning.safetensors"
 _FORMAT = "pyprune-training-1"
@@ -45,6 +46,8 @@ class TrainingPruner:
 
     In an initialised `torch.distributed` group the processes train one model, as DistributedDataParallel does: what
     scores learn from is the mean over them, and all have the same masks. Everything here is then called by every one.
+    Weights may be cut over the processes by FSDP2 (`fully_shard`) where the method does not look at them; `finish` then
+    puts the narrower model together in another one.
 
     Args:
         model: a causal LM of Transformers, as it is inside DistributedDataParallel; its down projections get forward
@@ -69,7 +72,11 @@ class TrainingPruner:
             check(not masked, "model", "not be masked by another pruner (see its `remove`)", name)
         self.model, self.config, self.done = model, config, 0
         self._method = methods.parse(config.method)
-        self._ffns = families.find_ffns(model)
+        self._sharded = is_sharded(model)
+        reads = self._sharded and self._method.WEIGHTS
+        rule = "be one that learns from activations and gradients where weights are cut over processes (FSDP2)"
+        check(not reads, "method", rule, self._method.NAME)
+        self._ffns = families.find_ffns(model, sharded=self._sharded)
         if self._method.cutoff(self._moment(0)) is None:
             sizes = [ffn.intermediate_size for ffn in self._ffns]
             selection.check_narrows(sizes, config.scope, config.keep, config.floor, config.multiple)
@@ -213,7 +220,12 @@ class TrainingPruner:
         self._optimizers.stop()
 
     @torch.inference_mode(False)
-    def finish(self, provenance: dict[str, Any] | None = None, optimizers: Iterable[Any] = ()) -> Mask:
+    def finish(
+        self,
+        provenance: dict[str, Any] | None = None,
+        optimizers: Iterable[Any] = (),
+        into: nn.Module | None = None,
+    ) -> Mask:
         """Cut the neurons that are masked out of the model, in place, and write the widths into its config.
 
         The masks are those the last step trained with, if that was in the cool-down; without one they are set once
@@ -223,12 +235,15 @@ class TrainingPruner:
             provenance: facts about the run (text, versions) that go into the mask and the checkpoint.
             optimizers: that keep state for the model's parameters and are to go on. Those that took a step since this
                 pruner was made need not be named; one that is neither fails at its next step, by shapes that differ.
+            into: where weights are cut over processes, and only there: a model of the same config, whole, on the first
+                process (others may give None), which gets the weights and is cut; the trained one stays dense.
 
         Returns:
             The mask, with the fingerprint of the model as it was before training.
 
         Raises:
-            InputError: `provenance` holds something else than JSON values, or as `before_step`.
+            InputError: `provenance` holds something else than JSON values, `into` is missing or of another shape, or as
+                `before_step`.
 
         Warns:
             UserWarning: the schedule has not ended, the scores of a layer never moved, or an optimizer keeps something
@@ -236,6 +251,8 @@ class TrainingPruner:
         """
         self._alive()
         given = model_provenance.check_json(provenance)
+        with self._ranks.working():
+            self._check_into(into)
         schedule = self.config.schedule
         if self.done <= schedule.end:  # the last step did not train with final masks
             self._set_masks(final=True)
@@ -254,12 +271,49 @@ class TrainingPruner:
         kept = self.keep
         keeps = tuple(KeepIndex(mask.keep.nonzero().flatten(), mask.keep.numel()) for mask in self._masks)
         self.remove()
-        cuts = [cut for ffn, keep in zip(self._ffns, keeps, strict=True) for cut in surgery.cut(ffn, keep)]
-        self._optimizers.follow(cuts, optimizers)
-        surgery.set_widths(self.model, self._block, [len(k) for k in keeps])
         facts = {"training": self.config.to_json(), "steps": self.done, "kept": kept, **given}
-        model_provenance.write(self.model, self._fingerprint, facts)
+        if self._sharded:
+            self._gather(into)
+            if into is not None and self._ranks.rank == 0:
+                ffns = families.find_ffns(into)
+                self._cut(into, ffns, families.ffn_block(into, ffns), keeps, facts)
+        else:
+            self._optimizers.follow(self._cut(self.model, self._ffns, self._block, keeps, facts), optimizers)
         return Mask(keeps, self._fingerprint, facts)
+
+    def _cut(
+        self,
+        model: nn.Module,
+        ffns: list[families.FFN],
+        block: dict[str, Any],
+        keeps: tuple[KeepIndex, ...],
+        facts: dict[str, Any],
+    ) -> list[Cut]:
+        """Cut a model, and let its config say so."""
+        cuts = [cut for ffn, keep in zip(ffns, keeps, strict=True) for cut in surgery.cut(ffn, keep)]
+        surgery.set_widths(model, block, [len(k) for k in keeps])
+        model_provenance.write(model, self._fingerprint, facts)
+        return cuts
+
+    def _check_into(self, into: nn.Module | None) -> None:
+        if not self._sharded:
+            check(into is None, "into", "be left out where this process has the whole model", type(into).__name__)
+        elif self._ranks.rank == 0:
+            check(into is not None, "into", "be a whole model of the same config where weights are cut (FSDP2)", None)
+            assert into is not None
+            shapes = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (self.model, into))
+            mine, theirs = shapes
+            strange = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+            check(not strange, "into", "have the parameters of the trained model", strange[:3])
+
+    @torch.no_grad()
+    def _gather(self, into: nn.Module | None) -> None:
+        """Copy the weights, which are cut over the ranks, into the first one's whole model."""
+        own = dict(into.state_dict(keep_vars=True)) if into is not None and self._ranks.rank == 0 else {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            full = whole(tensor)
+            if name in own:
+                own[name].copy_(full)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on from: `tensors`, flat by name, and `facts`, JSON values. To be taken between steps."""
@@ -321,10 +375,14 @@ class TrainingPruner:
         check(own["weights"] == saved["weights"], "weights of the state to resume", rule, saved["weights"][:16])
 
     def save(self, folder: str | Path) -> Path:
-        """Write the state into `folder` as one file, `pruning.safetensors`; returns its path."""
+        """Write the state into `folder` as one file, `pruning.safetensors`; returns its path.
+
+        Of processes that train together the first writes; where weights are cut over them, all must call this.
+        """
         state = self.state_dict()
         path = Path(folder) / FILE
-        persist.write(path, _FORMAT, state["tensors"], state["facts"])
+        if self._ranks.rank == 0:
+            persist.write(path, _FORMAT, state["tensors"], state["facts"])
         return path
 
     def load(self, folder: str | Path) -> None:

@@ -20,6 +20,7 @@ class Magnitude(Method):
     apart; here they are one neuron, biases not counted, as in the one-shot criterion `magnitude-l2-both`.
     """
 
+    WEIGHTS: ClassVar[bool] = True
     NAME: ClassVar[str] = "magnitude"
     SUMMARY: ClassVar[str] = "L2 norm of a neuron's weights, all parts concatenated"
     SOURCE: ClassVar[str] = "Zhu and Gupta 2017, arXiv 1710.01878; of neurons: Santacroce et al. 2023, arXiv 2302.03773"
