@@ -67,8 +67,8 @@ def by_trainer(folder: Path, size: int) -> dict[str, Any]:
     return state_of(model, callback.mask)
 
 
-def by_fsdp(rank: int, ranks: int, folder: Path | None = None, stop: int | None = None) -> dict[str, Any]:
-    """The same with weights that are cut over the ranks, from `folder`, or to it after `stop` steps."""
+def by_fsdp(rank: int, folder: Path, start: int) -> dict[str, Any]:
+    """The same with weights that are cut over the ranks; after four steps into `folder`, or on from there."""
     import test_training_loop as loop
     import torch
     import torch.distributed.checkpoint as dcp
@@ -85,7 +85,6 @@ def by_fsdp(rank: int, ranks: int, folder: Path | None = None, stop: int | None 
     fully_shard(model)
     optimizer, scheduler = loop.optimizer_of(model)
     pruner = TrainingPruner(model, loop.config_of("movement"))
-    start = 0 if folder is None or stop else 4
     if start:
         weights, moments = get_state_dict(model, optimizer)
         kept = {"model": weights, "optimizer": moments}
@@ -96,7 +95,7 @@ def by_fsdp(rank: int, ranks: int, folder: Path | None = None, stop: int | None 
         scheduler.step()
     batches = loop.batches_of(own, 2)
     model.train()
-    for step in range(start, stop or loop.STEPS):
+    for step in range(start, loop.STEPS):
         pruner.before_step(step)
         train_loss = model(**batches[step % len(batches)]).loss
         train_loss.backward()
@@ -105,12 +104,10 @@ def by_fsdp(rank: int, ranks: int, folder: Path | None = None, stop: int | None 
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    if stop:
-        weights, moments = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-        pruner.save(folder)
-        torch.distributed.barrier()
-        return {}
+        if step == 3:
+            weights, moments = get_state_dict(model, optimizer)
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+            pruner.save(folder)
     into = make_model("llama", seed=5) if rank == 0 else None
     mask = pruner.finish(into=into)
     return {} if into is None else state_of(into, mask)
@@ -158,8 +155,8 @@ def main(out: Path) -> None:
     if rank == 0:
         (out / "cut").mkdir()
     dist.barrier()
-    for name, how in (("whole", {}), ("stopped", {"folder": out / "cut", "stop": 4}), ("cut", {"folder": out / "cut"})):
-        save_file(by_fsdp(rank, ranks, **how), out / f"fsdp-{name}-{rank}.safetensors")
+    for name, start in (("whole", 0), ("cut", 4)):
+        save_file(by_fsdp(rank, out / "cut", start), out / f"fsdp-{name}-{rank}.safetensors")
     (out / f"refused-{rank}.json").write_text(json.dumps(refusals()))
     save_file(by_trainer(out / "trainer", 2), out / f"trainer-{rank}.safetensors")
     dist.destroy_process_group()
