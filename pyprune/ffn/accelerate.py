@@ -109,7 +109,9 @@ def accelerate(
         keep = mask.layers[ffn.layer] if mask else None
         kind = PrunedMLP if parts is None else sharded.ShardedMLP
         module = kind.from_dense(ffn, keep, mode, backend, weights, room, batch_invariant)
-        _swap(model, ffn, module if parts is None else module.take(parts.shards[ffn.layer]))
+        if isinstance(module, sharded.ShardedMLP) and parts is not None:
+            module.shard_as(parts.shards[ffn.layer])
+        _swap(model, ffn, module)
         del ffn  # nothing else holds the original
         release()
     accelerate_experts.swap(model, banks, backend, weights, room, batch_invariant)

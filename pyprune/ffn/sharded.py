@@ -102,13 +102,12 @@ class ShardedMLP(PrunedMLP):
     shard: Shard
     shared_bias: Tensor | None
 
-    def take(self, shard: Shard) -> ShardedMLP:
+    def shard_as(self, shard: Shard) -> None:
         """Let it be the part that `shard` says."""
         self.shard = shard
         wanted = self.record.requires_grad
         bias = None if shard.bias is None else nn.Parameter(shard.bias.detach().clone(), requires_grad=wanted)
         self.register_parameter("shared_bias", bias)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` -> `[..., D]`, the same on every rank that gets the same x; errors as `PrunedMLP.forward`."""
@@ -127,16 +126,17 @@ class ShardedMLP(PrunedMLP):
         from torch.distributed.tensor import Shard as Place
 
         found: dict[str, Tensor] = {}
+        mesh = self.shard.mesh
         for name, local in super()._projection_tensors().items():
             dim = 1 if name == f"{self.pattern.down}.weight" else 0
             shape = [*local.shape]
             shape[dim] = self.shard.size
             stride = (shape[1], 1) if len(shape) == 2 else (1,)
-            placed = {"run_check": False, "shape": torch.Size(shape), "stride": stride}
-            found[name] = DTensor.from_local(local.contiguous(), self.shard.mesh, [Place(dim)], **placed)
+            whole: dict[str, Any] = {"shape": torch.Size(shape), "stride": stride}
+            found[name] = DTensor.from_local(local.contiguous(), mesh, [Place(dim)], run_check=False, **whole)
         if self.shared_bias is not None:
-            whole = DTensor.from_local(self.shared_bias.detach(), self.shard.mesh, [Replicate()], run_check=False)
-            found[f"{self.pattern.down}.bias"] = whole
+            bias = DTensor.from_local(self.shared_bias.detach(), mesh, [Replicate()], run_check=False)
+            found[f"{self.pattern.down}.bias"] = bias
         return found
 
     def _assign(self, tensors: dict[str, Tensor]) -> None:
@@ -184,17 +184,18 @@ class Parts:
 
 def _is_shard(tensor: Any, dim: int) -> bool:
     """Whether a tensor is cut along `dim`, and no other way, over a mesh of one dimension."""
-    places = getattr(tensor, "placements", ())
+    places: Any = getattr(tensor, "placements", ())
     return len(places) == 1 and type(places[0]).__name__ == "Shard" and places[0].dim % tensor.ndim == dim
 
 
 def _linear(weight: Any, bias: Any) -> nn.Linear:
     """A projection over the local part of these very tensors."""
     own = weight.to_local()
-    made = nn.Linear(own.shape[1], own.shape[0], bias=False, device="meta")
+    made: Any = nn.Linear(own.shape[1], own.shape[0], bias=False, device="meta")
     made.weight = nn.Parameter(own, requires_grad=weight.requires_grad)
     made.bias = None if bias is None else nn.Parameter(bias.to_local(), requires_grad=bias.requires_grad)
-    return made
+    linear: nn.Linear = made
+    return linear
 
 
 def _part(where: str, holder: nn.Module, pattern: Pattern) -> tuple[nn.Module, Shard]:
@@ -233,7 +234,9 @@ def find(model: nn.Module) -> Parts | None:
         if ranks > 1:
             raise UnsupportedModelError(f"{type(model).__name__} is tensor-parallel without DTensors: {PLAN}")
         return None
-    kind, ffns, shards = type(model).__name__, [], []
+    kind = type(model).__name__
+    ffns: list[FFN] = []
+    shards: list[Shard] = []
     for number, (list_name, layers) in enumerate(stacks(model)):
         for i, layer in enumerate(layers):
             if any(hasattr(m, "record") for m in layer.modules()):

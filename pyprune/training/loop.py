@@ -102,7 +102,7 @@ def train(
         not is_sharded(model) or (checkpoint is None and resume is None), "checkpoint", rule, str(checkpoint or resume)
     )
     several = isinstance(model, DistributedDataParallel)
-    inner: nn.Module = model.module if several else model  # type: ignore[assignment, union-attr]
+    inner: nn.Module = model.module if several else model  # type: ignore[assignment]
     ranks = Ranks.joined() if several else ALONE
     if checkpoint is not None and ranks.rank == 0:
         check_place(checkpoint)
