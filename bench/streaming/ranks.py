@@ -119,7 +119,7 @@ def main() -> None:
             row |= {f"speedup_{f}": best["one"][f] / best["several"][f] for f in best["one"]}
             row |= _difference(one, several)
         result["runs"][name] = row
-        print(f"{name}: {best['one']['seconds']:.1f} s by one, {best['several']['seconds']:.1f} s by {asked.processes}: "
+        print(f"{name}: {best['one']['seconds']:.1f} s by one, {best['several']['seconds']:.1f} s by several: "
               f"{row['speedup_seconds']:.2f}x (of processor time in the busiest, {row['speedup_cpu_seconds']:.2f}x); "
               f"same neurons: {row['same_neurons']}, largest difference of a weight {row['largest_difference']}",
               flush=True)  # fmt: skip
