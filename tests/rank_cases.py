@@ -82,6 +82,7 @@ def wrong() -> dict[str, Any]:
         "invalid": lambda rank: (make_model("llama"), {**options, "keep": 0.5 + rank, "text": text()}),
         "few": lambda rank: (make_model("llama"), {**options, "text": text()[:1].repeat(1, 4)}),
         "broken": broken,
+        "places": lambda rank: text()[0, : 2 + rank].float(),
     }
 
 
@@ -90,14 +91,19 @@ def main(out: Path, names: list[str]) -> None:
     import torch.distributed as dist
     from safetensors.torch import save_file
 
+    from pyprune.base.ranks import Ranks
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for name in names:
         if name in wrong():
             try:
-                model, options = wrong()[name](rank)
-                pruned(model, options)
+                given = wrong()[name](rank)
+                if isinstance(given, torch.Tensor):
+                    Ranks.joined().add(given)
+                else:
+                    pruned(*given)
                 facts: dict[str, Any] = {"error": None}
             except Exception as error:
                 facts = {"error": str(error), "kind": type(error).__name__}

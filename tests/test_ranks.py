@@ -61,13 +61,15 @@ def test_two_processes_prune_as_one(name, done):
         ("invalid", 0, r"^rank 1: keep must lie in \(0, 1\]; got 1.5$"),
         ("broken", 0, r"^rank 1: OSError: no space left$"),
         ("broken", 1, r"^no space left$"),
+        ("places", 0, r"^ranks came to different places \(add\): every rank must call the same, in one order$"),
     ],
 )
 def test_an_error_of_one_is_an_error_of_both(name, rank, message, done):
     found = facts_of(done, name, rank)
     assert re.search(message, found["error"]), found
-    assert found["kind"] == ("InputError" if name != "broken" else ("PypruneError", "OSError")[rank])
-    if name in ("other", "words", "few"):
+    kinds = {"broken": ("PypruneError", "OSError"), "places": ("PypruneError",)}
+    assert found["kind"] == kinds.get(name, ("InputError",))[rank]
+    if name in ("other", "words", "few", "places"):
         assert facts_of(done, name, 1) == found
 
 
@@ -133,4 +135,18 @@ def test_devices_that_processes_cannot_have(change, device, message, monkeypatch
 def test_a_launcher_that_said_too_little(words, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = CliRunner().invoke(app, [*words, "--device", "cpu"])
+    assert result.exit_code == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nested"], "WORLD_SIZE must be 1 with --nested or --recover; got 2"),
+        (["--recover", "1"], "WORLD_SIZE must be 1 with --nested or --recover; got 2"),
+        (["--stream"], "nproc_per_node must be left out with --stream; got '2'"),
+    ],
+)
+def test_what_one_process_must_do(words, message, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("pyprune.cli.prune.launched", lambda: 2)
+    result = CliRunner().invoke(app, ["prune", str(tiny_checkpoint), "--out", str(tmp_path / "out"), *words])
     assert result.exit_code == 2 and message in result.stderr
