@@ -281,7 +281,7 @@ def local_device(device: str) -> str:
 
 @contextmanager
 def joining(device: str) -> Iterator[Ranks]:
-    """Inside, the processes that a launcher started are one group; this one alone where there was none.
+    """Inside, the processes that a launcher started are one group.
 
     Args:
         device: what `local_device` gave.
@@ -289,9 +289,6 @@ def joining(device: str) -> Iterator[Ranks]:
     Raises:
         whatever is raised inside, on every rank; with `told` where the first rank has said it.
     """
-    if launched() == 1 or dist.is_initialized():
-        yield ALONE
-        return
     for name in ("RANK", "MASTER_PORT"):
         _number(name)
     backend = "gloo"

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from ..base.ranks import joining
+from ..base.ranks import joining, launched
 from .options import choose_device
 from .screen import err, out
 
@@ -17,6 +17,9 @@ def together(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        if launched() == 1:
+            function(*args, **kwargs)
+            return
         with joining(choose_device(kwargs["device"])) as ranks:
             if ranks.rank == 0:
                 function(*args, **kwargs)
