@@ -40,6 +40,7 @@ def cases() -> dict[str, Any]:
         "refit": lambda: (make_model("opt"), small(method="wanda", repair="refit")),
         "gradients": lambda: (make_model("llama"), small(method="taylor-element", allocation="global:multiple=8")),
         "curves": lambda: (make_model("llama"), small(allocation="sensitivity:multiple=8", repair=bare)),
+        "samples": lambda: (make_model("llama"), small(allocation="predictor:multiple=16,samples=8")),
         "apart": lambda: (make_model("llama"), small(sequential=False, repair=bare)),
         "experts": lambda: (make_mixture("mixtral"), small(keep=0.7, repair=bare)),
         "whole": lambda: (make_tower("t5"), small(method="wanda", repair=bare)),

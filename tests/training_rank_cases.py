@@ -67,7 +67,7 @@ def by_trainer(folder: Path, size: int) -> dict[str, Any]:
     return state_of(model, callback.mask)
 
 
-def by_fsdp(rank: int, folder: Path, start: int) -> dict[str, Any]:
+def by_fsdp(rank: int, folder: Path, start: int, method: str = "movement") -> dict[str, Any]:
     """The same with weights that are cut over the ranks; after four steps into `folder`, or on from there."""
     import test_training_loop as loop
     import torch
@@ -84,7 +84,7 @@ def by_fsdp(rank: int, folder: Path, start: int) -> dict[str, Any]:
         fully_shard(layer)
     fully_shard(model)
     optimizer, scheduler = loop.optimizer_of(model)
-    pruner = TrainingPruner(model, loop.config_of("movement"))
+    pruner = TrainingPruner(model, loop.config_of(method))
     if start:
         weights, moments = get_state_dict(model, optimizer)
         kept = {"model": weights, "optimizer": moments}
@@ -104,7 +104,7 @@ def by_fsdp(rank: int, folder: Path, start: int) -> dict[str, Any]:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if step == 3:
+        if step == 3 and method == "movement":
             weights, moments = get_state_dict(model, optimizer)
             dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
             pruner.save(folder)
@@ -126,16 +126,19 @@ def refusals() -> list[str]:
     import test_training_loop as loop
     from conftest import make_model
     from torch.distributed.fsdp import fully_shard
+    from transformers import TrainerState
 
-    from pyprune.training import TrainingPruner, train
+    from pyprune.training import PruningCallback, TrainingPruner, train
 
     model = fully_shard(make_model("llama"))
     pruner = TrainingPruner(model, loop.config_of("movement"))
     optimizer, _ = loop.optimizer_of(model)
     found = [refused(lambda: pruner.finish(into=None))]
     found.append(refused(lambda: train(model, [], optimizer, pruner, steps=loop.STEPS, checkpoint="x")))
+    train_begin = PruningCallback(loop.config_of("movement")).on_train_begin
+    found.append(refused(lambda: train_begin(loop.arguments("x"), TrainerState(max_steps=8), None, model)))
     pruner.remove()
-    return [*found, refused(lambda: TrainingPruner(model, loop.config_of("magnitude")))]
+    return [*found, refused(lambda: TrainingPruner(model, loop.config_of("smoothed")))]
 
 
 def main(out: Path) -> None:
@@ -157,6 +160,8 @@ def main(out: Path) -> None:
     dist.barrier()
     for name, start in (("whole", 0), ("cut", 4)):
         save_file(by_fsdp(rank, out / "cut", start), out / f"fsdp-{name}-{rank}.safetensors")
+    for method in ("platon", "magnitude"):
+        save_file(by_fsdp(rank, out / "cut", 0, method), out / f"fsdp-{method}-{rank}.safetensors")
     (out / f"refused-{rank}.json").write_text(json.dumps(refusals()))
     save_file(by_trainer(out / "trainer", 2), out / f"trainer-{rank}.safetensors")
     dist.destroy_process_group()

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..base.errors import check
 from ..model.mask import Mask
+from ..model.weights import is_sharded
 from .config import TrainingConfig
 from .pruner import TrainingPruner
 
@@ -70,6 +71,7 @@ class PruningCallback(TrainerCallback):
         assert model is not None
         check(args.n_gpu <= 1, "Trainer", "run with one device a process (torchrun)", args.n_gpu)
         cut = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
+        cut += ["weights that are cut over processes"] if is_sharded(model) else []
         check(not cut, "Trainer", "give every process the whole model (DistributedDataParallel)", cut)
         check(not args.fp16, "fp16", "be off, the loss scale would be in the scores; use bf16", args.fp16)
         best = args.load_best_model_at_end

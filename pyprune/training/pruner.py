@@ -46,7 +46,7 @@ class TrainingPruner:
 
     In an initialised `torch.distributed` group the processes train one model, as DistributedDataParallel does: what
     scores learn from is the mean over them, and all have the same masks. Everything here is then called by every one.
-    Weights may be cut over the processes by FSDP2 (`fully_shard`) where the method does not look at them; `finish` then
+    Weights may be cut over the processes by FSDP2 (`fully_shard`), but for criteria that want them whole; `finish` then
     puts the narrower model together in another one.
 
     Args:
@@ -74,7 +74,7 @@ class TrainingPruner:
         self._method = methods.parse(config.method)
         self._sharded = is_sharded(model)
         reads = self._sharded and self._method.WEIGHTS
-        rule = "be one that learns from activations and gradients where weights are cut over processes (FSDP2)"
+        rule = "be one without a criterion where weights are cut over processes (FSDP2)"
         check(not reads, "method", rule, self._method.NAME)
         self._ffns = families.find_ffns(model, sharded=self._sharded)
         if self._method.cutoff(self._moment(0)) is None:
