@@ -66,6 +66,7 @@ def main(folder: Path, mask_file: Path, out: Path) -> None:
 
     refused("compact mask", lambda: pyprune.accelerate(load(), mask=mask))
     refused("lopsided mask", lambda: pyprune.accelerate(load(), mode="gather", mask=lopsided()))
+    refused("save", lambda: pyprune.save(model, out / "by one"))
     refused("twice", lambda: pyprune.accelerate(model))
     refused("prune", lambda: pyprune.prune(load(), method="random", repair=None))
     save_file(found, out / f"logits-{rank}.safetensors")

@@ -84,6 +84,10 @@ def test_a_sharded_model_saves_what_was_loaded(done):
     [
         ("compact mask", "InputError: mode must be gather with a mask on a tensor-parallel model"),
         ("lopsided mask", "InputError: mask must keep a neuron of each of 2 ranks in layer 0; got [8, 0]"),
+        (
+            "save",
+            "InputError: model must have whole weights; where they are cut over processes, each calls model.save_",
+        ),
         ("twice", "UnsupportedModelError: model.layers.0 is accelerated already"),
         ("prune", "DTensor: load the model with plain tensors, whole in one process"),
     ],
