@@ -44,7 +44,7 @@ def small_stats(keep, needs=ALL):
     mask.set(torch.tensor(keep))
     x = torch.tensor([[[1.0], [2.0]], [[-1.0], [3.0]]])
     model(x).sum(1).mean().backward()
-    return mask.statistics
+    return mask.statistics()
 
 
 def test_statistics_of_a_step_by_hand():
@@ -112,7 +112,7 @@ def test_a_step_shows_what_calibration_shows(name, tiny, ids):
     for half in ids.split(2):
         (model(half, labels=half).loss / 2).backward()
     for mask, stats in zip(masks, want, strict=True):
-        got = mask.statistics
+        got = mask.statistics()
         assert (got.tokens, got.gradients.samples, got.gradients.tokens) == (64, 4, 64)
         for a, b in zip(tensors(got), tensors(stats), strict=True):
             assert a.shape == b.shape

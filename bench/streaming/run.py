@@ -112,8 +112,8 @@ def _run(folder: Path, out: Path, name: str, limit: int, spill: Path | None) -> 
     _evict(folder)
     asked = [str(folder), "--child", name, "--out", str(out), "--limit-bytes", str(limit)]
     asked += [] if spill is None else ["--spill", str(spill)]
-    # One arena: every other thread would reserve addresses that it does not use. And from 1 MB on pieces of their own, as
-    # building a model asks for memory that it gives back untouched: 2.7 GB of addresses otherwise, of a 15 GB model.
+    # One arena: every other thread would reserve addresses that it does not use. And pieces of their own from 1 MB on:
+    # building a model asks for memory that it gives back untouched, else 2.7 GB of addresses of a 15 GB model.
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     command = [sys.executable, "-m", "bench.streaming.run", *asked]
     done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from ..base.errors import InputError, PypruneError, check, check_choice
+from ..base.ranks import local_device
 from ..base.text import load_text
 from ..base.windows import STARTS, check_size, token_windows
 from ..ffn.quantisation import WEIGHTS
@@ -83,7 +84,7 @@ def choose_device(name: str) -> str:
     check_choice(chosen.partition(":")[0], "device", ("cpu", "cuda"))
     if chosen.startswith("cuda"):
         check(torch.cuda.is_available(), "device", "be cpu, for torch sees no CUDA device here", name)
-    return chosen
+    return local_device(chosen)
 
 
 def as_text(word: str, argument: str) -> str:

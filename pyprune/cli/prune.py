@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from ..base.errors import InputError, check, is_finite
+from ..base.ranks import Ranks, launched, leads
 from ..model import checkpoint, loading
 from ..model.mask import Mask
 from ..pruning import importance
@@ -19,7 +20,7 @@ from ..pruning.options import ALLOCATION, KEEP, METHOD, REPAIR, PruneOptions
 from ..pruning.prune import PruneReport
 from ..pruning.prune import prune as prune_model
 from ..pruning.repair import REPAIRS
-from ..pruning.text import MANY_TOKENS, TOKENS, WINDOW
+from ..pruning.text import MANY_TOKENS, TOKENS, WINDOW, shared
 from ..serving.gguf_base import Base
 from ..serving.gguf_export import check_out_file, to_gguf
 from ..training.recovery import RecoverConfig, RecoverReport
@@ -42,6 +43,7 @@ from .pruned import DryRunOption, OverwriteOption, SaveMaskOption, check_out, fi
 from .recover import taught_by
 from .screen import Bars, show, table, verb
 from .streamed import SpillOption, StreamOption, prune_streamed, streams
+from .together import together
 
 # Minutes of recovery with --best, and steps in a minute at most: fast machines do not go over the same text for ever.
 BEST_MINUTES, STEPS_A_MINUTE = 10.0, 30
@@ -109,6 +111,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 @verb
+@together
 def prune(
     model: ModelArgument,
     out: Annotated[
@@ -259,6 +262,9 @@ def prune(
         check(sequential, "sequential", "be True with nested widths", False)
     loaded_mask = Mask.load(mask) if mask else None
     against: dict[str, Any] = {"recover": minutes, "nested": nested_widths, "dry_run": dry_run, "out": to_file and out}
+    processes = launched() > 1 and launched()
+    check(not processes or not (nested_widths or teaching), "WORLD_SIZE", "be 1 with --nested or --recover", processes)
+    against |= {"nproc_per_node": processes}
     against |= {"dtype": dtype != "auto" and dtype}
     place = choose_device(device)
     if streams(stream, model, dtype, spill, place, against):
@@ -277,7 +283,7 @@ def prune(
     if needed:
         with Bars() as bars:
             size = {"tokens": tokens, "window": window, "start": start_token, "seed": seed}
-            windows = mix(sources, loaded, tokenizer, **size, progress=bars)
+            windows = shared(Ranks.joined(), lambda: mix(sources, loaded, tokenizer, **size, progress=bars))
             if teaching is not None:
                 size["seed"] = unread(seed)
                 taught_text = windows if text else mix(lessons(tokenizer), loaded, tokenizer, **size, progress=bars)
@@ -297,7 +303,7 @@ def prune(
                 dense = loading.load_model(model, dtype, place)
                 facts = taught_by(dense, model, taught_text.name)
                 taught = recover_model(loaded, dense, taught_text, teaching, progress=bars, provenance=facts)
-    written = None if dry_run else out
+    written = out if leads() and not dry_run else None
     if written is not None and to_file:
         to_gguf(loaded, model, written, overwrite=overwrite)
     elif written is not None:

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from ..base import machine
 from ..base.errors import InputError
+from ..base.ranks import leads
 from ..model import checkpoint, loading
 from ..pruning.blocks import BlockReport
 from ..pruning.prune import PruneReport
@@ -68,7 +69,8 @@ def finish(
     """Write the mask, and show what was done and written; `out` is None in a dry run."""
     written = "nothing (dry run)" if out is None else str(out)
     if save_mask is not None and report.mask is not None:
-        report.mask.save(save_mask)
+        if leads():
+            report.mask.save(save_mask)
         written = f"{save_mask} only (dry run)" if out is None else f"{written} and {save_mask}"
     on_device = f", {megabytes(report.device_peak_bytes)} on the device" if report.device_peak_bytes else ""
     show(

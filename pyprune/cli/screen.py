@@ -16,7 +16,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..base.errors import InputError, PypruneError
+from ..base import ranks
+from ..base.errors import InputError, PypruneError, check
+from ..base.ranks import leads
 
 EXIT_CODES = (
     "Exit codes: 0 done; 2 a mistake in what was asked for (an argument, a file that is not there); 1 it could not be "
@@ -78,6 +80,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 def show(result: dict[str, Any], as_json: bool, *tables: Table | str) -> None:
     """Print `result` as one JSON object, or the tables."""
+    if not leads():
+        return
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
         return
@@ -98,12 +102,16 @@ def verb(function: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
     @functools.wraps(function)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         try:
+            if not getattr(function, "together", False):
+                rule = f"be 1 for {function.__name__}, which runs in one process"
+                check(ranks.launched() == 1, "WORLD_SIZE", rule, ranks.launched())
             function(*args, **kwargs)
         except (PypruneError, OSError, MemoryError) as error:
             message = str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
-            if kwargs.get("as_json"):
-                sys.stdout.write(json.dumps({"error": {"kind": type(error).__name__, "message": message}}) + "\n")
-            err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+            if not getattr(error, "told", False):
+                if kwargs.get("as_json"):
+                    sys.stdout.write(json.dumps({"error": {"kind": type(error).__name__, "message": message}}) + "\n")
+                err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
             raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
 
     return wrapped

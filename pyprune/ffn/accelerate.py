@@ -16,7 +16,7 @@ from ..model.mask import Mask
 from ..model.surgery import set_widths
 from ..model.units import OWN
 from ..model.weights import check_finite
-from . import accelerate_experts, dispatch, first_use
+from . import accelerate_experts, dispatch, first_use, sharded
 from .mlp import MODES, PrunedMLP
 from .mlp_state import DownStandIn
 from .quantisation import WEIGHTS, check_fits, check_width, row_bytes
@@ -37,6 +37,9 @@ def accelerate(
     Experts that lie in tensors become a `PrunedMoE` a layer, those in a list of modules a `PrunedMLP` each. What cannot
     run from records stays as it is, with a warning that says why; so do experts in tensors for which Transformers' own
     path was measured to be faster.
+
+    Of a model that Transformers loaded tensor-parallel (`tp_plan="auto"`), every rank calls this, and each of its
+    `PrunedMLP` holds the rank's own neurons and sums its output over the ranks. A mask then wants `gather`.
 
     The FFNs' parameters are others afterwards: an optimizer or adapters made before do not know them.
 
@@ -73,7 +76,8 @@ def accelerate(
     check_choice(backend, "backend", dispatch.names())
     check_choice(weights or "float32", "weights", WEIGHTS)
     check(mask is not None or mode == "compact", "mask", "be given in gather mode", mask)
-    every = families.find_ffns(model)
+    parts = sharded.find(model)
+    every = families.find_ffns(model) if parts is None else parts.ffns
     ffns = [ffn for ffn in every if ffn.activation != OWN and not ffn.shared]
     banks = accelerate_experts.banks_of(every)
     reasons = {bank.name: accelerate_experts.why_not(bank, backend, weights) for bank in banks}
@@ -81,7 +85,11 @@ def accelerate(
     left = [_why_left(ffn, reasons) for ffn in every if ffn not in ffns]
     _check_all(model, [one for one in left if one], bool(banks), mask, mode, backend)
     del every  # originals are freed one by one
-    if mask is not None:
+    if parts is not None:
+        rule = "be False on more than two ranks: their outputs are added up in an order that depends on the place"
+        check(not batch_invariant or parts.shards[0].mesh.size() <= 2, "batch_invariant", rule, batch_invariant)
+        mask = parts.own(mask, mode)
+    elif mask is not None:
         mask.check_fits([f.intermediate_size for f in ffns], families.fingerprint(model, ffns))
     check_finite(model)
     if weights is not None:
@@ -100,7 +108,11 @@ def accelerate(
     while ffns:
         ffn = ffns.pop()
         keep = mask.layers[ffn.layer] if mask else None
-        _swap(model, ffn, PrunedMLP.from_dense(ffn, keep, mode, backend, weights, room, batch_invariant))
+        kind = PrunedMLP if parts is None else sharded.ShardedMLP
+        module = kind.from_dense(ffn, keep, mode, backend, weights, room, batch_invariant)
+        if isinstance(module, sharded.ShardedMLP) and parts is not None:
+            module.shard_as(parts.shards[ffn.layer])
+        _swap(model, ffn, module)
         del ffn  # nothing else holds the original
         release()
     accelerate_experts.swap(model, banks, backend, weights, room, batch_invariant)

@@ -23,6 +23,7 @@ from . import families, heterogeneous, provenance
 from .manifest import FORMAT, MANIFEST, keep_tokenizer, read_manifest, strangers
 from .shards import read_header, read_index
 from .towers import config_at, text_config
+from .weights import is_sharded
 from .widths import module_widths, set_widths, stock_class
 
 # As for Transformers' `save_pretrained`.
@@ -110,7 +111,8 @@ def save(
 
     Raises:
         InputError: the folder exists, holds anything but a checkpoint of pyprune's, or cannot be written or replaced;
-            `max_shard_size` is no size; or the model's class is not one of Transformers'.
+            `max_shard_size` is no size; the model's class is not one of Transformers', or its weights are cut over
+            processes.
         CheckpointError: the model's config would not build a model of the shapes to be saved, or names compensated
             rows of nested widths that the model does not have.
         OSError: the disk is full, or not writable; nothing has changed then.
@@ -118,6 +120,8 @@ def save(
     target = check_out(path, overwrite, max_shard_size)
     config: Any = model.config
     _check_stock_class(model)
+    what = "have whole weights; where they are cut over processes, each calls model.save_pretrained(folder)"
+    check(not is_sharded(model), "model", what, "DTensors")
     config.__dict__.pop("auto_map", None)  # code that came with the dense model is not saved; our own is named anew
     check_rebuilds(model)
     nested = _nested(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..base.errors import UnsupportedModelError
@@ -42,6 +43,11 @@ class Described:
         """Whether no FFN is run by several layers, and there is one list of layers: so text may go layer by layer."""
         encodes = getattr(self.model.config, "is_encoder_decoder", False)
         return not encodes and not any(ffn.shared or ffn.stack for ffn in self.ffns)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first weights are that have values."""
+        return next(p.device for p in self.model.parameters() if not p.is_meta)
 
     @property
     def experts(self) -> list[Expert]:

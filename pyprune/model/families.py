@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ..base import reference
 from ..base.errors import UnsupportedModelError
 from .experts import Bank, computes, find_bank
-from .patterns import PATTERNS, Pattern, match, projections
+from .patterns import PATTERNS, FFNWeights, Pattern, match, projections
 from .probe import detect_activation, prunable
 from .towers import decoder_layers, stacks
 from .units import FFN, OWN, Expert
-from .weights import check_plain, check_there, leave_inference
+from .weights import check_plain, check_there, leave_inference, whole
 from .widths import BIAS_KEYS, WIDTH_KEYS, bias_key, ffn_block, has_width, plain, width_key
 
 __all__ = [
@@ -70,13 +70,13 @@ def _describe(layer: nn.Module) -> str:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def find_ffns(model: nn.Module, absent: bool = False) -> list[FFN]:
+def find_ffns(model: nn.Module, absent: bool = False, sharded: bool = False) -> list[FFN]:
     """Find the FFNs of every decoder layer, in order; of a mixture each expert is one (`units.Expert`).
 
     Of a model with several towers, those of the text's (see `towers.stacks`); of an encoder-decoder those of both
     sides. A layer may have none, or several; what several layers run is found once. Tensors of the model that were
     made in inference mode become ordinary ones, of the same values. With `absent` weights need not be there: an FFN is
-    tried out with others anyway.
+    tried out with others anyway. With `sharded` they may be cut over processes.
 
     Raises:
         UnsupportedModelError: no decoder layers, or several lists that may be meant; weights that are not there or no
@@ -92,7 +92,7 @@ def find_ffns(model: nn.Module, absent: bool = False) -> list[FFN]:
                 )
         if number == 0 and not absent:
             check_there(model)
-        check_plain(model, layers, list_name)
+        check_plain(model, layers, list_name, sharded)
         leave_inference(model)
         _add_stack(model, found, number, list_name, layers)
     _check_shared(model, found)
@@ -279,12 +279,16 @@ def fingerprint_of(model: nn.Module, samples: Iterable[bytes]) -> str:
 
 def sample(ffn: FFN) -> bytes:
     """What an FFN has a part in `fingerprint` with."""
-    weights = ffn.weights()
-    found = [repr((ffn.layer, ffn.gated, tuple(weights.down.shape))).encode()]
+    return sample_of(ffn.layer, ffn.gated, ffn.weights())
+
+
+def sample_of(layer: int, gated: bool, weights: FFNWeights) -> bytes:
+    """`sample`, of the weights of FFN number `layer`."""
+    found = [repr((layer, gated, tuple(weights.down.shape))).encode()]
     for part in weights.parts:
         step = max(1, part.numel() // 4096)
         rows, columns = _spread(part.shape, step)
-        values = part.detach()[rows.to(part.device), columns.to(part.device)]
+        values = whole(part.detach())[rows.to(part.device), columns.to(part.device)]
         found.append(values.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return b"".join(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -20,7 +21,26 @@ _MARKS = ("quantization_scheme", "weight_qtype", "weight_fake_quantizer")
 def check_finite(model: nn.Module) -> None:
     """Raise `InputError` naming the first parameter that has NaN or infinity."""
     for name, parameter in model.named_parameters():
-        check(bool(parameter.isfinite().all()), "model", "have finite weights", f"NaN or infinity in {name}")
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        check(bool(own.isfinite().all()), "model", "have finite weights", f"NaN or infinity in {name}")
+
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+def checksum(model: nn.Module) -> str:
+    """A hex number that tells models apart: names, shapes and dtypes of weights, and sums of their bits, both ways.
+
+    Quick, in two passes over the weights, and the same on every device; no protection against who wants to deceive.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(repr((name, tuple(parameter.shape), str(parameter.dtype))).encode())
+        bits = parameter.detach().view(_BITS[parameter.element_size()])
+        rows = bits.reshape(len(bits), -1) if bits.ndim else bits.reshape(1, 1)
+        for sums in (rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64)):
+            digest.update(sums.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_there(model: nn.Module) -> None:
@@ -41,7 +61,18 @@ def check_there(model: nn.Module) -> None:
     )
 
 
-def check_plain(model: nn.Module, layers: nn.Module, prefix: str) -> None:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some weights are cut over processes (DTensor)."""
+    return any(hasattr(p, "placements") for p in model.parameters())
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor with all its values: of one that is cut over processes each of them must ask."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "placements") else tensor
+    return found
+
+
+def check_plain(model: nn.Module, layers: nn.Module, prefix: str, sharded: bool = False) -> None:
     """Raise `UnsupportedModelError` when weights in `layers` are quantised, sharded, or computed from others.
 
     Told by the tensors and modules themselves, whatever wrote them: a dtype, a tensor class, what a quantiser marks.
@@ -50,6 +81,7 @@ def check_plain(model: nn.Module, layers: nn.Module, prefix: str) -> None:
         model: the whole model, which the message names.
         layers: the part of it that is looked at.
         prefix: its path.
+        sharded: they may be.
     """
     kind = type(model).__name__
     for name, module in layers.named_modules():
@@ -60,7 +92,11 @@ def check_plain(model: nn.Module, layers: nn.Module, prefix: str) -> None:
                 f"{where}: weights are {what} ({how}): load the model unquantised, prune it, then quantise"
             )
         for key, tensor in module._parameters.items():
-            if tensor is not None and type(tensor) is not nn.Parameter:
+            if (
+                tensor is not None
+                and type(tensor) is not nn.Parameter
+                and not (sharded and hasattr(tensor, "placements"))
+            ):
                 raise UnsupportedModelError(
                     f"{where}.{key} is a {type(tensor).__name__}: load the model with plain tensors, whole in one "
                     "process"
@@ -76,7 +112,8 @@ def _kept_in(tensor: Tensor) -> torch.dtype:
     """The dtype that a tensor is kept in: of one that wraps others, theirs, where that is no ordinary float."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            if (dtype := _kept_in(getattr(tensor, name))) not in _FLOATS:
+            inner = getattr(tensor, name)
+            if isinstance(inner, Tensor) and (dtype := _kept_in(inner)) not in _FLOATS:
                 return dtype
     return tensor.dtype
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import UnsupportedModelError, check
+from ..base.ranks import ALONE, Ranks
 from ..base.statistics import ActivationStats
 from ..model.families import FFN, Expert, decoder_layers
 from ..model.narrowing import replaced
 from ..model.probe import evaluating
-from .moments import Gathered, split
+from .moments import Gathered, in_order, shares, split
 from .observing import See, observing
 
 
@@ -96,6 +97,7 @@ class LayerStream:
         twin: also carry the hidden states that the dense model would have (see `advance_twin`).
         sources: `[N]`, which source each window is from; None for one.
         products: bfloat16: float32 layers multiply matrices in it (autocast), between hidden states in float32.
+        ranks: processes that each carry a part of the windows (`moments.shares`).
 
     Raises:
         UnsupportedModelError: the layers do not simply hand one hidden state to the next.
@@ -109,8 +111,11 @@ class LayerStream:
         twin: bool = False,
         sources: Tensor | None = None,
         products: torch.dtype = torch.float32,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._model, self._sources, self._products = model, sources, products
+        self._model, self._products, self._ranks = model, products, ranks
+        self._sources = [0] * len(ids) if sources is None else sources.tolist()
+        self._mine = shares(self._sources, ranks.size)[ranks.rank]  # the windows that are carried here, by number
         self._layers: list[nn.Module] = list(decoder_layers(model)[1])
         self._device = next(p.device for p in model.parameters() if not p.is_meta)
         self._position = 0
@@ -119,7 +124,7 @@ class LayerStream:
             other = (ids != ids[:1]).any(1).nonzero()
             if len(other):
                 self._check_independent(self._record_calls(ids[int(other[0])][None]))
-            self._hidden = self._embed(ids)
+            self._hidden = self._embed(ids[self._mine] if ranks.several else ids)
         self._twin = self._begin_twin() if twin else None
         self._twin_position = 0
 
@@ -265,9 +270,9 @@ class LayerStream:
         """
         assert group[0].block == self._position
         twin = self._twin is not None
-        found = [Gathered(ffn, ffn.weights().down.device, gram, twin, held_out) for ffn in group]
+        found = [Gathered(ffn, ffn.weights().down.device, gram, twin, held_out, self._ranks) for ffn in group]
         by_name = {ffn.name: one for ffn, one in zip(group, found, strict=True)}
-        sources = [0] * len(self._hidden) if self._sources is None else self._sources.tolist()
+        places = {window: place for place, window in enumerate(self._mine)}
         # Experts of a bank come in order; modules in a list when they are called.
         stops = not twin and (len(group) == 1 or isinstance(group[0], Expert))
         seen: list[Tensor] = []
@@ -280,10 +285,10 @@ class LayerStream:
             if stops and ffn is group[-1]:
                 raise _Stop
 
-        for windows in split(sources, held_out):
+        for windows in split(self._sources, held_out):
             for one in found:
                 one.open()
-            for window in windows:
+            for window in (places[w] for w in windows if w in places):
                 with observing(group, see):
                     try:
                         out = self._forward(window)
@@ -318,6 +323,9 @@ class LayerStream:
             out = self._run_to(entrance, lambda x: entering.append(x.float()), window, stop=self._twin is None)
             if self._twin is not None and out is not None:
                 more.append((self._window(self._twin, window, out.device)[0] - out[0]).float())
+        entering = in_order(self._ranks, self._mine, entering)
+        if self._twin is not None:
+            more = in_order(self._ranks, self._mine, more)
         return torch.cat(entering), torch.cat(more) if more else None
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base.errors import check
 from ..base.progress import Progress, quiet
+from ..base.ranks import ALONE, Ranks
 from ..base.statistics import GradientStats
 from ..base.windows import check_windows, stack_batches
 from ..model.families import FFN, Expert
@@ -199,6 +200,7 @@ def collect(
     parts: bool = True,
     parts_square: bool = False,
     progress: Progress = quiet,
+    ranks: Ranks = ALONE,
 ) -> list[GradientStats]:
     """Gradient statistics of every FFN (see `importance.GradientStats`), in one pass over the windows.
 
@@ -215,6 +217,7 @@ def collect(
         parts: keep the weights' gradients: float32, as many values as the FFNs have weights.
         parts_square: the same of their squares.
         progress: called as `(stage, done, total)`.
+        ranks: processes that each take a part of the windows; sums are those of all.
 
     Raises:
         InputError: windows shorter than 2 tokens or longer than the model's context, ids out of range; a loss,
@@ -234,12 +237,16 @@ def collect(
 
     def of_text(number: int, window: Tensor, logits: Tensor) -> Tensor:
         loss, gradient = _summed_loss(logits, window[1:])
-        _check_loss(layers, number, loss)
+        _check_loss(layers, ranks.rank + number * ranks.size, loss)
         return gradient
 
     with watching(model, parameters, [layer.hook for layer in layers]):
-        for _ in backward_windows(model, ids, "collecting gradients", of_text, progress):
+        own = ids[ranks.rank :: ranks.size]
+        for _ in backward_windows(model, own, "collecting gradients", of_text, progress):
             # From the last layer down, as gradients come: the first that is not finite spoils those below it.
             for layer in reversed(layers):
                 layer.close_window()
+    for layer in layers:
+        sums = layer.all if isinstance(layer.all, list) else [layer.all]
+        ranks.add(*(one.sums for one in sums), *layer.parts, *layer.parts_square)
     return [stats for layer in layers for stats in layer.all_stats(samples, ids.numel(), width - 1)]

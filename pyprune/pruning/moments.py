@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import check
+from ..base.ranks import ALONE, Ranks
 from ..base.statistics import ActivationStats
 from ..model.units import FFN
 
@@ -63,6 +64,12 @@ class Moments:
         if cross is not None and more is not None:
             cross.add_(_product(given, more))
 
+    def share(self, ranks: Ranks) -> None:
+        """Let all but the second moments be sums over the tokens of all ranks; nothing is added after that."""
+        counts = torch.tensor([self.tokens, self.routed], dtype=torch.float64)
+        ranks.add(counts, self.total, self.absolute, self.square)
+        self.tokens, self.routed = int(counts[0]), float(counts[1])
+
     def to_stats(self) -> ActivationStats:
         """The sums so far, as means where `ActivationStats` has means."""
         gram, cross = self.second
@@ -104,10 +111,13 @@ class Gathered:
         device: of the sums.
         gram, cross: also the second moment, and with what a twin has more.
         held_out: there are groups that are held out.
+        ranks: among which the windows of each group are shared out.
     """
 
-    def __init__(self, ffn: FFN, device: torch.device, gram: bool, cross: bool, held_out: bool) -> None:
-        self.ffn = ffn
+    def __init__(
+        self, ffn: FFN, device: torch.device, gram: bool, cross: bool, held_out: bool, ranks: Ranks = ALONE
+    ) -> None:
+        self.ffn, self._ranks = ffn, ranks
         self.moments = Moments(ffn.intermediate_size, ffn.hidden_size, device, gram, cross)
         self._down = ffn.weights().down.double() if held_out else None
         self._before = 0
@@ -138,10 +148,11 @@ class Gathered:
     def close(self) -> None:
         """And ends."""
         self._take()
+        tokens = torch.tensor([self.moments.tokens - self._before])
+        self._ranks.add(tokens, *(second for second in self.moments.second if second is not None))
         if self._down is None:
             return
-        part = self.moments.to_stats()
-        part = replace(part, tokens=part.tokens - self._before)
+        part = replace(self.moments.to_stats(), tokens=int(tokens))
         if self._fit is None:
             self._fit = part
         else:
@@ -154,6 +165,7 @@ class Gathered:
         Raises:
             InputError: activations that are not finite.
         """
+        self.moments.share(self._ranks)
         whole = self.moments.to_stats()
         bad = (~whole.square_sum.isfinite()).nonzero()
         message = f"be finite; {len(bad)} of {self.ffn.intermediate_size} neurons are not, the first is"
@@ -179,3 +191,17 @@ def split(sources: list[int], held_out: bool) -> list[list[int]]:
     held = [windows[len(windows) - max(1, len(windows) // 4) :] for windows in judged or by_source]
     apart = {w for windows in held for w in windows}
     return [[w for w in range(count) if w not in apart], *held]
+
+
+def shares(sources: list[int], ranks: int) -> list[list[int]]:
+    """Windows, by number, that each of `ranks` processes carries: of every group of `split` as many, but for one."""
+    order = [w for group in split(sources, ranks > 1) for w in group]
+    return [sorted(order[rank::ranks]) for rank in range(ranks)]
+
+
+def in_order(ranks: Ranks, numbers: list[int], rows: list[Tensor]) -> list[Tensor]:
+    """What all ranks have, in the order of its numbers, which are those of `rows` here."""
+    if not ranks.several:
+        return rows
+    found = ranks.exchange({str(n): row for n, row in zip(numbers, rows, strict=True)}, rows[0].device)
+    return [found[str(n)] for n in range(len(found))]

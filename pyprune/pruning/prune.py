@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..base.errors import check
 from ..base.memory import PeakMemory
 from ..base.progress import Progress, quiet
+from ..base.ranks import Ranks
 from ..model import checkpoint, surgery
 from ..model.attention import in_blocks
 from ..model.described import Described
@@ -25,7 +26,7 @@ from .pruner import LayerReport, Pruner
 from .repair import Repair
 from .run import Run, Totals
 from .sensitivity import SensitivityCurves
-from .text import Text
+from .text import Text, describe
 
 
 @dataclass(kw_only=True)
@@ -89,6 +90,7 @@ def prune(
     mask: Mask | None = None,
     progress: Progress = quiet,
     provenance: dict[str, Any] | None = None,
+    together: bool = True,
 ) -> PruneReport:
     """Remove FFN neurons from a causal LM of Transformers, in place.
 
@@ -124,23 +126,49 @@ def prune(
         mask: neurons to keep, instead of scoring; `keep`, `method` and `allocation` are not used then.
         progress: called as `(stage, done, total)`.
         provenance: facts about the run (text, versions) that go into the mask and the checkpoint.
+        together: in an initialised `torch.distributed` group of several processes every one makes this call with the
+            same model and arguments: calibration text is shared out among them, and each gets the whole result (see
+            docs/scale.md). False: this process works by itself.
 
     Raises:
         InputError: a value breaks its rule, calibration text is missing or too short, weights are not finite, or the
-            mask belongs to another model; the model is unchanged then. Also where scores or activations are not
+            mask belongs to another model; processes that work together have other models or arguments, or are more than
+            the windows of text; the model is unchanged then. Also where scores or activations are not
             finite: if that shows only after some layers were pruned, the message says so, and the model must be loaded
             again.
         UnsupportedModelError: an FFN that pyprune does not know, a repair that its format cannot hold, or widths
             that its config cannot say; the model is unchanged then.
     """
-    options = PruneOptions.of(keep, method, allocation, repair, sequential, seed, precision)
+    ranks = Ranks.joined(together)
+    with ranks.working():
+        options = PruneOptions.of(keep, method, allocation, repair, sequential, seed, precision)
+        return _prune(model, options, text, tokenizer, mask, progress, provenance, ranks)
+
+
+def _prune(
+    model: nn.Module,
+    options: PruneOptions,
+    text: Text,
+    tokenizer: Any,
+    mask: Mask | None,
+    progress: Progress,
+    provenance: dict[str, Any] | None,
+    ranks: Ranks,
+) -> PruneReport:
     given = mask is not None
     layers = OffloadedLayers(model) if is_offloaded(model) else None
     known = None
     if layers is not None:
+        check(
+            not ranks.several, "model", "be on each rank's device whole, not offloaded, with several ranks", ranks.size
+        )
         check_offloaded(options)
         known = layers.described
-    run = Run(model, text, tokenizer, options.needs_text(given), options.purpose, provenance, seed, progress, known)
+    needed, seed = options.needs_text(given), options.seed
+    same = {**options.facts(), "precision": options.precision, "mask": describe(mask and [*map(hash, mask.layers)])}
+    run = Run(
+        model, text, tokenizer, needed, options.purpose, provenance, seed, progress, known, ranks=ranks, same=same
+    )
     described = run.described
     if layers is not None:
         check(run.batches is None, "text", "be windows of token ids where layers are offloaded", "batches")
@@ -158,8 +186,8 @@ def prune(
     device = next(model.parameters()).device
     with evaluating(model), PeakMemory(device=device) as memory, in_blocks(model):
         chosen = options, run.windows, progress, run.batches
-        pruner = Pruner(described, *chosen) if layers is None else OffloadedPruner(layers, *chosen)
-        plan = options.allocation.plan(pruner, keep) if mask is None else Plan(list(mask.layers))
+        pruner = Pruner(described, *chosen, ranks) if layers is None else OffloadedPruner(layers, *chosen)
+        plan = Plan(list(mask.layers)) if mask else pruner.agreed(options.allocation.plan(pruner, options.keep))
         options.repair.prepare(described)
         try:
             keeps = pruner.run(plan.layers)

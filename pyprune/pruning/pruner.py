@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..base.errors import InputError, UnsupportedModelError, check
 from ..base.machine import products
 from ..base.memory import release
 from ..base.progress import Progress
+from ..base.ranks import ALONE, Ranks
 from ..base.statistics import ActivationStats, GradientStats
 from ..model import surgery
 from ..model.described import Described
@@ -24,8 +25,10 @@ from ..model.units import Expert, groups, tied
 from ..speed import latency
 from ..speed.latency import LatencyTable
 from . import gradients, importance, sensitivity
+from .allocation.base import Plan
 from .batches import Batch, as_windows, of_windows
 from .calibration import LayerStream
+from .decided import Decided, LayerReport, everyone, same_keep
 from .mixture import Windows
 from .options import PruneOptions
 from .repair import Fitted, Layer
@@ -41,32 +44,6 @@ _BEGUN = "; earlier layers are pruned already, so load the model again"
 LEAST_TOKENS, BY_WEIGHTS = 32, "magnitude-l2-both"
 
 
-@dataclass
-class LayerReport:
-    """What pruning did to one FFN.
-
-    Attributes:
-        layer: its number.
-        before, after: neurons.
-        error_cut, error_repaired: squared error of the FFN's output over the calibration tokens relative to the
-            squared dense output, for the bare cut and after least squares; None where not measured.
-        error_refit: after the rows were fitted by gradient, on the held-out quarter of the tokens; None as above.
-        damping: ridge of the least-squares fit; None where there was none.
-        dead: neurons that never were active on the calibration text; None where nobody looked.
-        tokens: of an expert, calibration tokens that were routed to it; else None.
-    """
-
-    layer: int
-    before: int
-    after: int
-    error_cut: float | None = None
-    error_repaired: float | None = None
-    error_refit: float | None = None
-    damping: float | None = None
-    dead: int | None = None
-    tokens: int | None = None
-
-
 class Pruner:
     """What one run does to the neurons of a model; to an allocation, the layers of the dense one (`allocation.Layers`).
 
@@ -76,6 +53,8 @@ class Pruner:
         windows: of calibration tokens, or None where none are needed.
         progress: called as `(stage, done, total)`.
         batches: instead of windows.
+        ranks: processes that do this together: windows are shared out, and so are the experts of a layer and the
+            columns of a fit; what one rank decides, all do.
     """
 
     def __init__(
@@ -85,8 +64,9 @@ class Pruner:
         windows: Windows | None,
         progress: Progress,
         batches: list[Batch] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.described, self.options, self.progress = described, options, progress
+        self.described, self.options, self.progress, self.ranks = described, options, progress, ranks
         self.ids = None if windows is None else windows.ids
         self.batches = batches
         self.sources = None if windows is None else windows.sources
@@ -112,9 +92,9 @@ class Pruner:
             given = self.ids is not None
             check(given, "text", f"be windows of token ids for method {self.criterion.name!r}", "batches")
             assert self.ids is not None
-            parts = {"parts": True, "parts_square": "gradients2" in needs}
+            how: dict[str, Any] = {"parts": True, "parts_square": "gradients2" in needs, "ranks": self.ranks}
             model = self.described.model
-            self._gradients = gradients.collect(model, self.ffns, self.ids, progress=self.progress, **parts)
+            self._gradients = gradients.collect(model, self.ffns, self.ids, progress=self.progress, **how)
         return self._gradients
 
     def score(self, ffn: FFN, stats: ActivationStats | None) -> Tensor:
@@ -133,16 +113,17 @@ class Pruner:
         self.progress("embedding the calibration text", 0, 1)
         model = self.described.model
         if self.batches is not None:
-            return WholeForwards(model, self.batches)
+            return WholeForwards(model, self.batches, self.ranks)
         assert self.ids is not None
         multiplied = products(self.options.precision, next(model.parameters()).device)
         if self.described.streamed:
             try:
-                return LayerStream(model, self.ffns, self.ids, twin, self.sources, multiplied)
+                return LayerStream(model, self.ffns, self.ids, twin, self.sources, multiplied, self.ranks)
             except UnsupportedModelError:
                 if twin:
                     raise
-        return WholeForwards(model, of_windows(self.ids, getattr(model.config, "is_encoder_decoder", False)))
+        encodes = getattr(model.config, "is_encoder_decoder", False)
+        return WholeForwards(model, of_windows(self.ids, encodes), self.ranks)
 
     def scores(self) -> list[Tensor]:
         """`[F]` scores of every FFN of the dense model, computed once."""
@@ -157,10 +138,21 @@ class Pruner:
             if stream:
                 stream.reach(group[0])
                 stats = stream.group_statistics(group, "gram" in self.criterion.needs)
-            scores += [self.score(ffn, one) for ffn, one in zip(group, stats, strict=True)]
+            scores += self._agreed(group, stats)
         self.progress("scoring neurons", len(self.ffns), len(self.ffns))
         self._scores = scores
         return scores
+
+    def _agreed(self, group: list[FFN], stats: Sequence[ActivationStats | None]) -> list[Tensor]:
+        """The scores of a group's FFNs, each by one rank."""
+        ranks = self.ranks
+        mine = {
+            ffn.name: self.score(ffn, one)
+            for number, (ffn, one) in enumerate(zip(group, stats, strict=True))
+            if number % ranks.size == ranks.rank
+        }
+        found = ranks.exchange(mine, self.described.device) if ranks.several else mine
+        return [found[ffn.name] for ffn in group]
 
     def curves(self, multiple: int) -> SensitivityCurves:
         """How much the loss grows when one layer alone is narrowed and repaired, computed once for a `multiple`."""
@@ -183,6 +175,7 @@ class Pruner:
             gram="gram" in self.criterion.needs,
             seed=self.options.seed,
             progress=self.progress,
+            ranks=self.ranks if len(chosen) >= self.ranks.size else ALONE,
         )
         return self._curves[multiple]
 
@@ -190,7 +183,25 @@ class Pruner:
         """What FFNs of `widths` cost on this machine, in this model."""
         self.described.check_plain(f"allocation {self.options.allocation.NAME!r}")
         parsed = latency.Workload.parse(workload)
-        return latency.measure(self.described.model, widths, parsed, progress=self.progress)
+
+        def measure() -> LatencyTable:
+            return latency.measure(self.described.model, widths, parsed, progress=self.progress)
+
+        return self.ranks.first(measure, lambda table: ({}, table.to_json()), lambda _, t: LatencyTable.from_json(t))
+
+    def agreed(self, plan: Plan) -> Plan:
+        """The first rank's plan, on every one: what was measured or rounded elsewhere may differ."""
+
+        def pack(plan: Plan) -> tuple[dict[str, Tensor], Any]:
+            keeps = {str(i): k.neurons for i, k in enumerate(plan.layers) if isinstance(k, KeepIndex)}
+            return keeps, [plan.promise, [k if isinstance(k, int) else None for k in plan.layers]]
+
+        def unpack(keeps: dict[str, Tensor], facts: Any) -> Plan:
+            widths = zip(facts[1], self.sizes, strict=True)
+            layers: Any = [KeepIndex(keeps[str(i)], size) if w is None else w for i, (w, size) in enumerate(widths)]
+            return Plan(layers, facts[0])
+
+        return self.ranks.first(lambda: plan, pack, unpack)
 
     def run(self, plan: Sequence[KeepIndex | int]) -> list[KeepIndex]:
         """Prune every layer.
@@ -284,23 +295,41 @@ class Pruner:
             unscored = any(isinstance(item, int) for item in items)
             gram = "gram" in repair.needs or ("gram" in self.criterion.needs and unscored)
             stats = stream.group_statistics(group, gram, "held_out" in repair.needs)
-        ready = []
-        for ffn, item, one in zip(group, items, stats, strict=True):
-            if isinstance(item, int):
-                item = KeepIndex.from_scores(self.score(ffn, one), item, f"scores of layer {ffn.layer}")
-            fitted = Fitted()
-            moves = len(item) < item.intermediate_size or self._share
-            if one is not None and stream and moves and self._enough(ffn, one, len(item)):
-                fitted = repair.fit(Layer(ffn, item, one, partial(stream.inputs, ffn), self.options.seed))
-            dead = None if one is None else int((one.square_sum == 0).sum())
-            report = LayerReport(ffn.layer, item.intermediate_size, len(item), dead=dead)
-            report.error_cut, report.error_repaired = fitted.error_cut, fitted.error_repaired
-            report.error_refit, report.damping = fitted.error_refit, fitted.damping
-            if one is not None and ffn.expert:
-                report.tokens = one.tokens
-            self.reports.append(report)
-            ready.append((item, fitted))
-        return ready
+        ranks, made = self.ranks, []
+        for number, (ffn, item, one) in enumerate(zip(group, items, stats, strict=True)):
+            if len(group) == 1 or number % ranks.size == ranks.rank:
+                made.append(self._decide(ffn, item, one, stream, ranks if len(group) == 1 else ALONE))
+        decided = everyone(ranks, made, self.sizes, self.described.device)
+        for what in decided:
+            self.reports.append(what.report)
+            if what.few is not None:
+                self.few[self.ffns[what.report.layer].name] = what.few
+        return [(what.keep, what.fitted) for what in decided]
+
+    def _decide(
+        self,
+        ffn: FFN,
+        item: KeepIndex | int,
+        stats: ActivationStats | None,
+        stream: LayerStream | WholeForwards | None,
+        ranks: Ranks,
+    ) -> Decided:
+        """What an FFN keeps and becomes; the work of a fit is shared out among `ranks`."""
+        if isinstance(item, int):
+            item = KeepIndex.from_scores(self.score(ffn, stats), item, f"scores of layer {ffn.layer}")
+            item = same_keep(ranks, item)
+        fitted = Fitted()
+        moves = len(item) < item.intermediate_size or self._share
+        if stats is not None and stream and moves and self._enough(ffn, stats, len(item)):
+            inputs = partial(stream.inputs, ffn)
+            fitted = self.options.repair.fit(Layer(ffn, item, stats, inputs, self.options.seed, ranks))
+        dead = None if stats is None else int((stats.square_sum == 0).sum())
+        report = LayerReport(ffn.layer, item.intermediate_size, len(item), dead=dead)
+        report.error_cut, report.error_repaired = fitted.error_cut, fitted.error_repaired
+        report.error_refit, report.damping = fitted.error_refit, fitted.damping
+        if stats is not None and ffn.expert:
+            report.tokens = stats.tokens
+        return Decided(item, fitted, report, self.few.get(ffn.name))
 
     def _enough(self, ffn: FFN, stats: ActivationStats, width: int) -> bool:
         """Whether an FFN saw enough tokens for a repair of `width` neurons; experts need not, and are noted."""

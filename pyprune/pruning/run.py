@@ -6,16 +6,18 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..base.errors import check
 from ..base.memory import PeakMemory
 from ..base.progress import Progress, quiet
+from ..base.ranks import ALONE, Ranks
 from ..model import provenance
 from ..model.described import Described
-from ..model.weights import check_finite
+from ..model.weights import check_finite, checksum
 from .batches import IDS, Batch
-from .text import Text, batches, calibration
+from .text import Text, agreed, batches, describe
 
 
 @dataclass(kw_only=True)
@@ -60,6 +62,8 @@ class Run:
         given: provenance from outside.
         seed, progress: of text that the model writes.
         described: the model, where that is known and its weights are checked when they come.
+        ranks: processes that do this together, each with the same model and text.
+        same: what else must be the same for all of them.
 
     Attributes:
         described: the model, dense.
@@ -82,6 +86,8 @@ class Run:
         seed: int = 0,
         progress: Progress = quiet,
         described: Described | None = None,
+        ranks: Ranks = ALONE,
+        same: dict[str, Any] | None = None,
     ) -> None:
         there = text is not None or tokenizer is not None
         check(there or not needed, "text", f"be given for {purpose}", None)
@@ -89,10 +95,17 @@ class Run:
         self.described = Described(model) if described is None else described
         if described is None:
             check_finite(model)
+        if ranks.several:
+            place = {"device": self.described.device.type, "torch": torch.__version__}
+            ranks.check_same({"checkpoint": checksum(model), **place, **(same or {}), "text": describe(text)})
         self.batches: list[Batch] | None = batches(model, text) if needed else None
         self.windows = None
         if needed and self.batches is None:
-            self.windows = calibration(model, text, tokenizer, seed, progress)
+            self.windows = agreed(ranks, model, text, tokenizer, seed, progress)
+        if ranks.several and needed:
+            ranks.check_same({"text": describe(self.windows or self.batches)})
+            count = len(self.batches or ()) if self.windows is None else len(self.windows.ids)
+            ranks.check_enough(count, "text", "a window" if self.windows else "a batch")
         if self.windows is not None and any(self.windows.names):
             self._given = {"text": self.windows.name, "sources": self.windows.facts(), **self._given}
         self._before, self._started = _sizes(model), time.perf_counter()

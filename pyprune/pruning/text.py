@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..base.errors import check
 from ..base.progress import Progress, quiet
+from ..base.ranks import Ranks
 from ..base.windows import check_windows, stack_batches, token_windows
 from ..model.towers import text_config
 from .batches import Batch, are_batches, checked
@@ -87,3 +90,49 @@ def calibration(
     stack_batches(found.ids, vocabulary(model), "text")
     check_windows(model, found.ids, "text")
     return found
+
+
+def describe(text: Any) -> str:
+    """A few characters that tell texts apart, in any of their forms; an iterator by its kind alone."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Windows | Batch):
+            add(vars(value))
+        elif isinstance(value, Mapping):
+            add([part for item in value.items() for part in item])
+        elif isinstance(value, list | tuple):
+            digest.update(f"{len(value)}:".encode())
+            for part in value:
+                add(part)
+        else:
+            plain = value is None or isinstance(value, str | Path | int | float)
+            digest.update(repr(value if plain else type(value).__name__).encode())
+
+    add(text)
+    return digest.hexdigest()[:12]
+
+
+def agreed(ranks: Ranks, model: nn.Module, text: Text, tokenizer: Any, seed: int, progress: Progress) -> Windows | None:
+    """`calibration` for processes that use one text together: what must be read or written, the first rank does."""
+
+    def make() -> Windows | None:
+        return calibration(model, text, tokenizer, seed, progress)
+
+    given = text is not None and not isinstance(text, str | Path | Mapping)
+    return make() if given or tokenizer is None else shared(ranks, make)
+
+
+def shared(ranks: Ranks, make: Callable[[], Windows | None]) -> Windows | None:
+    """What `make` gives on the first rank, on every one."""
+
+    def pack(made: Windows | None) -> tuple[dict[str, Tensor], Any]:
+        return ({}, None) if made is None else ({"ids": made.ids, "sources": made.sources}, list(made.names))
+
+    def unpack(tensors: dict[str, Tensor], names: Any) -> Windows | None:
+        return None if names is None else Windows(tensors["ids"], tensors["sources"], tuple(names))
+
+    return ranks.first(make, pack, unpack)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import InputError, PypruneError, UnsupportedModelError, one_line
+from ..base.ranks import ALONE, Ranks
 from ..base.statistics import ActivationStats
 from ..model.units import FFN, Expert
 from .batches import Batch
-from .moments import Gathered, split
+from .moments import Gathered, in_order, shares, split
 from .observing import See, observing
 
 
@@ -29,11 +30,13 @@ class WholeForwards:
     Args:
         model: a model of Transformers, in eval mode.
         batches: what it is called with.
+        ranks: processes that each run a part of the batches.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+    def __init__(self, model: nn.Module, batches: list[Batch], ranks: Ranks = ALONE) -> None:
         self._model: Any = model
-        self._batches = batches
+        self._batches, self._ranks = batches, ranks
+        self._mine = shares([0] * len(batches), ranks.size)[ranks.rank]
         self._device = next(model.parameters()).device
 
     def reach(self, ffn: FFN) -> None:
@@ -61,7 +64,7 @@ class WholeForwards:
             InputError: activations that are not finite, or a router that names an expert there is not.
             UnsupportedModelError: batches have padding, and an FFN sees other positions than theirs.
         """
-        found = [Gathered(ffn, self._device, gram, False, held_out) for ffn in group]
+        found = [Gathered(ffn, self._device, gram, False, held_out, self._ranks) for ffn in group]
         by_name = {ffn.name: one for ffn, one in zip(group, found, strict=True)}
         stops = not group[0].shared and (len(group) == 1 or isinstance(group[0], Expert))
 
@@ -73,7 +76,7 @@ class WholeForwards:
         for numbers in split([0] * len(self._batches), held_out):
             for one in found:
                 one.open()
-            for number in numbers:
+            for number in (n for n in numbers if n in self._mine):
                 batch = self._batches[number]
                 with observing(group, self._unpadded(batch, see)):
                     try:
@@ -113,7 +116,7 @@ class WholeForwards:
         """`[T, D]`: what enters `ffn`, as `calibration.LayerStream.inputs`."""
         entrance = ffn.holder.get_submodule(ffn.pattern.inputs[0][0])
         entering: list[Tensor] = []
-        for batch in self._batches:
+        for batch in (self._batches[n] for n in self._mine):
             there = batch.positions(ffn.stack)
 
             def before(_: nn.Module, args: tuple[Tensor, ...], there: Tensor | None = there) -> None:
@@ -125,4 +128,4 @@ class WholeForwards:
                 self.run(batch)
             finally:
                 handle.remove()
-        return torch.cat(entering), None
+        return torch.cat(in_order(self._ranks, self._mine, entering)), None

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..base.errors import check
 from ..model.mask import Mask
+from ..model.weights import is_sharded
 from .config import TrainingConfig
 from .pruner import TrainingPruner
 
@@ -62,12 +63,16 @@ class PruningCallback(TrainerCallback):
         """Mask the model, and go on from the checkpoint if the Trainer does.
 
         Raises:
-            InputError: more than one process or device, fp16 (its loss scale would be in the scores), a search over
+            InputError: several devices in one process, processes that do not hold the whole model each (FSDP,
+                DeepSpeed), fp16 (its loss scale would be in the scores), a search over
                 hyperparameters, the best model to be loaded at the end (its masks are gone by then), more steps in the
                 schedule than the Trainer takes, or a checkpoint that does not belong here.
         """
         assert model is not None
-        check(args.world_size == 1 and args.n_gpu <= 1, "Trainer", "run in one process on one device", args.world_size)
+        check(args.n_gpu <= 1, "Trainer", "run with one device a process (torchrun)", args.n_gpu)
+        cut = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
+        cut += ["weights that are cut over processes"] if is_sharded(model) else []
+        check(not cut, "Trainer", "give every process the whole model (DistributedDataParallel)", cut)
         check(not args.fp16, "fp16", "be off, the loss scale would be in the scores; use bf16", args.fp16)
         best = args.load_best_model_at_end
         check(not best, "load_best_model_at_end", "be off, the masks belong to the last step", best)
@@ -97,8 +102,9 @@ class PruningCallback(TrainerCallback):
         self._running().step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The state, into the Trainer's checkpoint folder."""
-        self._running().save(self._folder(args, state))
+        """The state, into the Trainer's checkpoint folder; the process that writes that writes this."""
+        if args.should_save:
+            self._running().save(self._folder(args, state))
 
     def on_train_end(
         self,

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..base.errors import InputError, check
 from ..base.progress import Progress, quiet
+from ..base.ranks import ALONE, Ranks
+from ..model.weights import is_sharded
 from .pruner import TrainingPruner
 from .resume import check_place, load_random_state, load_training, save_training
 from .schedule import check_whole
@@ -62,7 +65,8 @@ def train(
     """Train, and prune on the way if there is a `pruner`; call its `finish` afterwards.
 
     Args:
-        model: to be trained in place, in training mode.
+        model: to be trained in place, in training mode. In a DistributedDataParallel every process gives batches of its
+            own, with as many labels; losses are means over the processes, and the first one writes.
         batches: passed over again and again, in an order that must not change between a run and its continuation (a
             loader that shuffles needs a generator of its own, seeded anew at every pass).
         optimizer: over the model's parameters.
@@ -93,14 +97,21 @@ def train(
     check_whole(every, "every", 0)
     wanted = pruner.config.steps if pruner else steps
     check(steps >= wanted, "steps", f"be at least those of the pruner's schedule ({wanted})", steps)
-    if checkpoint is not None:
+    rule = "be left out where weights are cut over processes (FSDP2): keep them by torch.distributed.checkpoint"
+    check(
+        not is_sharded(model) or (checkpoint is None and resume is None), "checkpoint", rule, str(checkpoint or resume)
+    )
+    several = isinstance(model, DistributedDataParallel)
+    inner: nn.Module = model.module if several else model  # type: ignore[assignment]
+    ranks = Ranks.joined() if several else ALONE
+    if checkpoint is not None and ranks.rank == 0:
         check_place(checkpoint)
-    losses = load_training(resume, model, optimizer, scheduler, pruner) if resume is not None else []
+    losses = load_training(resume, inner, optimizer, scheduler, pruner) if resume is not None else []
     source = _endless(batches)
     for _ in range(len(losses) * accumulate):
         next(source)
     if resume is not None:
-        load_random_state(resume)
+        load_random_state(resume, ranks.rank)
     model.train()
     for t in range(len(losses), steps):
         if pruner:
@@ -111,6 +122,10 @@ def train(
             loss = loss_fn(model, batch) * weight
             loss.backward()
             total += loss.item()
+        if ranks.several:
+            mean = torch.tensor([total / ranks.size], dtype=torch.float64)
+            ranks.add(mean)
+            total = float(mean)
         if not abs(total) < float("inf"):
             raise InputError(f"loss must be finite; got {total} at step {t}")
         if max_norm:
@@ -126,7 +141,7 @@ def train(
         stop = bool(on_step(t + 1, total)) if on_step else False
         last = stop or t + 1 == steps
         if checkpoint is not None and (last or (every and (t + 1) % every == 0)):
-            save_training(checkpoint, model, optimizer, scheduler, pruner, losses)
+            save_training(checkpoint, inner, optimizer, scheduler, pruner, losses, ranks)
         if stop:
             break
     return losses

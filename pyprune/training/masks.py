@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..base.ranks import ALONE, Ranks
 from ..base.statistics import ActivationStats
 from ..model.families import FFN
 from .statistics import StepStatistics
@@ -78,10 +79,9 @@ class NeuronMask:
         if self._step is not None:
             self._step.reset()
 
-    @property
-    def statistics(self) -> ActivationStats | None:
+    def statistics(self, ranks: Ranks = ALONE) -> ActivationStats | None:
         """Of the passes since `set`; None where nobody asked for them. Raises as `StepStatistics.read`."""
-        return None if self._step is None else self._step.read()
+        return None if self._step is None else self._step.read(ranks)
 
     @property
     def gradient(self) -> Tensor | None:

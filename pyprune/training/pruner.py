@@ -25,15 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import CheckpointError, InputError, check
+from ..base.ranks import Ranks
 from ..model import families, surgery
 from ..model import provenance as model_provenance
 from ..model.mask import KeepIndex, Mask
+from ..model.weights import is_sharded, whole
 from ..pruning.importance.base import NEEDS
 from . import methods, persist, selection
 from .config import TrainingConfig
 from .masks import NeuronMask
 from .methods import Gathered, Moment, State
-from .optimizers import Optimizers
+from .optimizers import Cut, Optimizers
 
 FILE = "pruning.safetensors"
 _FORMAT = "pyprune-training-1"
@@ -42,11 +44,16 @@ _FORMAT = "pyprune-training-1"
 class TrainingPruner:
     """Prunes the FFN neurons of a model during training. The weights stay dense until `finish`.
 
-    One process and one copy of the model: gradients of scores are not exchanged between processes.
+    In an initialised `torch.distributed` group the processes train one model, as DistributedDataParallel does: what
+    scores learn from is the mean over them, and all have the same masks. Everything here is then called by every one.
+    Weights may be cut over the processes by FSDP2 (`fully_shard`), but for criteria that want them whole; `finish` then
+    puts the narrower model together in another one.
 
     Args:
-        model: a causal LM of Transformers; its down projections get forward pre-hooks until `finish` or `remove`.
+        model: a causal LM of Transformers, as it is inside DistributedDataParallel; its down projections get forward
+            pre-hooks until `finish` or `remove`.
         config: what to do.
+        together: with all processes of the group; False: this process trains a model of its own.
 
     Attributes:
         done: optimizer steps taken.
@@ -57,19 +64,25 @@ class TrainingPruner:
     """
 
     @torch.inference_mode(False)
-    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainingConfig, together: bool = True) -> None:
+        self._ranks = Ranks.joined(together)
         for name, module in model.named_modules():
             hooks = module._forward_pre_hooks.values()
             masked = any(isinstance(getattr(hook, "__self__", None), NeuronMask) for hook in hooks)
             check(not masked, "model", "not be masked by another pruner (see its `remove`)", name)
         self.model, self.config, self.done = model, config, 0
         self._method = methods.parse(config.method)
-        self._ffns = families.find_ffns(model)
+        self._sharded = is_sharded(model)
+        reads = self._sharded and self._method.WEIGHTS
+        rule = "be one without a criterion where weights are cut over processes (FSDP2)"
+        check(not reads, "method", rule, self._method.NAME)
+        self._ffns = families.find_ffns(model, sharded=self._sharded)
         if self._method.cutoff(self._moment(0)) is None:
             sizes = [ffn.intermediate_size for ffn in self._ffns]
             selection.check_narrows(sizes, config.scope, config.keep, config.floor, config.multiple)
         self._block = families.ffn_block(model, self._ffns)
         self._fingerprint = families.fingerprint(model, self._ffns)
+        self._ranks.check_same({"checkpoint": self._fingerprint, "config": config.to_json()})
         self._states: list[State] = []
         for ffn in self._ffns:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + ffn.layer)
@@ -137,8 +150,13 @@ class TrainingPruner:
             widths = selection.global_widths(scores, moment.keep, self.config.floor, multiple)
         else:
             widths = selection.layer_widths(scores, moment.keep, self.config.floor, multiple)
-        for i, (mask, score, width) in enumerate(zip(self._masks, scores, widths, strict=True)):
-            mask.set(selection.top(score, width), None if gates is None else gates[i])
+        keeps = [selection.top(score, width) for score, width in zip(scores, widths, strict=True)]
+        if self._ranks.several:  # the first rank's: other hardware may round otherwise
+            whole = torch.cat(keeps)
+            found = self._ranks.exchange({"keep": whole} if self._ranks.rank == 0 else {}, whole.device)["keep"]
+            keeps = list(found.split([len(keep) for keep in keeps]))
+        for i, (mask, keep) in enumerate(zip(self._masks, keeps, strict=True)):
+            mask.set(keep, None if gates is None else gates[i])
         self._share = moment.keep
 
     @torch.no_grad()
@@ -160,17 +178,29 @@ class TrainingPruner:
                 torch.zeros_like(mask.keep, dtype=torch.float32) if g is None else g
                 for g, mask in zip(gradients, self._masks, strict=True)
             ]
+            gradients = self._mean([g for g in gradients if g is not None])
             self._check_finite([g for g in gradients if g is not None], "score gradients")
+        products = [mask.products for mask in self._masks]
+        self._ranks.add(*(p for p in products if p is not None))
         moment = self._moment(self.done)
-        for ffn, state, mask, gradient in zip(self._ffns, self._states, self._masks, gradients, strict=True):
+        every = zip(self._ffns, self._states, self._masks, gradients, products, strict=True)
+        for ffn, state, mask, gradient, product in every:
             before = state["scores"]
-            gathered = Gathered(ffn, len(self._ffns), gradient, mask.products, mask.statistics)
+            gathered = Gathered(ffn, len(self._ffns), gradient, product, mask.statistics(self._ranks))
             self._method.update(state, gathered, moment)
             if not self._moved[ffn.layer]:
                 self._moved[ffn.layer] = not torch.equal(before, state["scores"])
         self._check_finite([state["scores"] for state in self._states], "scores")
         self.done += 1
         self._share = None
+
+    def _mean(self, gradients: list[Tensor]) -> list[Tensor | None]:
+        """Over the ranks, as DistributedDataParallel takes it of the weights' gradients."""
+        if not self._ranks.several:
+            return [*gradients]
+        whole = torch.cat(gradients)
+        self._ranks.add(whole)
+        return [*(whole / self._ranks.size).split([len(g) for g in gradients])]
 
     def _check_finite(self, values: list[Tensor], what: str) -> None:
         finite = torch.stack([v.isfinite().all().cpu() for v in values]).tolist()
@@ -190,7 +220,12 @@ class TrainingPruner:
         self._optimizers.stop()
 
     @torch.inference_mode(False)
-    def finish(self, provenance: dict[str, Any] | None = None, optimizers: Iterable[Any] = ()) -> Mask:
+    def finish(
+        self,
+        provenance: dict[str, Any] | None = None,
+        optimizers: Iterable[Any] = (),
+        into: nn.Module | None = None,
+    ) -> Mask:
         """Cut the neurons that are masked out of the model, in place, and write the widths into its config.
 
         The masks are those the last step trained with, if that was in the cool-down; without one they are set once
@@ -200,12 +235,15 @@ class TrainingPruner:
             provenance: facts about the run (text, versions) that go into the mask and the checkpoint.
             optimizers: that keep state for the model's parameters and are to go on. Those that took a step since this
                 pruner was made need not be named; one that is neither fails at its next step, by shapes that differ.
+            into: where weights are cut over processes, and only there: a model of the same config, whole, on the first
+                process (others may give None), which gets the weights and is cut; the trained one stays dense.
 
         Returns:
             The mask, with the fingerprint of the model as it was before training.
 
         Raises:
-            InputError: `provenance` holds something else than JSON values, or as `before_step`.
+            InputError: `provenance` holds something else than JSON values, `into` is missing or of another shape, or as
+                `before_step`.
 
         Warns:
             UserWarning: the schedule has not ended, the scores of a layer never moved, or an optimizer keeps something
@@ -213,6 +251,8 @@ class TrainingPruner:
         """
         self._alive()
         given = model_provenance.check_json(provenance)
+        with self._ranks.working():
+            self._check_into(into)
         schedule = self.config.schedule
         if self.done <= schedule.end:  # the last step did not train with final masks
             self._set_masks(final=True)
@@ -231,12 +271,49 @@ class TrainingPruner:
         kept = self.keep
         keeps = tuple(KeepIndex(mask.keep.nonzero().flatten(), mask.keep.numel()) for mask in self._masks)
         self.remove()
-        cuts = [cut for ffn, keep in zip(self._ffns, keeps, strict=True) for cut in surgery.cut(ffn, keep)]
-        self._optimizers.follow(cuts, optimizers)
-        surgery.set_widths(self.model, self._block, [len(k) for k in keeps])
         facts = {"training": self.config.to_json(), "steps": self.done, "kept": kept, **given}
-        model_provenance.write(self.model, self._fingerprint, facts)
+        if self._sharded:
+            self._gather(into)
+            if into is not None and self._ranks.rank == 0:
+                ffns = families.find_ffns(into)
+                self._cut(into, ffns, families.ffn_block(into, ffns), keeps, facts)
+        else:
+            self._optimizers.follow(self._cut(self.model, self._ffns, self._block, keeps, facts), optimizers)
         return Mask(keeps, self._fingerprint, facts)
+
+    def _cut(
+        self,
+        model: nn.Module,
+        ffns: list[families.FFN],
+        block: dict[str, Any],
+        keeps: tuple[KeepIndex, ...],
+        facts: dict[str, Any],
+    ) -> list[Cut]:
+        """Cut a model, and let its config say so."""
+        cuts = [cut for ffn, keep in zip(ffns, keeps, strict=True) for cut in surgery.cut(ffn, keep)]
+        surgery.set_widths(model, block, [len(k) for k in keeps])
+        model_provenance.write(model, self._fingerprint, facts)
+        return cuts
+
+    def _check_into(self, into: nn.Module | None) -> None:
+        if not self._sharded:
+            check(into is None, "into", "be left out where this process has the whole model", type(into).__name__)
+        elif self._ranks.rank == 0:
+            check(into is not None, "into", "be a whole model of the same config where weights are cut (FSDP2)", None)
+            assert into is not None
+            shapes = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (self.model, into))
+            mine, theirs = shapes
+            strange = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+            check(not strange, "into", "have the parameters of the trained model", strange[:3])
+
+    @torch.no_grad()
+    def _gather(self, into: nn.Module | None) -> None:
+        """Copy the weights, which are cut over the ranks, into the first one's whole model."""
+        own = dict(into.state_dict(keep_vars=True)) if into is not None and self._ranks.rank == 0 else {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            full = whole(tensor)
+            if name in own:
+                own[name].copy_(full)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on from: `tensors`, flat by name, and `facts`, JSON values. To be taken between steps."""
@@ -298,10 +375,14 @@ class TrainingPruner:
         check(own["weights"] == saved["weights"], "weights of the state to resume", rule, saved["weights"][:16])
 
     def save(self, folder: str | Path) -> Path:
-        """Write the state into `folder` as one file, `pruning.safetensors`; returns its path."""
+        """Write the state into `folder` as one file, `pruning.safetensors`; returns its path.
+
+        Of processes that train together the first writes; where weights are cut over them, all must call this.
+        """
         state = self.state_dict()
         path = Path(folder) / FILE
-        persist.write(path, _FORMAT, state["tensors"], state["facts"])
+        if self._ranks.rank == 0:
+            persist.write(path, _FORMAT, state["tensors"], state["facts"])
         return path
 
     def load(self, folder: str | Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..base.errors import CheckpointError, check
 from ..base.files import check_out_folder, new_folder
+from ..base.ranks import ALONE, Ranks
 from . import persist
 from .pruner import FILE, TrainingPruner
 
@@ -71,15 +72,38 @@ def save_training(
     scheduler: Any,
     pruner: TrainingPruner | None,
     losses: list[float],
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Write a checkpoint folder, replacing an older one as a whole.
+    """Write a checkpoint folder, replacing an older one as a whole; of `ranks` that train together the first does.
 
     Raises:
         InputError: the optimizer or the scheduler has state that is neither tensors nor JSON, or as `check_place`.
     """
-    random = {"cpu": torch.get_rng_state()}
+    own = _of_rank(ranks.rank)
+    random = {f"{own}cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        random.update({f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+        random.update({f"{own}cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    with ranks.working():
+        random = ranks.exchange(random)
+        if ranks.rank == 0:
+            _write(folder, model, optimizer, scheduler, pruner, losses, random)
+    return Path(folder)
+
+
+def _of_rank(rank: int) -> str:
+    """What names of random states of a rank begin with."""
+    return f"rank{rank}." if rank else ""
+
+
+def _write(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    pruner: TrainingPruner | None,
+    losses: list[float],
+    random: dict[str, Tensor],
+) -> None:
     run = {"losses": losses, "scheduler": scheduler.state_dict() if scheduler is not None else None}
     with new_folder(folder, True, _strangers) as new:
         persist.write(new / _WEIGHTS, _FORMAT, _weights(model), {})
@@ -87,7 +111,6 @@ def save_training(
         persist.write(new / _RUN, _FORMAT, random, run)
         if pruner is not None:
             pruner.save(new)
-    return Path(folder)
 
 
 @torch.no_grad()
@@ -127,10 +150,16 @@ def load_training(
     return losses
 
 
-def load_random_state(folder: str | Path) -> None:
-    """Put torch's random state back, on the CPU and on every CUDA device there is."""
+def load_random_state(folder: str | Path, rank: int = 0) -> None:
+    """Put torch's random state of a rank back, on the CPU and on every CUDA device there is.
+
+    Raises:
+        InputError: the checkpoint is of fewer processes.
+    """
     states, _ = persist.read(Path(folder) / _RUN, _FORMAT)
-    torch.set_rng_state(states["cpu"])
+    own = _of_rank(rank)
+    check(f"{own}cpu" in states, "resume", f"be of as many processes as go on; this is rank {rank}", str(folder))
+    torch.set_rng_state(states[f"{own}cpu"])
     for i in range(torch.cuda.device_count()):
-        if f"cuda.{i}" in states:
-            torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
+        if f"{own}cuda.{i}" in states:
+            torch.cuda.set_rng_state(states[f"{own}cuda.{i}"], i)

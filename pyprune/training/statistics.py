@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import check
+from ..base.ranks import ALONE, Ranks
 from ..base.statistics import ActivationStats, GradientStats
 from ..model.families import FFN
 from ..pruning.gradients import NeuronSums, neuron_major
@@ -120,14 +121,18 @@ class StepStatistics:
         for a, b in zip(left, right, strict=True):
             self._squares[part] += (a.t() @ b).double().square()
 
-    def read(self) -> ActivationStats:
-        """What was gathered. Moments that nobody asked for are NaN.
+    def read(self, ranks: Ranks = ALONE) -> ActivationStats:
+        """What was gathered, by all `ranks`, once after each `reset`. Moments that nobody asked for are NaN.
 
         Raises:
             InputError: no forward pass or, where gradients are asked for, no backward pass since `reset`; FFN weights
                 that do not train; activations or gradients that are not finite.
         """
-        layer, tokens = self.ffn.layer, self._moments.tokens
+        layer = self.ffn.layer
+        self._moments.share(ranks)
+        if self._moments.second[0] is not None:
+            ranks.add(self._moments.second[0])
+        tokens = self._moments.tokens
         check(tokens > 0, f"statistics of layer {layer}", "follow a pass of the model in training mode", "no tokens")
         if self.needs & {"activations", "gram"}:
             stats = self._moments.to_stats()
@@ -138,10 +143,10 @@ class StepStatistics:
         if not self._first:
             return stats
         return ActivationStats(
-            tokens, stats.mean, stats.abs_mean, stats.square_sum, stats.gram, gradients=self._gradients(tokens)
+            tokens, stats.mean, stats.abs_mean, stats.square_sum, stats.gram, gradients=self._gradients(tokens, ranks)
         )
 
-    def _gradients(self, tokens: int) -> GradientStats:
+    def _gradients(self, tokens: int, ranks: Ranks) -> GradientStats:
         rule = "have gradients: the criterion needs FFN weights that train, and a backward pass before `step`"
         for parameter in (p for module in (*self._inputs, self.ffn.down) for p in module.parameters()):
             check(parameter.grad is not None, f"weights of layer {self.ffn.layer}", rule, None)
@@ -149,9 +154,14 @@ class StepStatistics:
         self._check_finite("gradients", self._all.sums)
         # What came is the derivative of the mean over n samples, so a sample's own loss has n times that.
         n = self._count
-        absolute, square, own = self._all.sums.clone()
-        squares = tuple(n * s for s in self._squares)
-        return GradientStats(n, tokens, absolute * n / tokens, square * n, own, tuple(parts), squares)
+        total = torch.tensor([n])
+        ranks.add(total)
+        share = n / int(total)  # the samples of this rank, of all
+        absolute, square, own = self._all.sums
+        sums = [absolute * n, square * n * share, own * share, *(n * share * s for s in self._squares)]
+        ranks.add(*sums)
+        absolute, square, own, *squares = sums
+        return GradientStats(int(total), tokens, absolute / tokens, square, own, tuple(parts), tuple(squares))
 
     def _check_finite(self, what: str, values: Tensor) -> None:
         bad = int((~values.reshape(-1, values.shape[-1]).isfinite().all(0)).sum())

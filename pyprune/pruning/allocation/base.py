@@ -11,6 +11,7 @@ from torch import Tensor
 from ...base.errors import check, is_count, is_number
 from ...base.options import Option, Registry
 from ...base.progress import Progress
+from ...base.ranks import Ranks
 from ...model.described import Described
 from ...model.mask import KeepIndex
 from ...speed.latency import LatencyTable
@@ -26,6 +27,7 @@ class Layers(Protocol):
         ids: `[N, W]` calibration tokens, or None where none are needed.
         sources: `[N]`, the source of each window; None where there is one.
         progress: called as `(stage, done, total)`.
+        ranks: processes that plan together, each with the same layers.
     """
 
     sizes: list[int]
@@ -33,6 +35,7 @@ class Layers(Protocol):
     ids: Tensor | None
     sources: Tensor | None
     progress: Progress
+    ranks: Ranks
 
     def scores(self) -> list[Tensor]:
         """`[F]` a layer, higher = keep."""

@@ -76,10 +76,11 @@ class Predicted(Floored):
         scores = layers.scores()
         losses = [MaskedLoss(layers.described, scores, group) for group in turns(own, self.windows, _TURNS)]
         even = [loss(samples[0]) for loss in losses]
-        growth = [0.0]
-        for number, widths in enumerate(samples[1:], 1):
+        mine: list[tuple[int, float]] = []
+        for number in range(1 + layers.ranks.rank, len(samples), layers.ranks.size):
             layers.progress(STAGE, number, len(samples))
-            growth.append(losses[number % _TURNS](widths) - even[number % _TURNS])
+            mine.append((number, losses[number % _TURNS](samples[number]) - even[number % _TURNS]))
+        growth = [0.0, *(value for _, value in sorted(row for rows in layers.ranks.gather(mine) for row in rows))]
         found = search(fit(sizes, samples, growth), choices, samples, budget, self.verify)
         layers.progress(STAGE, len(samples), len(samples))
         finalists: list[Widths] = [samples[growth.index(min(growth))], *found]

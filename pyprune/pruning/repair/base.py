@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ...base.options import Option, Registry
+from ...base.ranks import ALONE, Ranks
 from ...base.statistics import ActivationStats
 from ...model.described import Described
 from ...model.families import FFN
@@ -26,6 +27,7 @@ class Layer:
         inputs: gives `[T, D]` what enters the FFN, and `[T, D]` what the dense hidden state has more than this layer's
             output (None where no target asks for it).
         seed: of everything random.
+        ranks: processes that fit this layer together: the same call on each, with the same statistics.
     """
 
     ffn: FFN
@@ -33,6 +35,7 @@ class Layer:
     stats: ActivationStats
     inputs: Callable[[], tuple[Tensor, Tensor | None]]
     seed: int = 0
+    ranks: Ranks = ALONE
 
     @property
     def kept(self) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.errors import InputError, UnsupportedModelError, check, is_finite, is_number
+from ...base.ranks import ALONE, Ranks
 from ...base.statistics import ActivationStats
 from ...model.described import Described
 from ..calibration import adds_ffn
@@ -43,10 +44,9 @@ TARGET = 0.5
 DAMPINGS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
-def _relative_error(gram: Tensor, change: Tensor, down: Tensor) -> float:
-    """tr(change^T C change) / tr(V^T C V): the squared output error relative to the squared dense output."""
-    dense = (down * (gram @ down)).sum()
-    return float((change * (gram @ change)).sum() / dense.clamp_min(torch.finfo(torch.float64).tiny))
+def _energy(gram: Tensor, rows: Tensor) -> Tensor:
+    """tr(V^T C V): the sum over tokens of the squared output with down rows V."""
+    return (rows * (gram @ rows)).sum()
 
 
 def check_tokens(ids: Tensor, width: int, damping: float | None) -> None:
@@ -76,7 +76,12 @@ def warn_of_dead(dead: Sequence[int], neurons: int) -> None:
 
 
 def least_squares(
-    down: Tensor, stats: ActivationStats, keep: Tensor, damping: float | None, target: float = 0.0
+    down: Tensor,
+    stats: ActivationStats,
+    keep: Tensor,
+    damping: float | None,
+    target: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> Solved:
     """Down rows of the kept neurons that minimise the output error over the calibration tokens, with a ridge.
 
@@ -91,35 +96,46 @@ def least_squares(
         keep: `[K]` kept neurons.
         damping: lambda above; None takes that of `DAMPINGS` whose fit to the other windows is best on `held_out`.
         target: share of the hidden state's difference to make up for.
+        ranks: processes that call this with the same; each solves a part of the columns, which need one another not.
 
     Raises:
         InputError: the activations are not finite, or `damping` is too small for them.
     """
     assert stats.gram is not None
-    v = down.double()
+    hidden = down.shape[1]
+    columns = slice(hidden * ranks.rank // ranks.size, hidden * (ranks.rank + 1) // ranks.size)
+    v = down[:, columns].double()
     scale = float(stats.gram.diagonal().mean()) / stats.tokens
     if not 0 <= scale < float("inf"):
         raise InputError(f"activations must be finite for least squares; their mean square is {scale}")
-    chosen = _choose_damping(v, stats, keep, target) if damping is None else damping
+    chosen = _choose_damping(v, stats, keep, target, columns, ranks) if damping is None else damping
     if scale == 0:
-        return Solved(v[keep], 0.0, 0.0, chosen)  # dead neurons only: the bare cut changes nothing
+        return Solved(down[keep].double(), 0.0, 0.0, chosen)  # dead neurons only: the bare cut changes nothing
     cut = v.clone()
     cut[keep] = 0.0
-    before = _relative_error(stats.gram, cut, v)
+    before = _energy(stats.gram, cut)
     del cut
-    new = _Fit(stats, keep, target).rows(v, chosen, last=True)
-    return Solved(new, before, _relative_error(stats.gram, _change(v, keep, new), v), chosen)
+    new = _Fit(stats, keep, target, columns).rows(v, chosen, last=True)
+    energies = torch.stack([_energy(stats.gram, v), before, _energy(stats.gram, _change(v, keep, new))])
+    ranks.add(energies)
+    if ranks.several:
+        parts = ranks.exchange({str(ranks.rank): new}, new.device)
+        new = torch.cat([parts[str(rank)] for rank in range(ranks.size)], 1)
+    errors = energies[1:] / energies[0].clamp_min(torch.finfo(torch.float64).tiny)
+    return Solved(new, float(errors[0]), float(errors[1]), chosen)
 
 
 class _Fit:
     """The normal equations of one set of kept neurons over some of the calibration tokens."""
 
-    def __init__(self, stats: ActivationStats, keep: Tensor, target: float) -> None:
+    def __init__(self, stats: ActivationStats, keep: Tensor, target: float, columns: slice) -> None:
         assert stats.gram is not None
         self.keep = keep
         self.rows_of_h = stats.gram[keep].div_(stats.tokens)  # in place: these are the largest tensors of a run
         self.scale = float(stats.gram.diagonal().mean()) / stats.tokens
-        self.more = target * stats.cross[keep] / stats.tokens if target and stats.cross is not None else None
+        self.more = None
+        if target and stats.cross is not None:
+            self.more = target * stats.cross[keep, columns] / stats.tokens
 
     def rows(self, down: Tensor, damping: float, last: bool = False) -> Tensor:
         """`[K, D]`: the fitted down rows, for `down` `[F, D]` in float64; the `last` ones free what only they need."""
@@ -146,23 +162,28 @@ def _change(down: Tensor, keep: Tensor, new: Tensor) -> Tensor:
     return change
 
 
-def _choose_damping(down: Tensor, stats: ActivationStats, keep: Tensor, target: float) -> float:
+def _choose_damping(
+    down: Tensor, stats: ActivationStats, keep: Tensor, target: float, columns: slice, ranks: Ranks
+) -> float:
     """That of `DAMPINGS` whose fit to all but the held-out windows leaves the least error on those, mean of sources."""
     held, seen = stats.held_out, stats.seen
     assert held is not None and held.gram is not None and seen is not None
     gram = held.gram
-    fit = _Fit(seen, keep, target)
+    fit = _Fit(seen, keep, target, columns)
     if fit.scale <= 0:
         return DAMPINGS[-1]
 
-    def error(damping: float) -> float:
+    def error(damping: float) -> Tensor:
         change = _change(down, keep, fit.rows(down, damping))
         total = (change * (gram @ change)).sum()
         if target and held.cross is not None:
-            total += 2 * target * (change * held.cross).sum()
-        return float(total)
+            total += 2 * target * (change * held.cross[:, columns]).sum()
+        return total
 
-    return min(DAMPINGS, key=error)
+    errors = torch.stack([error(damping) for damping in DAMPINGS])
+    ranks.add(errors)
+    found = errors.tolist()
+    return DAMPINGS[found.index(min(found))]
 
 
 def _adds_ffn(model: nn.Module | Described) -> bool:
@@ -235,7 +256,8 @@ class Fit(Repair):
 
     def solve(self, layer: Layer) -> Solved:
         """Down rows by least squares."""
-        return least_squares(layer.ffn.weights().down, layer.stats, layer.kept, self.fixed, self.share)
+        down = layer.ffn.weights().down
+        return least_squares(down, layer.stats, layer.kept, self.fixed, self.share, layer.ranks)
 
 
 @REPAIRS.add

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...base.errors import UnsupportedModelError, check, check_choice
 from ...base.progress import Progress, quiet
+from ...base.ranks import ALONE, Ranks
 from ...base.statistics import ActivationStats
 from ...base.windows import check_windows
 from ...model import families
@@ -84,6 +85,7 @@ def curves(
     windows: int | None = None,
     seed: int = 0,
     progress: Progress = quiet,
+    ranks: Ranks = ALONE,
 ) -> SensitivityCurves:
     """Narrow each layer of the dense model alone, and find what that does to the loss. The model stays as it is.
 
@@ -105,6 +107,7 @@ def curves(
         windows: of `ids`, spread evenly, for which loss or gradients are computed; None for `WINDOWS`.
         seed: of the labels that the estimates draw.
         progress: called as `(stage, done, total)`.
+        ranks: processes that share out the windows of the statistics; the few of the loss run on each.
 
     Raises:
         InputError: a value breaks its rule, or losses, activations or gradients are not finite.
@@ -122,7 +125,7 @@ def curves(
     every = groups(ffns)
     if kind == "loss" and any(isinstance(ffn, Expert) for ffn in ffns):
         raise UnsupportedModelError("curves of kind 'loss' are not measured of experts: use 'error' or 'fisher'")
-    finder = _Finder(model, ffns, ids, score, kind, damping, gram, windows, seed, progress)
+    finder = _Finder(model, ffns, ids, score, kind, damping, gram, windows, seed, progress, ranks)
     rows = []
     for number, group in enumerate(every):
         size = group[0].intermediate_size
@@ -159,6 +162,7 @@ class _Finder:
         windows: int,
         seed: int,
         progress: Progress,
+        ranks: Ranks,
     ) -> None:
         self._score, self._kind, self._damping, self._gram = score, kind, damping, gram
         self._progress, self._layers = progress, list(families.decoder_layers(model)[1])
@@ -170,7 +174,7 @@ class _Finder:
             self._dense = self._rest.dense_loss()
         else:
             self._gradients = output_gradients(model, ffns, few, seed, progress)
-        self._stream = LayerStream(model, ffns, ids)
+        self._stream = LayerStream(model, ffns, ids, ranks=ranks)
         self._few = LayerStream(model, ffns, few)
 
     @torch.no_grad()

@@ -67,6 +67,7 @@ class Method(Option):
         SOURCE: the paper, with section or equation.
         NEEDS: what must be gathered: `gradient`, `products`, or keys of `importance.base.NEEDS` for `statistics`.
         SCOPE: `layer` or `global`, as the method was published.
+        WEIGHTS: it hands weights to a criterion, which wants them whole in each process.
         LEARNED: scores start equal and are learned, so a layer whose scores never moved was ranked by nothing.
     """
 
@@ -74,6 +75,7 @@ class Method(Option):
     SOURCE: ClassVar[str]
     NEEDS: ClassVar[frozenset[str]] = frozenset()
     SCOPE: ClassVar[str] = "layer"
+    WEIGHTS: ClassVar[bool] = False
     LEARNED: ClassVar[bool] = False
 
     @property

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from ...model.families import FFN
+from ...model.weights import whole
 from .base import METHODS, Gathered, Method, Moment, State
 
 
@@ -25,7 +26,7 @@ class Magnitude(Method):
     SOURCE: ClassVar[str] = "Zhu and Gupta 2017, arXiv 1710.01878; of neurons: Santacroce et al. 2023, arXiv 2302.03773"
 
     def start(self, ffn: FFN, generator: torch.Generator) -> State:
-        squares = [part.detach().float().square().sum(1) for part in ffn.weights().parts]
+        squares = [whole(part.detach().float().square().sum(1)) for part in ffn.weights().parts]
         return {"scores": torch.stack(squares).sum(0).sqrt()}
 
     def update(self, state: State, gathered: Gathered, moment: Moment) -> None:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...base.errors import check
 from ...model.families import FFN
+from ...model.weights import whole
 from ..ema import check_beta, smoothed_score
 from .base import METHODS, Gathered, Method, Moment, State
 
@@ -33,13 +34,12 @@ def neuron_sums(ffn: FFN, value: Callable[[Tensor], Tensor]) -> Tensor:
     for name, blocks in ffn.pattern.inputs:
         projection: Any = ffn.holder.get_submodule(name)
         # [blocks * F, D], or [D, blocks * F] in a Conv1D
-        total = total + value(projection.weight).float().sum(int(not isinstance(projection, Conv1D))).view(
-            blocks, size
-        ).sum(0)
+        rows = whole(value(projection.weight).float().sum(int(not isinstance(projection, Conv1D))))
+        total = total + rows.view(blocks, size).sum(0)
         if projection.bias is not None:
-            total = total + value(projection.bias).float().view(blocks, size).sum(0)
+            total = total + whole(value(projection.bias).float()).view(blocks, size).sum(0)
     down: Any = ffn.down
-    return total + value(down.weight).float().sum(int(isinstance(down, Conv1D)))  # [D, F], or [F, D] in a Conv1D
+    return total + whole(value(down.weight).float().sum(int(isinstance(down, Conv1D))))  # [D, F], or [F, D]
 
 
 def sensitivity(ffn: FFN) -> Tensor:

@@ -31,6 +31,7 @@ class Smoothed(Method):
         beta: weight of the past, in [0, 1).
     """
 
+    WEIGHTS: ClassVar[bool] = True
     NAME: ClassVar[str] = "smoothed"
     SUMMARY: ClassVar[str] = (
         "bias-corrected EMA of any importance criterion over the steps' batches; beta 0 is the last batch alone"
