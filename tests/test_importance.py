@@ -11,6 +11,7 @@ from pyprune.base.statistics import ActivationStats, GradientStats
 from pyprune.model.patterns import FFNWeights
 from pyprune.pruning import importance
 from pyprune.pruning.importance import criterion
+from pyprune.pruning.importance.magnitude import _norms
 
 # Two neurons, D = 2.
 GATE = torch.tensor([[1.0, 0.0], [0.0, -2.0]])
@@ -120,3 +121,11 @@ def test_variance_survives_a_large_mean():
     a = 1000 + torch.tensor([[0.01], [-0.01]], dtype=torch.float64)
     assert_close(stats_of(a).variance, torch.tensor([1e-4], dtype=torch.float64), rtol=1e-4, atol=0)
     assert (stats_of(torch.full((7, 3), 0.1, dtype=torch.float64)).variance >= 0).all()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_norms_of_more_rows_than_are_widened_at_once_in_either_order_of_memory(order):
+    weights = torch.randn(300, 500).bfloat16()
+    wanted = torch.linalg.vector_norm(weights.double(), ord=order, dim=1)
+    for part in (weights, weights.t().contiguous().t()):
+        torch.testing.assert_close(_norms(part, order), wanted)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pyprune import InputError, UnsupportedModelError, accelerate, prune, prune_blocks
 from pyprune.model import checkpoint, surgery
 from pyprune.model.families import find_ffns
-from pyprune.model.weights import leave_inference
+from pyprune.model.weights import all_finite, leave_inference
 from pyprune.training.recovery import RecoverConfig, recover
 
 BARE = {"keep": 0.5, "method": "magnitude-l2-both", "allocation": "uniform:multiple=8", "repair": None}
@@ -250,3 +250,14 @@ def test_tied_weights_stay_tied_when_they_leave_inference_mode(tiny):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not model.lm_head.weight.requires_grad and model.model.norm.weight.requires_grad
     assert not any(t.is_inference() for t in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_all_finite_sees_one_bad_value_anywhere(dtype):
+    values = torch.randn(70, 33).to(dtype)
+    assert all_finite(values) and all_finite(values[:0]) and all_finite(torch.tensor([1]))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in ((0, 0), (69, 32), (40, 5)):
+            other = values.clone()
+            other[place] = bad
+            assert not all_finite(other), (bad, place)

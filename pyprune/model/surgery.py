@@ -17,6 +17,7 @@ from .heterogeneous import exchange, layer_widths, narrow, neurons_of, note_size
 from .mask import KeepIndex
 from .towers import config_at, config_path, copies, stacks
 from .units import Expert
+from .weights import all_finite
 from .widths import forget_nested, set_widths
 
 
@@ -69,7 +70,7 @@ def _check_cut(ffn: FFN, keep: KeepIndex, down: Tensor | None, bias_shift: Tenso
     for argument, new in (("down", down), ("bias_shift", bias_shift)):
         if new is not None:
             dtype = ffn.weights().down.dtype
-            bad = int((~new.to(dtype).isfinite()).sum())
+            bad = 0 if all_finite(new.to(dtype)) else int((~new.to(dtype).isfinite()).sum())
             check(bad == 0, f"{argument} of layer {ffn.layer}", f"be finite in {dtype}", f"{bad} values that are not")
 
 
@@ -141,7 +142,7 @@ def set_inputs(ffn: FFN, rows: Sequence[Tensor], biases: Sequence[Tensor | None]
     weights = ffn.weights()
     for new in [*rows, *[b for b in biases if b is not None]]:
         dtype = weights.down.dtype
-        bad = int((~new.to(dtype).isfinite()).sum())
+        bad = 0 if all_finite(new.to(dtype)) else int((~new.to(dtype).isfinite()).sum())
         check(bad == 0, f"input rows of layer {ffn.layer}", f"be finite in {dtype}", f"{bad} values that are not")
     pairs = zip([*weights.parts[:-1], *weights.input_biases], [*rows, *biases], strict=True)
     for old, values in pairs:

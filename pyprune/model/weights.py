@@ -18,11 +18,18 @@ _KNOWN_AS = {"optimum": "quanto"}
 _MARKS = ("quantization_scheme", "weight_qtype", "weight_fake_quantizer")
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: the least and the largest tell, sooner than a look at each."""
+    if not values.numel() or not values.is_floating_point():
+        return True
+    return bool(torch.stack(values.aminmax()).isfinite().all())
+
+
 def check_finite(model: nn.Module) -> None:
     """Raise `InputError` naming the first parameter that has NaN or infinity."""
     for name, parameter in model.named_parameters():
         own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        check(bool(own.isfinite().all()), "model", "have finite weights", f"NaN or infinity in {name}")
+        check(all_finite(own), "model", "have finite weights", f"NaN or infinity in {name}")
 
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}

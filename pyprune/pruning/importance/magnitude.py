@@ -13,11 +13,23 @@ from ...base.statistics import ActivationStats
 from ...model.patterns import FFNWeights
 from .base import criterion
 
+# Rows of memory that are widened to float64 at once: what a core's cache holds.
+_ROWS = 128
+
+
+def _norms(part: Tensor, order: int) -> Tensor:
+    """`[F]` norms of the rows of `[F, D]`, in float64; of a transposed view too its memory is read in order."""
+    across = int(part.stride(0) < part.stride(1))
+    widened = (piece.double() for piece in part.split(_ROWS, across))
+    sums = [(piece.abs() if order == 1 else piece.square()).sum(1) for piece in widened]
+    total = torch.stack(sums).sum(0) if across else torch.cat(sums)
+    return total if order == 1 else total.sqrt()
+
 
 def _magnitude(
     weights: FFNWeights, stats: ActivationStats | None, generator: torch.Generator, *, order: int, part: str
 ) -> Tensor:
-    *fan_in, fan_out = (torch.linalg.vector_norm(p.double(), ord=order, dim=1) for p in weights.parts)
+    *fan_in, fan_out = (_norms(part, order) for part in weights.parts)
     chosen = {"fan-in": fan_in, "fan-out": [fan_out]}.get(part, [*fan_in, fan_out])
     norms = torch.stack(chosen)
     return norms.prod(0) if part == "product" else torch.linalg.vector_norm(norms, ord=order, dim=0)
