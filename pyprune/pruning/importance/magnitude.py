@@ -13,14 +13,15 @@ from ...base.statistics import ActivationStats
 from ...model.patterns import FFNWeights
 from .base import criterion
 
-# Rows of memory that are widened to float64 at once: what a core's cache holds.
-_ROWS = 128
+# Numbers that are widened to float64 at once: 512 KB, which a core's cache holds.
+_AT_ONCE = 1 << 16
 
 
 def _norms(part: Tensor, order: int) -> Tensor:
     """`[F]` norms of the rows of `[F, D]`, in float64; of a transposed view too its memory is read in order."""
     across = int(part.stride(0) < part.stride(1))
-    widened = (piece.double() for piece in part.split(_ROWS, across))
+    rows = max(1, _AT_ONCE // max(1, part.shape[1 - across]))
+    widened = (piece.double() for piece in part.split(rows, across))
     sums = [(piece.abs() if order == 1 else piece.square()).sum(1) for piece in widened]
     total = torch.stack(sums).sum(0) if across else torch.cat(sums)
     return total if order == 1 else total.sqrt()
