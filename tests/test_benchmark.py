@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import platform
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -417,3 +418,18 @@ def test_rows_of_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run.row(case)
     assert found["us"] == pytest.approx(2.0) and found["samples"] == 3 and found["model"] == "toy"
     assert run.row({"extra_info": {"report": 1}, "stats": {}}) == {"report": 1}
+
+
+def test_a_change_in_any_room_makes_the_source_dirty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert (machine._PACKAGE / "base" / "machine.py").samefile(machine.__file__)
+    package = tmp_path / "pyprune"
+    for file in ("__init__.py", "base/machine.py", "model/x.py"):
+        (package / file).parent.mkdir(parents=True, exist_ok=True)
+        (package / file).write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(machine, "_PACKAGE", package)
+    assert machine.source()["dirty"] is False
+    (package / "model" / "x.py").write_text("changed")
+    assert machine.source()["dirty"] is True

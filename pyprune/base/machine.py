@@ -16,6 +16,7 @@ import torch
 from .errors import check
 
 _PACKAGES = ("torch", "transformers", "triton", "pyprune")
+_PACKAGE = Path(__file__).parents[1]
 # What runs, apart from the package itself: a commit names the numbers only if these are as committed.
 _SOURCES = (":(top)csrc", ":(top)triton_kernels", ":(top)setup.py")
 
@@ -51,7 +52,7 @@ def usable_cores() -> int:
 
 def _git(*arguments: str) -> str | None:
     """Output of a git command in the package's folder, or None when it fails; never touches the index."""
-    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+    command = ["git", "--no-optional-locks", "-C", str(_PACKAGE), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
