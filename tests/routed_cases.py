@@ -81,3 +81,14 @@ def check_error(case: Routed, kernel: Callable[..., Tensor], torch_own: Callable
     largest = want.abs().max() if want.numel() else torch.tensor(0.0)
     floor = 4 * torch.finfo(torch.float32).eps * largest * math.sqrt(want.numel())
     assert error <= 2 * allowed + floor, f"{error} > 2 * {allowed} + {floor}"
+
+
+WHERE = ("x", "rows", "weights")
+
+
+def spoil(case: Routed, where: str, special: float) -> None:
+    """Put NaN or infinity into an operand: of five experts, two a token, 40 neurons, 35 channels or more."""
+    if where == "rows":
+        case.experts.rows[3, 39, 34] = special
+    else:
+        (case.x if where == "x" else case.weights)[len(case.x) // 2, 34 if where == "x" else 1] = special

@@ -11,7 +11,7 @@ import torch
 from ffn_cases import FLOATS, TYPES, embedded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from routed_cases import Routed, check_error, exact, make
+from routed_cases import WHERE, Routed, check_error, exact, make, spoil
 from torch import Tensor
 
 from pyprune.base import reference
@@ -145,14 +145,9 @@ def test_scratch_that_holds_nan_changes_nothing(isa: str) -> None:
 
 def test_nan_and_infinity_go_where_they_do_in_torch(isa: str) -> None:
     for dtype, special, tokens in itertools.product(FLOATS, (math.nan, math.inf), (1, 6, 20)):
-        for where in ("x", "rows", "weights"):
+        for where in WHERE:
             case = make(tokens, 5, 2, 35, 40, (dtype, dtype))
-            if where == "x":
-                case.x[tokens // 2, 34] = special
-            elif where == "rows":
-                case.experts.rows[3, 39, 34] = special
-            else:
-                case.weights[tokens // 2, 1] = special
+            spoil(case, where, special)
             want, got = exact(case), case.of(kernel)
             assert torch.equal(got.isnan(), want.isnan())
             infinite = want.isinf()

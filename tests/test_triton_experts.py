@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from moe_cases import make_mixture
-from routed_cases import Routed, check_error, exact, make
+from routed_cases import WHERE, Routed, check_error, exact, make, spoil
 
 from pyprune import BackendError, InputError, PrunedMoE, accelerate
 from pyprune import triton_kernels as kernels
@@ -136,14 +136,9 @@ def test_a_number_that_names_no_expert_makes_its_token_nan(tokens: int) -> None:
 
 def test_nan_and_infinity_go_where_they_do_in_torch() -> None:
     for special, tokens in itertools.product((float("nan"), float("inf")), (1, 20)):
-        for where in ("x", "rows", "weights"):
+        for where in WHERE:
             case = build(tokens, 5, 2, 48, 40, (F16, F16))
-            if where == "x":
-                case.x[tokens // 2, 34] = special
-            elif where == "rows":
-                case.experts.rows[3, 39, 34] = special
-            else:
-                case.weights[tokens // 2, 1] = special
+            spoil(case, where, special)
             want, got = exact(case), case.of(run)
             assert torch.equal(got.isfinite(), want.isfinite())
 
