@@ -272,3 +272,9 @@ def test_table_for_readme(load: Load, tmp_path: Path) -> None:
     assert "not measured" in made and "Memory read at 4,000 GB/s (sum)" in made and "| LLaMA, 32 layers | 50% |" in made
     (tmp_path / "gpu.json").write_text(json.dumps({"state": "no worker comes to work", "rows": []}))
     assert "Nothing was measured" in tables.render(readme, tmp_path)
+
+
+def test_messages_of_tests_name_no_folder_of_the_machine(load: Load) -> None:
+    testing = load("bench.gpu.tests")
+    told = f"{testing.ROOT}/tests/test_gpu.py:1: in {sys.prefix}/lib/x.py"
+    assert testing._placeless(told) == "tests/test_gpu.py:1: in lib/x.py"

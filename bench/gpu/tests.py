@@ -51,6 +51,11 @@ def tests(logs: Path, facts: dict[str, Any], dry: bool, limit: float, few: bool 
     return boxes
 
 
+def _placeless(message: str) -> str:
+    """A message without the folders of this machine."""
+    return message.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
+
+
 def tests_facts(boxes: list[Box], codes: list[int]) -> dict[str, Any]:
     """How many passed, and which did not; of a run that was ended, as far as it came."""
     lines = []
@@ -59,13 +64,14 @@ def tests_facts(boxes: list[Box], codes: list[int]) -> dict[str, Any]:
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         lines.append(json.loads(line))
     wrong = [line for line in lines if line["outcome"] in ("failed", "not collected")]
-    skipped = Counter(line["message"].splitlines()[-1][:160] for line in lines if line["outcome"] == "skipped")
+    left = [_placeless(line["message"]) for line in lines if line["outcome"] == "skipped"]
+    skipped = Counter(message.splitlines()[-1][:160] for message in left)
     return {
         "code": max(codes, key=abs),
         "timed_out": codes.count(TIMED_OUT),
         "processes": len(codes),
         "counts": dict(Counter(line["outcome"] for line in lines)),
-        "failed": [{key: line[key] for key in ("id", "message")} for line in wrong][:40],
+        "failed": [{"id": line["id"], "message": _placeless(line["message"])} for line in wrong][:40],
         "skipped": dict(skipped),
         "slowest": [[line["id"], line["seconds"]] for line in sorted(lines, key=lambda x: -x["seconds"])[:8]],
     }
