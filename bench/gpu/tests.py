@@ -53,7 +53,7 @@ def tests(logs: Path, facts: dict[str, Any], dry: bool, limit: float, few: bool 
 
 def _placeless(message: str) -> str:
     """A message without the folders of this machine."""
-    return message.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
+    return message.replace(f"{sys.prefix}/", "").replace(f"{ROOT}/", "")
 
 
 def tests_facts(boxes: list[Box], codes: list[int]) -> dict[str, Any]:
