@@ -8,6 +8,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from pyprune import CheckpointError, InputError, UnsupportedModelError, prune, prune_checkpoint
+from pyprune.base.ranks import Ranks
 from pyprune.cli.commands import app
 from pyprune.model import checkpoint, loading
 from pyprune.model.shard_writer import ShardWriter
@@ -345,3 +347,10 @@ def test_python_m_pyprune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("pyprune", run_name="__main__")
     assert ended.value.code == 0 and "verify" in capsys.readouterr().out
+
+
+def test_several_processes_of_one_group_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(Ranks, "joined", lambda: SimpleNamespace(several=True))
+    with pytest.raises(InputError, match="prune_checkpoint must be called by one process alone"):
+        prune_checkpoint(tmp_path, tmp_path / "out", 0.5)
+    assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from ...base.errors import PypruneError, check
 from ...base.files import put_folder
 from ...base.memory import PeakMemory
 from ...base.progress import Progress, quiet
+from ...base.ranks import Ranks
 from ...model import checkpoint, families, loading, surgery
 from ...model.attention import in_blocks
 from ...model.manifest import is_tokenizer
@@ -144,6 +145,7 @@ def prune_checkpoint(
         OSError: the disk is full, or not writable; the same call goes on once that is mended.
     """
     options = PruneOptions.of(keep, method, allocation, repair, sequential, seed, precision)
+    check(not Ranks.joined().several, "prune_checkpoint", "be called by one process alone", "several in one group")
     check_streamed(options)
     place = machine.place_of(device)
     folder = Path(model).expanduser()
