@@ -135,19 +135,19 @@ class _Fit:
         self.scale = float(stats.gram.diagonal().mean()) / stats.tokens
         self.more = None
         if target and stats.cross is not None:
-            self.more = target * stats.cross[keep, columns] / stats.tokens
+            self.more = stats.cross[keep, columns].mul_(target).div_(stats.tokens)
 
     def rows(self, down: Tensor, damping: float, last: bool = False) -> Tensor:
         """`[K, D]`: the fitted down rows, for `down` `[F, D]` in float64; the `last` ones free what only they need."""
         ridge = damping * self.scale
-        factor = self.rows_of_h[:, self.keep]
-        factor.diagonal().add_(ridge)
         wanted = self.rows_of_h @ down
-        wanted += ridge * down[self.keep]  # the ridge's share of H_S: V
+        wanted += down[self.keep].mul_(ridge)  # the ridge's share of H_S: V
         if self.more is not None:
             wanted += self.more
+        factor = self.rows_of_h[:, self.keep]
+        factor.diagonal().add_(ridge)
         if last:
-            del self.rows_of_h
+            del self.rows_of_h, self.more
         triangle, failed = torch.linalg.cholesky_ex(factor)
         del factor  # the solution makes a copy of the triangle
         if failed:
