@@ -44,11 +44,6 @@ TARGET = 0.5
 DAMPINGS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
-def _energy(gram: Tensor, rows: Tensor) -> Tensor:
-    """tr(V^T C V): the sum over tokens of the squared output with down rows V."""
-    return (rows * (gram @ rows)).sum()
-
-
 def check_tokens(ids: Tensor, width: int, damping: float | None) -> None:
     """Raise `InputError` when `ids` (`[N, W]`) hold fewer tokens than the `width` neurons of a layer to fit.
 
@@ -111,12 +106,9 @@ def least_squares(
     chosen = _choose_damping(v, stats, keep, target, columns, ranks) if damping is None else damping
     if scale == 0:
         return Solved(down[keep].double(), 0.0, 0.0, chosen)  # dead neurons only: the bare cut changes nothing
-    cut = v.clone()
-    cut[keep] = 0.0
-    before = _energy(stats.gram, cut)
-    del cut
-    new = _Fit(stats, keep, target, columns).rows(v, chosen, last=True)
-    energies = torch.stack([_energy(stats.gram, v), before, _energy(stats.gram, _change(v, keep, new))])
+    fit = _Fit(stats, v, keep, target, columns)
+    new = fit.rows(v, chosen)
+    energies = torch.stack([fit.energy, _cut_energy(stats.gram, v, keep), fit.error(v, new, chosen)])
     ranks.add(energies)
     if ranks.several:
         parts = ranks.exchange({str(ranks.rank): new}, new.device)
@@ -126,33 +118,62 @@ def least_squares(
 
 
 class _Fit:
-    """The normal equations of one set of kept neurons over some of the calibration tokens."""
+    """The normal equations of one set of kept neurons over some of the calibration tokens.
 
-    def __init__(self, stats: ActivationStats, keep: Tensor, target: float, columns: slice) -> None:
+    These are the largest tensors of a run, so what is not needed again goes. Of C V, half of the work of a fit, come
+    both the right side and the errors.
+
+    Attributes:
+        energy: the squared dense output, summed over those tokens.
+    """
+
+    def __init__(self, stats: ActivationStats, down: Tensor, keep: Tensor, target: float, columns: slice) -> None:
         assert stats.gram is not None
-        self.keep = keep
-        self.rows_of_h = stats.gram[keep].div_(stats.tokens)  # in place: these are the largest tensors of a run
+        self.keep, self.tokens, self.gram = keep, stats.tokens, stats.gram
         self.scale = float(stats.gram.diagonal().mean()) / stats.tokens
+        given = stats.gram @ down
+        self.energy = (down * given).sum()
+        self.given = given[keep]  # C_S: V
+        del given
         self.more = None
         if target and stats.cross is not None:
             self.more = stats.cross[keep, columns].mul_(target).div_(stats.tokens)
 
-    def rows(self, down: Tensor, damping: float, last: bool = False) -> Tensor:
-        """`[K, D]`: the fitted down rows, for `down` `[F, D]` in float64; the `last` ones free what only they need."""
+    def rows(self, down: Tensor, damping: float) -> Tensor:
+        """`[K, D]`: the fitted down rows, for `down` `[F, D]` in float64."""
         ridge = damping * self.scale
-        wanted = self.rows_of_h @ down
+        wanted = self.given / self.tokens
         wanted += down[self.keep].mul_(ridge)  # the ridge's share of H_S: V
         if self.more is not None:
             wanted += self.more
-        factor = self.rows_of_h[:, self.keep]
+        factor = self.gram[self.keep[:, None], self.keep].div_(self.tokens)
         factor.diagonal().add_(ridge)
-        if last:
-            del self.rows_of_h, self.more
         triangle, failed = torch.linalg.cholesky_ex(factor)
         del factor  # the solution makes a copy of the triangle
         if failed:
             raise InputError(f"damping must be large enough to make the second moment positive definite; got {damping}")
         return torch.cholesky_solve(wanted, triangle)
+
+    def error(self, down: Tensor, new: Tensor, damping: float) -> Tensor:
+        """The squared change of the output with the rows that `rows` gave for `damping`.
+
+        With V' the new rows, tr(V^T C V) - 2 tr(V'^T C_S: V) + tr(V'^T C_SS V'), where C_SS V' is known from the
+        equations that V' solves: it is C_S: V and T times what the target and the ridge added.
+        """
+        beyond = (down[self.keep] - new).mul_(damping * self.scale)
+        if self.more is not None:
+            beyond += self.more
+        left = self.energy - (new * self.given).sum() + self.tokens * (new * beyond).sum()
+        return left.clamp_min(0)  # rounding, where hardly anything changes
+
+
+def _cut_energy(gram: Tensor, down: Tensor, keep: Tensor) -> Tensor:
+    """The squared output of the neurons that are not kept."""
+    gone = torch.ones(len(down), dtype=torch.bool, device=down.device)
+    gone[keep] = False
+    removed = gone.nonzero()[:, 0]
+    rows = down[removed]
+    return (rows * (gram[removed[:, None], removed] @ rows)).sum()
 
 
 def _change(down: Tensor, keep: Tensor, new: Tensor) -> Tensor:
@@ -169,7 +190,7 @@ def _choose_damping(
     held, seen = stats.held_out, stats.seen
     assert held is not None and held.gram is not None and seen is not None
     gram = held.gram
-    fit = _Fit(seen, keep, target, columns)
+    fit = _Fit(seen, down, keep, target, columns)
     if fit.scale <= 0:
         return DAMPINGS[-1]
 
