@@ -149,10 +149,12 @@ class _Fit:
         factor = self.gram[self.keep[:, None], self.keep].div_(self.tokens)
         factor.diagonal().add_(ridge)
         triangle, failed = torch.linalg.cholesky_ex(factor)
-        del factor  # the solution makes a copy of the triangle
+        del factor
         if failed:
             raise InputError(f"damping must be large enough to make the second moment positive definite; got {damping}")
-        return torch.cholesky_solve(wanted, triangle)
+        # Not cholesky_solve, which makes a copy of the triangle.
+        wanted = torch.linalg.solve_triangular(triangle, wanted, upper=False)
+        return torch.linalg.solve_triangular(triangle.mT, wanted, upper=True)
 
     def error(self, down: Tensor, new: Tensor, damping: float) -> Tensor:
         """The squared change of the output with the rows that `rows` gave for `damping`.
