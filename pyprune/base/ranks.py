@@ -147,6 +147,10 @@ class Ranks:
             raise kind(f"rank {rank}: {message}")
         raise PypruneError(f"rank {rank}: {name}: {message}")
 
+    def share(self, items: Tensor) -> Tensor:
+        """This rank's part of the rows of a tensor, which follow each other; parts differ by one row at most."""
+        return items.tensor_split(self.size)[self.rank]
+
     # What ranks exchange.
 
     @torch.no_grad()
