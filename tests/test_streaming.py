@@ -7,6 +7,9 @@ import json
 import runpy
 import shutil
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +19,17 @@ import torch
 from conftest import make_model
 from moe_cases import MIXTURES
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from pyprune import CheckpointError, InputError, UnsupportedModelError, prune, prune_checkpoint
+from pyprune.base.files import sha256_of
 from pyprune.base.ranks import Ranks
 from pyprune.cli.commands import app
 from pyprune.model import checkpoint, loading
-from pyprune.model.shard_writer import ShardWriter
+from pyprune.model.shard_writer import Planned, ShardWriter
+from pyprune.model.shards import WEIGHTS
 from pyprune.pruning.streaming.state import State, folder_of
 
 MAGNITUDE = {"method": "magnitude-l2-both", "repair": None}
@@ -196,6 +202,42 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     stream(source, tmp_path / "whole", max_shard_size="1GB")
     assert same(out, tmp_path / "whole")
     assert checkpoint.verify(out)["files"] == checkpoint.verify(tmp_path / "whole")["files"]
+
+
+def test_shards_are_hashed_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces may lie in memory that the next one overwrites; a write that fails leaves no thread at work in it."""
+    shape, room = (3, 1 << 18), torch.empty(1 << 18, dtype=torch.int64)
+    writer = ShardWriter(tmp_path, [Planned("a", torch.int64, shape), Planned("b", torch.int64, (5,))], 10**9)
+
+    def pieces() -> Iterator[Tensor]:
+        for i in range(shape[0]):
+            yield room.copy_(torch.arange(i, i + shape[1]))
+
+    writer.write("a", pieces())
+    writer.write("b", [torch.arange(5)])
+    writer.finish()
+    assert writer.hashes == {WEIGHTS: sha256_of(tmp_path / WEIGHTS)}
+    found = load_file(tmp_path / WEIGHTS)
+    assert torch.equal(found["a"][2], torch.arange(2, 2 + shape[1])) and torch.equal(found["b"], torch.arange(5))
+    working, busy = threading.Event(), threading.Event()
+
+    class Slow:
+        def update(self, raw: bytes) -> None:
+            busy.set()
+            time.sleep(0.2)
+            working.set()
+
+    class Full:
+        def write(self, rest: memoryview) -> int:
+            assert busy.wait(10)  # so both go on at once
+            raise OSError(errno.ENOSPC, "no space")
+
+    writer = ShardWriter(tmp_path, [Planned("a", torch.int64, shape)], 10**9)
+    monkeypatch.setattr(writer, "_stream", Full())
+    monkeypatch.setattr(writer, "_digest", Slow())
+    with pytest.raises(OSError, match="no space"):
+        writer.write("a", pieces())
+    assert working.is_set() and writer.done == 0
 
 
 def edit(file: Path, **changes: Any) -> None:
