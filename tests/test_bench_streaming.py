@@ -85,6 +85,27 @@ def test_tables() -> None:
     assert sum(line.startswith("| 70B dense |") for line in rates) == 4
 
 
+def test_two_processes_against_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = importlib.import_module("bench.streaming.ranks")
+    sizes = ["--hidden", "128", "--intermediate", "192", "--layers", "2", "--windows", "2", "--repeats", "1"]
+    name, out = "wanda + least squares", tmp_path / "ranks.json"
+    asked = [*sizes, "--only", name, "--results", str(out)]
+    for gpus, nccl, message in ((1, True, "cuda, of which there are 1"), (2, False, "cpu where torch has no NCCL")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "device_count", lambda count=gpus: count)
+            patch.setattr(torch.distributed, "is_nccl_available", lambda there=nccl: there)
+            with pytest.raises(SystemExit):
+                bench.main([*asked, "--device", "cuda"])
+        assert message in capsys.readouterr().err and not out.exists()
+    bench.main(asked)
+    found = json.loads(out.read_text())["cpu 2"]
+    row = found["runs"][name]
+    assert row["same_neurons"] and row["largest_difference"] < 1e-4 and len(row["one"]) == len(row["several"]) == 1
+    assert found["shape"]["tokens"] == 1024 and min(row["one"][0]["seconds"], row["several"][0]["seconds"]) > 0
+
+
 def test_a_rehearsal_of_the_gpu(tmp_path: Path) -> None:
     bench = importlib.import_module("bench.streaming.gpu")
     out, place = tmp_path / "result.json", tmp_path / "place"
