@@ -6,10 +6,13 @@ recovery_rank_cases.py OUT    every case; rank r writes OUT/NAME-r.safetensors a
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent)]
 QUICK = {"steps": 12, "learning_rate": 1e-2, "held_out": 0.2, "every": 4, "precision": "float32"}
@@ -20,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adapters": {"batch": 2, "mode": "lora", "rank": 4},
     "timed": {"batch": 2, "minutes": 60.0},
 }
-WRONG = ("batch", "config", "teacher", "text", "folder", "damaged", "loss")
+WRONG = ("batch", "config", "teacher", "text", "folder", "full", "damaged", "loss")
 
 
 def config(**changes: Any) -> Any:
@@ -76,6 +79,7 @@ def failed(name: str, rank: int, out: Path) -> str:
 
     student, teacher = pair()
     windows, asked, folder = text(), config(batch=2), None
+    patch: Any = nullcontext()
     if name == "batch":
         asked = config(batch=1)
     elif name == "config":
@@ -87,6 +91,13 @@ def failed(name: str, rank: int, out: Path) -> str:
         windows.ids[0, 0] += 1
     elif name == "folder":
         folder = out / "even-0.json" / "state"
+    elif name == "full":
+        folder = out / "full"
+
+        def no_room(*given: Any) -> None:
+            raise OSError(errno.ENOSPC, "no space left")
+
+        patch = mock.patch("pyprune.training.persist.write", no_room) if rank == 0 else patch
     elif name == "damaged":
         folder = out / "damaged"
         if rank == 0:
@@ -96,7 +107,8 @@ def failed(name: str, rank: int, out: Path) -> str:
         teacher.lm_head.register_forward_hook(lambda module, given, logits: logits / 0)
         teacher.get_output_embeddings = lambda: None
     try:
-        recover(student, teacher, windows, asked, folder=folder)
+        with patch:
+            recover(student, teacher, windows, asked, folder=folder)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

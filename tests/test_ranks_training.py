@@ -87,4 +87,7 @@ def test_what_cut_weights_cannot(done):
     assert first[2] == rule and second[2] == rule.replace("into", "rank 0: into", 1)  # before any step
     assert "method must be one without a criterion where weights are cut" in first[3]
     rule = "Trainer must give every process the whole model (DistributedDataParallel), or cut it by FSDP2; got "
+    assert first[6] == second[6] and first[6].startswith(
+        "InputError: ranks must be given the same; they differ in config ("
+    )
     assert f"{rule}'FSDP1'" in first[4] and f"{rule}'weights cut otherwise'" in first[5]

@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -382,6 +383,18 @@ def test_a_shard_altered_after_pruning(source: Path, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match=f"{shard.name} was altered"):
         checkpoint.verify(tmp_path / "out")
+
+
+def test_a_shard_is_verified_in_small_pieces(tmp_path: Path) -> None:
+    source = dense(tmp_path / "large", vocab_size=100_000)
+    stream(source, tmp_path / "out", max_shard_size="1GB")
+    assert (tmp_path / "out" / WEIGHTS).stat().st_size > 20 << 20
+    tracemalloc.start()
+    try:
+        checkpoint.verify(tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_python_m_pyprune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,7 +148,9 @@ def refusals() -> list[str]:
     parallel = make_model("llama")
     mesh = init_device_mesh("cpu", (2,))
     parallelize_module(parallel.lm_head, mesh, ColwiseParallel())
-    return [*found, refused(lambda: train_begin(arguments, state, None, parallel))]
+    found.append(refused(lambda: train_begin(arguments, state, None, parallel)))
+    other = loop.config_of("movement", keep=0.4 + torch.distributed.get_rank() / 10)
+    return [*found, refused(lambda: TrainingPruner(make_model("llama"), other))]
 
 
 def by_cut_trainer(rank: int, folder: Path, resume: bool = False) -> dict[str, Any]:
