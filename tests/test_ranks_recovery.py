@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from pyprune import prune
 from pyprune.base.text import default_text
 from pyprune.cli.commands import app
-from pyprune.model import checkpoint, loading
+from pyprune.model import checkpoint
 from pyprune.training.recovery import STATE, recover
 
 
@@ -91,16 +90,20 @@ def test_an_error_of_one_is_an_error_of_both(name, message, done):
     assert kinds == ["OSError", "PypruneError"] if name == "full" else kinds[0] == kinds[1] != "RuntimeError"
 
 
-def test_the_command_line_recovers_together(tiny_checkpoint, tokenizer, tmp_path):
-    """Only the first process writes and prints; weights are those that one process writes."""
+def test_the_command_line_recovers_together(tiny_checkpoint, tmp_path):
+    """Both verbs: only the first process writes and prints; weights are those that one process writes."""
     text = tmp_path / "text.txt"
     text.write_text(default_text()[:30_000])
-    model = loading.load_model(str(tiny_checkpoint))
-    prune(model, 0.5, "random", allocation="uniform:multiple=8", repair=None)
-    pruned = checkpoint.save(model, tmp_path / "pruned", tokenizer)
-    common = [str(pruned), "--teacher", str(tiny_checkpoint), "--text", str(text), "--device", "cpu", "--json"]
-    common += ["--steps", "4", "--batch", "4", "--window", "32", "--tokens", "640", "--also-tokens", "64"]
-    common += ["--held-out", "0", "--precision", "float32"]
+    common = ["--text", str(text), "--device", "cpu", "--json", "--window", "32", "--tokens", "640"]
+    pruned = tmp_path / "pruned"
+    cut = ["--out", str(pruned), "--keep", "0.5", "--multiple", "8", "--recover", "0.1"]
+    run = rank_cases.launched(["-m", "pyprune", "prune", str(tiny_checkpoint), *cut, *common])
+    assert run.returncode == 0, run.stderr[-4000:]
+    taught = json.loads(run.stdout)["recovery"]
+    assert 1 <= taught["steps"] <= 3 and taught["stopped"] in ("steps", "minutes")
+    assert checkpoint.verify(pruned)["widths"] == [48] * 3
+    common = [str(pruned), "--teacher", str(tiny_checkpoint), *common, "--steps", "4", "--batch", "4"]
+    common += ["--also-tokens", "64", "--held-out", "0", "--precision", "float32"]
     one = CliRunner().invoke(app, ["recover", *common, "--out", str(tmp_path / "one")])
     assert one.exit_code == 0, one.output
     two = rank_cases.launched(["-m", "pyprune", "recover", *common, "--out", str(tmp_path / "two")])
