@@ -88,10 +88,8 @@ class PruningCallback(TrainerCallback):
         """
         assert model is not None
         check(args.n_gpu <= 1, "Trainer", "run with one device a process (torchrun)", args.n_gpu)
-        foreign, rule = (
-            _foreign(args, model),
-            "give every process the whole model (DistributedDataParallel), or cut it by FSDP2",
-        )
+        foreign = _foreign(args, model)
+        rule = "give every process the whole model (DistributedDataParallel), or cut it by FSDP2"
         check(foreign is None, "Trainer", rule, foreign)
         check(not args.fp16, "fp16", "be off, the loss scale would be in the scores; use bf16", args.fp16)
         best = args.load_best_model_at_end
