@@ -68,6 +68,8 @@ def main(folder: Path, mask_file: Path, out: Path) -> None:
     refused("lopsided mask", lambda: pyprune.accelerate(load(), mode="gather", mask=lopsided()))
     refused("save", lambda: pyprune.save(model, out / "by one"))
     refused("twice", lambda: pyprune.accelerate(model))
+    narrow = folder.parent / "narrow"
+    refused("narrow", lambda: pyprune.accelerate(AutoModelForCausalLM.from_pretrained(narrow, tp_plan="auto")))
     refused("prune", lambda: pyprune.prune(load(), method="random", repair=None))
     save_file(found, out / f"logits-{rank}.safetensors")
     (out / f"facts-{rank}.json").write_text(json.dumps(facts))

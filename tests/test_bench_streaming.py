@@ -65,11 +65,45 @@ def test_tables() -> None:
     table = "\n".join(tables["streaming"]({"1.5GB": {**one, "runs": runs}}))
     assert "| magnitude | 4 GB | 0.80 GB | 2.50 GB | 34 s | 83 MB/s | 95% | yes |" in table
     assert "| wanda | 4 GB | 0.80 GB | - | 34 s | 83 MB/s | 95% | not compared |" in table
-    log = [{"layers_done": 0}, {"layers_done": 3}]
+    later = {**FACTS, "date": "2027-01-02", "load": 9.5}
+    runs["wanda"] = {**run, "seconds": 6000.0, "machine": later, "copy": {"bytes_per_second": 5e7}}
+    table = "\n".join(tables["streaming"]({"1.5GB": {**one, "runs": runs}}))
+    assert "| wanda | 4 GB | 0.80 GB | - | 100 min |" in table
+    assert table.count("1.5GB: a copy ") == 2 and "a copy 50 MB/s read and written; load before 9.5" in table
+    log = [{"after_seconds": 2.2, "layers_before": n, "layers_done": done} for n, done in enumerate((0, 3))]
     killed = {"kills": 2, "layers": 5, "runs_that_ended_and_were_equal": 1, "log": log, "machine": FACTS}
     assert tables["killed"](killed)[0].startswith("2 kills of runs over 5 layers, 1 of them with layers done already")
+    assert tables["killed"](killed)[-1] == "| 2 | 2.2 s | 1 | 3 |"
+    row, shape = {"seconds": 30.0, "peak_bytes": 2e8}, {**shape, "tokens": 4096}
+    times = {"one": [row, {**row, "seconds": 31.0}], "several": [{**row, "seconds": 20.0}]}
+    told = {"speedup_seconds": 1.5, "speedup_cpu_seconds": 1.6, "same_neurons": True, "largest_difference": 1.23e-6}
+    ranks = {"processes": 2, "device": "cpu", "shape": shape, "machine": FACTS, "runs": {"wanda": {**times, **told}}}
+    lines = tables["ranks"]({"cpu 2": ranks, "cpu 3": {**ranks, "processes": 3}})
+    assert lines[2] == "| 2, cpu | wanda | 30.0 s | 20.0 s | 1.50x | 1.60x | 200 MB | 200 MB | the same | 1e-06 |"
+    assert lines[3].startswith("| 3, cpu | wanda |") and len(lines) == 6
     rates = tables["rates"]({"machine": FACTS, "products": {"bfloat16": 4e11, "float32": 2e11, "float64": 1e11}})
     assert sum(line.startswith("| 70B dense |") for line in rates) == 4
+
+
+def test_two_processes_against_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = importlib.import_module("bench.streaming.ranks")
+    sizes = ["--hidden", "128", "--intermediate", "192", "--layers", "2", "--windows", "2", "--repeats", "1"]
+    name, out = "wanda + least squares", tmp_path / "ranks.json"
+    asked = [*sizes, "--only", name, "--results", str(out)]
+    for gpus, nccl, message in ((1, True, "cuda, of which there are 1"), (2, False, "cpu where torch has no NCCL")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "device_count", lambda count=gpus: count)
+            patch.setattr(torch.distributed, "is_nccl_available", lambda there=nccl: there)
+            with pytest.raises(SystemExit):
+                bench.main([*asked, "--device", "cuda"])
+        assert message in capsys.readouterr().err and not out.exists()
+    bench.main(asked)
+    found = json.loads(out.read_text())["cpu 2"]
+    row = found["runs"][name]
+    assert row["same_neurons"] and row["largest_difference"] < 1e-4 and len(row["one"]) == len(row["several"]) == 1
+    assert found["shape"]["tokens"] == 1024 and min(row["one"][0]["seconds"], row["several"][0]["seconds"]) > 0
 
 
 def test_a_rehearsal_of_the_gpu(tmp_path: Path) -> None:

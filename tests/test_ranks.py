@@ -141,12 +141,12 @@ def test_a_launcher_that_said_too_little(words, message, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--nested"], "WORLD_SIZE must be 1 with --nested or --recover; got 2"),
-        (["--recover", "1"], "WORLD_SIZE must be 1 with --nested or --recover; got 2"),
+        (["--nested"], "WORLD_SIZE must be 1 with --nested; got 2"),
+        (["--recover", "1"], "WORLD_SIZE must be at most 2 with --recover, which takes so many windows a step; got 3"),
         (["--stream"], "nproc_per_node must be left out with --stream; got '2'"),
     ],
 )
 def test_what_one_process_must_do(words, message, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("pyprune.cli.prune.launched", lambda: 2)
+    monkeypatch.setattr("pyprune.cli.prune.launched", lambda: 3 if "--recover" in words else 2)
     result = CliRunner().invoke(app, ["prune", str(tiny_checkpoint), "--out", str(tmp_path / "out"), *words])
     assert result.exit_code == 2 and message in result.stderr

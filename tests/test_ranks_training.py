@@ -68,10 +68,26 @@ def test_weights_cut_over_processes_train_as_whole_ones(done):
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
+def test_the_trainer_prunes_weights_that_are_cut(done, tmp_path):
+    """FSDP2 by accelerate: one mask on all processes, one cut, and on from the Trainer's checkpoint to the bit."""
+    whole, resumed = (load_file(done / f"fsdp-trainer-{name}-0.safetensors") for name in ("whole", "cut"))
+    same(whole, cases.by_cut_trainer(-1, tmp_path))
+    for name in ("whole", "cut"):
+        other = load_file(done / f"fsdp-trainer-{name}-1.safetensors")
+        assert other and all(torch.equal(whole[key], keep) for key, keep in other.items())
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+    assert (done / "fsdp-trainer" / "checkpoint-4" / "pruning.safetensors").is_file()
+
+
 def test_what_cut_weights_cannot(done):
     first, second = (json.loads((done / f"refused-{rank}.json").read_text()) for rank in (0, 1))
     rule = "InputError: into must be a whole model of the same config where weights are cut (FSDP2); got None"
     assert first[0] == rule and second[0] == rule.replace("into", "rank 0: into", 1)
     assert "checkpoint must be left out where weights are cut over processes (FSDP2)" in first[1]
-    assert "Trainer must give every process the whole model (DistributedDataParallel)" in first[2]
+    assert first[2] == rule and second[2] == rule.replace("into", "rank 0: into", 1)  # before any step
     assert "method must be one without a criterion where weights are cut" in first[3]
+    rule = "Trainer must give every process the whole model (DistributedDataParallel), or cut it by FSDP2; got "
+    assert first[6] == second[6] and first[6].startswith(
+        "InputError: ranks must be given the same; they differ in config ("
+    )
+    assert f"{rule}'FSDP1'" in first[4] and f"{rule}'weights cut otherwise'" in first[5]

@@ -7,6 +7,10 @@ import json
 import runpy
 import shutil
 import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +20,17 @@ import torch
 from conftest import make_model
 from moe_cases import MIXTURES
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from pyprune import CheckpointError, InputError, UnsupportedModelError, prune, prune_checkpoint
+from pyprune.base.files import sha256_of
 from pyprune.base.ranks import Ranks
 from pyprune.cli.commands import app
 from pyprune.model import checkpoint, loading
-from pyprune.model.shard_writer import ShardWriter
+from pyprune.model.shard_writer import Planned, ShardWriter
+from pyprune.model.shards import WEIGHTS
 from pyprune.pruning.streaming.state import State, folder_of
 
 MAGNITUDE = {"method": "magnitude-l2-both", "repair": None}
@@ -198,6 +205,42 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert checkpoint.verify(out)["files"] == checkpoint.verify(tmp_path / "whole")["files"]
 
 
+def test_shards_are_hashed_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces may lie in memory that the next one overwrites; a write that fails leaves no thread at work in it."""
+    shape, room = (3, 1 << 18), torch.empty(1 << 18, dtype=torch.int64)
+    writer = ShardWriter(tmp_path, [Planned("a", torch.int64, shape), Planned("b", torch.int64, (5,))], 10**9)
+
+    def pieces() -> Iterator[Tensor]:
+        for i in range(shape[0]):
+            yield room.copy_(torch.arange(i, i + shape[1]))
+
+    writer.write("a", pieces())
+    writer.write("b", [torch.arange(5)])
+    writer.finish()
+    assert writer.hashes == {WEIGHTS: sha256_of(tmp_path / WEIGHTS)}
+    found = load_file(tmp_path / WEIGHTS)
+    assert torch.equal(found["a"][2], torch.arange(2, 2 + shape[1])) and torch.equal(found["b"], torch.arange(5))
+    working, busy = threading.Event(), threading.Event()
+
+    class Slow:
+        def update(self, raw: bytes) -> None:
+            busy.set()
+            time.sleep(0.2)
+            working.set()
+
+    class Full:
+        def write(self, rest: memoryview) -> int:
+            assert busy.wait(10)  # so both go on at once
+            raise OSError(errno.ENOSPC, "no space")
+
+    writer = ShardWriter(tmp_path, [Planned("a", torch.int64, shape)], 10**9)
+    monkeypatch.setattr(writer, "_stream", Full())
+    monkeypatch.setattr(writer, "_digest", Slow())
+    with pytest.raises(OSError, match="no space"):
+        writer.write("a", pieces())
+    assert working.is_set() and writer.done == 0
+
+
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
@@ -340,6 +383,18 @@ def test_a_shard_altered_after_pruning(source: Path, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match=f"{shard.name} was altered"):
         checkpoint.verify(tmp_path / "out")
+
+
+def test_a_shard_is_verified_in_small_pieces(tmp_path: Path) -> None:
+    source = dense(tmp_path / "large", vocab_size=100_000)
+    stream(source, tmp_path / "out", max_shard_size="1GB")
+    assert (tmp_path / "out" / WEIGHTS).stat().st_size > 20 << 20
+    tracemalloc.start()
+    try:
+        checkpoint.verify(tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_python_m_pyprune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ def done(tmp_path_factory):
     pyprune.prune(model, repair=None, mask=mask([96] * 3, WIDTHS))
     pyprune.save(model, out / "model")
     mask(WIDTHS, (40, 33, 20)).save(out / "mask.safetensors")
+    pyprune.save(make_model("llama", intermediate_size=1), out / "narrow")
     script = tensor_parallel_cases.__file__
     run = rank_cases.launched([script, *(str(out / name) for name in ("model", "mask.safetensors", "."))])
     assert run.returncode == 0, run.stderr[-4000:]
@@ -89,6 +90,7 @@ def test_a_sharded_model_saves_what_was_loaded(done):
             "InputError: model must have whole weights; where they are cut over processes, each calls model.save_",
         ),
         ("twice", "UnsupportedModelError: model.layers.0 is accelerated already"),
+        ("narrow", "model.layers.0.mlp must have a neuron for each of 2 ranks; got 1"),
         ("prune", "DTensor: load the model with plain tensors, whole in one process"),
     ],
 )

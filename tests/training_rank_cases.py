@@ -124,8 +124,11 @@ def refused(call: Any) -> str:
 def refusals() -> list[str]:
     """What is said of weights that are cut, where that does not do."""
     import test_training_loop as loop
+    import torch
     from conftest import make_model
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
     from transformers import TrainerState
 
     from pyprune.training import PruningCallback, TrainingPruner, train
@@ -135,10 +138,63 @@ def refusals() -> list[str]:
     optimizer, _ = loop.optimizer_of(model)
     found = [refused(lambda: pruner.finish(into=None))]
     found.append(refused(lambda: train(model, [], optimizer, pruner, steps=loop.STEPS, checkpoint="x")))
-    train_begin = PruningCallback(loop.config_of("movement")).on_train_begin
-    found.append(refused(lambda: train_begin(loop.arguments("x"), TrainerState(max_steps=8), None, model)))
     pruner.remove()
-    return [*found, refused(lambda: TrainingPruner(model, loop.config_of("smoothed")))]
+    train_begin = PruningCallback(loop.config_of("movement")).on_train_begin
+    arguments, state = loop.arguments("x"), TrainerState(max_steps=8)
+    found.append(refused(lambda: train_begin(arguments, state, None, model)))
+    found.append(refused(lambda: TrainingPruner(model, loop.config_of("smoothed"))))
+    flat = FullyShardedDataParallel(make_model("llama"), device_id=torch.device("cpu"))
+    found.append(refused(lambda: train_begin(arguments, state, None, flat)))
+    parallel = make_model("llama")
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(parallel.lm_head, mesh, ColwiseParallel())
+    found.append(refused(lambda: train_begin(arguments, state, None, parallel)))
+    other = loop.config_of("movement", keep=0.4 + torch.distributed.get_rank() / 10)
+    return [*found, refused(lambda: TrainingPruner(make_model("llama"), other))]
+
+
+def by_cut_trainer(rank: int, folder: Path, resume: bool = False) -> dict[str, Any]:
+    """The Trainer with the callback under FSDP2: after four steps a checkpoint, or on from there.
+
+    Accelerate cuts models on accelerators only. Where it has a GPU it sets what is set here; all else is its own.
+    """
+    import test_training_loop as loop
+    import torch
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from conftest import make_model
+    from transformers import Trainer
+
+    from pyprune.training import PruningCallback
+
+    class Cut(Trainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            state = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    wraps = {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "SHARDED_STATE_DICT",
+    }
+    several = {"fsdp": True, "fsdp_config": wraps} if rank >= 0 else {}
+    size = 2 if several else 4
+    into = make_model("llama", seed=5) if rank == 0 else None
+    callback = PruningCallback(loop.config_of("movement"), into=into)
+    arguments = loop.arguments(folder, per_device_train_batch_size=size, save_strategy="steps", save_steps=4, **several)
+    model = make_model("llama")
+    trainer = (Cut if several else Trainer)(
+        model, arguments, train_dataset=rows(), callbacks=[callback],
+        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 2e-3, "eps": 1e-4}),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4") if resume else None)
+    if several:
+        assert isinstance(trainer.model, torch.distributed.fsdp.FSDPModule)
+        assert all(hasattr(p, "placements") for p in trainer.model.parameters())
+    kept = {f"keep.{i}": k.neurons for i, k in enumerate(callback.mask.layers)}
+    return state_of(into or model, callback.mask) if rank <= 0 else kept
 
 
 def main(out: Path) -> None:
@@ -164,6 +220,9 @@ def main(out: Path) -> None:
         save_file(by_fsdp(rank, out / "cut", 0, method), out / f"fsdp-{method}-{rank}.safetensors")
     (out / f"refused-{rank}.json").write_text(json.dumps(refusals()))
     save_file(by_trainer(out / "trainer", 2), out / f"trainer-{rank}.safetensors")
+    for name in ("whole", "cut"):
+        found = by_cut_trainer(rank, out / "fsdp-trainer", name == "cut")
+        save_file(found, out / f"fsdp-trainer-{name}-{rank}.safetensors")
     dist.destroy_process_group()
 
 

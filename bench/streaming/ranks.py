@@ -1,7 +1,8 @@
 """Pruning by several processes against one: seconds of `prune`, and whether they give the same.
 
     python -m bench.streaming.ranks                     two processes of one thread each, on the CPU
-    python -m bench.streaming.ranks --processes 8 --device cuda
+    python -m bench.streaming.ranks --device cuda --hidden 4096 --intermediate 14336 --layers 4 --windows 128
+                                                        two GPUs over NCCL; refused at once where they are not there
 
 Every run is `torchrun` of so many processes, each of one thread, in turns, `--repeats` times each; the model has random
 weights and the text is random ids, since the time does not depend on what they say. The time is that of `prune` alone
@@ -19,62 +20,67 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyprune.base import machine
+from pyprune.base.errors import InputError
 from pyprune.base.files import new_file
+from pyprune.base.ranks import ALONE, check_devices, joining, launched, local_device
 from pyprune.pruning.prune import prune
 
 RESULTS = Path(__file__).parents[1] / "results" / "ranks.json"
-SHAPE = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 4096,
-    "max_position_embeddings": 512,
-}
+VOCABULARY, WINDOW = 4096, 512
 RUNS: dict[str, dict[str, Any]] = {
     "wanda + least squares": {"method": "wanda", "repair": "least-squares:target=0.5"},
     "obs + least squares": {"method": "obs", "repair": "least-squares:target=0.5"},
 }
 
 
-def worker(out: Path, name: str, layers: int, windows: int, device: str) -> None:
+def _shape(asked: argparse.Namespace) -> dict[str, int]:
+    heads = max(1, asked.hidden // 64)
+    return {
+        "hidden_size": asked.hidden,
+        "intermediate_size": asked.intermediate,
+        "num_hidden_layers": asked.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 3 if heads % 3 == 0 else heads,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": WINDOW,
+    }
+
+
+def worker(asked: argparse.Namespace) -> None:
     """One run in this rank; rank 0 writes the weights, and every rank its seconds."""
-    rank = int(os.environ["RANK"])
-    place = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(place)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=layers)).eval().to(place)
-    ids = torch.randint(SHAPE["vocab_size"], (windows, 512), generator=torch.Generator().manual_seed(0))
-    dist.barrier()
-    start, worked = time.perf_counter(), time.process_time()
-    report = prune(model, 0.8, text=ids, **RUNS[name])
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    facts = {"seconds": seconds, "cpu_seconds": time.process_time() - worked, "peak_bytes": report.peak_bytes}
-    (out / f"{rank}.json").write_text(json.dumps(facts))
-    if rank == 0:
-        masks = {f"mask.{i}": keep.neurons for i, keep in enumerate(report.mask.layers)}
-        save_file({**{n: p.cpu() for n, p in model.state_dict().items()}, **masks}, out / "model.safetensors")
-    dist.destroy_process_group()
+    place = local_device(asked.device)
+    with joining(place) if launched() > 1 else nullcontext(ALONE) as ranks:
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(LlamaConfig(**_shape(asked))).eval().to(place)
+        ids = torch.randint(VOCABULARY, (asked.windows, WINDOW), generator=torch.Generator().manual_seed(0))
+        ranks.gather(0)  # all are here
+        start, worked = time.perf_counter(), time.process_time()
+        report = prune(model, 0.8, text=ids, **RUNS[asked.case])
+        if asked.device == "cuda":
+            torch.cuda.synchronize()
+        facts = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - worked}
+        facts |= {"peak_bytes": report.peak_bytes, "device_peak_bytes": report.device_peak_bytes}
+        (asked.out / f"{ranks.rank}.json").write_text(json.dumps(facts))
+        if ranks.rank == 0:
+            masks = {f"mask.{i}": keep.neurons for i, keep in enumerate(report.mask.layers)}
+            save_file({**{n: p.cpu() for n, p in model.state_dict().items()}, **masks}, asked.out / "model.safetensors")
 
 
 def _run(out: Path, processes: int, name: str, asked: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words += ["-m", "bench.streaming.ranks", "--out", str(out), "--case", name]
-    words += ["--layers", str(asked.layers), "--windows", str(asked.windows), "--device", asked.device]
+    for option in ("device", "hidden", "intermediate", "layers", "windows"):
+        words += [f"--{option}", str(getattr(asked, option))]
     known = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     subprocess.run([sys.executable, *words], env=known, check=True)
     rows = [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]
@@ -91,24 +97,31 @@ def _difference(one: Path, several: Path) -> dict[str, Any]:
     return {"same_neurons": same, "largest_difference": largest}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--intermediate", type=int, default=1536)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens")
+    parser.add_argument("--only", choices=list(RUNS), action="append", help="default: all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--case", choices=list(RUNS), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     if asked.case:
-        worker(asked.out, asked.case, asked.layers, asked.windows, asked.device)
+        worker(asked)
         return
-    sizes = {**SHAPE, "num_hidden_layers": asked.layers, "tokens": 512 * asked.windows}
+    try:
+        check_devices(asked.device, asked.processes)
+    except InputError as error:
+        parser.error(str(error))
+    sizes = {**_shape(asked), "tokens": WINDOW * asked.windows}
     result: dict[str, Any] = {"machine": machine.facts(), "shape": sizes, "device": asked.device, "runs": {}}
     result["processes"] = asked.processes
-    for name in RUNS:
+    for name in asked.only or RUNS:
         with tempfile.TemporaryDirectory() as folder:
             one, several = Path(folder) / "one", Path(folder) / "several"
             row: dict[str, Any] = {"one": [], "several": []}

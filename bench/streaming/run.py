@@ -147,6 +147,7 @@ def measure(folder: Path, limit: int, names: list[str], compare: bool, spill: Pa
     for name in names:
         row = _run(folder, made, name, limit, spill)
         written = sum(path.stat().st_size for path in _files(made))
+        row |= {"machine": found["machine"], "copy": found["copy"]}  # a later call may measure other runs
         row |= {"bytes_written": written, "bytes_per_second": (held + written) / row["seconds"]}
         row["share_of_copy"] = row["bytes_per_second"] / found["copy"]["bytes_per_second"]
         checkpoint.verify(made)

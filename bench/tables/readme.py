@@ -270,6 +270,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "mixture": _elsewhere("bench.tables.families", "mixture_table"),
     "moe": _elsewhere("bench.tables.moe", "moe_table"),
     "nested": _elsewhere("bench.tables.nested", "nested_table"),
+    "ranks": _elsewhere("bench.tables.scale", "ranks_table"),
     "rates": _elsewhere("bench.tables.scale", "rates_table"),
     "repairs": _elsewhere("bench.tables.methods", "repairs_table"),
     "recover": _elsewhere("bench.tables.quality", "recover_table"),

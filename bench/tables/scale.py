@@ -10,9 +10,10 @@ from bench.tables.readme import markdown, provenance
 
 def streaming_table(result: dict[str, Any]) -> list[str]:
     """A line for each checkpoint and criterion, with where the numbers are from."""
-    rows, sources = [], []
+    rows: list[list[str]] = []
+    sources: dict[str, None] = {}
     for name, found in result.items():
-        shape, copy = found["shape"], found["copy"]
+        shape = found["shape"]
         sides = f"{shape['num_hidden_layers']} layers, D {shape['hidden_size']}, F {shape['intermediate_size']}"
         for criterion, run in found["runs"].items():
             equal = {True: "yes", False: "NO", None: "not compared"}[run.get("equal_to_the_bit")]
@@ -23,15 +24,17 @@ def streaming_table(result: dict[str, Any]) -> list[str]:
                     f"{found['limit_bytes'] / 1e9:g} GB",
                     f"{run['peak_rss_bytes'] / 1e9:.2f} GB",
                     f"{run['in_memory']['peak_rss_bytes'] / 1e9:.2f} GB" if "in_memory" in run else "-",
-                    f"{run['seconds']:.0f} s",
+                    _long(run["seconds"]),
                     f"{run['bytes_per_second'] / 1e6:.0f} MB/s",
                     f"{run['share_of_copy']:.0%}",
                     equal,
                 ]
             )
-        load = found["machine"]["load"]
-        copied = f"a copy {copy['bytes_per_second'] / 1e6:.0f} MB/s read and written; load before {load:g}"
-        sources.append(f"{name}: {copied}. {provenance(found)}")
+            # Runs of one checkpoint may be of different days; what is said of all is said once.
+            own = {"machine": found["machine"], "copy": found["copy"], **run}
+            copied = f"a copy {own['copy']['bytes_per_second'] / 1e6:.0f} MB/s read and written"
+            line = f"{copied}; load before {own['machine']['load']:g}. {provenance(own)}"
+            sources.setdefault(f"{name}: {line}", None)
     header = ("checkpoint", "criterion", ">limit of addresses", ">peak", ">in memory", ">time", ">rate", ">of a copy's")
     return [*markdown((*header, "equal to the bit"), rows), "", *(line for s in sources for line in (s, ""))][:-1]
 
@@ -64,12 +67,52 @@ def streamed_table(result: dict[str, Any]) -> list[str]:
 
 
 def killed_table(result: dict[str, Any]) -> list[str]:
-    """What became of the kills, in one line."""
+    """What became of the kills, in one line, and the log."""
+    log = [
+        [str(number), f"{row['after_seconds']:.1f} s", str(row["layers_before"]), str(row["layers_done"])]
+        for number, row in enumerate(result["log"], 1)
+    ]
     kept = sum(row["layers_done"] > 0 for row in result["log"])
     return [
         f"{result['kills']} kills of runs over {result['layers']} layers, {kept} of them with layers done already; "
-        f"{result['runs_that_ended_and_were_equal']} runs ended, each equal to the bit. {provenance(result)}"
+        f"{result['runs_that_ended_and_were_equal']} runs ended, each equal to the bit. {provenance(result)}",
+        "",
+        *markdown((">kill", ">after", ">layers done by earlier runs", ">and when it was killed"), log),
     ]
+
+
+def ranks_table(result: dict[str, Any]) -> list[str]:
+    """Several processes against one: a line for each device, number of processes and criterion."""
+    rows, sources = [], []
+    for found in result.values():
+        for criterion, run in found["runs"].items():
+            one, several = (min(run[key], key=lambda row: row["seconds"]) for key in ("one", "several"))
+            rows.append(
+                [
+                    f"{found['processes']}, {found['device']}",
+                    criterion,
+                    f"{one['seconds']:.1f} s",
+                    f"{several['seconds']:.1f} s",
+                    f"{run['speedup_seconds']:.2f}x",
+                    f"{run['speedup_cpu_seconds']:.2f}x",
+                    f"{one['peak_bytes'] / 1e6:.0f} MB",
+                    f"{several['peak_bytes'] / 1e6:.0f} MB",
+                    "the same" if run["same_neurons"] else "OTHERS",
+                    f"{run['largest_difference']:.1g}",
+                ]
+            )
+        shape = found["shape"]
+        sides = f"{shape['num_hidden_layers']} layers, D {shape['hidden_size']}, F {shape['intermediate_size']}"
+        sources.append(
+            f"{sides}, {shape['tokens']:,} tokens; load before {found['machine']['load']:g}. {provenance(found)}"
+        )
+    header = ("processes", "criterion", ">time of one", ">of several", ">faster", ">by processor time", ">peak of one")
+    header += (">of each of several", "neurons", ">largest difference of a weight")
+    return [*markdown(header, rows), "", *(line for s in dict.fromkeys(sources) for line in (s, ""))][:-1]
+
+
+def _long(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 
 def _time(seconds: float) -> str:

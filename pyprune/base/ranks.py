@@ -147,6 +147,10 @@ class Ranks:
             raise kind(f"rank {rank}: {message}")
         raise PypruneError(f"rank {rank}: {name}: {message}")
 
+    def share(self, items: Tensor) -> Tensor:
+        """This rank's part of the rows of a tensor, which follow each other; parts differ by one row at most."""
+        return items.tensor_split(self.size)[self.rank]
+
     # What ranks exchange.
 
     @torch.no_grad()
@@ -260,23 +264,33 @@ def launched() -> int:
     return _number("WORLD_SIZE", "1") or 1
 
 
+def check_devices(device: str, processes: int) -> None:
+    """Raise `InputError` unless so many processes of one group can each have such a device on this machine.
+
+    That is: a device with a number, fewer GPUs than processes, or torch without NCCL or gloo.
+    """
+    check(dist.is_available() and dist.is_gloo_available(), "torch", "have torch.distributed with gloo", "one without")
+    if not device.startswith("cuda"):
+        return
+    check(device == "cuda", "device", "be cuda, for every process takes the GPU of its number, or cpu", device)
+    count, rule = (
+        torch.cuda.device_count(),
+        f"be cpu where {processes} processes do not have a GPU each on this machine",
+    )
+    check(count >= processes, "device", rule, f"cuda, of which there are {count}")
+    check(dist.is_nccl_available(), "device", "be cpu where torch has no NCCL", "cuda")
+
+
 def local_device(device: str) -> str:
     """The device of this process among those that a launcher started: `cpu`, or `cuda` with a number of its own.
 
     Raises:
-        InputError: a device with a number, fewer GPUs than processes on this machine, or torch without NCCL or gloo.
+        InputError: as `check_devices`.
     """
     if launched() == 1:
         return device
-    check(dist.is_available() and dist.is_gloo_available(), "torch", "have torch.distributed with gloo", "one without")
-    if not device.startswith("cuda"):
-        return device
-    count, needed = torch.cuda.device_count(), _number("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-    check(device == "cuda", "device", "be cuda, for every process takes the GPU of its number, or cpu", device)
-    rule = f"be cpu where {needed} processes do not have a GPU each on this machine"
-    check(count >= needed, "device", rule, f"cuda, of which there are {count}")
-    check(dist.is_nccl_available(), "device", "be cpu where torch has no NCCL", "cuda")
-    return f"cuda:{_number('LOCAL_RANK')}"
+    check_devices(device, _number("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    return device if device == "cpu" else f"cuda:{_number('LOCAL_RANK')}"
 
 
 @contextmanager

@@ -263,7 +263,10 @@ def prune(
     loaded_mask = Mask.load(mask) if mask else None
     against: dict[str, Any] = {"recover": minutes, "nested": nested_widths, "dry_run": dry_run, "out": to_file and out}
     processes = launched() > 1 and launched()
-    check(not processes or not (nested_widths or teaching), "WORLD_SIZE", "be 1 with --nested or --recover", processes)
+    check(not processes or not nested_widths, "WORLD_SIZE", "be 1 with --nested", processes)
+    if teaching is not None:
+        most = f"be at most {teaching.batch} with --recover, which takes so many windows a step"
+        check(processes <= teaching.batch, "WORLD_SIZE", most, processes)
     against |= {"nproc_per_node": processes}
     against |= {"dtype": dtype != "auto" and dtype}
     place = choose_device(device)
@@ -283,10 +286,14 @@ def prune(
     if needed:
         with Bars() as bars:
             size = {"tokens": tokens, "window": window, "start": start_token, "seed": seed}
-            windows = shared(Ranks.joined(), lambda: mix(sources, loaded, tokenizer, **size, progress=bars))
+            ranks = Ranks.joined()
+            windows = shared(ranks, lambda: mix(sources, loaded, tokenizer, **size, progress=bars))
             if teaching is not None:
                 size["seed"] = unread(seed)
-                taught_text = windows if text else mix(lessons(tokenizer), loaded, tokenizer, **size, progress=bars)
+                taught_text = windows
+                if not text:
+                    own = lessons(tokenizer)
+                    taught_text = shared(ranks, lambda: mix(own, loaded, tokenizer, **size, progress=bars))
     text_name = None if windows is None else windows.name
     if tokenizer is None and not dry_run and not to_file:
         tokenizer = tokenizer_to_save(model)

@@ -13,9 +13,11 @@ from rich.markup import escape
 from ..base import machine
 from ..base.errors import InputError, RecoverError, check
 from ..base.files import new_file
+from ..base.ranks import Ranks, leads
 from ..evaluation import perplexity
 from ..model import checkpoint, loading
 from ..pruning.mixture import lessons, mix, unread
+from ..pruning.text import shared
 from ..training.distillation import DistillationConfig
 from ..training.recovery import DECAYS, MODES, ONLY_TEACHER, PRECISIONS, TRAINED, RecoverConfig, RecoverReport, split
 from ..training.recovery import recover as recover_model
@@ -35,6 +37,7 @@ from .options import (
     text_windows,
 )
 from .screen import Bars, show, table, verb
+from .together import together
 
 # As long as the documents that a model writes, so that few of them are cut in two. The tokens are seen about twice.
 WINDOW = 512
@@ -109,6 +112,7 @@ def _worse(names: list[str]) -> str:
 
 
 @verb
+@together
 def recover(
     model: Annotated[str, typer.Argument(help=f"The pruned model. {MODEL_HELP}", metavar="MODEL", show_default=False)],
     teacher: Annotated[
@@ -199,6 +203,8 @@ def recover(
         seed=seed,
         distillation=DistillationConfig(temperature, kl_weight, ce_weight, hidden_weight),
     )
+    ranks = Ranks.joined()
+    ranks.check_enough(batch, "batch", "a window")
     if out is None and not dry_run:
         raise InputError("out must be given, unless with --dry-run; got None")
     if out is not None:
@@ -214,10 +220,12 @@ def recover(
     second, second_name = text_windows(tokenizer, also, "second", also_tokens, window, start_token)
     dense = loading.load_model(teacher, "auto", place)
     with Bars() as bars:
-        windows = mix(sources, dense, tokenizer, tokens, window, start=start_token, seed=unread(seed), progress=bars)
+        more: dict[str, Any] = {"start": start_token, "seed": unread(seed), "progress": bars}
+        windows = shared(ranks, lambda: mix(sources, dense, tokenizer, tokens, window, **more))
+        assert windows is not None
         split(windows, None, config)  # before anything else is done
         student = loading.load_model(model, "auto", place)
-        other = {"before": perplexity(student, second, bars).perplexity}
+        other = {"before": perplexity(student, second, bars).perplexity} if leads() else {}
         report = recover_model(
             student,
             dense,
@@ -229,6 +237,8 @@ def recover(
         )
         if report.held_out and report.best == 0:
             raise none_better(report)
+        if not leads():
+            return
         for when, loaded in (("after", student), ("teacher", dense)):
             other[when] = perplexity(loaded, second, bars).perplexity
     found = {**_held_out(report), second_name: other}

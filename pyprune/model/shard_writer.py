@@ -9,6 +9,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,8 @@ from ..base.errors import CheckpointError
 from .shards import CHUNK, DTYPES, INDEX, WEIGHTS, raw_bytes
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Bytes from which a thread of its own is worth while to hash them.
+_LARGE = 1 << 18
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -111,6 +114,7 @@ class ShardWriter:
         self.done, self.hashes = done, dict(hashes or {})
         self._stream: BinaryIO | None = None
         self._digest = hashlib.sha256()
+        self._hashing = ThreadPoolExecutor(1, "hashing a shard")
         for file in self.hashes:
             if not (folder / file).is_file():
                 raise CheckpointError(f"{folder / file} was written and is gone: remove {folder.parent} to start anew")
@@ -162,12 +166,18 @@ class ShardWriter:
         self._stream.truncate(end)
 
     def _all(self, raw: bytes | memoryview) -> None:
-        """Write all of `raw`: a file without a buffer may take less."""
+        """Write all of `raw`, and hash it meanwhile: afterwards the caller may use its memory again."""
         assert self._stream is not None
-        rest = memoryview(raw)
-        while len(rest):
-            rest = rest[self._stream.write(rest) :]
-        self._digest.update(raw)
+        job = self._hashing.submit(self._digest.update, raw) if len(raw) >= _LARGE else None
+        try:
+            rest = memoryview(raw)
+            while len(rest):
+                rest = rest[self._stream.write(rest) :]  # a file without a buffer may take less
+        finally:
+            if job is not None:
+                job.result()
+        if job is None:
+            self._digest.update(raw)
 
     def flush(self) -> None:
         """Let what was written be on the disk."""
@@ -176,6 +186,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close the file under way, wherever it is."""
+        self._hashing.shutdown()
         if self._stream is not None:
             self._stream.close()
             self._stream = None

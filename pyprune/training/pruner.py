@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,8 +252,7 @@ class TrainingPruner:
         """
         self._alive()
         given = model_provenance.check_json(provenance)
-        with self._ranks.working():
-            self._check_into(into)
+        self.check_into(into)
         schedule = self.config.schedule
         if self.done <= schedule.end:  # the last step did not train with final masks
             self._set_masks(final=True)
@@ -294,6 +294,11 @@ class TrainingPruner:
         surgery.set_widths(model, block, [len(k) for k in keeps])
         model_provenance.write(model, self._fingerprint, facts)
         return cuts
+
+    def check_into(self, into: nn.Module | None) -> None:
+        """Raise `InputError`, on every process, unless `finish` can use `into`."""
+        with self._ranks.working():
+            self._check_into(into)
 
     def _check_into(self, into: nn.Module | None) -> None:
         if not self._sharded:
@@ -379,18 +384,22 @@ class TrainingPruner:
 
         Of processes that train together the first writes; where weights are cut over them, all must call this.
         """
-        state = self.state_dict()
         path = Path(folder) / FILE
-        if self._ranks.rank == 0:
-            persist.write(path, _FORMAT, state["tensors"], state["facts"])
+        with self._ranks.working() if self._sharded else nullcontext():
+            state = self.state_dict()
+            if self._ranks.rank == 0:
+                persist.write(path, _FORMAT, state["tensors"], state["facts"])
         return path
 
     def load(self, folder: str | Path) -> None:
-        """Go on from what `save` wrote into `folder`.
+        """Go on from what `save` wrote into `folder`; of several processes the first reads it.
 
         Raises:
             InputError: no such file, or as `load_state_dict`.
             CheckpointError: a damaged file.
         """
-        tensors, facts = persist.read(Path(folder) / FILE, _FORMAT)
-        self.load_state_dict({"tensors": tensors, "facts": facts})
+        with self._ranks.working():
+            made = self._ranks.first(
+                lambda: persist.read(Path(folder) / FILE, _FORMAT), lambda made: made, lambda *made: made
+            )
+            self.load_state_dict({"tensors": made[0], "facts": made[1]})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...base.machine import products
+from ...base.ranks import ALONE, Ranks
 from ...model.probe import evaluating
 from ...pruning.mixture import Windows
 from ..distillation import (
@@ -30,20 +31,27 @@ _ONLY_TEXT = DistillationConfig(kl_weight=0.0, ce_weight=1.0)
 
 
 class Lesson:
-    """Student, teacher and text: the loss of a batch, and of the held-out windows."""
+    """Student, teacher and text: the loss of a batch, and of the held-out windows, which `ranks` share out."""
 
     def __init__(
-        self, student: Any, teacher: Any, windows: Tensor, held_out: Windows | None, config: RecoverConfig
+        self,
+        student: Any,
+        teacher: Any,
+        windows: Tensor,
+        held_out: Windows | None,
+        config: RecoverConfig,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.student, self.teacher, self.windows, self.held_out = student, teacher, windows, held_out
-        self.config = config
+        self.config, self.ranks = config, ranks
         self.device = next(student.parameters()).device
         self.dtype = products(config.precision, self.device)
         self.teacher_seconds = self.held_out_seconds = 0.0
         heads = plain_head(student), plain_head(teacher)
         fits = None not in heads and not config.distillation.hidden_weight
         self._heads = heads if fits else None
-        self._groups = order(len(windows), 0, config.seed).split(config.batch)
+        batches = order(len(windows), 0, config.seed).split(config.batch)
+        self._groups = [part for rows in batches for part in rows.tensor_split(ranks.size) if len(part)]
         self._group_of = {int(row): n for n, group in enumerate(self._groups) for row in group}
         self._kept: dict[int, Tensor] = {}
         # In bfloat16 a copy of the teacher is no smaller than what the weights would be cast to at every step.
@@ -106,18 +114,21 @@ class Lesson:
 
     @torch.no_grad()
     def measure(self, model: Any) -> list[float]:
-        """Nats a token of student or teacher on the held-out windows of each source."""
+        """Nats a token of student or teacher on the held-out windows of each source; the same bits on every rank."""
         assert self.held_out is not None
         started = time.perf_counter()
         with evaluating(model):
-            found = [self._nats(model, of_source(self.held_out, i)) for i in range(len(self.held_out.names))]
+            texts = [of_source(self.held_out, i) for i in range(len(self.held_out.names))]
+            sums = torch.tensor([self._nats(model, self.ranks.share(ids)) for ids in texts], dtype=torch.float64)
+            self.ranks.add(sums)
         self.held_out_seconds += time.perf_counter() - started
-        return found
+        return [total / len(ids) for total, ids in zip(sums.tolist(), texts, strict=True)]
 
     def _nats(self, model: Any, windows: Tensor) -> float:
+        """Nats a token of every window, added up."""
         total = 0.0
         head = None if self._heads is None else self._heads[model is self.teacher]
-        for ids in windows.split(self.config.batch):
+        for ids in windows.split(self.config.batch) if len(windows) else ():  # a rank may have none
             labels = shifted(ids).to(self.device)
             if head is not None:
                 states = self._base(model, ids)
@@ -125,4 +136,4 @@ class Lesson:
             else:
                 loss = distillation_loss(self._full(model, ids, False)[0], None, labels, _ONLY_TEXT)
             total += loss.ce * len(ids)
-        return total / len(windows)
+        return total

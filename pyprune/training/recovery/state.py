@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...base.errors import CheckpointError, InputError, check
 from ...pruning.mixture import Windows
@@ -33,8 +35,17 @@ def digest(*texts: Windows | None) -> str:
     return found.hexdigest()
 
 
+def check_folder(folder: str | Path | None) -> None:
+    """Raise `InputError` unless a state can be kept in `folder`."""
+    if folder is not None:
+        here = Path(folder).absolute()
+        above = next(path for path in (here, *here.parents) if path.exists())
+        able = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+        check(able, "folder", "be one for the state that can be made and written", str(folder))
+
+
 class State:
-    """A run's file in `folder`, if there is one.
+    """A run's file in `folder`, if there is one; of several processes the first reads and writes it.
 
     Args:
         run: what is written and read.
@@ -52,9 +63,9 @@ class State:
 
     def save(self) -> None:
         """Write everything that another call needs to go on from here."""
-        if self._file is None:
-            return
         run = self.run
+        if self._file is None or run.lesson.ranks.rank > 0:
+            return
         tensors = {f"weight.{n}": p for n, p in run.named.items()}
         tensors |= {f"best.{n}": t for n, t in (run.best or {}).items()}
         for name, parameter in run.named.items():
@@ -68,6 +79,10 @@ class State:
         facts = {**self._facts(), **curves, **numbers, **taught, "seconds": seconds}
         persist.write(self._file, _FORMAT, tensors, facts)
 
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """What is in the file; no facts where there is none."""
+        return ({}, None) if self._file is None or not self._file.is_file() else persist.read(self._file, _FORMAT)
+
     @torch.no_grad()
     def load(self) -> bool:
         """Go on from the state in the folder, if there is one.
@@ -76,10 +91,10 @@ class State:
             InputError: it is of another configuration, text or model.
             CheckpointError: it is damaged.
         """
-        if self._file is None or not self._file.is_file():
-            return False
         run = self.run
-        tensors, facts = persist.read(self._file, _FORMAT)
+        tensors, facts = run.lesson.ranks.first(self._read, lambda made: made, lambda *made: made)
+        if facts is None:
+            return False
         try:
             self._check_same(facts)
             for name, parameter in run.named.items():

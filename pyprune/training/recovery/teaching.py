@@ -13,19 +13,21 @@ from torch import Tensor, nn
 from ...base.errors import check
 from ...base.memory import PeakMemory
 from ...base.progress import Progress, quiet
+from ...base.ranks import Ranks
 from ...model import families
 from ...model import provenance as model_provenance
 from ...model.attention import in_blocks
 from ...model.probe import evaluating
-from ...model.weights import check_plain, check_there, leave_inference
+from ...model.weights import check_plain, check_there, checksum, leave_inference
 from ...pruning.mixture import Windows
+from ...pruning.text import describe
 from ..adapters import Adapters, check_peft, projections
 from ..distillation import check_pair
 from .config import RecoverConfig, RecoverReport
 from .lesson import Lesson
 from .run import Run
 from .sources import UNNAMED, as_windows, split
-from .state import State, digest
+from .state import State, check_folder, digest
 
 
 def _freeze(student: nn.Module, config: RecoverConfig) -> None:
@@ -78,6 +80,7 @@ def recover(
     progress: Progress = quiet,
     folder: str | Path | None = None,
     provenance: dict[str, Any] | None = None,
+    together: bool = True,
 ) -> RecoverReport:
     """Train a pruned model for a while, in place, taught by the dense one.
 
@@ -92,17 +95,41 @@ def recover(
         folder: where the state to resume from is written. A later call with the same model as it was at first, the same
             text and configuration goes on from it, without a budget of minutes bit for bit.
         provenance: facts about the run (teacher, text, versions) that go into the checkpoint.
+        together: in an initialised `torch.distributed` group of several processes every one makes this call with the
+            same models and arguments: each takes its share of a step's windows and of the held-out ones, gradients are
+            averaged, and all get the same weights (see docs/scale.md). The first one reads and writes the state. False:
+            this process works by itself.
 
     Raises:
         InputError: a value breaks its rule; text or a source of it too short; a teacher with another vocabulary; a
-            state of another configuration, text or model; a loss that is not finite (the student has the best weights
-            so far then).
+            state of another configuration, text or model; processes that work together have other models or arguments,
+            or are more than a step's windows; a loss that is not finite (the student has the best weights so far
+            then).
         CheckpointError: a damaged state.
         UnsupportedModelError: weights of the student that are quantised, offloaded or not loaded.
     """
-    config = config or RecoverConfig()
+    ranks = Ranks.joined(together)
+    with ranks.working():
+        config = config or RecoverConfig()
+        return _recover(student, teacher, windows, config, held_out, progress, folder, provenance, ranks)
+
+
+def _recover(
+    student: nn.Module,
+    teacher: nn.Module,
+    windows: Tensor | Windows,
+    config: RecoverConfig,
+    held_out: Tensor | Windows | None,
+    progress: Progress,
+    folder: str | Path | None,
+    provenance: dict[str, Any] | None,
+    ranks: Ranks,
+) -> RecoverReport:
+    ranks.check_enough(config.batch, "batch", "a window")
     if config.mode == "lora":
         check_peft()
+    if ranks.rank == 0:
+        check_folder(folder)
     list_name, layers = families.decoder_layers(student)
     check_there(student)
     check_plain(student, layers, list_name)
@@ -115,6 +142,21 @@ def recover(
     training, held = split(text, held, config)
     devices = [next(m.parameters()).device for m in (student, teacher)]
     check(devices[0] == devices[1], "teacher", f"be on the student's device ({devices[0]})", devices[1])
+    if ranks.several:
+        loss = config.to_json()
+        ranks.check_same(
+            {
+                "checkpoint": checksum(student),
+                "teacher": checksum(teacher),
+                "device": devices[0].type,
+                "torch": torch.__version__,
+                **loss.pop("distillation"),
+                **loss,
+                "text": describe(training),
+                "held-out text": describe(held),
+                "folder": None if folder is None else "given",
+            }
+        )
     report = RecoverReport(config, windows=len(training.ids), window=training.ids.shape[1])
     report.sources = [] if training.names == UNNAMED else training.facts()
     report.held_out_windows = 0 if held is None else len(held.ids)
@@ -125,7 +167,7 @@ def recover(
         _trainable(student, config),
         in_blocks(student, teacher),
     ):
-        lesson = Lesson(student, teacher, training.ids, held, config)
+        lesson = Lesson(student, teacher, training.ids, held, config, ranks)
         report.precision = str(lesson.dtype).removeprefix("torch.")
         run = Run(lesson, report)
         state = State(run, None if folder is None else Path(folder), digest(training, held))
