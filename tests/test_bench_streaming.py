@@ -49,7 +49,7 @@ def test_the_figures_on_paper() -> None:
     assert small.written == pytest.approx(2 * (small.weights - 0.2 * 2 * 600) + 2 * 2 * 2 * 100 * 10)
     assert small.forward == 3 * 2 * 100 * 2 * 650
     assert small.moments == 2 * 100 * 2 * 20 * 30
-    assert small.fit == pytest.approx(2 * (2 * 16 * 20 * 10 + 16**3 / 3 + 2 * 16 * 16 * 10 + 6 * 20 * 20 * 10))
+    assert small.fit == pytest.approx(2 * (2 * 20 * 20 * 10 + 16**3 / 3 + 2 * 16 * 16 * 10 + 2 * 4 * 4 * 10))
     assert small.reduced == 8 * 2 * 20 * 30
     place = paper.Machine("one", disk=10, low=100, single=1000, double=10_000, network=1e5)
     assert place.seconds(small)["forwards"] == small.forward / 100

@@ -75,9 +75,9 @@ class Model:
 
     @property
     def fit(self) -> float:
-        """Products and sums in float64: right side, Cholesky, its solution, and three errors over all neurons."""
+        """Products and sums in float64: products with the old rows, Cholesky, its solution, the error of the cut."""
         f, d, k = self.width, self.hidden, KEEP * self.width
-        one = 2 * k * f * d + k**3 / 3 + 2 * k * k * d + 3 * 2 * f * f * d
+        one = 2 * f * f * d + k**3 / 3 + 2 * k * k * d + 2 * (f - k) ** 2 * d
         return one * self.layers * self.experts
 
     @property
@@ -85,7 +85,7 @@ class Model:
         """Bytes at the peak: two layers, both moments of all experts, what a fit makes of them, hidden states twice."""
         f, d, k = self.width, self.hidden, KEEP * self.width
         layer = WEIGHT * (self.attention + self.experts * self.ffn)
-        fit = 8 * (self.experts * f * (f + d) + max(k * f + k * k + f * d + 2 * k * d, 4 * f * d + k * d))
+        fit = 8 * (self.experts * f * (f + d) + f * d + k * max(2 * k + 3 * d, 5 * d))
         return 0.5e9 + 2 * layer + fit + 2 * WEIGHT * self.tokens * self.hidden
 
     @property
