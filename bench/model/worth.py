@@ -82,9 +82,8 @@ class Result:
 
     def write(self) -> None:
         """All rows, by checkpoint, engine and format."""
-        places = {name: i for i, name in enumerate((*CHECKPOINTS, *FORMATS, *FORMATS[OURS], *FORMATS[LLAMA]))}
-        names = ("checkpoint", "engine", "weights")
-        self.facts["rows"].sort(key=lambda row: [places[row[name]] for name in names])
+        order = [(c, engine, kind) for c in CHECKPOINTS for engine, kinds in FORMATS.items() for kind in kinds]
+        self.facts["rows"].sort(key=lambda row: order.index((row["checkpoint"], row["engine"], row["weights"])))
         self.facts["machine"] = machine.facts()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(self.path) as temporary:
