@@ -199,5 +199,5 @@ def test_table_and_figure(bench: Any, tmp_path: Path) -> None:
     tables.main(tmp_path / "worth.json", tmp_path / "worth.svg")
     drawn = (tmp_path / "worth.svg").read_text()
     assert drawn.startswith("<?xml") and "llama.cpp" in drawn and "q8_0" in drawn
-    with pytest.raises(InputError, match="result must hold the dense model in bf16"):
+    with pytest.raises(InputError, match="result must hold dense in bf16 by pyprune"):
         tables.worth_table({**result, "rows": rows[1:]})

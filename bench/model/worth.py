@@ -15,8 +15,10 @@ Each latency stands beside one of the dense model in bfloat16, measured in turn 
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +28,7 @@ import typer
 from torch import Tensor
 
 from bench import by_line
-from bench.engines import speed as engines
-from bench.engines.places import ask_llama
+from bench.engines.places import LLAMA_BIN, ask_llama
 from bench.model.worth_files import CHECKPOINTS, DENSE, FORMATS, LLAMA, OURS, Files, gguf_sizes, sizes
 from pyprune.base import machine
 from pyprune.base.clock import interleave, quantiles
@@ -39,7 +40,7 @@ from pyprune.model.loading import DEMO, load_tokenizer
 from pyprune.speed.timing import Decode
 
 RESULT = Path(__file__).parents[1] / "results" / "worth.json"
-PROMPT, STEPS, ROUNDS = 32, 32, 5
+PROMPT, STEPS, ROUNDS, LLAMA_ROUNDS = 32, 32, 5, 3
 
 Row = dict[str, Any]
 Losses = dict[str, list[float]]
@@ -74,11 +75,11 @@ class Result:
     def row(self, key: tuple[str, str, str]) -> Row:
         """A row, made where it is not there yet."""
         names = dict(zip(("checkpoint", "engine", "weights"), key, strict=True))
-        for row in self.facts["rows"]:
-            if row.items() >= names.items():
-                return row  # type: ignore[no-any-return]
-        self.facts["rows"].append(names)
-        return names
+        rows: list[Row] = self.facts["rows"]
+        found = next((row for row in rows if row.items() >= names.items()), None)
+        if found is None:
+            rows.append(found := names)
+        return found
 
     def write(self) -> None:
         """All rows, by checkpoint, engine and format."""
@@ -114,6 +115,13 @@ def quality(files: Files, key: tuple[str, str, str], windows: Mapping[str, Tenso
     return {**size, "made": files.made(label), "losses": losses, "judged": where()}
 
 
+def llama_bench(file: Path) -> list[float]:
+    """Seconds a token of llama.cpp's own bench, of runs of `STEPS` tokens."""
+    command = [LLAMA_BIN / "llama-bench", "-m", file, "-t", torch.get_num_threads(), "-p", 0, "-n", STEPS, "-r", 3]
+    done = subprocess.run([*map(str, command), "-o", "json"], check=True, capture_output=True, text=True)
+    return [1 / rate for one in json.loads(done.stdout) for rate in one["samples_ts"]]
+
+
 class Clock:
     """Times rows, each in turn with the dense model in bfloat16 in the same engine."""
 
@@ -137,12 +145,9 @@ class Clock:
         return {name: [1e3 * s for s in found] for name, found in interleave(jobs, ROUNDS).items()}
 
     def _llama(self, label: str, kind: str) -> dict[str, list[float]]:
-        found = {}
-        for name, (one, of) in {"dense": (DENSE, "bf16"), "row": (label, kind)}.items():
-            folder = self.files.gguf(one, of).parent
-            rows = engines.llama(folder, one, of)
-            found[name] = [1e3 / rate for row in rows if row["what"] == "decode" for rate in row["samples"]]
-        return found
+        files = {"dense": self.files.gguf(DENSE, "bf16"), "row": self.files.gguf(label, kind)}
+        jobs = {name: partial(llama_bench, file) for name, file in files.items()}
+        return {name: [1e3 * s for s in found] for name, found in interleave(jobs, LLAMA_ROUNDS).items()}
 
 
 def busy(most: float) -> bool:

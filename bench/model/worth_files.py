@@ -144,11 +144,10 @@ def own_base(model: nn.Module, dense: Path, out: Path) -> None:
         tensor.data.flush()
 
 
-def sizes(model: nn.Module) -> dict[str, int]:
+def sizes(model: Any) -> dict[str, int]:
     """Bytes of an accelerated model's weights, of its FFNs', and those that a decode step of one token reads."""
     every = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    table: Any = model.get_input_embeddings()  # type: ignore[operator]
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = head is not None and head.weight is not table.weight
     unread = table.weight.nbytes - table.weight[0].nbytes if apart else 0
     return {"bytes": every, "ffn_bytes": sum(unit.bytes for unit in ffn_units(model)), "read_bytes": every - unread}

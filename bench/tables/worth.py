@@ -56,11 +56,11 @@ def judged(result: Row) -> list[Row]:
     """
     rows = [row for row in result["rows"] if "losses" in row]
     names = ("checkpoint", "engine", "weights")
-    dense = next((row for row in rows if [row[n] for n in names] == ["dense", "pyprune", "bf16"]), None)
-    check(dense is not None, "result", "hold the dense model in bf16 by pyprune, which the others are held against", 0)
+    dense = [row for row in rows if [row[n] for n in names] == ["dense", "pyprune", "bf16"]]
+    check(bool(dense), "result", "hold dense in bf16 by pyprune, with which the others are compared", len(rows))
     found = []
     for row in rows:
-        ratio, interval = over_dense(row, dense)  # type: ignore[arg-type]
+        ratio, interval = over_dense(row, dense[0])
         ms = row["step_ms"]["p50"] if "step_ms" in row else None
         found.append({**row, "ratio": ratio, "interval": interval, "ms": ms})
     for row in found:
@@ -154,14 +154,16 @@ def draw(result: Row, path: Path) -> None:
     rows = judged(result)
     engines = [engine for engine in ENGINES if any(row["engine"] == engine for row in rows)]
     axes_of = {"bytes": ("megabytes of weights", 1e-6), "ms": ("milliseconds a token, one sequence", 1.0)}
+    axes_of = {axis: words for axis, words in axes_of.items() if any(row[axis] is not None for row in rows)}
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 0.6 + 3.4 * len(engines)), layout="constrained")
-        panels = figure.subplots(len(engines), 2, squeeze=False, sharey=True)
+        panels = figure.subplots(len(engines), len(axes_of), squeeze=False, sharey=True)
         for engine, line in zip(engines, panels, strict=True):
             for axes, (axis, (label, scale)) in zip(line, axes_of.items(), strict=True):
                 _panel(axes, [row for row in rows if row["engine"] == engine and row[axis] is not None], axis, scale)
                 axes.set_title(ENGINES[engine], fontsize=9)
                 axes.set_xlabel(label, fontsize=9)
+                axes.set_xlim(left=0)
                 axes.grid(alpha=0.3)
             line[0].set_ylabel("perplexity over dense bf16", fontsize=9)
             line[0].legend(fontsize=7, frameon=False)
