@@ -195,6 +195,12 @@ def test_table_and_figure(bench: Any, tmp_path: Path) -> None:
         "| 50 % removed, recovered | int8 | **40.0** | 50% | 1.200 (1.200 to 1.200) |  |  |" + none,
     ]
     assert lines[-1].startswith("Calibration. dense: 1,000 tokens; 50 % removed: 1,000 tokens")
+    # What is not measured yet has no column.
+    bare = [
+        {k: v for k, v in row.items() if k not in ("step_ms", "timed")} for row in rows if row["engine"] == "pyprune"
+    ]
+    header = tables.worth_table({**result, "rows": bare})[2]
+    assert header == "| model | weights | MB, ours | in FFNs, ours | over dense, ours |"
     (tmp_path / "worth.json").write_text(json.dumps(result))
     tables.main(tmp_path / "worth.json", tmp_path / "worth.svg")
     drawn = (tmp_path / "worth.svg").read_text()

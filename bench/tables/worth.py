@@ -102,6 +102,8 @@ def worth_table(result: Row) -> list[str]:
                 lines.append([name_of(checkpoint), " / ".join(dict.fromkeys(formats)), *cells])
     words = (">MB", ">in FFNs", ">over dense", ">ms a token", ">faster")
     header = ["model", "weights", *(f"{word}, {name}" for name in ("ours", "llama.cpp") for word in words)]
+    told = [i for i in range(len(header)) if any(line[i] for line in lines)]  # an engine may not be measured yet
+    header, lines = ([[line[i] for i in told] for line in part] for part in ([header], lines))
     timed = [f"{kind}: {' / '.join(_stamps(found))}." for kind, found in _measured(rows).items() if found]
     texts = result["texts"]
     return [
@@ -111,7 +113,7 @@ def worth_table(result: Row) -> list[str]:
         "measured in turn. Bold: no other row of the engine is as small (as fast) at as low a perplexity. "
         f"{' '.join(timed)}",
         "",
-        *markdown(header, lines),
+        *markdown(header[0], lines),
         "",
         _made(rows),
     ]
