@@ -280,6 +280,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "training": _elsewhere("bench.tables.methods", "training_table"),
     "vae": _elsewhere("bench.tables.vae", "vae_table"),
     "works": _elsewhere("bench.tables.families", "works_table"),
+    "worth": _elsewhere("bench.tables.worth", "worth_table"),
 }
 
 
