@@ -5,7 +5,7 @@
 A request: `model` (a folder), `options` (of `LLM`), `prompts` and `windows` (lists of token ids), `new_tokens`, and
 `speed`, a list of [batch, prompt tokens, new tokens]. The answer: `class`, `generated` (greedy token ids a prompt),
 `nll` (nats a token over all windows, their first tokens aside), `seconds` to load, `records` (how many FFNs run from
-a record of pyprune's, by the most tokens of those that do so for few only), and `speed`, seconds a case.
+a record of pyprune's: `always`, or for which numbers of tokens), and `speed`, seconds a case.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     model = worker.model_runner.model
     found["class"] = f"{type(model).__module__}.{type(model).__name__}"
     ours = [module for module in model.modules() if type(module).__name__ == "RecordFFN"]
-    found["records"] = Counter("always" if module.own is None else str(module.most) for module in ours)
+    found["records"] = Counter("always" if m.own is None else " ".join(map(str, sorted(m.served))) for m in ours)
 
     def run(prompts: list[list[int]], tokens: int, **options: Any) -> list[Any]:
         sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **options)
