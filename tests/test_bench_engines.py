@@ -1,4 +1,4 @@
-"""The engines' comparison on made-up answers; no test here needs an engine."""
+"""The engines' comparison and the drafts' on made-up answers; no test here needs an engine."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_agreement_and_table(bench: ModuleType) -> None:
             ("dense", "off", 50.0, 1000),
             ("differing", "off", 60.0, 700),
             ("differing", "int8", 90.0, 700),
-            ("least", "off", 98.0, 20),
+            ("least", "off", 50 / 0.51, 20),
             ("llama-1b-half", "off", 5.0, 9),
         )
     ]
-    bench.speeds.add_ceilings(speed)
-    # 98 % of the neurons are (1/50 - 1/98) * 50 = 49 % of the time, so all are half of it; 30 % of them 15 %.
+    bench.speeds.add_ceilings(speed, ["differing"])
+    # Without 98 % of the neurons 51 % of the time is left, so all of them are half of it; 30 % of them are 15 %.
     (pruned,) = [row for row in speed if "ceiling" in row]
     assert (pruned["model"], pruned["kernels"], pruned["speedup"]) == ("differing", "off", pytest.approx(1.2))
     assert (pruned["removed"], pruned["ffn_share"]) == (pytest.approx(0.3), pytest.approx(0.5))
@@ -97,3 +97,14 @@ def test_no_speed_beside_other_work(bench: ModuleType, monkeypatch: pytest.Monke
     (tmp_path / bench.speeds.WIDE).mkdir()
     assert bench.speeds.measure(tmp_path, ("dense",), said.append) is None
     assert said == ["no speed: 40 % of the machine is busy with other work"]
+
+
+def test_drafts_go_on_where_a_run_ended(bench: ModuleType) -> None:
+    draft = importlib.import_module("bench.model.draft")
+    settings = {"prompts": 2, "new_tokens": 3, "drafted": 3, "dtype": "float32"}
+    quick = {"draft": "a", "match": 0.5, "per_step": 1.5}
+    timed = {**quick, "draft": "b", **{f"tokens_per_s_{name}": 10.0 for name in ("alone", "drafted", "draft")}}
+    result = {"settings": settings, "rows": [quick, timed]}
+    assert draft.pending(result, ["a", "b", "c"], settings, speed=False) == ["c"]
+    assert draft.pending(result, ["a", "b", "c"], settings, speed=True) == ["a", "c"]
+    assert draft.pending(result, ["a", "b"], {**settings, "drafted": 4}, speed=False) == ["a", "b"]

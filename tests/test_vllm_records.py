@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from pyprune.base.errors import InputError, UnsupportedModelError
 from pyprune.ffn import native
-from pyprune.serving import vllm_contest, vllm_ffn
+from pyprune.serving import vllm_contest, vllm_ffn, vllm_plugin
 from pyprune.serving.vllm_contest import take_over
 from pyprune.serving.vllm_options import VllmOptions
 
@@ -197,6 +198,25 @@ def test_kernels_that_are_asked_for_and_slower_are_told(
     assert kinds(model) == ["RecordFFN"] * 3 and not any(isinstance(module, Linear) for module in model.modules())
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 2 and all(line.endswith("is slower than vLLM's layers for 16, 64 tokens") for line in said)
+
+
+@needs_kernels
+def test_stored_compilations_are_named_by_what_the_race_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM loads a stored graph without checks, and in it an operator knows its FFN by a key."""
+    given, found = {"pyprune": {"weights": "int8"}}, []
+    for faster in (WIDTHS, WIDTHS[2:], ()):
+
+        def race(own: Any, records: Any, *rest: Any, faster: Any = faster) -> tuple[float, float]:
+            return (1.0, 0.5 if len(records[0].rows) in faster else 2.0)
+
+        monkeypatch.setattr(vllm_contest, "_race", race)
+        model: Any = Model()
+        model.vllm_config = config = types.SimpleNamespace(additional_config=given)
+        model._pyprune_options = VllmOptions.of(given)
+        vllm_plugin._packed(lambda model: None)(model)
+        found.append(json.dumps(config.additional_config))
+        assert VllmOptions.of(config.additional_config) == VllmOptions(weights="int8")
+    assert len(set(found)) == 3 and found[2] == json.dumps(given) == json.dumps({"pyprune": {"weights": "int8"}})
 
 
 @needs_kernels

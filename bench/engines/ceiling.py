@@ -7,6 +7,7 @@ of the dense model's time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def case_of(row: dict[str, Any]) -> tuple[str, str, str, int]:
     return row["engine"], row["type"], row["what"], row["batch"]
 
 
-def add_ceilings(rows: list[dict[str, Any]]) -> None:
+def add_ceilings(rows: list[dict[str, Any]], names: Sequence[str]) -> None:
     """Add to each pruned model's row, by the engine's own layers, how it compares with what it could be.
 
     Args:
@@ -36,14 +37,13 @@ def add_ceilings(rows: list[dict[str, Any]]) -> None:
             `kernels`. Added where the same case was measured with the dense model and with `LEAST`: `speedup` over the
             dense model, `removed` (share of the neurons), `ffn_share` (of the dense model's time), `ceiling` (of the
             speed-up) and `of_ceiling`.
+        names: of the pruned models, which were the dense one.
     """
     own = [row for row in rows if row.get("kernels", "off") == "off"]
     dense, least = ({case_of(row): row for row in own if row["model"] == name} for name in ("dense", LEAST))
     for row in own:
-        if row["model"] in ("dense", LEAST) or not row.get("neurons"):
-            continue
         whole, none = dense.get(case_of(row)), least.get(case_of(row))
-        if whole is None or none is None:
+        if row["model"] not in names or whole is None or none is None:
             continue
         share = (1 - whole["tokens_per_s"] / none["tokens_per_s"]) / (1 - none["neurons"] / whole["neurons"])
         removed = 1 - row["neurons"] / whole["neurons"]

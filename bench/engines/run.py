@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,7 +180,7 @@ def main(
     out: Annotated[Path, typer.Option(help="The result; what is not measured stays as it is there.")] = RESULT,
 ) -> None:
     """Compare, measure, and write the result."""
-    facts, start = machine.facts(), time.monotonic()
+    facts = machine.facts()
     make_models()
     result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     result = {"suite": "engines", "machine": facts, "agreement": [], "speed": None, **result}
@@ -193,7 +192,6 @@ def main(
         result["served"] = {"machine": facts, **shown}
     if speed and (rows := speeds.measure(MODELS, ("dense", *PRUNED), say)):
         result |= {"speed": rows, "speed_machine": facts}
-    result["minutes"] = round((time.monotonic() - start) / 60, 1)
     with new_file(out) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     say(f"wrote {out}")

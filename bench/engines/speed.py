@@ -59,7 +59,7 @@ def make_least(models: Path) -> None:
     if not (models / LEAST).is_dir():
         model = load_model(str(models / "dense"), "bfloat16")
         share = LEAST_NEURONS / model.config.intermediate_size
-        prune(model, share, "magnitude-l2-both", allocation="uniform", repair=None)
+        prune(model, share, "magnitude-l2-both", allocation=f"uniform:multiple={LEAST_NEURONS}", repair=None)
         checkpoint.save(model, models / LEAST)
 
 
@@ -86,7 +86,7 @@ def measure(models: Path, names: Sequence[str], say: Callable[[str], None]) -> l
         for row in found:
             say(str(row))
         rows += found
-    add_ceilings(rows)
+    add_ceilings(rows, names[1:])
     return rows
 
 
