@@ -57,9 +57,9 @@ def vllm_environment() -> dict[str, str]:
     return {**{key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, **_VLLM_ENVIRONMENT}
 
 
-def ask_vllm(request: dict[str, Any]) -> dict[str, Any]:
-    """Have `vllm_worker` answer a request, in vLLM's environment."""
-    return _ask(VLLM_PYTHON, "vllm_worker.py", request, vllm_environment())
+def ask_vllm(request: dict[str, Any], **environment: str) -> dict[str, Any]:
+    """Have `vllm_worker` answer a request, in vLLM's environment and what is added to it."""
+    return _ask(VLLM_PYTHON, "vllm_worker.py", request, {**vllm_environment(), **environment})
 
 
 def time_vllm(request: dict[str, Any]) -> dict[str, Any]:
