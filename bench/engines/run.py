@@ -76,7 +76,7 @@ def make_models() -> None:
         if not target.is_file():
             source = loading.demo_file() if kind == "bf16" else MODELS / "dense-bf16.gguf"
             _quantise(source, target, kind)
-        for name in (*PRUNED, LEAST):
+        for name in (*PRUNED, LEAST) if kind in speeds.TYPES else PRUNED:
             target = MODELS / f"{name}-{kind}.gguf"
             if target.is_file():
                 continue
