@@ -56,7 +56,7 @@ def test_agreement_and_table(bench: ModuleType) -> None:
     served = {
         "machine": facts,
         "vllm": {"command": ["vllm", "serve", "d"], "request": {"prompt": "a"}, "answer": answer, "same": True},
-        "llama.cpp": {"command": ["llama-simple", "-m", "d.gguf", "a b"], "text": " c", "same": True},
+        "llama.cpp": {"command": ["llama-completion", "-m", "d.gguf", "-p", "a b"], "text": " c", "same": True},
     }
     result: dict[str, Any] = {"machine": facts, "agreement": [own, row], "speed": speed, "served": served}
     engines = importlib.import_module("bench.tables.engines")
@@ -71,8 +71,8 @@ def test_agreement_and_table(bench: ModuleType) -> None:
     for line in (
         "$ vllm serve d",
         """{"object": "text_completion", "choices": [{"text": " it's", "finish_reason": "length"}]}""",
-        "$ llama-simple -m d.gguf 'a b'",
-        "a b c",
+        "$ llama-completion -m d.gguf -p 'a b'",
+        " c",
     ):
         assert line in table
     assert table[-1].startswith("Both texts are what Transformers writes")

@@ -184,16 +184,23 @@ def main(
     make_models()
     result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     result = {"suite": "engines", "machine": facts, "agreement": [], "speed": None, **result}
+
+    def add(**found: Any) -> None:
+        """Put what was measured into the result at once: whatever ends the run, it stays."""
+        result.update(found)
+        with new_file(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
     if agreement:
-        result |= {"machine": facts, "agreement": compare()}
+        add(machine=facts, agreement=compare())
     if serve:
-        shown = {"vllm": served.by_vllm(MODELS / "differing")}
+        shown: dict[str, Any] = {"machine": facts, "vllm": served.by_vllm(MODELS / "differing")}
+        say(str(shown["vllm"]))
         shown["llama.cpp"] = served.by_llama(MODELS / "differing-f32.gguf", MODELS / "differing")
-        result["served"] = {"machine": facts, **shown}
+        say(str(shown["llama.cpp"]))
+        add(served=shown)
     if speed and (rows := speeds.measure(MODELS, ("dense", *PRUNED), say)):
-        result |= {"speed": rows, "speed_machine": facts}
-    with new_file(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        add(speed=rows, speed_machine=facts)
     say(f"wrote {out}")
 
 

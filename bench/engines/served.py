@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from pyprune.model import loading
@@ -92,10 +93,11 @@ def by_vllm(folder: Path, minutes: float = 10) -> dict[str, Any]:
 
 
 def by_llama(file: Path, folder: Path) -> dict[str, Any]:
-    """Command and text of llama.cpp's `llama-simple` over a GGUF file of the checkpoint in `folder`."""
-    options = ["-n", str(NEW), PROMPT]
-    command = [str(LLAMA_BIN / "llama-simple"), "-m", str(file), *options]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    text = done.stdout[done.stdout.index(PROMPT) + len(PROMPT) :].rstrip("\n")
+    """Command and text of llama.cpp's `llama-completion` over a GGUF file of the checkpoint in `folder`."""
+    threads = psutil.cpu_count(logical=False) or 1
+    options = ["-t", str(threads), "-n", str(NEW), "--temp", "0", "-no-cnv", "--no-display-prompt", "-p", PROMPT]
+    command = [str(LLAMA_BIN / "llama-completion"), "-m", str(file), *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    text = done.stdout.removesuffix("\n\n")
     same = text == expected(folder)
-    return {"command": ["llama-simple", "-m", file.name, *options], "text": text, "same": same}
+    return {"command": ["llama-completion", "-m", file.name, *options], "text": text, "same": same}

@@ -22,7 +22,7 @@ ONNX = ("onnx==1.23.1", "onnxruntime==1.30.0", "onnxscript==0.7.2", "onnx_ir==1.
 OPENVINO = "openvino==2026.4.1"
 # Come along with vLLM in builds for another torch, and break its import.
 _UNFIT = ("torchvision", "torchaudio", "torchcodec")
-_PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity", "llama-simple")
+_PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-completion")
 _OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",

@@ -56,7 +56,7 @@ def served_lines(served: dict[str, Any]) -> list[str]:
     told = {key: http["answer"][key] for key in ("object", "model", "choices", "usage") if key in http["answer"]}
     told["choices"] = [{key: one[key] for key in ("text", "finish_reason")} for one in told["choices"]]
     shown = [f"$ {shlex.join(http['command'])}", f"$ {asked}", _json(told, quoted=False), ""]
-    shown += [f"$ {shlex.join(simple['command'])}", simple["command"][-1] + simple["text"]]
+    shown += [f"$ {shlex.join(simple['command'])}", simple["text"]]
     same = {name: served[name]["same"] for name in ("vllm", "llama.cpp")}
     end = "Both texts are what Transformers writes of the checkpoint in float32, to the letter."
     if not all(same.values()):
