@@ -42,11 +42,8 @@ def engines_table(result: dict[str, Any]) -> list[str]:
     found = [f"SmolLM2-135M-Instruct, dense and pruned. {provenance(result)}", "", *markdown(header, lines)]
     if result["speed"]:
         where = provenance({"machine": result.get("speed_machine", result["machine"])})
-        turns = (
-            ""
-            if any("ceiling" in row for row in result["speed"])
-            else " One model after another, without ceilings yet."
-        )
+        in_turn = any("ceiling" in row for row in result["speed"])
+        turns = "" if in_turn else " One model after another, without ceilings yet."
         found += ["", f"Speed, medians.{turns} {where}", "", *speed_lines(result["speed"])]
     if "served" in result:
         found += ["", f"Served from the checkpoint whose widths differ. {provenance(result['served'])}", ""]
