@@ -108,3 +108,39 @@ def test_drafts_go_on_where_a_run_ended(bench: ModuleType) -> None:
     assert draft.pending(result, ["a", "b", "c"], settings, speed=False) == ["c"]
     assert draft.pending(result, ["a", "b", "c"], settings, speed=True) == ["a", "c"]
     assert draft.pending(result, ["a", "b"], {**settings, "drafted": 4}, speed=False) == ["a", "b"]
+
+
+def test_rows_of_both_engines(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From what the programs print, and from seconds a case: decode is what the later tokens take."""
+    speed = bench.speeds
+    monkeypatch.setattr(speed, "neurons", lambda folder: 7)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}-q8_0.gguf").write_bytes(b"123")
+        (tmp_path / name / "model.safetensors").write_bytes(b"12")
+    asked: list[tuple[str, str]] = []
+
+    def run(program: str, file: Path, threads: int, *options: object) -> str:
+        asked.append((program, file.name))
+        if program == "llama-batched-bench":
+            return 'main: n_kv\n\n{"pl": 16, "speed_tg": 80.0}\n\n'
+        return '[{"n_prompt": 512, "samples_ts": [3.0, 5.0]}, {"n_prompt": 0, "samples_ts": [2.0, 2.0]}]'
+
+    monkeypatch.setattr(speed, "_run", run)
+    rows = speed.llama(tmp_path, ("a", "b"), "q8_0", rounds=2)
+    assert [name for _, name in asked[::2]] == ["a-q8_0.gguf", "b-q8_0.gguf"] * 2  # in turn
+    told = [(r["model"], r["what"], r["batch"], r["tokens_per_s"], len(r["samples"]), r["bytes"]) for r in rows]
+    assert told[:3] == [("a", "prefill", 1, 4.0, 4, 3), ("a", "decode", 1, 2.0, 4, 3), ("a", "decode", 16, 80.0, 2, 3)]
+    assert [one[0] for one in told] == ["a"] * 3 + ["b"] * 3
+
+    def time_vllm(request: dict[str, Any]) -> dict[str, Any]:
+        seconds = [[batch * (prompt + new) / 100] * request["rounds"] for batch, prompt, new in request["cases"]]
+        found = {"class": "C", "records": {}, "seconds": seconds}
+        return {"threads": 2, "models": [found for _ in request["models"]]}
+
+    monkeypatch.setattr(speed, "time_vllm", time_vllm)
+    rows = speed.vllm(tmp_path, [("a", "off"), ("b", "int8")])
+    assert [(r["model"], r["kernels"]) for r in rows] == [("a", "off")] * 4 + [("b", "int8")] * 4
+    assert [(r["what"], r["batch"]) for r in rows[:4]] == [("prefill", 1), ("decode", 1), ("decode", 4), ("decode", 16)]
+    assert rows[0]["tokens_per_s"] == pytest.approx(512 / 5.13)
+    assert all(r["tokens_per_s"] == pytest.approx(100) and r["neurons"] == 7 and r["threads"] == 2 for r in rows[1:4])
