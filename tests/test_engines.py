@@ -128,7 +128,7 @@ def test_vllm_writes_the_tokens_of_the_checkpoint(
     check_same(found, model, ids)
 
 
-@pytest.mark.parametrize("widths", [DIFFERING, (64, 91, 32)])
+@pytest.mark.parametrize("widths", [DIFFERING, (64, 90, 33), (64, 91, 32)])
 def test_vllm_divides_layers_among_two_processes(
     widths: tuple[int, ...],
     tiny: Callable[..., Any],
@@ -146,7 +146,7 @@ def test_vllm_divides_layers_among_two_processes(
     if widths == DIFFERING:
         check_same(ask_vllm(request, VLLM_CPU_OMP_THREADS_BIND="0|1"), model, ids)
     else:
-        with pytest.raises(RuntimeError, match=r"layers.1.mlp.gate_up_proj has .91, 91. neurons, which tensor para"):
+        with pytest.raises(RuntimeError, match=r"mlp.gate_up_proj has .(33, 33|91, 91). neurons, which tensor para"):
             ask_vllm(request, VLLM_CPU_OMP_THREADS_BIND="0|1")
 
 
