@@ -128,6 +128,28 @@ def test_vllm_writes_the_tokens_of_the_checkpoint(
     check_same(found, model, ids)
 
 
+@pytest.mark.parametrize("widths", [DIFFERING, (64, 90, 33), (64, 91, 32)])
+def test_vllm_divides_layers_among_two_processes(
+    widths: tuple[int, ...],
+    tiny: Callable[..., Any],
+    random_mask: Callable[..., Any],
+    ids: torch.Tensor,
+    tmp_path: Path,
+    ask_vllm: Callable[..., dict[str, Any]],
+) -> None:
+    """Tensor parallelism of 2, each process on a core of its own: widths that it divides run, another is refused."""
+    model = tiny("llama", **SIZES)
+    prune(model, mask=random_mask(model, widths), repair=None)
+    folder = str(checkpoint.save(model, tmp_path / "pruned"))
+    options = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "tensor_parallel_size": 2}
+    request = {"model": folder, "options": options, **asked(ids)}
+    if widths == DIFFERING:
+        check_same(ask_vllm(request, VLLM_CPU_OMP_THREADS_BIND="0|1"), model, ids)
+    else:
+        with pytest.raises(RuntimeError, match=r"mlp.gate_up_proj has .(33, 33|91, 91). neurons, which tensor para"):
+            ask_vllm(request, VLLM_CPU_OMP_THREADS_BIND="0|1")
+
+
 @pytest.mark.parametrize(
     ("kind", "width", "own"),
     [

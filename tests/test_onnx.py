@@ -1,7 +1,11 @@
-"""A pruned checkpoint through torch's own exporter, executed by ONNX Runtime; `make engines` installs and runs this."""
+"""A pruned checkpoint through torch's own exporter, executed by ONNX Runtime and by OpenVINO.
+
+`make engines` installs both and runs this.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +31,23 @@ class Logits(nn.Module):
         return logits
 
 
+def by_onnx_runtime(file: Path) -> Callable[[Tensor], Any]:
+    session = importlib.import_module("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda tokens: session.run(None, {session.get_inputs()[0].name: tokens.numpy()})[0]
+
+
+def by_openvino(file: Path) -> Callable[[Tensor], Any]:
+    # In float32, for its own choice on this CPU may be bfloat16.
+    compiled = (
+        importlib.import_module("openvino").Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    )
+    return lambda tokens: compiled(tokens.numpy())[0]
+
+
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("widths", [(64, 64, 64), (64, 90, 32)])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_onnx_runtime_gives_the_same_logits(
+def test_an_exported_model_gives_the_same_logits(
     family: str,
     widths: tuple[int, ...],
     accelerated: bool,
@@ -39,21 +56,16 @@ def test_onnx_runtime_gives_the_same_logits(
     ids: Tensor,
     tmp_path: Path,
 ) -> None:
-    import onnxruntime
-
     model, file = tiny(family), tmp_path / "model.onnx"
     prune(model, mask=random_mask(model, widths), repair=None)
     with torch.no_grad():
-        wanted = model(ids).logits
+        wanted = [model(tokens).logits for tokens in (ids, ids[:1, :5])]
     if accelerated:
         accelerate(model)
     shapes = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=64)}}
     exported = torch.onnx.export(Logits(model).eval(), (ids,), dynamo=True, dynamic_shapes=shapes, verbose=False)
     assert exported is not None
     exported.save(file)
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    for tokens in (ids, ids[:1, :5]):
-        (logits,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
-        with torch.no_grad():
-            reference = wanted if tokens is ids else model(tokens).logits
-        torch.testing.assert_close(torch.tensor(logits), reference, rtol=1e-4, atol=1e-4)
+    for run in (by_onnx_runtime(file), by_openvino(file)):
+        for tokens, logits in zip((ids, ids[:1, :5]), wanted, strict=True):
+            torch.testing.assert_close(torch.tensor(run(tokens)), logits, rtol=1e-4, atol=1e-4)

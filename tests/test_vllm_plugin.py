@@ -140,6 +140,16 @@ def test_names_of_other_families(
     assert Row(96, 32, prefix=down).sizes == (32, 32)
 
 
+def test_twice_a_width_may_be_the_widest(
+    vllm: Any, pruned: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm_plugin.register()
+    vllm.config = pruned("llama")
+    monkeypatch.setattr(vllm_plugin.heterogeneous, "layer_widths", lambda config: [48, 96, 32])
+    made = Merged(32, [96, 96], prefix="model.layers.0.mlp.gate_up_proj")
+    assert made.output_sizes == [48, 48] and made.sizes == (32, 96)
+
+
 def test_widths_that_tensor_parallelism_cannot_divide(vllm: Any, pruned: Callable[[str], Any]) -> None:
     vllm_plugin.register()
     vllm.config, vllm.degree = pruned("llama"), 5
@@ -147,6 +157,8 @@ def test_widths_that_tensor_parallelism_cannot_divide(vllm: Any, pruned: Callabl
         ValueError, match=r"layers.0.mlp.down_proj has 64 neurons, .* of 5 must divide: prune with --mult"
     ):
         Row(96, 32, prefix="model.layers.0.mlp.down_proj")
+    with pytest.raises(ValueError, match=r"layers.1.mlp.gate_up_proj has .96, 96. neurons"):  # the widest too
+        Merged(32, [96, 96], prefix="model.layers.1.mlp.gate_up_proj")
     Row(96, 32, prefix="model.layers.0.mlp.down_proj", disable_tp=True)
 
 

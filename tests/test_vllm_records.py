@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from pyprune.base.errors import InputError, UnsupportedModelError
 from pyprune.ffn import native
-from pyprune.serving import vllm_contest, vllm_ffn
+from pyprune.serving import vllm_contest, vllm_ffn, vllm_plugin
 from pyprune.serving.vllm_contest import take_over
 from pyprune.serving.vllm_options import VllmOptions
 
@@ -28,6 +29,9 @@ class UnquantizedLinearMethod:
         if layer.weight.ndim == 2:
             layer.packed, layer.weight = layer.weight.detach().clone(), nn.Parameter(torch.empty(0))
 
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return functional.linear(x, layer.packed, bias)
+
 
 class Linear(nn.Module):
     tp_size = 1
@@ -39,7 +43,7 @@ class Linear(nn.Module):
         self.quant_method: Any = UnquantizedLinearMethod()
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return functional.linear(x, self.packed, self.bias), None
+        return self.quant_method.apply(self, x, self.bias), None
 
 
 class MergedColumnParallelLinear(Linear):
@@ -53,9 +57,13 @@ class RowParallelLinear(Linear):
 
 
 class SiluAndMul(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def forward_native(x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, -1)
         return functional.silu(gate) * up
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_native(x)
 
 
 class MLP(nn.Module):
@@ -156,17 +164,59 @@ def test_a_record_must_not_be_slower_anywhere(ours: dict[int, float], way: str, 
 
 
 @needs_kernels
-def test_int8_rows_beside_layers_serve_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    raced(monkeypatch, {1: 0.5, 2: 0.6, 4: 0.7, 8: 1.0})
+@pytest.mark.parametrize(
+    ("ours", "spans", "told"),
+    [
+        ({1: 0.5, 2: 0.6, 4: 0.7}, [(1, 4)], "int8 rows for 1 to 4 tokens"),
+        ({4: 1.2, 8: 0.9, 32: 0.5}, [(5, 8), (17, 32)], "int8 rows for 5 to 8, 17 to 32 tokens"),
+    ],
+)
+def test_int8_rows_beside_layers_serve_what_they_are_faster_for(
+    ours: dict[int, float], spans: list[tuple[int, int]], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raced(monkeypatch, dict.fromkeys(vllm_contest.FEW, 1.0) | ours)
     dtype = torch.bfloat16
     model, own = Model(dtype=dtype), Model(dtype=dtype).pack()
     (first, *_) = take_over(model, VllmOptions(weights="int8")).values()
-    assert (first.way, first.most, list(first.times)) == ("beside", 4, [1, 2, 4, 8])
+    assert first.way == "beside" and first.spans == [range(a, b + 1) for a, b in spans]
+    assert str(first).startswith(told)
     with torch.no_grad():
         for run in (model.pack(), compiled(model)):
-            few, many = x_of(4, dtype), x_of(5, dtype)
-            assert torch.equal(run(many), own(many))
-            assert 1e-4 < apart(run(few), own(few)) < 0.03
+            for tokens in (1, 4, 5, 8, 9, 16, 17, 32, 33):
+                x, served = x_of(tokens, dtype), any(a <= tokens <= b for a, b in spans)
+                assert torch.equal(run(x), own(x)) != served
+                assert apart(run(x), own(x)) < 0.03
+
+
+@needs_kernels
+def test_kernels_that_are_asked_for_and_slower_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    raced(monkeypatch, {1: 0.5, 4: 1.02, 16: 1.1, 64: 1.5, 256: 1.0})
+    model = Model()
+    take_over(model, VllmOptions(kernels="on", weights="int8"))
+    assert kinds(model) == ["RecordFFN"] * 3 and not any(isinstance(module, Linear) for module in model.modules())
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 2 and all(line.endswith("is slower than vLLM's layers for 16, 64 tokens") for line in said)
+
+
+@needs_kernels
+def test_stored_compilations_are_named_by_what_the_race_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM loads a stored graph without checks, and in it an operator knows its FFN by a key."""
+    given, found = {"pyprune": {"weights": "int8"}}, []
+    for faster in (WIDTHS, WIDTHS[2:], ()):
+
+        def race(own: Any, records: Any, *rest: Any, faster: Any = faster) -> tuple[float, float]:
+            return (1.0, 0.5 if len(records[0].rows) in faster else 2.0)
+
+        monkeypatch.setattr(vllm_contest, "_race", race)
+        model: Any = Model()
+        model.vllm_config = config = types.SimpleNamespace(additional_config=given)
+        model._pyprune_options = VllmOptions.of(given)
+        vllm_plugin._packed(lambda model: None)(model)
+        found.append(json.dumps(config.additional_config))
+        assert VllmOptions.of(config.additional_config) == VllmOptions(weights="int8")
+    assert len(set(found)) == 3 and found[2] == json.dumps(given) == json.dumps({"pyprune": {"weights": "int8"}})
 
 
 @needs_kernels

@@ -46,15 +46,25 @@ def _ask(python: Path | str, worker: str, request: dict[str, Any], environment: 
         command = [python, Path(__file__).with_name(worker), asked, out]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
         if done.returncode or not out.is_file():
-            raise RuntimeError(f"{worker} failed on {request['model']}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+            asked_for = request.get("model") or [one["model"] for one in request["models"]]
+            raise RuntimeError(f"{worker} failed on {asked_for}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
         answer: dict[str, Any] = json.loads(out.read_text())
         return answer
 
 
-def ask_vllm(request: dict[str, Any]) -> dict[str, Any]:
-    """Have `vllm_worker` answer a request, in vLLM's environment."""
-    rest = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return _ask(VLLM_PYTHON, "vllm_worker.py", request, {**rest, **_VLLM_ENVIRONMENT})
+def vllm_environment() -> dict[str, str]:
+    """Of a process that runs vLLM: this one's, without its paths of modules."""
+    return {**{key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, **_VLLM_ENVIRONMENT}
+
+
+def ask_vllm(request: dict[str, Any], **environment: str) -> dict[str, Any]:
+    """Have `vllm_worker` answer a request, in vLLM's environment and what is added to it."""
+    return _ask(VLLM_PYTHON, "vllm_worker.py", request, {**vllm_environment(), **environment})
+
+
+def time_vllm(request: dict[str, Any]) -> dict[str, Any]:
+    """Have `vllm_speed_worker` answer a request, in vLLM's environment."""
+    return _ask(VLLM_PYTHON, "vllm_speed_worker.py", request, vllm_environment())
 
 
 def ask_llama(request: dict[str, Any]) -> dict[str, Any]:

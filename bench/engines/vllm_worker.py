@@ -2,62 +2,56 @@
 
     python bench/engines/vllm_worker.py REQUEST.json ANSWER.json
 
-A request: `model` (a folder), `options` (of `LLM`), `prompts` and `windows` (lists of token ids), `new_tokens`, and
-`speed`, a list of [batch, prompt tokens, new tokens]. The answer: `class`, `generated` (greedy token ids a prompt),
-`nll` (nats a token over all windows, their first tokens aside), `seconds` to load, `records` (how many FFNs run from
-a record of pyprune's, by the most tokens of those that do so for few only), and `speed`, seconds a case.
+A request: `model` (a folder), `options` (of `LLM`), `prompts` and `windows` (lists of token ids), `new_tokens`. The
+answer: `class`, `records` (see `load`), `generated` (greedy token ids a prompt) and `nll` (nats a token over all
+windows, their first tokens aside).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams, TokensPrompt
+def load(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """vLLM with a request's `model`, and what runs there.
 
-    start = time.perf_counter()
+    That is the `class`, and `records`: how many FFNs run from a record of pyprune's, `always` or for which numbers of
+    tokens. Where several processes share the model nothing is told.
+    """
+    from vllm import LLM
+
     llm = LLM(request["model"], max_model_len=request.get("context", 1024), **request.get("options", {}))
-    found: dict[str, Any] = {"seconds": time.perf_counter() - start}
-    worker: Any = llm.llm_engine.model_executor.driver_worker.worker
+    worker: Any = getattr(getattr(llm.llm_engine.model_executor, "driver_worker", None), "worker", None)
+    if worker is None:
+        return llm, {}
     model = worker.model_runner.model
-    found["class"] = f"{type(model).__module__}.{type(model).__name__}"
     ours = [module for module in model.modules() if type(module).__name__ == "RecordFFN"]
-    found["records"] = Counter("always" if module.own is None else str(module.most) for module in ours)
+    records = Counter("always" if m.own is None else " ".join(map(str, sorted(m.served))) for m in ours)
+    return llm, {"class": f"{type(model).__module__}.{type(model).__name__}", "records": records}
 
-    def run(prompts: list[list[int]], tokens: int, **options: Any) -> list[Any]:
-        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **options)
-        asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-        return list(llm.generate(asked, sampling, use_tqdm=False))
 
-    if request.get("prompts"):
-        outputs = run(request["prompts"], request["new_tokens"])
-        found["generated"] = [list(output.outputs[0].token_ids) for output in outputs]
-    if request.get("windows"):
-        nats, count = 0.0, 0
-        for window, output in zip(request["windows"], run(request["windows"], 1, prompt_logprobs=0), strict=True):
-            for token, logprobs in zip(window[1:], output.prompt_logprobs[1:], strict=True):
-                nats, count = nats - logprobs[token].logprob, count + 1
-        found["nll"] = nats / count
-    speeds = []
-    for batch, prompt, new in request.get("speed", []):
-        prompts = [[(7 * i + j) % 1000 + 100 for j in range(prompt)] for i in range(batch)]
-        run(prompts, new)  # warm
-        samples = []
-        for round_ in range(3):
-            # Other tokens in each round, so that nothing comes from the cache of prefixes.
-            fresh = [[t + round_ + 1 for t in p] for p in prompts]
-            start = time.perf_counter()
-            run(fresh, new)
-            samples.append(time.perf_counter() - start)
-        speeds.append({"batch": batch, "prompt": prompt, "new": new, "seconds": sorted(samples)})
-    found["speed"] = speeds
-    return found
+def run(llm: Any, prompts: list[list[int]], tokens: int, **options: Any) -> list[Any]:
+    """Greedy outputs of so many tokens after each prompt."""
+    from vllm import SamplingParams, TokensPrompt
+
+    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **options)
+    asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+    return list(llm.generate(asked, sampling, use_tqdm=False))
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    llm, found = load(request)
+    outputs = run(llm, request["prompts"], request["new_tokens"])
+    found["generated"] = [list(output.outputs[0].token_ids) for output in outputs]
+    nats, count = 0.0, 0
+    for window, output in zip(request["windows"], run(llm, request["windows"], 1, prompt_logprobs=0), strict=True):
+        for token, logprobs in zip(window[1:], output.prompt_logprobs[1:], strict=True):
+            nats, count = nats - logprobs[token].logprob, count + 1
+    return {**found, "nll": nats / count}
 
 
 if __name__ == "__main__":

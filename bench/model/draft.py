@@ -1,7 +1,10 @@
 """A pruned model as the draft of its dense model: how many of its tokens are accepted, and what that saves.
 
-    python -m bench.model.draft             three minutes on one core
+    python -m bench.model.draft             six minutes on one core
     python -m bench.model.draft --no-speed  beside other work
+
+The result is written after each draft, and a draft that is there already, of the same settings, is not measured again:
+a run that was ended goes on where it was. `--again` measures all.
 
 Drafts: fewer layers, fewer neurons, and prefixes of the dense model's own sorted neurons, which need no memory of their
 own. Every text is the dense model's greedy one in float32, as `generate(assistant_model=...)` must give it; the bench
@@ -14,7 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,33 +129,48 @@ def measure(dense: Any, draft: Any, prompts: list[Tensor], texts: list[list[int]
     return row
 
 
+def pending(result: dict[str, Any], names: Iterable[str], settings: dict[str, Any], speed: bool) -> list[str]:
+    """Drafts that a result lacks, or has of other settings, or without the speed that is asked for."""
+    there = {row["draft"] for row in result["rows"] if not speed or "tokens_per_s_drafted" in row}
+    return [name for name in names if name not in there or result["settings"] != settings]
+
+
 def main(
     speed: Annotated[bool, typer.Option(help="Measure speed too, where the machine is quiet.")] = True,
+    again: Annotated[bool, typer.Option(help="Measure what the result has already, too.")] = False,
     out: Annotated[Path, typer.Option(help="The result.")] = RESULT,
 ) -> None:
-    """Measure every draft and write the result."""
-    facts = machine.facts()
+    """Measure every draft that the result lacks, and write the result after each."""
     if speed and (busy := psutil.cpu_percent(interval=10)) > 10:
         print(f"no speed: {busy:.0f} % of the machine is busy with other work")
         speed = False
+    settings = {"prompts": PROMPTS, "prompt_tokens": PROMPT, "new_tokens": NEW, "drafted": DRAFTED, "dtype": "float32"}
+    result: dict[str, Any] = {"suite": "draft", "settings": settings, "rows": []}
+    if out.is_file() and not again:
+        result = json.loads(out.read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(DEMO)
     dense = load_model(DEMO)
     prune_nested(
         dense, [1.0], "wanda", repair="none", text=token_windows(tokenizer, load_text(None, "first")[0], 4096, 512)
     )
     dense = accelerate(dense)
+    made = drafts(dense, tokenizer)
+    todo = pending(result, made, settings, speed)
+    if not todo:
+        print(f"{out} has all drafts")
+        return
+    kept = {row["draft"]: row for row in result["rows"] if row["draft"] not in todo and row["draft"] in made}
     warmup(dense, (1, DRAFTED + 1, PROMPT))
     windows = token_windows(tokenizer, load_text(None, "second")[0], 64 * PROMPT, PROMPT)
     prompts = [windows[i : i + 1] for i in range(0, 64, 64 // PROMPTS)][:PROMPTS]
     texts = [generate(dense, prompt)[0] for prompt in prompts]
-    rows = []
-    for name, make in drafts(dense, tokenizer).items():
-        rows.append({"draft": name, **measure(dense, make(), prompts, texts, speed)})
-        print(rows[-1], flush=True)
-    settings = {"prompts": PROMPTS, "prompt_tokens": PROMPT, "new_tokens": NEW, "drafted": DRAFTED, "dtype": "float32"}
-    with new_file(out) as temporary:
-        result = {"suite": "draft", "machine": facts, "settings": settings, "rows": rows}
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name in todo:
+        kept[name] = {"draft": name, **measure(dense, made[name](), prompts, texts, speed)}
+        print(kept[name], flush=True)
+        rows = [kept[name] for name in made if name in kept]
+        result = {"suite": "draft", "machine": machine.facts(), "settings": settings, "rows": rows}
+        with new_file(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

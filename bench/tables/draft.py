@@ -11,7 +11,7 @@ def draft_table(result: dict[str, Any]) -> list[str]:
 
     settings = result["settings"]
     header = ["draft", ">tokens predicted", ">tokens a step"]
-    rates = "tokens_per_s_drafted" in result["rows"][0]
+    rates = all("tokens_per_s_drafted" in row for row in result["rows"])
     if rates:
         header += [">dense, tokens/s", ">draft, tokens/s", ">together, tokens/s", ">over dense"]
     lines = []

@@ -23,7 +23,8 @@ from .vllm_ffn import RecordFFN, Site, find
 from .vllm_options import VllmOptions
 
 # Numbers of tokens that are timed: all that a record must serve, and those that int8 rows may serve beside own layers.
-TOKENS, FEW = (1, 4, 16, 64, 256), (1, 2, 4, 8, 16)
+# Each stands for those down to the one before it.
+TOKENS, FEW = (1, 4, 16, 64, 256), (1, 2, 4, 8, 16, 32)
 _FASTER, _SLOWER = 0.95, 1.03
 _COPY_BYTES = 128 << 20  # of weights that are read in turn, so that they come from memory as in a model's step
 _ROUNDS = 5
@@ -38,17 +39,33 @@ class Outcome:
     """How the FFNs of one shape run.
 
     Attributes:
-        way: `own`, `record`, or `beside` for few tokens.
-        most: of `beside`, the most tokens.
+        way: `own`, `record`, or `beside` for some numbers of tokens.
         times: seconds of one FFN by vLLM's layers and from a record, by tokens; empty where nothing was timed.
     """
 
     way: str
-    most: int = 0
     times: dict[int, tuple[float, float]] = field(default_factory=dict)
 
+    @property
+    def spans(self) -> list[range]:
+        """Numbers of tokens for which a record beside vLLM's layers was faster, in runs."""
+        found: list[range] = []
+        before = 0
+        for tokens, (theirs, mine) in self.times.items():
+            if mine <= _FASTER * theirs:
+                start = found.pop().start if found and found[-1].stop == before + 1 else before + 1
+                found.append(range(start, tokens + 1))
+            before = tokens
+        return found
+
+    @property
+    def slower(self) -> list[int]:
+        """Numbers of tokens, of those timed, for which a record was slower than vLLM's layers."""
+        return [tokens for tokens, (theirs, mine) in self.times.items() if mine > _SLOWER * theirs]
+
     def __str__(self) -> str:
-        told = {"own": "vLLM's layers", "record": "a record", "beside": f"int8 rows up to {self.most} tokens"}[self.way]
+        few = ", ".join(f"{span.start} to {span[-1]}" for span in self.spans)
+        told = {"own": "vLLM's layers", "record": "a record", "beside": f"int8 rows for {few} tokens"}[self.way]
         timed = (f"{1e6 * b:.0f} us against vLLM's {1e6 * a:.0f} for {m}" for m, (a, b) in self.times.items())
         return f"{told} ({'; '.join(timed) or 'as asked'})"
 
@@ -123,7 +140,7 @@ class _Group:
             UnsupportedModelError: kernels are forced, and vLLM's FFN is not what a record computes.
         """
         forced = options.kernels == "on"
-        first = self.sites[: 1 if forced else self.sample]
+        first = self.sites[: self.sample]
         plain = first[0].record()
         ours = [RecordFFN(self.record(site), self.dtype) for site in first]
         for site in first:
@@ -134,19 +151,21 @@ class _Group:
             log.info("%s", reason)
             return Outcome("own")
         del plain
-        if forced:
-            first_use.measure([dataclasses.replace(self.problem, tokens=m) for m in first_use.TOKENS])
-            return Outcome("record")
         own = [site.module for site in first]
+        if forced:
+            return self._everywhere(own)
         return self._beside(own, ours) if self.weights == torch.int8 else self._instead(own, ours)
 
+    def _everywhere(self, own: Sequence[Any]) -> Outcome:
+        """A record, whatever that costs; which is said."""
+        first_use.measure([dataclasses.replace(self.problem, tokens=m) for m in first_use.TOKENS])
+        ours = [RecordFFN(record, self.dtype) for record in self.records.values()]
+        return Outcome("record", {tokens: _race(own, ours, self.dtype, tokens, "auto") for tokens in TOKENS})
+
     def _beside(self, own: Sequence[Any], ours: Sequence[RecordFFN]) -> Outcome:
-        found = Outcome("own")
-        for tokens in FEW:
-            found.times[tokens] = theirs, mine = _race(own, ours, self.dtype, tokens, "cpu")
-            if mine > _FASTER * theirs:
-                break
-            found.way, found.most = "beside", tokens
+        found = Outcome("own", {tokens: _race(own, ours, self.dtype, tokens, "cpu") for tokens in FEW})
+        if found.spans:
+            found.way = "beside"
         return found
 
     def _instead(self, own: Sequence[Any], ours: Sequence[RecordFFN]) -> Outcome:
@@ -163,10 +182,11 @@ class _Group:
 
     def install(self, model: nn.Module, outcome: Outcome) -> None:
         """Put records in the place of vLLM's FFNs, which are freed unless they run beside them."""
+        served = {tokens for span in outcome.spans for tokens in span}
         while self.sites and outcome.way != "own":
             site = self.sites.pop()
             own = site.module if outcome.way == "beside" else None
-            made = RecordFFN(self.record(site), self.dtype, own, outcome.most)
+            made = RecordFFN(self.record(site), self.dtype, own, served)
             if own is None:
                 site.free()
             parent, _, name = site.name.rpartition(".")
@@ -212,4 +232,7 @@ def take_over(model: nn.Module, options: VllmOptions) -> dict[str, Outcome]:
         found[name] = group.decide(options)
         group.install(model, found[name])
         log.info("%d FFNs (%s) run by %s", count, name, found[name])
+        if found[name].way == "record" and (slower := found[name].slower):
+            many = ", ".join(map(str, slower))
+            log.warning("kernels 'on' costs time: %s is slower than vLLM's layers for %s tokens", name, many)
     return found

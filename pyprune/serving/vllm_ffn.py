@@ -2,13 +2,14 @@
 
 On a CPU vLLM packs the weights of its linear layers for the library that multiplies by them, so neither they nor a
 record can be a view of the other: an FFN has its record, or vLLM's layers. Only int8 rows, which are asked for since
-they round, may stand beside vLLM's layers, for steps of few tokens. Which it is `vllm_contest` finds out.
+they round, may stand beside vLLM's layers, for some numbers of tokens. Which it is `vllm_contest` finds out.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,21 +26,23 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class RecordFFN(nn.Module):
-    """An FFN of vLLM that runs from a record: always, or for few tokens.
+    """An FFN of vLLM that runs from a record: always, or for some numbers of tokens.
 
     Args:
         record: the FFN.
         dtype: of x.
-        own: vLLM's FFN, which runs for more than `most` tokens; None where there is none.
-        most: see `own`.
+        own: vLLM's FFN, which runs for every other number of tokens; None where there is none.
+        served: of `own`, the numbers of tokens that the record serves.
     """
 
     rows: Tensor
     _made = itertools.count()
 
-    def __init__(self, record: Record, dtype: torch.dtype, own: nn.Module | None = None, most: int = 0) -> None:
+    def __init__(
+        self, record: Record, dtype: torch.dtype, own: nn.Module | None = None, served: Container[int] = ()
+    ) -> None:
         super().__init__()
-        self.gated, self.activation, self.most, self.own = record.gated, record.activation, most, own
+        self.gated, self.activation, self.served, self.own = record.gated, record.activation, served, own
         self.hidden_size = record.hidden_size
         for name in ("rows", "scales", "neuron_bias", "down_bias"):
             self.register_buffer(name, getattr(record, name), persistent=False)
@@ -51,7 +54,7 @@ class RecordFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[tokens, D]` -> `[tokens, D]`."""
-        out: Tensor = self.by_record(x, "auto") if self.own is None else torch.ops.pyprune.few_tokens(x, self.key)
+        out: Tensor = self.by_record(x, "auto") if self.own is None else torch.ops.pyprune.record_or_own(x, self.key)
         return out
 
     def by_record(self, x: Tensor, backend: str) -> Tensor:
@@ -62,21 +65,40 @@ class RecordFFN(nn.Module):
 
 # vLLM traces a model once for all numbers of tokens, so which of the two runs is decided inside an operator.
 _BESIDE: dict[str, RecordFFN] = {}
+# vLLM's operators for what lies between its layers, by the activation in a record.
+_BETWEEN = {"silu": "silu_and_mul", "gelu": "gelu_and_mul", "gelu_tanh": "gelu_tanh_and_mul"}
 
 
-def _few_tokens(x: Tensor, key: str) -> Tensor:
+def _by_own(own: Any, x: Tensor, activation: str) -> Tensor:
+    """vLLM's FFN by its multiplications and its operator between them.
+
+    Inside an operator vLLM's compiler sees nothing: its modules would go through Python and, for the activation,
+    through torch.compile's guards at every call, which on a small FFN takes longer than the FFN. `_check_plain` has
+    made sure that it computes no more than this.
+    """
+    into, out = own.gate_up_proj, own.down_proj
+    both: Tensor = into.quant_method.apply(into, x, into.bias)
+    between = getattr(torch.ops._C, _BETWEEN[activation], None)
+    if between is None:
+        hidden = own.act_fn.forward_native(both)
+    else:
+        hidden = both.new_empty(both.shape[0], both.shape[1] // 2)
+        between(hidden, both)
+    found: Tensor = out.quant_method.apply(out, hidden, out.bias)
+    return found
+
+
+def _record_or_own(x: Tensor, key: str) -> Tensor:
     module = _BESIDE[key]
-    if x.numel() <= module.most * x.shape[-1]:
+    if x.numel() // x.shape[-1] in module.served:
         return module.by_record(x, "cpu")
-    assert module.own is not None
-    out: Tensor = module.own(x)
-    return out
+    return _by_own(module.own, x.reshape(-1, x.shape[-1]), module.activation).reshape(x.shape)
 
 
 _LIBRARY = torch.library.Library("pyprune", "FRAGMENT")
-_LIBRARY.define("few_tokens(Tensor x, str key) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl("few_tokens", _few_tokens, "CompositeExplicitAutograd")
-torch.library.register_fake("pyprune::few_tokens", lambda x, _: torch.empty_like(x), lib=_LIBRARY)
+_LIBRARY.define("record_or_own(Tensor x, str key) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("record_or_own", _record_or_own, "CompositeExplicitAutograd")
+torch.library.register_fake("pyprune::record_or_own", lambda x, _: torch.empty_like(x), lib=_LIBRARY)
 
 
 @dataclass

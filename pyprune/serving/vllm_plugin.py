@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from ..base.errors import one_line
 from ..model import heterogeneous
 from .vllm_contest import take_over
+from .vllm_ffn import RecordFFN
 from .vllm_mask import Cut
 from .vllm_options import VllmOptions
 
@@ -143,9 +144,27 @@ def _packed(process: Any) -> Any:
         options = getattr(model, "_pyprune_options", None)
         if options is not None:
             take_over(model, options)
+            _tell_compiler(model)
         return process(*args, **kwargs)
 
     return process_weights_after_loading
+
+
+def _tell_compiler(model: Any) -> None:
+    """Let vLLM name stored compilations by the FFNs that run from records, which it loads without any check.
+
+    Which FFNs these are is measured at each start; an operator in a stored graph knows its FFN by `RecordFFN.key`.
+    """
+    ours = {
+        name: f"record, {module.native_tokens} tokens" if module.own is None else f"beside, {module.key}"
+        for name, module in model.named_modules()
+        if isinstance(module, RecordFFN)
+    }
+    configs = {
+        id(module.vllm_config): module.vllm_config for module in model.modules() if hasattr(module, "vllm_config")
+    }
+    for config in configs.values() if ours else ():
+        config.additional_config = {**config.additional_config, "pyprune.ffns": ours}
 
 
 def _allow_the_widest() -> None:
@@ -170,8 +189,10 @@ def _wrapped(
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         name, size = bound.arguments.get("prefix") or "", bound.arguments[argument]
-        own = own_size(name, size, argument == "input_size", config) if name else size
-        if own != size:
+        # A constructor that this one calls gets its sizes, which are the layer's own already.
+        first = self.__dict__.setdefault("_pyprune_sized", argument) == argument
+        own = own_size(name, size, argument == "input_size", config) if name and first else None
+        if own is not None:
             degree = 1 if bound.arguments.get("disable_tp") else parallel()
             if any(part % degree for part in (own if isinstance(own, list) else [own])):
                 raise ValueError(
@@ -195,15 +216,15 @@ def own_size(name: str, size: Any, leaves: bool, config: Callable[[], Any]) -> A
         config: gives the model's config.
 
     Returns:
-        `size`, with the widest FFN's width replaced by that of the layer's own FFN where it belongs to one.
+        `size`, with the widest FFN's width replaced by that of the layer's own FFN; None where it belongs to none.
     """
     try:
         ours = config()
     except AssertionError:  # made outside of any model
-        return size
+        return None
     widths = heterogeneous.layer_widths(ours)
     if widths is None:
-        return size
+        return None
     ffn = ours.pyprune["ffn"]
     if "modules" in ffn:
         raise ValueError(
@@ -212,11 +233,11 @@ def own_size(name: str, size: Any, leaves: bool, config: Callable[[], Any]) -> A
         )
     place = re.search(rf"(?:^|\.){re.escape(ffn['layers'].rpartition('.')[2])}\.(\d+)\.(.+)$", name)
     if place is None or place[2].rpartition(".")[0] != ffn["out"].rpartition(".")[0]:
-        return size
+        return None
     width, widest = widths[int(place[1])], max(widths)
     blocks = 1 if leaves or isinstance(size, list) else ffn["in"][0][1]
-
-    def own(asked: int) -> int:
-        return width * blocks if asked == widest * blocks else asked
-
-    return [own(part) for part in size] if isinstance(size, list) else own(size)
+    parts = size if isinstance(size, list) else [size]
+    if widest * blocks not in parts:
+        return None
+    own = [width * blocks if part == widest * blocks else part for part in parts]
+    return own if isinstance(size, list) else own[0]
