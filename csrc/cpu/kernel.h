@@ -1,10 +1,10 @@
 // The kernel, over the float vectors of one instruction set. Included by each instruction set's source file after its
 // `simd_*.h`, inside that file's own namespace, so that no code of one set can be linked in the place of another's.
 
-// Neurons of one group of a call of one token (of more: blocks.h): their dot products, their activations, and then their
-// down rows are computed together. No more than hides the latency of additions, for nearer prefetches. A gather skips
-// neurons, which ends the hardware's prefetching of a run of memory; more rows in turn keep memory busier then; but not
-// int8, and not int4, which prefetches by itself (Lead).
+// Neurons of one group of a call of one token (of more: blocks.h): their dot products, their activations, and then
+// their down rows are computed together. No more than hides the latency of additions, for nearer prefetches. A gather
+// skips neurons, which ends the hardware's prefetching of a run of memory; more rows in turn keep memory busier then;
+// but not int8, and not int4, which prefetches by itself (Lead).
 constexpr int kGroupOne = 2;
 constexpr int kGroupWide = 4;
 static_assert(kGroupOne <= kMostInGroup && kGroupWide <= kMostInGroup);
@@ -201,9 +201,15 @@ inline void pack_pairs(const Call& p, const Workspace& ws) {
   __builtin_memset(out + p.hidden_size, 0, (ws.padded - p.hidden_size) * sizeof(uint16_t));
 }
 
-// Whether blocks of tokens of type X by weights of type W are multiplied as bfloat16 in pairs.
-constexpr bool in_pairs(Type w, Type x) {
+// Whether blocks of tokens by weights of these types may be multiplied as bfloat16 in pairs.
+constexpr bool fits_pairs(Type w, Type x) {
   return kDotBf16 && x == Type::bf16 && (w == Type::bf16 || w == Type::i8 || w == Type::i4);
+}
+
+// Whether they are. Of integers only where there are tokens enough to pay for pairing them.
+template <Type W>
+inline bool takes_pairs(const Call& p) {
+  return fits_pairs(W, p.x_type) && (W == Type::bf16 || p.tokens >= kPairedTokens);
 }
 
 // Calls `body` with the types of weights and x as compile-time constants.
@@ -245,12 +251,10 @@ inline void pack(const Call& p, const Workspace& ws, int64_t first, int64_t last
   if (ws.form == Form::bytes) return pack_bytes(p, ws);
   with_types(p, [&](auto w, auto x) {
     constexpr Type W = decltype(w)::value, X = decltype(x)::value;
-    if (ws.form == Form::floats)
-      pack_as<W, X>(p, static_cast<float*>(ws.tokens), ws.padded);
-    else if constexpr (in_pairs(W, X))
-      pack_blocks<Pairs, W, X>(p, ws, first, last);
-    else
-      pack_blocks<Floats, W, X>(p, ws, first, last);
+    if (ws.form == Form::floats) return pack_as<W, X>(p, static_cast<float*>(ws.tokens), ws.padded);
+    if constexpr (fits_pairs(W, X))
+      if (takes_pairs<W>(p)) return pack_blocks<Pairs, W, X>(p, ws, first, last);
+    pack_blocks<Floats, W, X>(p, ws, first, last);
   });
 }
 
@@ -258,8 +262,8 @@ inline void slab(const Call& p, const Workspace& ws, int64_t first, int64_t last
   with_weights(p, [&](auto w) {
     constexpr Type W = decltype(w)::value;
     if (ws.form != Form::blocks) return slab_of<W>(p, ws, first, last, partial);
-    if constexpr (in_pairs(W, Type::bf16))
-      if (p.x_type == Type::bf16) return slab_blocks<Pairs, W>(p, ws, first, last, partial);
+    if constexpr (fits_pairs(W, Type::bf16))
+      if (takes_pairs<W>(p)) return slab_blocks<Pairs, W>(p, ws, first, last, partial);
     slab_blocks<Floats, W>(p, ws, first, last, partial);
   });
 }

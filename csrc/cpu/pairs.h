@@ -1,5 +1,5 @@
-// The product of blocks.h in AVX-512 BF16: bfloat16 in pairs, of elements in dot products and of neurons in sums of down
-// rows. Included after blocks.h.
+// The product of blocks.h in AVX-512 BF16: bfloat16 in pairs, of elements in dot products and of neurons in sums of
+// down rows. Included after blocks.h.
 
 struct Pairs {
   using Element = uint16_t;
@@ -9,11 +9,9 @@ struct Pairs {
   static constexpr Type kInPlace = Type::bf16;
 
   static inline Vector get(const uint16_t* p) { return _mm512_loadu_si512(p); }
-  static inline Vector get(const uint16_t* p, int64_t count) {
-    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
-  }
+  static inline void put(uint16_t* p, Vector a) { _mm512_storeu_si512(p, a); }
   static inline Vector halves(Vec first, Vec second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
-  static inline void put(uint16_t* p, const Vec* values) { _mm512_storeu_si512(p, halves(values[0], values[1])); }
+  static inline Vector of(const Vec* values) { return halves(values[0], values[1]); }
   static inline Vec add_product(Vec sums, Vector a, Vector b) {
     return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b);
   }
@@ -35,8 +33,8 @@ struct Pairs {
     if constexpr (W == Type::bf16) {
       // Even columns, then odd ones.
       const Vector high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-      bool whole = d + kDepth <= size;
-      auto line_of = [&](const uint16_t* row) { return whole ? get(row + d) : get(row + d, size - d); };
+      __mmask32 inside = size - d < kDepth ? (1u << (size - d)) - 1 : ~0u;
+      auto line_of = [&](const uint16_t* row) { return _mm512_maskz_loadu_epi16(inside, row + d); };
       Vector first = line_of(rows[0]), second = count > 1 ? line_of(rows[1]) : _mm512_setzero_si512();
       out[0] = _mm512_or_si512(_mm512_andnot_si512(high, first), _mm512_slli_epi32(second, 16));
       out[1] = _mm512_or_si512(_mm512_srli_epi32(first, 16), _mm512_and_si512(high, second));

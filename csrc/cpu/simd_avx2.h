@@ -27,7 +27,7 @@ inline float sum(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 // The sums of four vectors.
-inline void sum_four(const Vec (&a)[4], float* out) {
+__attribute__((always_inline)) inline void sum_four(const Vec (&a)[4], float* out) {
   Vec low = add(_mm256_unpacklo_ps(a[0], a[1]), _mm256_unpackhi_ps(a[0], a[1]));
   Vec high = add(_mm256_unpacklo_ps(a[2], a[3]), _mm256_unpackhi_ps(a[2], a[3]));
   Vec all = add(_mm256_shuffle_ps(low, high, 0x44), _mm256_shuffle_ps(low, high, 0xee));
