@@ -6,10 +6,9 @@
 // What that is done in is called the product: bfloat16 in pairs (pairs.h) where both tokens and weights fit it, else
 // float32. Rows of other types are written out as that first, once for all tokens.
 
-// A call in an inner loop has all vectors leave their registers, and so has a loop among others in a large function:
-// what inner loops call is part of them, and each stands alone.
+// What inner loops call is part of them: at a call all vectors would leave their registers. Not the loops themselves:
+// among others in one large function they would leave them as well.
 #define PYPRUNE_INLINE inline __attribute__((always_inline))
-#define PYPRUNE_ALONE __attribute__((noinline))
 
 constexpr int kBlockRows = 4;
 constexpr int kBlockTokens = kLanes == 16 ? 6 : 3;  // times the rows: as many sums as registers hold
@@ -156,8 +155,8 @@ PYPRUNE_INLINE typename P::Vector row_vector(const Element<W>* row, int64_t coun
 
 // out[t][r] (+)= dot products of four rows' `count` values with T tokens.
 template <class P, Type W, int T>
-PYPRUNE_ALONE void dot_block(const Element<W>* const (&rows)[kBlockRows], int64_t count, const typename P::Element* x,
-                             float* out, bool more, Coming& coming, int64_t bytes) {
+inline void dot_block(const Element<W>* const (&rows)[kBlockRows], int64_t count, const typename P::Element* x,
+                      float* out, bool more, Coming& coming, int64_t bytes) {
   Vec sums[kBlockRows][T];
   for (auto& row : sums)
     for (auto& value : row) value = zero();
@@ -233,7 +232,7 @@ inline void dot_blocks(const Call& p, const Workspace& ws, const Element<W>* con
 // Partial sums of T tokens, a chunk of columns each, += products of hidden values and staged down rows. For few tokens
 // there are two sums of each, so that the latency of additions hides.
 template <class P, int T>
-PYPRUNE_ALONE void down_block(const typename P::Vector* staged, const typename P::Element* hidden, float* partial) {
+inline void down_block(const typename P::Vector* staged, const typename P::Element* hidden, float* partial) {
   constexpr int kSums = T < 4 ? 2 : 1;
   Vec sums[kSums][T][2];
   for (int t = 0; t < T; ++t)
