@@ -62,6 +62,7 @@ def test_error_of_every_width_and_many_slabs(isa: str, dtype: torch.dtype) -> No
         check_error(make(tokens, width, 13, (dtype, INT4)))
     for tokens in (1, 9, 70):
         check_error(make(tokens, 576, 1031, (dtype, INT4), form="gather", kept=1000))
+    check_error(make(7, 4128, 35, (dtype, INT4)))  # wider than what is written out at once
 
 
 def test_many_neurons_are_written_out_in_turn(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:

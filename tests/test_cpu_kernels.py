@@ -66,6 +66,12 @@ def test_error_of_many_slabs(isa: str, types: tuple[torch.dtype, torch.dtype]) -
         check_error(make(tokens, 576, 1031, types, form="gather", kept=1000))
 
 
+@pytest.mark.parametrize("types", TYPES, ids=str)
+def test_error_of_rows_wider_than_are_written_out_at_once(isa: str, types: tuple[torch.dtype, torch.dtype]) -> None:
+    for tokens in (2, 7):
+        check_error(make(tokens, 4131, 35, types, form="gather", kept=33))
+
+
 @pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_activations_at_every_size(isa: str, activation: str, dtype: torch.dtype) -> None:

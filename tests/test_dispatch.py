@@ -90,7 +90,7 @@ def test_only_matrix_tiles_take_many_bfloat16_tokens(in_use, native_library, mon
     dispatch.native_tokens.cache_clear()
     limits = [dispatch.native_tokens(x, torch.bfloat16, 64, False) for x in (torch.bfloat16, torch.float32)]
     dispatch.native_tokens.cache_clear()
-    assert limits == [dispatch._NATIVE_TOKENS[torch.bfloat16, False][0] if in_use == "amx" else 16, 16]
+    assert limits == [dispatch._NATIVE_TOKENS[torch.bfloat16, False][0] if in_use == "amx" else 64, 64]
 
 
 def test_native_tokens_are_none_where_the_kernel_cannot_run(native_library):

@@ -154,15 +154,15 @@ def test_meta_tensors_and_other_places(tiny):
 def test_on_a_cpu_the_library_computes_int4_for_every_number_of_tokens(monkeypatch):
     cpu = dispatch.backends()["cpu"]
     monkeypatch.setattr(native, "load", lambda: None)
-    for tokens in (1, 32, 33, 4096):
+    for tokens in (1, 128, 129, 4096):
         problem = Problem("cpu", torch.bfloat16, tokens, 64, 96, 96, True, False, "silu", UINT8)
         chosen = dispatch.choose(problem)
-        assert chosen.backend is cpu and cpu.default_config(problem) == ({} if tokens <= 32 else {"written": True})
+        assert chosen.backend is cpu and cpu.default_config(problem) == ({} if tokens <= 128 else {"written": True})
         assert {frozenset(c.items()) for c in cpu.candidate_configs(problem)} == {
             frozenset(),
             frozenset({("written", True)}),
         }
-    assert 0 < dispatch.native_tokens(torch.bfloat16, UINT8, 64, False) <= 32
+    assert 0 < dispatch.native_tokens(torch.bfloat16, UINT8, 64, False) <= 128
     dispatch.native_tokens.cache_clear()
     dispatch.choose.cache_clear()
 

@@ -290,7 +290,7 @@ inline void slab_tiles(const Call& p, const Workspace& ws, int64_t first, int64_
 inline Shape tile_shape(const Call& p, int64_t padded) {
   if (!use_tiles(p)) return shape(p, padded);
   int64_t rows = token_tiles(p) * kTile;
-  return {Form::tiles, rows, rows * padded * int64_t{sizeof(uint16_t)}};
+  return {Form::tiles, rows, rows * padded * int64_t{sizeof(uint16_t)}, kDepth};
 }
 
 inline void tile_pack(const Call& p, const Workspace& ws, int64_t first, int64_t last) {

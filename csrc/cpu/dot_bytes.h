@@ -11,8 +11,8 @@ constexpr float kLargest = 8388606.0f;  // rounding may add one, and 2^23 would 
 // Above this width a sum of products could exceed 32 bits.
 constexpr int64_t kMaxBytesWidth = 65536;
 
-// One token only: for several of them converting the weights once to floats is cheaper. And not for float32 tokens: 24
-// bits beside the largest element are fewer than theirs beside each.
+// Of one token (of several: blocks.h). And not for float32 tokens: 24 bits beside the largest element are fewer than
+// theirs beside each.
 inline bool fits_bytes(const Call& p) {
   if ((p.weight_type != Type::i8 && p.weight_type != Type::i4) || p.x_type == Type::f32) return false;
   if (p.tokens != 1 || p.hidden_size > kMaxBytesWidth) return false;
@@ -97,9 +97,9 @@ struct ByteSums {
   }
 };
 
-// out[r * stride] = the dot product of row r with the token.
+// out[r] = the dot product of row r with the token.
 template <int R>
-inline void dot_bytes(const Rows<Type::i8, R>& rows, int64_t size, const Workspace& ws, float* out, int64_t stride) {
+inline void dot_bytes(const Rows<Type::i8, R>& rows, int64_t size, const Workspace& ws, float* out) {
   auto* x = static_cast<const uint8_t*>(ws.tokens);
   ByteSums<R> sums;
   int64_t d = 0;
@@ -116,5 +116,5 @@ inline void dot_bytes(const Rows<Type::i8, R>& rows, int64_t size, const Workspa
   }
   float step;
   __builtin_memcpy(&step, x + kPlanes * ws.padded, sizeof step);
-  for (int r = 0; r < R; ++r) out[r * stride] = sums.total(r, step);
+  for (int r = 0; r < R; ++r) out[r] = sums.total(r, step);
 }

@@ -43,12 +43,10 @@ inline void pack_nibble_token(const float* x, int64_t padded, char* out) {
 inline void pack_bytes(const Call& p, const Workspace& ws) {
   if (p.weight_type == Type::i8) return pack_token_of(p, ws);
   alignas(kLineBytes) float x[kMaxBytesWidth];
-  Workspace floats = ws;
-  floats.tokens = x;
   if (p.x_type == Type::bf16)
-    pack_as<Type::i4, Type::bf16>(p, floats, 0, 1);
+    pack_as<Type::i4, Type::bf16>(p, x, ws.padded);
   else
-    pack_as<Type::i4, Type::f16>(p, floats, 0, 1);
+    pack_as<Type::i4, Type::f16>(p, x, ws.padded);
   pack_nibble_token(x, ws.padded, static_cast<char*>(ws.tokens));
 }
 
@@ -73,9 +71,9 @@ inline void add_nibble_line(const Rows<Type::i4, R>& rows, int64_t size, int64_t
   }
 }
 
-// out[r * stride] = the dot product of row r with the token.
+// out[r] = the dot product of row r with the token.
 template <int R>
-inline void dot_bytes(const Rows<Type::i4, R>& rows, int64_t size, const Workspace& ws, float* out, int64_t stride) {
+inline void dot_bytes(const Rows<Type::i4, R>& rows, int64_t size, const Workspace& ws, float* out) {
   auto* x = static_cast<const __m512i*>(ws.tokens);
   Vec sums[R];
   for (auto& value : sums) value = zero();
@@ -91,5 +89,5 @@ inline void dot_bytes(const Rows<Type::i4, R>& rows, int64_t size, const Workspa
   }
   float step;
   __builtin_memcpy(&step, x, sizeof step);
-  for (int r = 0; r < R; ++r) out[r * stride] = sum(sums[r]) * step;
+  for (int r = 0; r < R; ++r) out[r] = sum(sums[r]) * step;
 }

@@ -29,29 +29,29 @@ inline void to_natural(Vec (&values)[V]) {
   if constexpr (V == kNibbles) move_fours<V>(values, true);
 }
 
+// One token.
 template <Type W, Type X>
-inline void pack_as(const Call& p, const Workspace& ws, int64_t first, int64_t last) {
+inline void pack_as(const Call& p, float* out, int64_t padded) {
   constexpr int V = Weights<W>::kVectors;
-  for (int64_t t = first; t < last; ++t) {
-    auto* x = static_cast<const typename Values<X>::Element*>(p.x) + t * p.x_stride;
-    float* out = static_cast<float*>(ws.tokens) + t * ws.padded;
-    for (int64_t d = 0; d < ws.padded; d += V * kLanes) {
-      Vec values[V];
-      get_block<X, V>(x + d, p.hidden_size - d, values);
-      to_expanded<V>(values);
-      for (int v = 0; v < V; ++v) store(out + d + v * kLanes, values[v]);
-    }
+  auto* x = static_cast<const typename Values<X>::Element*>(p.x);
+  for (int64_t d = 0; d < padded; d += V * kLanes) {
+    Vec values[V];
+    get_block<X, V>(x + d, p.hidden_size - d, values);
+    to_expanded<V>(values);
+    for (int v = 0; v < V; ++v) store(out + d + v * kLanes, values[v]);
   }
 }
 
-// The sum of all partials at one block, in expanded order.
+// The sum of all partials of one token at the block from column d on, in expanded order.
 template <int V>
-inline void sum_block(const Workspace& ws, int64_t slabs, int64_t offset, Vec (&sums)[V]) {
-  const float* partial = ws.partials + offset;
-  for (int v = 0; v < V; ++v) sums[v] = load(partial + v * kLanes);
-  for (int64_t s = 1; s < slabs; ++s) {
-    partial += ws.rows * ws.padded;
-    for (int v = 0; v < V; ++v) sums[v] = add(sums[v], load(partial + v * kLanes));
+inline void sum_block(const Workspace& ws, int64_t slabs, int64_t t, int64_t d, Vec (&sums)[V]) {
+  for (int v = 0; v < V; ++v) {
+    const float* partial = ws.partials + ws.offset(t, d + v * kLanes);
+    sums[v] = load(partial);
+    for (int64_t s = 1; s < slabs; ++s) {
+      partial += ws.rows * ws.padded;
+      sums[v] = add(sums[v], load(partial));
+    }
   }
 }
 
@@ -72,7 +72,7 @@ inline void finish_columns(const Call& p, const Workspace& ws, int64_t slabs, in
   Value* out = static_cast<Value*>(p.out) + t * p.hidden_size;
   for (int64_t d = first; d < last; d += V * kLanes) {
     Vec sums[V];
-    sum_block<V>(ws, slabs, ws.offset(t, d), sums);
+    sum_block<V>(ws, slabs, t, d, sums);
     to_natural<V>(sums);
     if (bias) {
       Vec values[V];
@@ -104,7 +104,7 @@ inline void combine_as(const Contribution* given, int64_t count, int64_t first, 
     for (int64_t i = 0; i < count; ++i) {
       const Workspace& ws = *given[i].workspace;
       Vec sums[V];
-      sum_block<V>(ws, given[i].slabs, ws.offset(given[i].token, d), sums);
+      sum_block<V>(ws, given[i].slabs, given[i].token, d, sums);
       for (int v = 0; v < V; ++v) total[v] = fma(broadcast(given[i].weight), sums[v], total[v]);
     }
     to_natural<V>(total);

@@ -54,7 +54,7 @@ class Pass {
         kernels_(kernels),
         threads_(threads),
         parallel_for_(parallel_for),
-        padded_(round_up(p_.hidden_size, line(p_.weight_type))),
+        padded_(padded_width(p_.weight_type, p_.hidden_size)),
         sorted_(by_expert(routed)) {
     add_groups();
     gather_tokens();
@@ -126,7 +126,7 @@ class Pass {
     int64_t total = 0;
     for (Group& g : groups_) {
       Shape shape = kernels_.shape(g.call, padded_);
-      g.workspace = {shape.form, padded_, shape.rows, nullptr, nullptr};
+      g.workspace = {shape.form, padded_, shape.rows, nullptr, nullptr, shape.chunk};
       g.bytes = round_up(shape.bytes, kLineBytes);
       total += partials_bytes(g) + g.bytes;
     }

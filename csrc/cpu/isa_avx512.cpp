@@ -14,6 +14,7 @@ namespace {
 #include "no_dot_bf16.h"
 #include "products.h"
 #include "ends.h"
+#include "blocks.h"
 #include "kernel.h"
 
 }  // namespace

@@ -14,6 +14,8 @@ namespace {
 #include "dot_bf16.h"
 #include "products.h"
 #include "ends.h"
+#include "blocks.h"
+#include "pairs.h"
 #include "dot_bytes.h"
 #include "dot_nibbles.h"
 #include "kernel.h"

@@ -1,14 +1,13 @@
 // The kernel, over the float vectors of one instruction set. Included by each instruction set's source file after its
 // `simd_*.h`, inside that file's own namespace, so that no code of one set can be linked in the place of another's.
 
-// Neurons of one group: their dot products, their activations, and then their down rows are computed together. One
-// token needs no more than hides the latency of additions, and nearer prefetches; many tokens share each load and store
-// of a partial sum. A gather skips neurons, which ends the hardware's prefetching of a run of memory; more rows in turn
-// keep memory busier then; but not int8, and not int4, which prefetches by itself (Lead).
+// Neurons of one group of a call of one token (of more: blocks.h): their dot products, their activations, and then
+// their down rows are computed together. No more than hides the latency of additions, for nearer prefetches. A gather
+// skips neurons, which ends the hardware's prefetching of a run of memory; more rows in turn keep memory busier then;
+// but not int8, and not int4, which prefetches by itself (Lead).
 constexpr int kGroupOne = 2;
 constexpr int kGroupWide = 4;
-constexpr int kGroupMany = 4;
-static_assert(kGroupOne <= kMostInGroup && kGroupWide <= kMostInGroup && kGroupMany <= kMostInGroup);
+static_assert(kGroupOne <= kMostInGroup && kGroupWide <= kMostInGroup);
 
 // From the dot products of `count` neurons (rows `stride` apart) to what their down rows are multiplied by, in place in
 // `gate`: scales, biases, activation, gate times up, and the down row's own scale.
@@ -34,43 +33,17 @@ inline void hidden_values(const Call& p, int64_t first, int count, int64_t strid
   }
 }
 
-// Dot products of rows with T tokens from `token` on.
-template <Type W, int R, int T, bool Prefetch>
-inline void dot_tokens(const Call& p, const Workspace& ws, const Rows<W, R>& rows, int64_t token, float* out,
-                       int64_t stride) {
+// Dot products of rows with the token.
+template <Type W, int R>
+inline void dot_token(const Call& p, const Workspace& ws, const Rows<W, R>& rows, float* out) {
   if constexpr (kDotBf16 && W == Type::bf16)
-    if (ws.form == Form::pairs)
-      return dot<W, R, T, Prefetch>(rows, p.hidden_size, ws.token<uint16_t>(token), ws.padded, out, stride);
-  if constexpr (kDotBf16 && (W == Type::i8 || W == Type::i4) && T == 1)
-    if (ws.form == Form::bytes) return dot_bytes<R>(rows, p.hidden_size, ws, out, stride);
+    if (ws.form == Form::pairs) return dot<W, R>(rows, p.hidden_size, static_cast<const uint16_t*>(ws.tokens), out);
+  if constexpr (kDotBf16 && (W == Type::i8 || W == Type::i4))
+    if (ws.form == Form::bytes) return dot_bytes<R>(rows, p.hidden_size, ws, out);
   if constexpr (W == Type::i4)
-    dot_nibbles<R, T, Prefetch>(rows, p.hidden_size, ws.token<float>(token), ws.padded, out, stride);
+    dot_nibbles<R>(rows, p.hidden_size, static_cast<const float*>(ws.tokens), out);
   else
-    dot<W, R, T, Prefetch>(rows, p.hidden_size, ws.token<float>(token), ws.padded, out, stride);
-}
-
-template <Type W, int T>
-inline void dot_some(const Call& p, const Workspace& ws, const Rows<W, kRows>& rows, int64_t token, float* out,
-                     int64_t stride) {
-  if (token == 0)
-    dot_tokens<W, kRows, T, true>(p, ws, rows, 0, out, stride);
-  else
-    dot_tokens<W, kRows, T, false>(p, ws, rows, token, out + token, stride);
-}
-
-// Dot products of rows with all tokens, some tokens at a time.
-template <Type W>
-inline void dot_all(const Call& p, const Workspace& ws, const Rows<W, kRows>& rows, float* out, int64_t stride) {
-  int64_t t = 0;
-  for (; t + kTokens <= p.tokens; t += kTokens) dot_some<W, kTokens>(p, ws, rows, t, out, stride);
-  switch (p.tokens - t) {
-    case 3:
-      return dot_some<W, 3>(p, ws, rows, t, out, stride);
-    case 2:
-      return dot_some<W, 2>(p, ws, rows, t, out, stride);
-    case 1:
-      return dot_some<W, 1>(p, ws, rows, t, out, stride);
-  }
+    dot<W, R>(rows, p.hidden_size, static_cast<const float*>(ws.tokens), out);
 }
 
 // The first of each neuron's rows, for a group and for the next one (at the end, for itself again).
@@ -150,35 +123,26 @@ struct Group<Type::i4, G> {
 };
 
 template <Type W, int R>
-inline void down_group(const Call& p, const Workspace& ws, const Rows<W, R>& rows, const float* a, int64_t stride,
-                       float* partial) {
-  if constexpr (W == Type::i4) {
-    if (p.tokens == 1)
-      down_nibbles<R, true>(rows, p.hidden_size, a, stride, 1, partial, ws.padded);
-    else
-      down_nibbles<R, false>(rows, p.hidden_size, a, stride, p.tokens, partial, ws.padded);
-  } else if (p.tokens == 1) {
-    down<W, R, true>(rows, p.hidden_size, a, stride, 1, partial, ws.padded);
-  } else {
-    down<W, R, false>(rows, p.hidden_size, a, stride, p.tokens, partial, ws.padded);
-  }
+inline void down_group(const Call& p, const Rows<W, R>& rows, const float* a, float* partial) {
+  if constexpr (W == Type::i4)
+    down_nibbles<R>(rows, p.hidden_size, a, partial);
+  else
+    down<W, R>(rows, p.hidden_size, a, partial);
 }
 
 template <Type W, int G>
-inline void down_all(const Call& p, const Workspace& ws, const Group<W, G>& group, int64_t count, const float* a,
-                     int64_t stride, float* partial) {
+inline void down_all(const Call& p, const Group<W, G>& group, int64_t count, const float* a, float* partial) {
   int64_t offset = (p.parts() - 1) * p.part();
-  if (count == G) return down_group<W, G>(p, ws, group.template rows<G>(offset), a, stride, partial);
-  for (int n = 0; n < count; ++n)
-    down_group<W, 1>(p, ws, group.template rows<1>(offset, n), a + n * stride, stride, partial);
+  if (count == G) return down_group<W, G>(p, group.template rows<G>(offset), a, partial);
+  for (int n = 0; n < count; ++n) down_group<W, 1>(p, group.template rows<1>(offset, n), a + n, partial);
 }
 
-// One token: dot products of a group's gate and up rows.
+// Dot products of a group's gate and up rows.
 template <Type W, int G>
-inline void dots_one(const Call& p, const Workspace& ws, const Group<W, G>& group, float* gate, float* up) {
-  if (!p.gated) return dot_tokens<W, G, 1, true>(p, ws, group.template rows<G>(0), 0, gate, 1);
+inline void dot_all(const Call& p, const Workspace& ws, const Group<W, G>& group, float* gate, float* up) {
+  if (!p.gated) return dot_token<W, G>(p, ws, group.template rows<G>(0), gate);
   float sums[2 * G];
-  dot_tokens<W, 2 * G, 1, true>(p, ws, group.two_parts(p.part()), 0, sums, 1);
+  dot_token<W, 2 * G>(p, ws, group.two_parts(p.part()), sums);
   for (int i = 0; i < G; ++i) {
     gate[i] = sums[i];
     up[i] = sums[G + i];
@@ -193,38 +157,20 @@ inline void slab_one(const Call& p, const Workspace& ws, int64_t first, int64_t 
   for (int64_t n = first; n < last; n += G) {
     int64_t count = last - n < G ? last - n : G;
     Group<W, G> group(p, n, count);
-    dots_one<W, G>(p, ws, group, gate, up);
+    dot_all<W, G>(p, ws, group, gate, up);
     hidden_values(p, n, static_cast<int>(count), 1, gate, up);
-    down_all<W, G>(p, ws, group, count, gate, 1, partial);
+    down_all<W, G>(p, group, count, gate, partial);
   }
 }
 
-template <Type W>
-inline void slab_many(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
-  constexpr int G = kGroupMany;
-  alignas(kLineBytes) float gate[G * kMaxTokens + kLanes] = {};
-  alignas(kLineBytes) float up[G * kMaxTokens + kLanes] = {};
-  for (int64_t n = first; n < last; n += G) {
-    int64_t count = last - n < G ? last - n : G;
-    Group<W, G> group(p, n, count);
-    for (int part = 0; part < p.parts() - 1; ++part)
-      for (int r = 0; r < G; r += kRows)
-        dot_all<W>(p, ws, group.template rows<kRows>(part * p.part(), r), (part == 0 ? gate : up) + r * p.tokens,
-                   p.tokens);
-    hidden_values(p, n, static_cast<int>(count), p.tokens, gate, up);
-    down_all<W, G>(p, ws, group, count, gate, p.tokens, partial);
-  }
-}
-
+// One token.
 template <Type W>
 inline void slab_of(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
-  __builtin_memset(partial, 0, ws.rows * ws.padded * sizeof(float));
-  if (p.tokens == 1 && p.index && W != Type::i8 && W != Type::i4)
+  __builtin_memset(partial, 0, ws.padded * sizeof(float));
+  if (p.index && W != Type::i8 && W != Type::i4)
     slab_one<W, kGroupWide>(p, ws, first, last, partial);
-  else if (p.tokens == 1)
-    slab_one<W, kGroupOne>(p, ws, first, last, partial);
   else
-    slab_many<W>(p, ws, first, last, partial);
+    slab_one<W, kGroupOne>(p, ws, first, last, partial);
 }
 
 // Eight streams of additions, so that their latency hides behind the loads.
@@ -242,18 +188,28 @@ inline double read_all(const float* p, int64_t count) {
 
 inline Shape shape(const Call& p, int64_t padded) {
   int64_t values = p.tokens * padded;
+  if (p.tokens > 1) return {Form::blocks, p.tokens, values * int64_t{sizeof(float)}, kChunk};
   if (kDotBf16 && p.weight_type == Type::bf16 && p.x_type == Type::bf16)
-    return {Form::pairs, p.tokens, values * int64_t{sizeof(uint16_t)}};
-  if (kDotBf16 && fits_bytes(p)) return {Form::bytes, 1, bytes_of_token(p, padded)};
-  return {Form::floats, p.tokens, values * int64_t{sizeof(float)}};
+    return {Form::pairs, 1, values * int64_t{sizeof(uint16_t)}, 0};
+  if (kDotBf16 && fits_bytes(p)) return {Form::bytes, 1, bytes_of_token(p, padded), 0};
+  return {Form::floats, 1, values * int64_t{sizeof(float)}, 0};
 }
 
-inline void pack_pairs(const Call& p, const Workspace& ws, int64_t first, int64_t last) {
-  for (int64_t t = first; t < last; ++t) {
-    uint16_t* out = static_cast<uint16_t*>(ws.tokens) + t * ws.padded;
-    __builtin_memcpy(out, static_cast<const uint16_t*>(p.x) + t * p.x_stride, p.hidden_size * sizeof(uint16_t));
-    __builtin_memset(out + p.hidden_size, 0, (ws.padded - p.hidden_size) * sizeof(uint16_t));
-  }
+inline void pack_pairs(const Call& p, const Workspace& ws) {
+  uint16_t* out = static_cast<uint16_t*>(ws.tokens);
+  __builtin_memcpy(out, p.x, p.hidden_size * sizeof(uint16_t));
+  __builtin_memset(out + p.hidden_size, 0, (ws.padded - p.hidden_size) * sizeof(uint16_t));
+}
+
+// Whether blocks of tokens by weights of these types may be multiplied as bfloat16 in pairs.
+constexpr bool fits_pairs(Type w, Type x) {
+  return kDotBf16 && x == Type::bf16 && (w == Type::bf16 || w == Type::i8 || w == Type::i4);
+}
+
+// Whether they are. Of integers only where there are tokens enough to pay for pairing them.
+template <Type W>
+inline bool takes_pairs(const Call& p) {
+  return fits_pairs(W, p.x_type) && (W == Type::bf16 || p.tokens >= kPairedTokens);
 }
 
 // Calls `body` with the types of weights and x as compile-time constants.
@@ -291,13 +247,25 @@ inline void with_types(const Call& p, const Body& body) {
 }
 
 inline void pack(const Call& p, const Workspace& ws, int64_t first, int64_t last) {
-  if (ws.form == Form::pairs) return pack_pairs(p, ws, first, last);
+  if (ws.form == Form::pairs) return pack_pairs(p, ws);
   if (ws.form == Form::bytes) return pack_bytes(p, ws);
-  with_types(p, [&](auto w, auto x) { pack_as<decltype(w)::value, decltype(x)::value>(p, ws, first, last); });
+  with_types(p, [&](auto w, auto x) {
+    constexpr Type W = decltype(w)::value, X = decltype(x)::value;
+    if (ws.form == Form::floats) return pack_as<W, X>(p, static_cast<float*>(ws.tokens), ws.padded);
+    if constexpr (fits_pairs(W, X))
+      if (takes_pairs<W>(p)) return pack_blocks<Pairs, W, X>(p, ws, first, last);
+    pack_blocks<Floats, W, X>(p, ws, first, last);
+  });
 }
 
 inline void slab(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
-  with_weights(p, [&](auto w) { slab_of<decltype(w)::value>(p, ws, first, last, partial); });
+  with_weights(p, [&](auto w) {
+    constexpr Type W = decltype(w)::value;
+    if (ws.form != Form::blocks) return slab_of<W>(p, ws, first, last, partial);
+    if constexpr (fits_pairs(W, Type::bf16))
+      if (takes_pairs<W>(p)) return slab_blocks<Pairs, W>(p, ws, first, last, partial);
+    slab_blocks<Floats, W>(p, ws, first, last, partial);
+  });
 }
 
 inline void finish(const Call& p, const Workspace& ws, int64_t slabs, int64_t first, int64_t last) {

@@ -21,8 +21,13 @@ constexpr int64_t element_size(Type type) {
   return type == Type::f32 ? 4 : type == Type::i8 || type == Type::i4 ? 1 : 2;
 }
 
-// Weights of one cache line; D is padded to a multiple.
+// Weights of one cache line.
 constexpr int64_t line(Type type) { return kLineBytes / element_size(type) * (type == Type::i4 ? 2 : 1); }
+// D with its padding: whole lines of weights, and of partial sums two.
+constexpr int64_t padded_width(Type type, int64_t hidden_size) {
+  int64_t multiple = line(type) < 32 ? 32 : line(type);
+  return (hidden_size + multiple - 1) / multiple * multiple;
+}
 
 // The output is finished in pieces of so many columns of one token.
 constexpr int64_t kFinishColumns = 512;
@@ -33,6 +38,7 @@ enum class Form {
   floats,  // float32 in expanded order
   pairs,   // bfloat16, for AVX-512 BF16
   bytes,   // fixed point in three bytes, for VNNI and int8 or int4
+  blocks,  // blocks of tokens, as blocks.h has them
   tiles,   // bfloat16 in tiles of 16 tokens, for AMX
 };
 
@@ -41,19 +47,21 @@ struct Shape {
   Form form;
   int64_t rows;   // M rounded up to what kernels write
   int64_t bytes;  // of packed tokens
+  int64_t chunk;  // columns of partial sums that lie together, in which D's padding is whole; 0: all
 };
 
 struct Workspace {
   Form form;
-  int64_t padded;   // D rounded up to whole lines
+  int64_t padded;   // D, padded
   int64_t rows;     // as in Shape
   void* tokens;     // x in that form, zeros behind D
-  float* partials;  // [slabs, rows, padded]; for tiles [slabs, padded / 32, rows, 32]
+  float* partials;  // [slabs, rows, padded], or [slabs, padded / chunk, rows, chunk]
+  int64_t chunk;    // as in Shape
 
-  // Where the partial of one token and column stands in its slab. Whole rows apart, the 16 lines of a tile would fall
+  // Where the partial of one token and column stands in its slab. Whole rows apart, the lines of many tokens would fall
   // into one set of the first cache for the usual widths.
   int64_t offset(int64_t t, int64_t d) const {
-    return form == Form::tiles ? (d / 32 * rows + t) * 32 + d % 32 : t * padded + d;
+    return chunk ? (d / chunk * rows + t) * chunk + d % chunk : t * padded + d;
   }
 
   template <class T>

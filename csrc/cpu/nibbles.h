@@ -58,97 +58,59 @@ struct NibbleBlock {
   }
 };
 
-// With one token a group's products are summed before they are scaled; with more, weights are scaled once for all.
-template <bool Whole, int R, int T>
-inline void dot_block(const Rows<Type::i4, R>& rows, int64_t size, int64_t d, const float* x, int64_t stride,
-                      Vec (&sums)[R][T]) {
+// A group's products are summed before they are scaled.
+template <bool Whole, int R>
+inline void dot_nibble_block(const Rows<Type::i4, R>& rows, int64_t size, int64_t d, const float* x, Vec (&sums)[R]) {
   NibbleBlock blocks[R];
+  Vec products[R];
   for (int r = 0; r < R; ++r) blocks[r] = NibbleBlock::at<Whole>(rows.now[r], size, d);
-  if constexpr (T == 1) {
-    Vec products[R];
-    for (auto& product : products) product = zero();
-    for (int k = kNibbles; k-- > 0;) {
-      Vec token = load(x + k * kLanes);
-      for (int r = 0; r < R; ++r) products[r] = fma(next_nibble(blocks[r].left), token, products[r]);
-    }
-    for (int r = 0; r < R; ++r) sums[r][0] = fma(products[r], blocks[r].scales, sums[r][0]);
-  } else {
-    for (int k = kNibbles; k-- > 0;) {
-      Vec w[R];
-      for (int r = 0; r < R; ++r) w[r] = mul(next_nibble(blocks[r].left), blocks[r].scales);
-      for (int t = 0; t < T; ++t) {
-        Vec token = load(x + t * stride + k * kLanes);
-        for (int r = 0; r < R; ++r) sums[r][t] = fma(w[r], token, sums[r][t]);
-      }
-    }
+  for (auto& product : products) product = zero();
+  for (int k = kNibbles; k-- > 0;) {
+    Vec token = load(x + k * kLanes);
+    for (int r = 0; r < R; ++r) products[r] = fma(next_nibble(blocks[r].left), token, products[r]);
   }
+  for (int r = 0; r < R; ++r) sums[r] = fma(products[r], blocks[r].scales, sums[r]);
 }
 
-// out[r * out_stride + t] = the dot product of row r with token t, float32 in expanded order.
-template <int R, int T, bool Prefetch>
-inline void dot_nibbles(const Rows<Type::i4, R>& rows, int64_t size, const float* x, int64_t stride, float* out,
-                        int64_t out_stride) {
-  Vec sums[R][T];
-  for (auto& row : sums)
-    for (auto& value : row) value = zero();
-  int64_t d = 0;
-  for (; d + kBlock <= size; d += kBlock) {
-    if (Prefetch) rows.prefetch(d);
-    dot_block<true>(rows, size, d, x + d, stride, sums);
-  }
-  if (d < size) {
-    if (Prefetch) rows.prefetch(d);
-    dot_block<false>(rows, size, d, x + d, stride, sums);
-  }
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) out[r * out_stride + t] = sum(sums[r][t]);
-}
-
-template <bool Whole, bool One, int R>
-inline void down_block(const Rows<Type::i4, R>& rows, int64_t size, int64_t d, const float* a, int64_t a_stride,
-                       int64_t tokens, float* partial, int64_t stride) {
-  if constexpr (One) {
-    Vec sums[kNibbles];
-    for (int k = 0; k < kNibbles; ++k) sums[k] = load(partial + k * kLanes);
-    for (int r = 0; r < R; ++r) {
-      NibbleBlock block = NibbleBlock::at<Whole>(rows.now[r], size, d);
-      Vec factor = mul(block.scales, broadcast(a[r * a_stride]));
-      for (int k = kNibbles; k-- > 0;) sums[k] = fma(next_nibble(block.left), factor, sums[k]);
-    }
-    for (int k = 0; k < kNibbles; ++k) store(partial + k * kLanes, sums[k]);
-  } else {
-    constexpr int V = kLanes == 16 ? 4 : 2;  // as many as registers hold
-    NibbleBlock blocks[R];
-    for (int r = 0; r < R; ++r) blocks[r] = NibbleBlock::at<Whole>(rows.now[r], size, d);
-    for (int k = kNibbles - V; k >= 0; k -= V) {
-      Vec w[R][V];
-      for (int r = 0; r < R; ++r)
-        for (int v = V; v-- > 0;) w[r][v] = mul(next_nibble(blocks[r].left), blocks[r].scales);
-      for (int64_t t = 0; t < tokens; ++t) {
-        float* p = partial + t * stride + k * kLanes;
-        Vec sums[V];
-        for (int v = 0; v < V; ++v) sums[v] = load(p + v * kLanes);
-        for (int r = 0; r < R; ++r) {
-          Vec factor = broadcast(a[r * a_stride + t]);
-          for (int v = 0; v < V; ++v) sums[v] = fma(factor, w[r][v], sums[v]);
-        }
-        for (int v = 0; v < V; ++v) store(p + v * kLanes, sums[v]);
-      }
-    }
-  }
-}
-
-// partial[t] += sum over r of a[r][t] * row r.
-template <int R, bool One>
-inline void down_nibbles(const Rows<Type::i4, R>& rows, int64_t size, const float* a, int64_t a_stride, int64_t tokens,
-                         float* partial, int64_t stride) {
+// out[r] = the dot product of row r with the token, float32 in expanded order.
+template <int R>
+inline void dot_nibbles(const Rows<Type::i4, R>& rows, int64_t size, const float* x, float* out) {
+  Vec sums[R];
+  for (auto& value : sums) value = zero();
   int64_t d = 0;
   for (; d + kBlock <= size; d += kBlock) {
     rows.prefetch(d);
-    down_block<true, One>(rows, size, d, a, a_stride, tokens, partial + d, stride);
+    dot_nibble_block<true>(rows, size, d, x + d, sums);
   }
   if (d < size) {
     rows.prefetch(d);
-    down_block<false, One>(rows, size, d, a, a_stride, tokens, partial + d, stride);
+    dot_nibble_block<false>(rows, size, d, x + d, sums);
+  }
+  for (int r = 0; r < R; ++r) out[r] = sum(sums[r]);
+}
+
+template <bool Whole, int R>
+inline void down_nibble_block(const Rows<Type::i4, R>& rows, int64_t size, int64_t d, const float* a, float* partial) {
+  Vec sums[kNibbles];
+  for (int k = 0; k < kNibbles; ++k) sums[k] = load(partial + k * kLanes);
+  for (int r = 0; r < R; ++r) {
+    NibbleBlock block = NibbleBlock::at<Whole>(rows.now[r], size, d);
+    Vec factor = mul(block.scales, broadcast(a[r]));
+    for (int k = kNibbles; k-- > 0;) sums[k] = fma(next_nibble(block.left), factor, sums[k]);
+  }
+  for (int k = 0; k < kNibbles; ++k) store(partial + k * kLanes, sums[k]);
+}
+
+// partial += sum over r of a[r] * row r.
+template <int R>
+inline void down_nibbles(const Rows<Type::i4, R>& rows, int64_t size, const float* a, float* partial) {
+  int64_t d = 0;
+  for (; d + kBlock <= size; d += kBlock) {
+    rows.prefetch(d);
+    down_nibble_block<true>(rows, size, d, a, partial + d);
+  }
+  if (d < size) {
+    rows.prefetch(d);
+    down_nibble_block<false>(rows, size, d, a, partial + d);
   }
 }

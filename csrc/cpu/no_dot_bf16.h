@@ -6,4 +6,5 @@ inline bool fits_bytes(const Call&) { return false; }
 inline int64_t bytes_of_token(const Call&, int64_t) { return 0; }
 inline void pack_bytes(const Call&, const Workspace&) {}
 template <int R, Type W>
-inline void dot_bytes(const Rows<W, R>&, int64_t, const Workspace&, float*, int64_t) {}
+inline void dot_bytes(const Rows<W, R>&, int64_t, const Workspace&, float*) {}
+struct Pairs;

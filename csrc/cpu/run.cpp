@@ -11,13 +11,13 @@ namespace {
 // At most kMaxTokens tokens: one pass over the weights.
 void run_pass(const Call& p, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
   static thread_local Scratch scratch;
-  int64_t padded = round_up(p.hidden_size, line(p.weight_type));
+  int64_t padded = padded_width(p.weight_type, p.hidden_size);
   int64_t slabs = p.neurons == 0 ? 0 : count_slabs(p);
   Shape shape = kernels.shape(p, padded);
   int64_t size = shape.rows * padded;
   int64_t partials = round_up(std::max<int64_t>(slabs, 1) * size * sizeof(float), kLineBytes);
   char* memory = static_cast<char*>(scratch.get(partials + shape.bytes));
-  Workspace workspace{shape.form, padded, shape.rows, memory + partials, reinterpret_cast<float*>(memory)};
+  Workspace workspace{shape.form, padded, shape.rows, memory + partials, reinterpret_cast<float*>(memory), shape.chunk};
   threads = std::max<int64_t>(1, std::min(threads, slabs));
   auto spread = [&](int64_t items, int64_t floats, auto body) {
     spread_items(items, floats < kAloneFloats ? 1 : threads, parallel_for, body);

@@ -26,6 +26,13 @@ inline float sum(Vec a) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+// The sums of four vectors.
+__attribute__((always_inline)) inline void sum_four(const Vec (&a)[4], float* out) {
+  Vec low = add(_mm256_unpacklo_ps(a[0], a[1]), _mm256_unpackhi_ps(a[0], a[1]));
+  Vec high = add(_mm256_unpacklo_ps(a[2], a[3]), _mm256_unpackhi_ps(a[2], a[3]));
+  Vec all = add(_mm256_shuffle_ps(low, high, 0x44), _mm256_shuffle_ps(low, high, 0xee));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 
 // Even and odd elements of 16 floats, and back.
 inline void deinterleave(Vec low, Vec high, Vec& even, Vec& odd) {

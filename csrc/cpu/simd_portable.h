@@ -43,6 +43,9 @@ inline Vec power_of_two(Vec n) {
   return shifted;
 }
 inline float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+__attribute__((always_inline)) inline void sum_four(const Vec (&a)[4], float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = sum(a[i]);
+}
 
 // Even and odd elements of 8 floats, and back.
 inline void deinterleave(Vec low, Vec high, Vec& even, Vec& odd) {

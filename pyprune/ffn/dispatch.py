@@ -29,7 +29,7 @@ _COPIED_TOKENS = 256
 # first copy rows, and so does int8, which it must cast. `pyprune tune` measures them for a layer on this machine.
 _NARROW = 1024
 _NATIVE_TOKENS: dict[tuple[torch.dtype, bool], tuple[int, int]] = {
-    (torch.float32, False): (32, 24),
+    (torch.float32, False): (64, 64),
     (torch.float32, True): (64, 128),
     (torch.bfloat16, False): (128, 64),
     (torch.bfloat16, True): (128, 512),
@@ -37,11 +37,11 @@ _NATIVE_TOKENS: dict[tuple[torch.dtype, bool], tuple[int, int]] = {
     (torch.float16, True): (64, 128),
     (torch.int8, False): (256, 256),
     (torch.int8, True): (256, 256),
-    (torch.uint8, False): (32, 32),  # int4; above, the library writes out its rows for torch
-    (torch.uint8, True): (32, 32),
+    (torch.uint8, False): (128, 128),  # int4; above, the library writes out its rows for torch
+    (torch.uint8, True): (128, 128),
 }
 # At most so many where tokens are not multiplied by matrix tiles, which need bfloat16 tokens.
-_WITHOUT_TILES = {torch.bfloat16: 16, torch.int8: 64}
+_WITHOUT_TILES = {torch.bfloat16: 64}
 
 
 @dataclass(frozen=True)

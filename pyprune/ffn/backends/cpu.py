@@ -16,7 +16,7 @@ from . import Config, Problem, no_native_kernel, row_by_row
 
 NAME = "cpu"
 # Most tokens for which int4 rows are multiplied as they are, unless measured.
-_FEW = 32
+_FEW = 128
 # Of neurons that are written out at once, about.
 _WRITTEN_BYTES = 4 << 20
 _WRITTEN: Config = {"written": True}
