@@ -143,8 +143,13 @@ def test_experts_bring_weights_in_asynchronously_by_16_bytes(rows: list[dict[str
     wide = [row for row in products if row["aligned"] and row["dtype"] != "float32" and not row["int8"]]
     assert {row["architecture"] for row in wide} == SHARED_LIMIT.keys()
     assert {row["blocks"]["BLOCK_M"] for row in wide} == {16, 32, 64, 128}
+    assert {(row["kernel"], row["gather"]) for row in wide} == {
+        (kernel, gather) for kernel in ("expert_hidden_kernel", "expert_down_kernel") for gather in (False, True)
+    }
     for row in wide:
-        assert row["copies_narrow"] == 0 and row["copies_128"] == row["loads_128"] > 0, row
+        assert row["copies_128"] == row["loads_128"] > 0, row
+        # Of a gather the rows' numbers are copied beside them.
+        assert row["copies_narrow"] == 0 or (row["gather"] and row["kernel"] == "expert_down_kernel"), row
 
 
 def test_float32_is_not_rounded_to_tf32(rows: list[dict[str, Any]]) -> None:

@@ -137,13 +137,14 @@ def described(variant: Either, launch: Launch, architecture: int) -> dict[str, A
     the kernel has no such branch), extras (biases), aligned, blocks, num_warps, num_stages.
     """
     given = launch.arguments
+    rows = "kept" if "E" in given else "index"  # of experts, whose `index` is the routing
     return {
         "kernel": launch.kernel.__name__,
         "architecture": f"sm_{architecture}",
         "dtype": variant.dtype,
         "int8": variant.int8,
         "gated": given.get("GATED"),
-        "gather": given["index"] is not None if "index" in given else None,
+        "gather": given[rows] is not None if rows in given else None,
         "activation": given.get("ACTIVATION"),
         "extras": variant.extras,
         "aligned": variant.d % 16 == 0,

@@ -21,13 +21,15 @@ from .operators import LIBRARY
 
 BACKENDS = ("torch", "cpu", "triton")
 _SCHEMA = (
-    "moe(Tensor x, Tensor rows, Tensor? scales, Tensor index, Tensor weights, bool gated, str activation, str backend, "
-    "bool batch_invariant) -> Tensor"
+    "moe(Tensor x, Tensor rows, Tensor? scales, Tensor? kept, Tensor? counts, Tensor index, Tensor weights, "
+    "bool gated, str activation, str backend, bool batch_invariant) -> Tensor"
 )
 _GRADIENTS = (
-    "moe_gradients(Tensor grad, Tensor x, Tensor rows, Tensor? scales, Tensor index, Tensor weights, bool gated, "
-    "str activation, bool[] wanted) -> Tensor[]"
+    "moe_gradients(Tensor grad, Tensor x, Tensor rows, Tensor? scales, Tensor? kept, Tensor? counts, Tensor index, "
+    "Tensor weights, bool gated, str activation, bool[] wanted) -> Tensor[]"
 )
+_TENSORS = 7  # the first arguments; `kept` and `counts` are `Experts.index` and `Experts.counts`
+_DIFFERENTIABLE = (0, 1, 6)  # x, rows, weights
 
 
 def kernel_on(device: str) -> str:
@@ -61,7 +63,7 @@ def why_no_kernel(device: str, dtype: torch.dtype, weights: torch.dtype, backend
 def _native(x: Tensor, experts: Experts, index: Tensor, weights: Tensor) -> Tensor:
     routing = index.long().contiguous(), weights.float().contiguous()
     out: Tensor = torch.ops.pyprune.moe_cpu.default(
-        x, experts.rows, experts.scales, *routing, experts.gated, experts.activation
+        x, experts.rows, experts.scales, experts.index, experts.counts, *routing, experts.gated, experts.activation
     )
     return out
 
@@ -70,6 +72,8 @@ def _run(
     x: Tensor,
     rows: Tensor,
     scales: Tensor | None,
+    kept: Tensor | None,
+    counts: Tensor | None,
     index: Tensor,
     weights: Tensor,
     gated: bool,
@@ -78,7 +82,7 @@ def _run(
     batch_invariant: bool,
 ) -> Tensor:
     """Compute by the backend that is named."""
-    experts = Experts.unchecked(rows, gated, activation, scales)
+    experts = Experts.unchecked(rows, gated, activation, scales, kept, counts)
     # The kernels on a GPU do not wait for what index holds, so that a CUDA graph can be captured.
     if backend != triton.NAME or not index.is_cuda:
         experts.check_index(index)
@@ -105,6 +109,8 @@ def _gradients(
     x: Tensor,
     rows: Tensor,
     scales: Tensor | None,
+    kept: Tensor | None,
+    counts: Tensor | None,
     index: Tensor,
     weights: Tensor,
     gated: bool,
@@ -114,7 +120,8 @@ def _gradients(
     """Those of x, rows and weights that are wanted, by differentiating the twin."""
     given = [t.detach().requires_grad_(wants) for t, wants in zip((x, rows, weights), wanted, strict=True)]
     with torch.enable_grad():
-        out = reference.moe(given[0], Experts.unchecked(given[1], gated, activation, scales), index, given[2])
+        experts = Experts.unchecked(given[1], gated, activation, scales, kept, counts)
+        out = reference.moe(given[0], experts, index, given[2])
         asked = [t for t in given if t.requires_grad]
         # A call without tokens depends on nothing.
         if not out.requires_grad:
@@ -122,21 +129,21 @@ def _gradients(
         return list(torch.autograd.grad(out, asked, grad, materialize_grads=True))
 
 
-def _fake_gradients(grad: Tensor, x: Tensor, rows: Tensor, *rest: Any) -> list[Tensor]:
-    return [torch.empty_like(t) for t, wants in zip((x, rows, rest[2]), rest[-1], strict=True) if wants]
+def _fake_gradients(grad: Tensor, *given: Any) -> list[Tensor]:
+    found = (given[i] for i in _DIFFERENTIABLE)
+    return [torch.empty_like(t) for t, wants in zip(found, given[-1], strict=True) if wants]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.form = inputs[5:7]
-    ctx.save_for_backward(*inputs[:5])
+    ctx.form = inputs[_TENSORS : _TENSORS + 2]
+    ctx.save_for_backward(*inputs[:_TENSORS])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    places = (0, 1, 4)
-    wanted = [ctx.needs_input_grad[i] for i in places]
+    wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     found = iter(torch.ops.pyprune.moe_gradients.default(grad, *ctx.saved_tensors, *ctx.form, wanted))
-    grads: list[Tensor | None] = [None] * 9
-    for i, wants in zip(places, wanted, strict=True):
+    grads: list[Tensor | None] = [None] * (_TENSORS + 4)
+    for i, wants in zip(_DIFFERENTIABLE, wanted, strict=True):
         grads[i] = next(found) if wants else None
     return tuple(grads)
 
@@ -150,6 +157,16 @@ for _schema, _function, _fakes in ((_SCHEMA, _run, _fake), (_GRADIENTS, _gradien
     torch.library.register_fake(f"pyprune::{_name}", _fakes, lib=LIBRARY)
 torch.library.register_autograd("pyprune::moe", _backward, setup_context=_save, lib=LIBRARY)
 MOE = torch.ops.pyprune.moe.default
+
+
+def arguments(
+    x: Tensor, experts: Experts, index: Tensor, weights: Tensor, backend: str, batch_invariant: bool = False
+) -> tuple[Any, ...]:
+    """What the operator takes."""
+    e = experts
+    return (
+        x, e.rows, e.scales, e.index, e.counts, index, weights, e.gated, e.activation, backend, batch_invariant,
+    )  # fmt: skip
 
 
 def moe(
@@ -181,6 +198,5 @@ def moe(
     """
     check_choice(backend, "backend", BACKENDS)
     experts.check_call(x, index, weights)
-    given = (x, experts.rows, experts.scales, index, weights)
-    out: Tensor = MOE(*given, experts.gated, experts.activation, backend, batch_invariant)
+    out: Tensor = MOE(*arguments(x, experts, index, weights, backend, batch_invariant))
     return out

@@ -129,6 +129,8 @@ def run_experts(x: Tensor, experts: Experts, index: Tensor, weights: Tensor, bat
         gated=experts.gated,
         activation=experts.activation,
         scales=experts.scales,
+        kept=experts.index,
+        counts=experts.counts,
         batch_invariant=batch_invariant,
     )
     return out
