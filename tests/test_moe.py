@@ -253,10 +253,12 @@ def test_masks_and_backends_without_a_kernel_are_refused(random_mask):
     model = make_mixture("mixtral")
     with pytest.raises(UnsupportedModelError, match=r"has experts, which are pruned in place: prune\(model, mask"):
         accelerate(model, mask=random_mask(model, [24] * 8))
-    with pytest.raises(UnsupportedModelError, match="backend cuda has no kernel of experts"):
+    with pytest.raises(UnsupportedModelError, match="backend cublas has no kernel of experts"):
+        accelerate(model, backend="cublas")
+    with pytest.raises(UnsupportedModelError, match="experts: needs tensors on a CUDA device, not on cpu"):
         accelerate(model, backend="cuda")
-    with pytest.raises(InputError, match="backend must be one of auto, torch, cpu, triton; got 'cuda'"):
-        PrunedMoE.from_bank(banks(model)[0], backend="cuda")
+    with pytest.raises(InputError, match="backend must be one of auto, torch, cpu, triton, cuda; got 'cublas'"):
+        PrunedMoE.from_bank(banks(model)[0], backend="cublas")
     assert not modules(model)
     double = PrunedMoE.from_bank(banks(model.double())[0], backend="cpu")
     with torch.no_grad(), pytest.raises(BackendError, match=r"cpu: no kernel for torch\.float64"):

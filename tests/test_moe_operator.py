@@ -157,7 +157,9 @@ def test_bad_experts_and_backends_are_refused():
         with pytest.raises(InputError, match=message):
             Experts(*given)
     case = make()
-    with pytest.raises(InputError, match="backend must be one of torch, cpu, triton; got 'cuda'"):
+    with pytest.raises(InputError, match="backend must be one of torch, cpu, triton, cuda; got 'cublas'"):
+        moe(case.x, case.experts, case.index, case.weights, backend="cublas")
+    with pytest.raises(BackendError, match="cuda: needs tensors on a CUDA device, not on cpu"):
         moe(case.x, case.experts, case.index, case.weights, backend="cuda")
     case = make(types=(torch.float64, torch.float64))
     with pytest.raises(BackendError, match=r"cpu: no kernel for torch\.float64"):

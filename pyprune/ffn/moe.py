@@ -125,7 +125,7 @@ class PrunedMoE(nn.Module):
             bank: what `families.find_ffns` found (`Expert.of_bank`).
             keep: of each expert the neurons that run, in gather mode; see `set_keep`.
             mode: `compact`, or `gather`, which holds all neurons and reads only those kept.
-            backend: `auto`, `torch`, `cpu` or `triton`.
+            backend: `auto`, `torch`, `cpu`, `triton` or `cuda`.
             weights: dtype of the records, a key of `quantisation.WEIGHTS`; None for that of the bank.
             room: where the records are to lie, or None for anywhere.
             batch_invariant, picked: see the attributes.
@@ -190,7 +190,7 @@ class PrunedMoE(nn.Module):
 
         Raises:
             InputError: x has another width, dtype or device than the records, or the router names an expert that there
-                is not (the token becomes NaN where Triton runs on a GPU).
+                is not (the token becomes NaN where kernels run on a GPU).
             BackendError: the forced backend cannot run this.
         """
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]

@@ -2,7 +2,8 @@
 
     y[t] = sum over k of weights[t, k] * ffn(x[t], experts.one(index[t, k]))
 
-Three backends run it: `torch`, the twin, anywhere, `cpu`, the native library's kernel, and `triton` on CUDA devices.
+Four backends run it: `torch`, the twin, anywhere, `cpu`, the native library's kernel, and on CUDA devices `triton` and
+`cuda`, the native library's kernels for few pairs of token and expert.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from ..base import reference
 from ..base.errors import BackendError, check_choice
 from ..base.experts import Experts
 from . import native
-from .backends import NATIVE_DTYPES, triton
+from .backends import NATIVE_DTYPES, cuda, triton
 from .operators import LIBRARY
 
-BACKENDS = ("torch", "cpu", "triton")
+BACKENDS = ("torch", "cpu", "triton", "cuda")
 _SCHEMA = (
     "moe(Tensor x, Tensor rows, Tensor? scales, Tensor? kept, Tensor? counts, Tensor index, Tensor weights, "
     "bool gated, str activation, str backend, bool batch_invariant) -> Tensor"
@@ -33,7 +34,7 @@ _DIFFERENTIABLE = (0, 1, 6)  # x, rows, weights
 
 
 def kernel_on(device: str) -> str:
-    """The backend with a kernel for a type of device."""
+    """The backend whose kernel `auto` takes on a type of device."""
     return "triton" if device == "cuda" else "cpu"
 
 
@@ -44,8 +45,10 @@ def why_no_kernel(device: str, dtype: torch.dtype, weights: torch.dtype, backend
         device: type of device.
         dtype: of x.
         weights: of the rows.
-        backend: `cpu` or `triton`; None for that of the device.
+        backend: `cpu`, `triton` or `cuda`; None for what `auto` takes on the device.
     """
+    if backend == cuda.NAME:
+        return cuda.why_no_experts(device, dtype, weights)
     if (backend or kernel_on(device)) == triton.NAME:
         return triton.why_no_kernel(device, dtype, weights)
     if device != "cpu":
@@ -84,7 +87,7 @@ def _run(
     """Compute by the backend that is named."""
     experts = Experts.unchecked(rows, gated, activation, scales, kept, counts)
     # The kernels on a GPU do not wait for what index holds, so that a CUDA graph can be captured.
-    if backend != triton.NAME or not index.is_cuda:
+    if backend not in (triton.NAME, cuda.NAME) or not index.is_cuda:
         experts.check_index(index)
     run = reference.moe
     if backend != "torch":
@@ -93,6 +96,8 @@ def _run(
         run = _native
     if backend == triton.NAME:
         return triton.run_experts(x, experts, index, weights, batch_invariant)
+    if backend == cuda.NAME:
+        return cuda.run_experts(x, experts, index, weights)
     if not batch_invariant:
         return run(x, experts, index, weights)
     # Each token alone and from fresh memory, for where it starts can change the order of sums too.
@@ -192,8 +197,8 @@ def moe(
         `[T, D]` in the dtype of `x`.
 
     Raises:
-        InputError: x or the routing does not fit the experts, an expert that there is not (by `triton` on a GPU, which
-            waits for nothing, the token becomes NaN instead), or no such backend.
+        InputError: x or the routing does not fit the experts, an expert that there is not (on a GPU, where `triton` and
+            `cuda` wait for nothing, the token becomes NaN instead), or no such backend.
         BackendError: the backend cannot run this.
     """
     check_choice(backend, "backend", BACKENDS)
