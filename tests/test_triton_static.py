@@ -5,6 +5,7 @@ Compilation happens in a process of its own, because this one may have imported 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -174,6 +175,14 @@ print(json.dumps([described(*row, a) for a in ARCHITECTURES for row in distinct_
     )
     assert spilling(table) == []
     assert too_large(table) == []
+
+
+def test_rows_that_are_compiled_anew_replace_those_of_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(STATIC.parents[2]))
+    merged = importlib.import_module("bench.gpu.static_triton").merged
+    known = [{"kernel": k, "architecture": a, "registers": 1} for k in "ab" for a in ("sm_80", "sm_90")]
+    new = [{"kernel": "b", "architecture": "sm_90", "registers": n} for n in (2, 3)]
+    assert merged(known, new) == [*known[:3], *new] and merged([], new) == new
 
 
 @pytest.mark.slow
