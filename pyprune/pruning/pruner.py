@@ -184,9 +184,9 @@ class Pruner:
         what = f"allocation {self.options.allocation.NAME!r}"
         if self.described.experts:
             raise UnsupportedModelError(
-                f"{what} does not take experts in tensors: what a step costs depends on the experts that its tokens are "
-                f"routed to, not on widths alone, as in {self.described.experts[0].group}; use allocation 'sensitivity' "
-                "or 'uniform', and `pyprune bench` for what is gained"
+                f"{what} does not take experts in tensors: what a step costs depends on the experts that its tokens "
+                f"are routed to, not on widths alone, as in {self.described.experts[0].group}; use allocation "
+                "'sensitivity' or 'uniform', and `pyprune bench` for what is gained"
             )
         self.described.check_plain(what)
         parsed = latency.Workload.parse(workload)
