@@ -405,7 +405,7 @@ def test_the_first_accelerate_of_a_shape_measures_it(table, monkeypatch):
 def note(model, seconds):
     """Write into the table, for tokens from `TOKENS` on, seconds of (cpu, torch, transformers)."""
     bank = banks(model)[0]
-    experts, dtype = accelerate_experts._described(bank, None)
+    experts, dtype = accelerate_experts.described(bank, None)
     for tokens, own in zip(moe_choice.TOKENS, seconds, strict=False):
         entries = [Entry(n, {}, s) for n, s in zip(("cpu", "torch", "transformers"), own, strict=True)]
         tuned.store("cpu", {moe_choice.key(experts, dtype, 2, tokens): sorted(entries, key=lambda e: e.seconds)})

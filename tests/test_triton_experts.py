@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from typing import Any
@@ -21,7 +22,8 @@ from routed_cases import WHERE, Routed, check_error, exact, make, spoil
 from pyprune import BackendError, InputError, PrunedMoE, accelerate
 from pyprune import triton_kernels as kernels
 from pyprune.base.experts import Experts
-from pyprune.ffn import accelerate_experts, moe_choice
+from pyprune.ffn import accelerate_experts, contest, moe_choice, tune, tuned
+from pyprune.ffn.backends import Problem, triton
 from pyprune.ffn.moe_operator import MOE, arguments, moe, why_no_kernel
 from pyprune.ffn.warming import warmup
 from pyprune.model.families import find_ffns
@@ -322,7 +324,7 @@ def test_a_forced_backend_is_used_or_refused(ids: Tensor, monkeypatch: pytest.Mo
 
 
 def test_auto_takes_it_on_a_gpu_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `auto` would do is asked of a record that says it is on a GPU; natively it is."""
+    """Asked of a record that says it is on a GPU, where the operator chooses; natively it is."""
     module = PrunedMoE.from_bank(bank(make_mixture("mixtral"))).to(DEVICE)
     seen = []
     real = MOE
@@ -337,12 +339,53 @@ def test_auto_takes_it_on_a_gpu_where_it_can(monkeypatch: pytest.MonkeyPatch) ->
     reasons = iter([None, "no Triton here"])
     monkeypatch.setattr(moe_choice, "why_no_kernel", lambda *args: next(reasons))
     call = torch.randn(3, 32, device=DEVICE), torch.tensor([[0, 1]] * 3, device=DEVICE), torch.ones(3, 2, device=DEVICE)
-    for wanted in ("triton", "torch"):
+    for wanted in ("auto", "torch"):
         module._set_dtype(F32)
-        assert module.native_pairs == (moe_choice.ALL if wanted == "triton" else 0)
+        assert module.native_pairs == (moe_choice.ALL if wanted == "auto" else 0)
         with torch.no_grad():
             module(*call)
         assert seen[-1] == wanted
+
+
+def test_what_tune_found_best_is_what_calls_take(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configurations are timed, the best is stored, and calls of as many tokens run by it; others by their own."""
+    monkeypatch.setenv("PYPRUNE_CACHE", str(tmp_path))
+    tuned.reload()
+    case = build(4, 4, 2, 64, 64, (BF16, BF16), gather=True)
+    offered = triton.expert_configs(Problem.of_experts(case.experts, BF16, 2, 4, DEVICE))
+    assert len(offered) > 2
+    monkeypatch.setattr(triton, "expert_configs", lambda problem: [offered[0], offered[2]])
+    problem = Problem.of_experts(case.experts, BF16, 2, 3, DEVICE)
+    assert tuned.key(problem) == "experts 2 of 4 D64 K64 M4 bfloat16 bfloat16-weights gated gather silu"
+    effort = contest.Effort(rounds=(1, 1), sample=1e-4, problem=1e-3)
+    (one,) = tune.tune([problem], effort=effort).tuned
+    by_name = {entry.backend: entry for entry in one.entries}
+    assert dict(by_name["triton"].config) in (offered[0], offered[2]) and one.refused == []
+    json.dumps(one.to_json())
+    best = tuned.Entry("triton", offered[2], 1e-6)
+    gone = tuned.Entry("no such kernel", {}, 1e-9)
+    tuned.store(DEVICE, {tuned.key(problem): [gone, best]})
+    tuned.reload()
+    seen, real = [], kernels.moe
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        seen.append(options["config"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(kernels, "moe", spy)
+    some = case.change(x=case.x[:3], index=case.index[:3], weights=case.weights[:3])
+    chosen = kernels.from_json(offered[2])
+    for given, backend, invariant, want in (
+        (some, "triton", False, chosen),
+        (some, "auto", False, chosen),
+        (some, "triton", True, None),
+        (case.change(x=case.x[:1], index=case.index[:1], weights=case.weights[:1]), "triton", False, None),
+    ):
+        out = MOE(*given.of(arguments, backend, invariant))
+        assert seen[-1] == want
+        torch.testing.assert_close(out, given.of(moe), rtol=2e-2, atol=2e-2)
+    monkeypatch.undo()
+    tuned.reload()
 
 
 @native

@@ -59,7 +59,7 @@ def keeps_of(ffns: Sequence[FFN], mask: Mask | None) -> dict[str, list[KeepIndex
     return {group[0].group: [mask.layers[ffn.layer] for ffn in group] for group in found if mask is not None}
 
 
-def _described(bank: Bank, weights: str | None, keep: list[KeepIndex] | None = None) -> tuple[Experts, torch.dtype]:
+def described(bank: Bank, weights: str | None, keep: list[KeepIndex] | None = None) -> tuple[Experts, torch.dtype]:
     """The records that a bank would have, on the meta device, and the dtype of x."""
     given, name = bank.all_weights(), activation(bank)
     e, f, d = given.down.shape
@@ -79,10 +79,10 @@ def measure(model: nn.Module, banks: Sequence[Bank], weights: str | None, keeps:
     seen = set()
     for bank in filter(_on_cpu, banks):
         keep = keeps.get(bank.name)
-        described, dtype = _described(bank, weights, keep)
+        records, dtype = described(bank, weights, keep)
         k = picked(model, bank.experts)
-        known = moe_choice.key(described, dtype, k, 1)
-        if known in seen or not moe_choice.unknown(described, dtype, k):
+        known = moe_choice.key(records, dtype, k, 1)
+        if known in seen or not moe_choice.unknown(records, dtype, k):
             continue
         seen.add(known)
         trial = PrunedMoE.from_bank(bank, keep, "gather" if keep else "compact", weights=weights, picked=k)
@@ -95,7 +95,7 @@ def measure(model: nn.Module, banks: Sequence[Bank], weights: str | None, keeps:
 def not_slower(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> list[Bank]:
     """Without those on a CPU for which `auto` leaves the module as it is, as was measured; says so."""
     reasons = [
-        moe_choice.why_slower(*_described(bank, weights), picked(model, bank.experts)) if _on_cpu(bank) else None
+        moe_choice.why_slower(*described(bank, weights), picked(model, bank.experts)) if _on_cpu(bank) else None
         for bank in banks
     ]
     left = [f"{bank.name}: {reason}" for bank, reason in zip(banks, reasons, strict=True) if reason]

@@ -213,7 +213,7 @@ class PrunedMoE(nn.Module):
         if backend == "auto":
             pairs = self.picked if self.batch_invariant else index.numel()
             # Those of another dtype than expected are for torch.
-            kernel = kernel_on(self.record.device.type)
+            kernel = "cpu" if kernel_on(self.record.device.type) == "cpu" else "auto"
             backend = kernel if x.dtype == self.dtype and pairs <= self.native_pairs else "torch"
         return MOE(*arguments(x, experts, index, weights, backend, self.batch_invariant)).view(hidden.shape)
 

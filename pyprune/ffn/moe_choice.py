@@ -18,6 +18,7 @@ from ..base.clock import Job, interleave, median, timed
 from ..base.experts import Experts
 from ..base.files import cache_folder
 from . import dispatch, tuned
+from .backends import Problem
 from .moe_operator import kernel_on, moe, why_no_kernel
 from .quantisation import widened
 from .tuned import Entry
@@ -32,10 +33,7 @@ Own = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def key(experts: Experts, dtype: torch.dtype, picked: int, tokens: int) -> str:
     """What the table of this machine calls so many tokens of these experts."""
-    weights, own = (str(t).removeprefix("torch.") for t in (experts.rows.dtype, dtype))
-    size = f"D{experts.hidden_size} K{tuned.neuron_bucket(experts.most)} M{tokens}"
-    form = ("gated" if experts.gated else "plain") + (" gather" if experts.index is not None else "")
-    return f"experts {picked} of {len(experts.rows)} {size} {own} {weights}-weights {form} {experts.activation}"
+    return tuned.key(Problem.of_experts(experts, dtype, picked, tokens, "cpu"))
 
 
 def unknown(experts: Experts, dtype: torch.dtype, picked: int) -> list[int]:

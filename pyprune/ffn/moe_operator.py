@@ -8,6 +8,7 @@ Four backends run it: `torch`, the twin, anywhere, `cpu`, the native library's k
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 from ..base import reference
 from ..base.errors import BackendError, check_choice
 from ..base.experts import Experts
-from . import native
-from .backends import NATIVE_DTYPES, cuda, triton
+from . import native, tuned
+from .backends import NATIVE_DTYPES, Config, Problem, cuda, triton
 from .operators import LIBRARY
+from .tuned import Entry
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 _SCHEMA = (
@@ -45,8 +47,10 @@ def why_no_kernel(device: str, dtype: torch.dtype, weights: torch.dtype, backend
         device: type of device.
         dtype: of x.
         weights: of the rows.
-        backend: `cpu`, `triton` or `cuda`; None for what `auto` takes on the device.
+        backend: one of `BACKENDS`; None for what `auto` takes on the device where nothing was measured.
     """
+    if backend == "torch":
+        return None
     if backend == cuda.NAME:
         return cuda.why_no_experts(device, dtype, weights)
     if (backend or kernel_on(device)) == triton.NAME:
@@ -61,6 +65,35 @@ def why_no_kernel(device: str, dtype: torch.dtype, weights: torch.dtype, backend
     if not hasattr(torch.ops.pyprune, "moe_cpu"):
         return "the native CPU library is older than its kernel of experts: run `make native`, or reinstall pyprune"
     return None
+
+
+def _chosen(x: Tensor, experts: Experts, picked: int, backend: str, batch_invariant: bool) -> tuple[str, Config | None]:
+    """The backend, and what `pyprune tune` found to be its best configuration, or None for what it takes by itself.
+
+    A configuration is meant for a number of tokens, so batch-invariant calls have the backend's own.
+    """
+    device = x.device.type
+    if batch_invariant or backend in ("torch", "cpu"):
+        return kernel_on(device) if backend == "auto" else backend, None
+    entries = _measured(Problem.of_experts(experts, x.dtype, picked, len(x), device))
+    if backend == "auto":
+        return (entries[0].backend, entries[0].config) if entries else (kernel_on(device), None)
+    return backend, next((entry.config for entry in entries if entry.backend == backend), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured(problem: Problem) -> tuple[Entry, ...]:
+    """What was measured of this device for such calls and can still run, the fastest first."""
+    weights = problem.weights or problem.dtype
+    found = tuned.find(problem)
+    return tuple(
+        entry
+        for entry in found
+        if entry.backend in BACKENDS and why_no_kernel(problem.device, problem.dtype, weights, entry.backend) is None
+    )
+
+
+tuned.DEPENDENT.append(_measured.cache_clear)
 
 
 def _native(x: Tensor, experts: Experts, index: Tensor, weights: Tensor) -> Tensor:
@@ -84,8 +117,9 @@ def _run(
     backend: str,
     batch_invariant: bool,
 ) -> Tensor:
-    """Compute by the backend that is named."""
+    """Compute by the backend that is named, or `auto`, that which was measured to be the fastest on the device."""
     experts = Experts.unchecked(rows, gated, activation, scales, kept, counts)
+    backend, config = _chosen(x, experts, index.shape[1], backend, batch_invariant)
     # The kernels on a GPU do not wait for what index holds, so that a CUDA graph can be captured.
     if backend not in (triton.NAME, cuda.NAME) or not index.is_cuda:
         experts.check_index(index)
@@ -95,9 +129,9 @@ def _run(
             raise BackendError(f"{backend}: {reason}")
         run = _native
     if backend == triton.NAME:
-        return triton.run_experts(x, experts, index, weights, batch_invariant)
+        return triton.run_experts(x, experts, index, weights, config, batch_invariant)
     if backend == cuda.NAME:
-        return cuda.run_experts(x, experts, index, weights)
+        return cuda.run_experts(x, experts, index, weights, config)
     if not batch_invariant:
         return run(x, experts, index, weights)
     # Each token alone and from fresh memory, for where it starts can change the order of sums too.

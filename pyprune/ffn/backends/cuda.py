@@ -37,6 +37,8 @@ _UNSET: dict[str, int] = {
     "early": -1,
     "bulk": -1,
 }
+# Of token and expert, in one launch.
+_MOST_PAIRS = 256
 # The same of `ExpertOptions` in experts.h.
 _EXPERTS_UNSET: dict[str, int] = {"tokens": 0, "blocks": 0, "splits": 0, "evict_first": -1, "overlap": -1}
 # A row's sums are the same for every number of tokens: the single pass is chosen by what registers hold, this is not.
@@ -165,6 +167,14 @@ def run(x: Tensor, record: Record, config: Config | None = None, batch_invariant
 def why_no_experts(device: str, dtype: torch.dtype, weights: torch.dtype) -> str | None:
     """Why the native kernels cannot run experts on a type of device, x of `dtype` beside rows of `weights`, or None."""
     return why_not(Problem(device, dtype, 1, 1, 1, 1, True, False, "silu", weights))
+
+
+def expert_configs(problem: Problem) -> list[Config]:
+    """What is worth timing for a mixture's experts, what the library plans by itself first; none for many pairs."""
+    if problem.tokens * problem.picked > _MOST_PAIRS:
+        return []
+    ways: list[Config] = [{}, *({"splits": n} for n in (1, 2, 4, 8)), {"overlap": False}]
+    return ways if problem.tokens == 1 else [*ways, *({"tokens": n} for n in (1, 4, 8))]
 
 
 def run_experts(x: Tensor, experts: Experts, index: Tensor, weights: Tensor, config: Config | None = None) -> Tensor:
