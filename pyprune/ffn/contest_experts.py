@@ -58,7 +58,7 @@ def _ways(problem: Problem) -> list[tuple[str, Config, Callable[..., Tensor]]]:
     )
     weights = problem.weights or problem.dtype
     return [
-        (name, config, lambda *given, run=run, config=config: run(*given, config))  # type: ignore[misc]
+        (name, config, lambda *given, run=run, config=config: run(*given, config))
         for name, configs, run in offered
         if why_no_kernel(problem.device, problem.dtype, weights, name) is None
         for config in configs(problem)
@@ -82,7 +82,7 @@ def try_all(problem: Problem, check_time: Callable[[], None], effort: Effort | N
     for name, config, run in _ways(problem):
         check_time()
         try:
-            own = _error(lambda a, i, w, run=run: run(a, experts, i, w), exact, few)  # type: ignore[misc]
+            own = _error(lambda a, i, w, run=run: run(a, experts, i, w), exact, few)
             if own <= allowed:
 
                 def calls(run: Callable[..., Tensor] = run) -> None:

@@ -121,10 +121,10 @@ def _expert_problems(model: nn.Module, bank: Bank, **options: Any) -> list[Probl
     if why_not(bank, "torch", weights) is not None:
         return []
     experts, dtype = described(bank, weights)
-    form = {"gated": experts.gated, "activation": experts.activation, "dtype": dtype}
+    form: dict[str, Any] = {"gated": experts.gated, "activation": experts.activation, "dtype": dtype}
     one = layer_problems(experts.hidden_size, experts.neurons, **form, **options)
-    mixture = {"experts": len(experts.rows), "picked": picked(model, len(experts.rows))}
-    return [dataclasses.replace(problem, **mixture) for problem in one]
+    count, of_token = len(experts.rows), picked(model, len(experts.rows))
+    return [dataclasses.replace(problem, experts=count, picked=of_token) for problem in one]
 
 
 def tune(
