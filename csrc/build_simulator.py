@@ -14,7 +14,7 @@ LIBRARY = "libpyprune_simulator.so"
 LOG = "simulator.log"
 
 # The host's sources that a simulated device needs too; the others ask CUDA.
-_HOST = ("plan.cpp", "run.cpp")
+_HOST = ("experts.cpp", "plan.cpp", "run.cpp")
 
 
 def units(root: Path, compiler: Compiler, torch: Torch, sanitize: bool = False) -> building.Units:

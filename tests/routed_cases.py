@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyprune.base import reference
-from pyprune.base.experts import Experts
+from pyprune.base.experts import Experts, ragged
 from pyprune.ffn.quantisation import dequantise, quantise
 
 
@@ -26,8 +27,18 @@ class Routed:
     def change(self, **changes: Tensor | Experts) -> Routed:
         return dataclasses.replace(self, **changes)
 
-    def of(self, run: Callable[..., Tensor]) -> Tensor:
-        return run(self.x, self.experts, self.index, self.weights)
+    def of(self, run: Callable[..., Any], *more: Any) -> Any:
+        return run(self.x, self.experts, self.index, self.weights, *more)
+
+    def spoil_what_no_index_names(self) -> None:
+        """Put NaN into every row that a gather does not use, into scales where rows hold integers."""
+        e = self.experts
+        assert e.index is not None and e.counts is not None
+        numbers = e.rows if e.scales is None else e.scales
+        for own, index, count in zip(numbers, e.index, e.counts, strict=True):
+            unused = torch.ones(len(own), dtype=torch.bool, device=own.device)
+            unused[index[:count].long()] = False
+            own[unused] = float("nan")
 
 
 def widened(experts: Experts) -> Experts:
@@ -36,14 +47,14 @@ def widened(experts: Experts) -> Experts:
     if experts.scales is not None:
         pairs = zip(rows, experts.scales, strict=True)
         rows = torch.stack([dequantise(r, s, experts.parts, torch.float64) for r, s in pairs])
-    return Experts(rows.double(), experts.gated, experts.activation)
+    return Experts(rows.double(), experts.gated, experts.activation, None, experts.index, experts.counts)
 
 
 def exact(case: Routed) -> Tensor:
     """The case in float64."""
-    return case.change(x=case.x.double(), experts=widened(case.experts), weights=case.weights.double()).of(
-        reference.moe
-    )
+    wide = case.change(x=case.x.double(), experts=widened(case.experts), weights=case.weights.double())
+    out: Tensor = wide.of(reference.moe)
+    return out
 
 
 def make(
@@ -57,8 +68,12 @@ def make(
     activation: str = "silu",
     seed: int = 0,
     among: int | None = None,
+    gather: bool = False,
 ) -> Routed:
-    """Random operands; tokens choose among the last `among` experts, None for all."""
+    """Random operands; tokens choose among the last `among` experts, None for all.
+
+    Of a gather each expert keeps another number of neurons, the first one none and the last one all.
+    """
     generator = torch.Generator().manual_seed(seed)
     parts, among = 3 if gated else 2, experts if among is None else among
     sizes = torch.tensor([max(1, hidden_size) ** -0.5] * (parts - 1) + [max(1, neurons) ** -0.5])
@@ -70,7 +85,12 @@ def make(
     x = torch.randn(tokens, hidden_size, generator=generator).to(types[0])
     order = torch.rand(tokens, among, generator=generator).argsort(1)[:, :picked]
     weights = torch.rand(tokens, picked, generator=generator)
-    given = Experts(rows.to(types[1]), gated, activation, scales)
+    kept = (None, None)
+    if gather:
+        counts = torch.randint(0, neurons + 1, (experts,), generator=generator)
+        counts[0], counts[-1] = 0, neurons
+        kept = ragged([torch.randperm(neurons, generator=generator)[:n].sort().values for n in counts.tolist()])
+    given = Experts(rows.to(types[1]), gated, activation, scales, *kept)
     return Routed(x, given, order + experts - among, weights.to(types[0]))
 
 

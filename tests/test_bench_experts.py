@@ -33,7 +33,8 @@ def test_a_rehearsal_measures_every_case_and_variant(
         assert row["failed"] == {}
         prefix = "" if row["keep"] == 1 else "pruned "
         ways = {prefix + name for name in ("grouped_mm", "batched_mm", "eager")}
-        assert {"triton", "torch", "triton #1", *ways} <= row["variants"].keys()
+        gather = {"triton gather"} if row["keep"] < 1 else set()
+        assert {"triton", "torch", "triton #1", *ways, *gather} <= row["variants"].keys()
         assert row["bytes"] == row["active"] * row["keep"] * 32 * 3 * 32 * 2
         for name, facts in row["variants"].items():
             assert facts["us"] > 0 and facts["error"] <= max(2 * facts["torch_error"], bench.CLOSE), name

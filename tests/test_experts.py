@@ -278,7 +278,10 @@ def test_a_mask_whose_experts_differ_in_width_is_refused(ids):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"allocation": "latency:target_speedup=1.5"}, "allocation 'latency' needs a model whose layers each have one"),
+        (
+            {"allocation": "latency:target_speedup=1.5"},
+            r"'latency' does not take experts .*\.0\.mlp\.experts",
+        ),
         ({"repair": "refit"}, r"repair 'refit' needs activations .*experts\.0 is an expert"),
         ({"repair": "least-squares:target=0.5"}, "target above 0 needs a model whose layers each have one FFN"),
     ],

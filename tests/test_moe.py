@@ -19,6 +19,7 @@ from pyprune.ffn.warming import warmup
 from pyprune.model.expert_form import activation
 from pyprune.model.experts import find_bank
 from pyprune.model.families import find_ffns
+from pyprune.model.mask import KeepIndex
 
 needs_kernel = pytest.mark.skipif(
     bool(why_no_kernel("cpu", torch.float32, torch.float32)), reason="no native kernel of experts"
@@ -175,16 +176,89 @@ def test_a_clipped_activation_is_no_silu():
     assert len(modules(model)) == 1  # the other layer
 
 
+@needs_kernel
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "cpu"])
+@torch.no_grad()
+def test_a_gather_runs_a_mask_over_all_weights(kind, backend, ids, same_logits, random_mask, tmp_path):
+    """Any number of each expert; the model saves whole; another mask is taken at once, over the same records."""
+    model, pruned = make_mixture(kind), make_mixture(kind)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    ffns = find_ffns(pruned)
+    masks = [random_mask(model, [5 + (7 * i + 11 * j) % 43 for i in range(len(ffns))]) for j in range(2)]
+
+    def dense(mask):
+        """Logits of the dense model with down rows of zeros."""
+        pruned.load_state_dict(before)
+        for ffn, keep in zip(ffns, mask.layers, strict=True):
+            dropped = torch.ones(ffn.intermediate_size, dtype=torch.bool)
+            dropped[keep.neurons.long()] = False
+            ffn.weights().down[dropped] = 0
+        return pruned(ids).logits
+
+    own = [[mask.layers[f.layer] for f in ffns if f.group == bank.name] for mask in masks for bank in banks(model)]
+    quietly(model, mode="gather", mask=masks[0], backend=backend, measure=False)
+    same_logits(model(ids).logits, dense(masks[0]))
+    number = len(modules(model))
+    assert ", gather 5 to 26, silu" in repr(modules(model)[0]) or kind != "qwen3_moe"
+    records = [m.record.data_ptr() for m in modules(model)]
+    if kind == "qwen3_moe":  # nothing but experts
+        for module, keep in zip(modules(model), own[number:], strict=True):
+            module.set_keep(keep)
+        same_logits(model(ids).logits, dense(masks[1]))
+    state = model.state_dict()
+    assert all(torch.equal(state[name], t) for name, t in before.items()) and state.keys() == before.keys()
+    save(model, tmp_path / "x")
+    pruned.load_state_dict(before)
+    for module in modules(model):
+        module.set_keep(None)
+    if kind == "qwen3_moe":
+        same_logits(model(ids).logits, pruned(ids).logits)
+    assert [m.record.data_ptr() for m in modules(model)] == records
+    same_logits(type(model).from_pretrained(tmp_path / "x").eval()(ids).logits, pruned(ids).logits)
+
+
+def test_bad_masks_of_a_gather_are_refused(random_mask):
+    model = make_mixture("mixtral")
+    bank = banks(model)[0]
+    keep = [KeepIndex([0, 3], 48)] * 4
+    for arguments, message in (
+        ({"mode": "gather"}, "keep must be given in gather mode, and there alone; got 'gather'"),
+        ({"keep": keep}, "keep must be given in gather mode, and there alone; got 'compact'"),
+        ({"keep": keep[:3], "mode": "gather"}, "keep must have one of each of 4 experts; got 3"),
+        ({"keep": [*keep[:3], KeepIndex([0], 47)], "mode": "gather"}, "keep must refer to 48 neurons; got 47"),
+        ({"keep": keep, "mode": "scatter"}, "mode must be one of compact, gather; got 'scatter'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PrunedMoE.from_bank(bank, **arguments)
+    module = PrunedMoE.from_bank(bank, keep, "gather")
+    with pytest.raises(InputError, match="keep must refer to 48 neurons"):
+        module.set_keep([KeepIndex([1], 47)] * 4)
+    assert module.counts.tolist() == [2] * 4
+    with pytest.raises(InputError, match="mask must belong to this model"):
+        accelerate(make_mixture("mixtral", seed=1), mode="gather", mask=random_mask(model, [24] * 8))
+
+
+@needs_kernel
+@torch.no_grad()
+def test_a_gathers_first_accelerate_times_kernel_and_twin(table, random_mask):
+    model = make_mixture("mixtral")
+    quietly(model, mode="gather", mask=random_mask(model, [24] * 8))
+    names = [name for name in tuned.known("cpu") if "gated gather silu" in name and name.startswith("experts")]
+    assert 1 <= len(names) <= len(moe_choice.TOKENS)  # as far as time went
+    assert all({e.backend for e in tuned.known("cpu")[name]} == {"cpu", "torch"} for name in names)
+
+
 def test_masks_and_backends_without_a_kernel_are_refused(random_mask):
     model = make_mixture("mixtral")
-    mask = random_mask(model, [24] * 8)
-    for mode in ("compact", "gather"):
-        with pytest.raises(UnsupportedModelError, match=r"has experts, which are pruned in place: prune\(model, mask"):
-            accelerate(model, mode=mode, mask=mask)
-    with pytest.raises(UnsupportedModelError, match="backend cuda has no kernel of experts"):
+    with pytest.raises(UnsupportedModelError, match=r"has experts, which are pruned in place: prune\(model, mask"):
+        accelerate(model, mask=random_mask(model, [24] * 8))
+    with pytest.raises(UnsupportedModelError, match="backend cublas has no kernel of experts"):
+        accelerate(model, backend="cublas")
+    with pytest.raises(UnsupportedModelError, match="experts: needs tensors on a CUDA device, not on cpu"):
         accelerate(model, backend="cuda")
-    with pytest.raises(InputError, match="backend must be one of auto, torch, cpu, triton; got 'cuda'"):
-        PrunedMoE.from_bank(banks(model)[0], backend="cuda")
+    with pytest.raises(InputError, match="backend must be one of auto, torch, cpu, triton, cuda; got 'cublas'"):
+        PrunedMoE.from_bank(banks(model)[0], backend="cublas")
     assert not modules(model)
     double = PrunedMoE.from_bank(banks(model.double())[0], backend="cpu")
     with torch.no_grad(), pytest.raises(BackendError, match=r"cpu: no kernel for torch\.float64"):
@@ -331,7 +405,7 @@ def test_the_first_accelerate_of_a_shape_measures_it(table, monkeypatch):
 def note(model, seconds):
     """Write into the table, for tokens from `TOKENS` on, seconds of (cpu, torch, transformers)."""
     bank = banks(model)[0]
-    experts, dtype = accelerate_experts._described(bank, None)
+    experts, dtype = accelerate_experts.described(bank, None)
     for tokens, own in zip(moe_choice.TOKENS, seconds, strict=False):
         entries = [Entry(n, {}, s) for n, s in zip(("cpu", "torch", "transformers"), own, strict=True)]
         tuned.store("cpu", {moe_choice.key(experts, dtype, 2, tokens): sorted(entries, key=lambda e: e.seconds)})

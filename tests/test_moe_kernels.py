@@ -27,8 +27,9 @@ OWN = [(x, w) for x, w in TYPES if x == w or w == torch.int8]
 
 def kernel(x: Tensor, experts: Experts, index: Tensor, weights: Tensor) -> Tensor:
     out: Tensor = torch.ops.pyprune.moe_cpu.default(
-        x, experts.rows, experts.scales, index, weights.float(), experts.gated, experts.activation
-    )
+        x, experts.rows, experts.scales, experts.index, experts.counts, index, weights.float(), experts.gated,
+        experts.activation,
+    )  # fmt: skip
     assert (out.shape, out.dtype, out.is_contiguous()) == (x.shape, x.dtype, True)
     return out
 
@@ -55,6 +56,7 @@ def cases(draw: st.DrawFn) -> Routed:
         draw(st.sampled_from(sorted(reference.ACTIVATIONS))),
         draw(st.integers(0, 1000)),
         draw(st.sampled_from((None, min(experts, 8)))),
+        draw(st.booleans()),
     )
 
 
@@ -132,6 +134,21 @@ def test_nothing_around_operands_is_read(isa: str, types: tuple[torch.dtype, tor
         assert torch.equal(case.change(experts=strided, x=case.x.t().contiguous().t()).of(kernel), want)
 
 
+@pytest.mark.parametrize("types", TYPES, ids=str)
+def test_a_gather_reads_the_rows_of_its_index_and_no_others(
+    isa: str, threads: Callable[[int], None], types: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """Any number of each expert, none included, for one token and for several, whatever the threads."""
+    for (tokens, experts, picked), gated in itertools.product(((1, 6, 3), (9, 4, 2), (150, 2, 1)), (False, True)):
+        case = make(tokens, experts, picked, 67, 97, types, gated, "gelu", gather=True)
+        check_error(case, kernel)
+        want = case.of(kernel)
+        case.spoil_what_no_index_names()
+        for number in (1, 3):
+            threads(number)
+            assert torch.equal(case.of(kernel), want)
+
+
 def test_scratch_that_holds_nan_changes_nothing(isa: str) -> None:
     """A call that leaves NaN everywhere in the memory that a thread keeps, then smaller ones."""
     poison = make(70, 8, 4, 600, 80)
@@ -163,6 +180,7 @@ def test_no_tokens_neurons_columns_or_choices(isa: str, types: tuple[torch.dtype
         assert not make(tokens, 4, 0, 35, 21, types).of(kernel).any()
 
 
+KEPT, COUNTS = torch.tensor([[0, 2]] * 4, dtype=torch.int32), torch.full((4,), 2, dtype=torch.int32)
 BAD = {
     "index past the experts": ({"index": torch.tensor([[0, 4]] * 5)}, "index must name experts that rows has"),
     "index below zero": ({"index": torch.tensor([[0, -1]] * 5)}, "index must name experts that rows has"),
@@ -180,6 +198,13 @@ BAD = {
     "int8 without scales": ({"rows": torch.zeros(4, 6, 72).char()}, "scales must be given for int8 rows only"),
     "scales without int8": ({"scales": torch.ones(4, 6, 3)}, "scales must be given for int8 rows only"),
     "unknown activation": ({"activation": "swish"}, "activation must be gelu, gelu_tanh"),
+    "kept without counts": ({"kept": KEPT}, "counts must be given with kept"),
+    "counts alone": ({"counts": COUNTS}, "counts must be given with kept"),
+    "kept of another expert": ({"kept": KEPT[:3], "counts": COUNTS}, "kept must have the shape"),
+    "kept of int64": ({"kept": KEPT.long(), "counts": COUNTS}, "kept must have the dtype"),
+    "kept past the rows": ({"kept": KEPT + 4, "counts": COUNTS}, "kept must hold rows of the experts"),
+    "counts too many": ({"kept": KEPT, "counts": COUNTS + 1}, "kept must hold rows of the experts, as many as counts"),
+    "counts too few": ({"kept": KEPT, "counts": COUNTS[:3]}, "counts must have the shape"),
 }
 
 
@@ -190,6 +215,8 @@ def test_wrong_operands_are_refused_by_name(name: str) -> None:
         "x": torch.zeros(5, 24),
         "rows": torch.zeros(4, 6, 72),
         "scales": None,
+        "kept": None,
+        "counts": None,
         "index": torch.zeros(5, 2, dtype=torch.int64),
         "weights": torch.ones(5, 2),
         "gated": True,

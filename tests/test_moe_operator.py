@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from routed_cases import Routed, check_error, exact, make
+from routed_cases import check_error, exact, make
 from torch.nn import functional as F
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 from pyprune import BackendError, InputError
 from pyprune.base import reference
-from pyprune.base.experts import Experts
-from pyprune.ffn.moe_operator import MOE, moe
+from pyprune.base.experts import Experts, ragged
+from pyprune.ffn.moe_operator import MOE, arguments, moe
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,6 +71,25 @@ def test_rows_of_another_dtype(types):
     assert (got.double() - want).norm() < (2e-2 if types[0] == torch.bfloat16 else 1e-5) * want.norm()
 
 
+def without(experts):
+    """The same experts with down rows of zeros in the place of an index."""
+    rows = experts.rows.clone()
+    for own, index, count in zip(rows, experts.index, experts.counts, strict=True):
+        dropped = torch.ones(len(own), dtype=torch.bool)
+        dropped[index[:count].long()] = False
+        own[dropped, -experts.hidden_size :] = 0
+    return Experts(rows, experts.gated, experts.activation, experts.scales)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_gather_runs_the_neurons_of_its_index_and_no_others(gated):
+    case = make(9, 6, 3, 13, 21, (torch.float64, torch.float64), gated, gather=True)
+    assert case.experts.counts.unique().numel() > 3 and case.experts.most == 21
+    torch.testing.assert_close(case.of(moe), case.change(experts=without(case.experts)).of(formula))
+    mean = case.experts.counts.double().mean()
+    assert case.experts.nbytes == round(float(mean) * (case.experts.parts * 13 * 8 + 4))
+
+
 def test_experts_that_nobody_names_do_not_run():
     case = make(5, 6, 2, 8, 12, among=3)
     case.experts.rows[:3] = float("nan")
@@ -118,7 +137,8 @@ def test_wrong_operands_are_refused(name):
 
 def test_bad_experts_and_backends_are_refused():
     rows, scales = torch.zeros(3, 4, 24), torch.ones(3, 4, 3)
-    for arguments, message in (
+    index, counts = ragged([torch.tensor(one) for one in ([], [1], [0, 3])])
+    for given, message in (
         ((rows[0], True, "silu"), r"rows must have three dimensions; got \(4, 24\)"),
         ((rows[:0], True, "silu"), r"rows must hold one expert at least; got \(0, 4, 24\)"),
         ((rows[..., :23], True, "silu"), r"rows must have shape \(4, 21\); got \(4, 23\)"),
@@ -126,37 +146,43 @@ def test_bad_experts_and_backends_are_refused():
         ((rows.char(), True, "silu"), "scales must be given with int8 rows; got None"),
         ((rows.char(), True, "silu", scales[:2]), r"scales must have shape \(3, 4, 3\); got \(2, 4, 3\)"),
         ((rows, True, "silu", scales), r"scales must be None with rows of torch\.float32"),
+        ((rows, True, "silu", None, index), "counts must be given with index; got None"),
+        ((rows, True, "silu", None, None, counts), "counts must be None without index"),
+        ((rows, True, "silu", None, index[:2], counts), r"index must have shape \[3, K\]; got \(2, 2\)"),
+        ((rows, True, "silu", None, index.long(), counts), "index must have dtype torch.int32; got torch.int64"),
+        ((rows, True, "silu", None, index, counts[:2]), r"counts must have shape \(3,\); got \(2,\)"),
+        ((rows, True, "silu", None, index, counts + 1), r"counts must lie in \[0, 2\]; got \(1, 3\)"),
+        ((rows, True, "silu", None, index + 1, counts), r"index must lie in \[0, 4\); got \(1, 4\)"),
     ):
         with pytest.raises(InputError, match=message):
-            Experts(*arguments)
+            Experts(*given)
     case = make()
-    with pytest.raises(InputError, match="backend must be one of torch, cpu, triton; got 'cuda'"):
+    with pytest.raises(InputError, match="backend must be one of torch, cpu, triton, cuda; got 'cublas'"):
+        moe(case.x, case.experts, case.index, case.weights, backend="cublas")
+    with pytest.raises(BackendError, match="cuda: needs tensors on a CUDA device, not on cpu"):
         moe(case.x, case.experts, case.index, case.weights, backend="cuda")
     case = make(types=(torch.float64, torch.float64))
     with pytest.raises(BackendError, match=r"cpu: no kernel for torch\.float64"):
         moe(case.x, case.experts, case.index, case.weights, backend="cpu")
 
 
-def arguments(case: Routed, backend="torch", batch_invariant=False):
-    e = case.experts
-    return (case.x, e.rows, e.scales, case.index, case.weights, e.gated, e.activation, backend, batch_invariant)
-
-
 @pytest.mark.parametrize("types", [(torch.float32, torch.float32), (torch.bfloat16, torch.int8)], ids=str)
 @pytest.mark.parametrize(("tokens", "picked"), [(5, 2), (0, 2), (3, 1)])
 def test_opcheck(types, tokens, picked):
-    case = make(tokens, 4, picked, 8, 6, types)
-    torch.library.opcheck(MOE, arguments(case, batch_invariant=picked == 1))
+    case = make(tokens, 4, picked, 8, 6, types, gather=tokens == 5)
+    torch.library.opcheck(MOE, case.of(arguments, "torch", picked == 1))
     for tensor in (case.x, case.experts.rows, case.weights):
         tensor.requires_grad_(tensor.is_floating_point() and tokens > 0)
-    torch.library.opcheck(MOE, arguments(case))
+    torch.library.opcheck(MOE, case.of(arguments, "torch"))
 
 
-def test_gradcheck():
-    case = make(3, 3, 2, 3, 4, (torch.float64, torch.float64), activation="gelu_tanh")
+@pytest.mark.parametrize("gather", [False, True])
+def test_gradcheck(gather):
+    case = make(3, 3, 2, 3, 4, (torch.float64, torch.float64), activation="gelu_tanh", gather=gather)
 
     def of(x, rows, weights):
-        return moe(x, Experts.unchecked(rows, True, "gelu_tanh"), case.index, weights)
+        kept = case.experts.index, case.experts.counts
+        return moe(x, Experts.unchecked(rows, True, "gelu_tanh", None, *kept), case.index, weights)
 
     wanted = [t.requires_grad_() for t in (case.x, case.experts.rows, case.weights)]
     assert torch.autograd.gradcheck(of, wanted)

@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_cases import make_mixture
 
 from pyprune import InputError, Predicted, prune
 from pyprune.model import surgery
 from pyprune.model.described import Described
 from pyprune.model.families import find_ffns
-from pyprune.model.mask import KeepIndex
+from pyprune.model.mask import KeepIndex, Mask
 from pyprune.model.narrowing import Rest
+from pyprune.model.units import groups, tied
 from pyprune.pruning.allocation.bounds import candidate_widths
 from pyprune.pruning.allocation.masked_loss import MaskedLoss, turns, windows_by_source
 from pyprune.pruning.allocation.predictor import Predictor, fit, search
@@ -252,3 +254,34 @@ def test_losses_that_are_not_finite_are_refused():
         fit([16, 16], samples, [1.0, float("nan")])
     with pytest.raises(InputError, match="losses must be given for 2 samples; got 1"):
         fit([16, 16], samples, [1.0])
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_the_loss_of_a_masked_mixture_is_that_of_the_pruned_one(kind, more_ids):
+    """Banks, shared experts and plain layers; experts of a layer keep one width, not the same neurons."""
+    model = make_mixture(kind)
+    described = Described(model)
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(size, generator=generator) for size in described.sizes]
+    widths = tied(described.ffns, [16 + 8 * (ffn.block % 2) for ffn in described.ffns])
+    with torch.no_grad():
+        before = Rest(model, more_ids[:2]).dense_loss()
+        loss = MaskedLoss(described, scores, [more_ids[:2]])
+        got = loss(widths)
+        assert loss(described.sizes) == pytest.approx(before, rel=1e-6)
+        keeps = tuple(KeepIndex.from_scores(s, w) for s, w in zip(scores, widths, strict=True))
+        prune(model, repair=None, mask=Mask(keeps, described.fingerprint))
+        assert got == pytest.approx(Rest(model, more_ids[:2]).dense_loss(), rel=1e-5) and abs(got - before) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.* experts saw too few")
+def test_mixtures_get_one_width_a_bank_within_the_budget(more_ids):
+    model = make_mixture("deepseek_v3")
+    whole = sum(Described(model).sizes)
+    chosen = Predicted(samples=8, multiple=8, floor=0.2)
+    report = prune(model, 0.5, "wanda", allocation=chosen, repair=None, text=more_ids)
+    ffns = find_ffns(model)
+    after = [ffn.intermediate_size for ffn in ffns]
+    assert after == [layer.after for layer in report.layers] and 0.4 * whole < sum(after) <= 0.5 * whole
+    assert {len({f.intermediate_size for f in group}) for group in groups(ffns)} == {1}
+    assert all(f.intermediate_size % 8 == 0 for f in ffns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from typing import Any
@@ -21,8 +22,9 @@ from routed_cases import WHERE, Routed, check_error, exact, make, spoil
 from pyprune import BackendError, InputError, PrunedMoE, accelerate
 from pyprune import triton_kernels as kernels
 from pyprune.base.experts import Experts
-from pyprune.ffn import accelerate_experts, moe_choice
-from pyprune.ffn.moe_operator import MOE, moe, why_no_kernel
+from pyprune.ffn import accelerate_experts, contest, moe_choice, tune, tuned
+from pyprune.ffn.backends import Problem, triton
+from pyprune.ffn.moe_operator import MOE, arguments, moe, why_no_kernel
 from pyprune.ffn.warming import warmup
 from pyprune.model.families import find_ffns
 from pyprune.triton_kernels import defaults, routing
@@ -52,7 +54,8 @@ def here(case: Routed) -> Routed:
     """The case on the device."""
     e = case.experts
     scales = None if e.scales is None else e.scales.to(DEVICE)
-    moved = Experts.unchecked(e.rows.to(DEVICE), e.gated, e.activation, scales)
+    kept = (None, None) if e.index is None or e.counts is None else (e.index.to(DEVICE), e.counts.to(DEVICE))
+    moved = Experts.unchecked(e.rows.to(DEVICE), e.gated, e.activation, scales, *kept)
     return Routed(case.x.to(DEVICE), moved, case.index.to(DEVICE), case.weights.to(DEVICE))
 
 
@@ -62,7 +65,8 @@ def build(*args: Any, **options: Any) -> Routed:
 
 def run(x: Tensor, experts: Experts, index: Tensor, weights: Tensor, **options: Any) -> Tensor:
     form = {"gated": experts.gated, "activation": experts.activation, "scales": experts.scales}
-    out = kernels.moe(x, experts.rows, index, weights, **form, **options)
+    kept = {"kept": experts.index, "counts": experts.counts}
+    out = kernels.moe(x, experts.rows, index, weights, **form, **kept, **options)
     assert (out.shape, out.dtype, out.is_contiguous()) == (x.shape, x.dtype, True)
     return out
 
@@ -77,6 +81,21 @@ def test_error_is_at_most_twice_that_of_torch(shape: tuple[int, ...], types: tup
     case = build(*shape, types, gated=shape[0] != 5)
     check_error(case, run)
     assert torch.equal(case.of(run), case.of(run))
+
+
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, INT8), (F32, INT8)], ids=str)
+def test_a_gather_reads_the_rows_of_its_index_and_no_others(types: tuple[torch.dtype, torch.dtype]) -> None:
+    """Any number of each expert, none and all included, over one and several blocks of neurons and splits of them."""
+    for tokens, experts, picked, d, f in ((1, 6, 3, 48, 300), (5, 6, 2, 67, 37), (40, 3, 2, 80, 130)):
+        case = build(tokens, experts, picked, d, f, types, tokens != 5, gather=True)
+        check_error(case, run)
+        want = case.of(run)
+        invariant = run(case.x, case.experts, case.index, case.weights, batch_invariant=True)
+        case.spoil_what_no_index_names()
+        assert torch.equal(case.of(run), want)
+        one = case.change(x=case.x[-1:], index=case.index[-1:], weights=case.weights[-1:])
+        alone = run(one.x, one.experts, one.index, one.weights, batch_invariant=True)
+        assert torch.equal(alone[0], invariant[-1])
 
 
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
@@ -187,6 +206,7 @@ def test_without_tokens_choices_or_neurons_nothing_is_launched() -> None:
         assert torch.equal(case.of(run), torch.zeros(tokens, 16, device=DEVICE))
 
 
+KEPT, COUNTS = torch.tensor([[0, 2]] * 4, dtype=torch.int32), torch.full((4,), 2, dtype=torch.int32)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"activation": "swish"}, "activation must be one of gelu"),
     "x of float64": ({"x": torch.zeros(5, 24).double()}, "x must be float32, float16 or bfloat16; got torch.float64"),
@@ -200,6 +220,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "index too short": ({"index": torch.zeros(4, 2).long()}, "index must have shape [5, K]; got (4, 2)"),
     "weights too few": ({"weights": torch.ones(5, 1)}, "weights must have shape (5, 2), as index has; got (5, 1)"),
     "weights of integers": ({"weights": torch.ones(5, 2).long()}, "weights must be floating point; got torch.int64"),
+    "kept without counts": ({"kept": KEPT}, "counts must be given with kept, and there alone; got None"),
+    "kept of three experts": ({"kept": KEPT[:3], "counts": COUNTS}, "kept must have shape [4, K]; got (3, 2)"),
+    "kept of int64": ({"kept": KEPT.long(), "counts": COUNTS}, "kept must be torch.int32; got torch.int64"),
+    "counts too few": ({"kept": KEPT, "counts": COUNTS[:3]}, "counts must have shape (4,); got (3,)"),
     "two heights": (
         {
             "config": kernels.PrefillConfig(
@@ -271,7 +295,7 @@ def test_the_operator_by_triton() -> None:
         out = moe(case.x, case.experts, case.index, case.weights, backend="triton", batch_invariant=invariant)
         torch.testing.assert_close(out, case.of(moe), rtol=1e-4, atol=1e-5)
     e = case.experts
-    given = (case.x, e.rows, e.scales, case.index, case.weights, True, "silu", "triton", False)
+    given = case.of(arguments, "triton")
     torch.library.opcheck(MOE, given, test_utils=("test_schema", "test_faketensor"))
     bad = case.index.clone()
     bad[2, 1] = 4
@@ -300,13 +324,13 @@ def test_a_forced_backend_is_used_or_refused(ids: Tensor, monkeypatch: pytest.Mo
 
 
 def test_auto_takes_it_on_a_gpu_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `auto` would do is asked of a record that says it is on a GPU; natively it is."""
+    """Asked of a record that says it is on a GPU, where the operator chooses; natively it is."""
     module = PrunedMoE.from_bank(bank(make_mixture("mixtral"))).to(DEVICE)
     seen = []
     real = MOE
 
     def spy(*args: Any) -> Tensor:
-        seen.append(args[7])
+        seen.append(args[9])
         return real(*args)
 
     monkeypatch.setattr("pyprune.ffn.moe.MOE", spy)
@@ -315,12 +339,53 @@ def test_auto_takes_it_on_a_gpu_where_it_can(monkeypatch: pytest.MonkeyPatch) ->
     reasons = iter([None, "no Triton here"])
     monkeypatch.setattr(moe_choice, "why_no_kernel", lambda *args: next(reasons))
     call = torch.randn(3, 32, device=DEVICE), torch.tensor([[0, 1]] * 3, device=DEVICE), torch.ones(3, 2, device=DEVICE)
-    for wanted in ("triton", "torch"):
+    for wanted in ("auto", "torch"):
         module._set_dtype(F32)
-        assert module.native_pairs == (moe_choice.ALL if wanted == "triton" else 0)
+        assert module.native_pairs == (moe_choice.ALL if wanted == "auto" else 0)
         with torch.no_grad():
             module(*call)
         assert seen[-1] == wanted
+
+
+def test_what_tune_found_best_is_what_calls_take(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configurations are timed, the best is stored, and calls of as many tokens run by it; others by their own."""
+    monkeypatch.setenv("PYPRUNE_CACHE", str(tmp_path))
+    tuned.reload()
+    case = build(4, 4, 2, 64, 64, (BF16, BF16), gather=True)
+    offered = triton.expert_configs(Problem.of_experts(case.experts, BF16, 2, 4, DEVICE))
+    assert len(offered) > 2
+    monkeypatch.setattr(triton, "expert_configs", lambda problem: [offered[0], offered[2]])
+    problem = Problem.of_experts(case.experts, BF16, 2, 3, DEVICE)
+    assert tuned.key(problem) == "experts 2 of 4 D64 K64 M4 bfloat16 bfloat16-weights gated gather silu"
+    effort = contest.Effort(rounds=(1, 1), sample=1e-4, problem=1e-3)
+    (one,) = tune.tune([problem], effort=effort).tuned
+    by_name = {entry.backend: entry for entry in one.entries}
+    assert dict(by_name["triton"].config) in (offered[0], offered[2]) and one.refused == []
+    json.dumps(one.to_json())
+    best = tuned.Entry("triton", offered[2], 1e-6)
+    gone = tuned.Entry("no such kernel", {}, 1e-9)
+    tuned.store(DEVICE, {tuned.key(problem): [gone, best]})
+    tuned.reload()
+    seen, real = [], kernels.moe
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        seen.append(options["config"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(kernels, "moe", spy)
+    some = case.change(x=case.x[:3], index=case.index[:3], weights=case.weights[:3])
+    chosen = kernels.from_json(offered[2])
+    for given, backend, invariant, want in (
+        (some, "triton", False, chosen),
+        (some, "auto", False, chosen),
+        (some, "triton", True, None),
+        (case.change(x=case.x[:1], index=case.index[:1], weights=case.weights[:1]), "triton", False, None),
+    ):
+        out = MOE(*given.of(arguments, backend, invariant))
+        assert seen[-1] == want
+        torch.testing.assert_close(out, given.of(moe), rtol=2e-2, atol=2e-2)
+    monkeypatch.undo()
+    tuned.reload()
 
 
 @native

@@ -5,6 +5,7 @@ Compilation happens in a process of its own, because this one may have imported 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -143,8 +144,13 @@ def test_experts_bring_weights_in_asynchronously_by_16_bytes(rows: list[dict[str
     wide = [row for row in products if row["aligned"] and row["dtype"] != "float32" and not row["int8"]]
     assert {row["architecture"] for row in wide} == SHARED_LIMIT.keys()
     assert {row["blocks"]["BLOCK_M"] for row in wide} == {16, 32, 64, 128}
+    assert {(row["kernel"], row["gather"]) for row in wide} == {
+        (kernel, gather) for kernel in ("expert_hidden_kernel", "expert_down_kernel") for gather in (False, True)
+    }
     for row in wide:
-        assert row["copies_narrow"] == 0 and row["copies_128"] == row["loads_128"] > 0, row
+        assert row["copies_128"] == row["loads_128"] > 0, row
+        # Of a gather the rows' numbers are copied beside them.
+        assert row["copies_narrow"] == 0 or (row["gather"] and row["kernel"] == "expert_down_kernel"), row
 
 
 def test_float32_is_not_rounded_to_tf32(rows: list[dict[str, Any]]) -> None:
@@ -169,6 +175,14 @@ print(json.dumps([described(*row, a) for a in ARCHITECTURES for row in distinct_
     )
     assert spilling(table) == []
     assert too_large(table) == []
+
+
+def test_rows_that_are_compiled_anew_replace_those_of_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(STATIC.parents[2]))
+    merged = importlib.import_module("bench.gpu.static_triton").merged
+    known = [{"kernel": k, "architecture": a, "registers": 1} for k in "ab" for a in ("sm_80", "sm_90")]
+    new = [{"kernel": "b", "architecture": "sm_90", "registers": n} for n in (2, 3)]
+    assert merged(known, new) == [*known[:3], *new] and merged([], new) == new
 
 
 @pytest.mark.slow

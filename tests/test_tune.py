@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from moe_cases import make_mixture
 from typer.testing import CliRunner
 
 from pyprune import PrunedMLP, accelerate
@@ -87,6 +88,20 @@ def test_problems_of_a_model(tiny):
     }
     with pytest.raises(UnsupportedModelError):
         tune.model_problems(torch.nn.Linear(2, 2))
+
+
+def test_experts_of_a_model_are_problems_on_a_gpu():
+    model = make_mixture("deepseek_v3")
+    found = tune.model_problems(model, tokens=[1, 4], device="cuda", keep=0.5, mode="gather")
+    mixed = [p for p in found if p.experts]
+    assert {(p.experts, p.picked, p.hidden_size, p.intermediate_size, p.kept, p.tokens) for p in mixed} == {
+        (4, 2, 32, 48, 24, 1),
+        (4, 2, 32, 48, 24, 4),
+    }
+    assert {p.intermediate_size for p in found if not p.experts} == {96}
+    assert all(tuned.key(p).startswith("experts 2 of 4 D32 K64 M") for p in mixed)
+    assert not any(p.experts for p in tune.model_problems(model, tokens=[1]))  # the first accelerate measures them
+    assert tune.model_problems(make_mixture("gpt_oss"), tokens=[1], device="cuda") == []
 
 
 def test_fastest_is_written_and_taken(native_library, fake_clock):

@@ -26,6 +26,7 @@ class ExpertVariant:
         gated, activation: see `experts.moe`.
         int8: the rows are int8.
         narrow: index is int32, not int64, and the router's weights are float32, not of x's dtype.
+        gather: rows are found by an index.
         config: None for the analytic one.
         architecture: for which the launches are planned.
     """
@@ -40,6 +41,7 @@ class ExpertVariant:
     activation: str = "silu"
     int8: bool = False
     narrow: bool = False
+    gather: bool = False
     config: PrefillConfig | None = None
     architecture: int = 90
     extras: bool = False
@@ -60,6 +62,8 @@ class ExpertVariant:
             index=empty(*routing, dtype=torch.int32 if self.narrow else torch.int64),
             weights=empty(*routing, dtype=torch.float32 if self.narrow else dtype),
             scales=empty(self.experts, self.f, parts, dtype=torch.float32) if self.int8 else None,
+            kept=empty(self.experts, self.f, dtype=torch.int32) if self.gather else None,
+            counts=empty(self.experts, dtype=torch.int32) if self.gather else None,
             architecture=self.architecture,
         )
 
@@ -72,7 +76,7 @@ class ExpertVariant:
     def candidates(self) -> list[ExpertVariant]:
         """This call with every configuration that is offered for it."""
         sizes = (self.tokens, self.picked, self.experts, self.f, self.d, DTYPES[self.dtype], self.gated)
-        found = experts_candidates(*sizes, self.operands().aligned, self.architecture)
+        found = experts_candidates(*sizes, self.operands().aligned, self.architecture, self.gather)
         return [replace(self, config=config) for config in found]
 
 
@@ -84,6 +88,7 @@ def expert_variants() -> Iterator[ExpertVariant]:
     """Every branch, dtype and kind of tile at least once."""
     for tokens in (1, 4, 256, 4096):
         yield replace(_OLMOE, tokens=tokens)
+        yield replace(_OLMOE, tokens=tokens, gather=True)
     for tokens in (1, 256):
         for keep in (1, 2):
             yield replace(_QWEN3, tokens=tokens, f=_QWEN3.f // keep)
@@ -93,7 +98,9 @@ def expert_variants() -> Iterator[ExpertVariant]:
         yield replace(small, dtype="float32", activation="gelu", gated=True)
         yield replace(small, dtype="bfloat16", f=1535, d=577, gated=True, activation="quick_gelu")
         yield replace(_OLMOE, tokens=tokens, int8=True)
+        yield replace(small, gather=True)
     yield ExpertVariant(16, 2, 8, 1536, 576, "float32", int8=True, narrow=True)
+    yield ExpertVariant(16, 2, 8, 1536, 576, "float16", int8=True, gather=True)
     # Sizes and strides of 1, which Triton makes constants.
     yield ExpertVariant(1, 1, 1, 1, 1, "float16", activation="relu2")
     yield ExpertVariant(3, 1, 1, 1, 1, "float16", activation="relu2")

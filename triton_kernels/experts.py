@@ -25,7 +25,7 @@ from .hardware import INTERPRETER, architecture, multiplies_from_shared
 from .launch import Launch, device_of
 from .products import split_of, tile_of
 from .routing import combine, pairs_at, route, slots, tile_at
-from .tile import down_tile, hidden_tile, unfold
+from .tile import down_tile, hidden_tile, record_rows, unfold
 
 # Tokens of one round of launches: bounds hidden activations and partial results, which every pair has.
 _MOST_TOKENS = 16384
@@ -33,7 +33,21 @@ _MOST_TOKENS = 16384
 _EXACT_TOKENS = 64
 
 
-@triton.jit(do_not_specialize=["slots", "K", "width", "E"])
+@triton.jit
+def kept_of(
+    expert,  # number of the expert
+    kept,  # [E, K] int32, or None
+    counts,  # [E] int32, or None
+    K,  # most neurons of an expert
+):
+    """The rows of an expert that are used (None for all, in order), and how many."""
+    if kept is None:
+        return None, K
+    else:
+        return kept + expert.to(tl.int64) * K, tl.load(counts + expert)
+
+
+@triton.jit(do_not_specialize=["slots", "F", "K", "width", "E"])
 def expert_hidden_kernel(
     x,  # [T, D] tokens
     x_stride,  # elements between tokens
@@ -42,6 +56,8 @@ def expert_hidden_kernel(
     row_stride,  # elements between rows
     scales,  # [E, K, P] float32, contiguous, of int8 rows, or None
     scales_stride,  # P
+    kept,  # [E, K] int32, rows of the neurons that are kept, or None for all
+    counts,  # [E] int32, how many of those each expert has, or None
     index,  # [pairs] integers, expert of each pair
     order,  # see routing
     table,  # see routing
@@ -50,7 +66,8 @@ def expert_hidden_kernel(
     slots,  # tiles that there can be
     picked,  # pairs of a token
     E,  # number of experts
-    K,  # neurons of an expert
+    F,  # neurons of an expert in memory
+    K,  # most neurons of an expert
     width,  # K rounded up to whole blocks, of this product and of the next
     D,  # hidden_size
     GATED: tl.constexpr,  # rows have a gate part
@@ -59,22 +76,29 @@ def expert_hidden_kernel(
     BLOCK_M: tl.constexpr,  # pairs of a program
     BLOCK_N: tl.constexpr,  # neurons of a program
     BLOCK_D: tl.constexpr,  # channels of x taken at once
+    BLOCK_WHOLE: tl.constexpr,  # neurons of whole blocks of this product and of the next
     GROUP: tl.constexpr,  # see tile_of
 ):
     slot, column = tile_of(tl.program_id(0), slots, width // BLOCK_N, GROUP)
     expert, first, size = tile_at(slot, index, table, E)
     if size == 0:
         return
+    own, mine = kept_of(expert, kept, counts, K)
+    if kept is not None:  # noqa: SIM102 - of what is None there is no code
+        # The next product reads whole blocks of what this one writes.
+        if column * BLOCK_N >= tl.cdiv(mine, BLOCK_WHOLE) * BLOCK_WHOLE:
+            return
     m = tl.arange(0, BLOCK_M)
     present = m < size
     places = first + m
     tokens = pairs_at(order, places, present) // picked
     neurons = column * BLOCK_N + tl.arange(0, BLOCK_N)
     if scales is not None:
-        scales += expert.to(tl.int64) * K * scales_stride
+        scales += expert.to(tl.int64) * F * scales_stride
     tile = hidden_tile(
-        x, x_stride, tokens, present, rows + expert.to(tl.int64) * expert_stride, row_stride, neurons.to(tl.int64),
-        neurons < K, scales, scales_stride, None, 0, D, GATED, ACTIVATION, BF16_BITS, BLOCK_M, BLOCK_N, BLOCK_D,
+        x, x_stride, tokens, present, rows + expert.to(tl.int64) * expert_stride, row_stride,
+        record_rows(own, neurons, mine), neurons < mine, scales, scales_stride, None, 0, D, GATED, ACTIVATION,
+        BF16_BITS, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     target = hidden + places.to(tl.int64)[None, :] * hidden_stride + neurons[:, None]
     tl.store(target, tile.to(hidden.dtype.element_ty), mask=present[None, :])
@@ -88,6 +112,8 @@ def expert_down_kernel(
     expert_stride,  # elements between experts
     row_stride,  # elements between rows
     scales,  # of int8 rows, or None
+    kept,  # see expert_hidden_kernel
+    counts,  # see expert_hidden_kernel
     index,  # [pairs] integers, expert of each pair
     order,  # see routing
     table,  # see routing
@@ -95,7 +121,7 @@ def expert_down_kernel(
     slots,  # tiles that there can be
     pairs,  # number of pairs
     E,  # number of experts
-    K,  # neurons of an expert
+    K,  # most neurons of an expert
     D,  # hidden_size
     splits,  # programs that share the neurons
     BLOCK_M: tl.constexpr,  # pairs of a program
@@ -112,11 +138,12 @@ def expert_down_kernel(
     m = tl.arange(0, BLOCK_M)
     present = m < size
     places = first + m
-    begin, end = split_of(split, splits, K, BLOCK_K)
+    own, mine = kept_of(expert, kept, counts, K)
+    begin, end = split_of(split, splits, mine, BLOCK_K)
     d = column * BLOCK_N + tl.arange(0, BLOCK_N)
     total = down_tile(
-        hidden, hidden_stride, places, present, down + expert.to(tl.int64) * expert_stride, row_stride, None, d,
-        begin, end, K, D, BLOCK_M, BLOCK_N, BLOCK_K, TOKENS_LEFT,
+        hidden, hidden_stride, places, present, down + expert.to(tl.int64) * expert_stride, row_stride, own, d,
+        begin, end, mine, D, BLOCK_M, BLOCK_N, BLOCK_K, TOKENS_LEFT,
     )  # fmt: skip
     total = unfold(total, scales)
     row = split.to(tl.int64) * pairs + pairs_at(order, places, present)
@@ -135,6 +162,7 @@ class ExpertOperands(NamedTuple):
         index: `[T, K]` int64 or int32.
         weights: `[T, K]` floating point.
         scales: `[E, F, P]` float32 with int8 rows, else None.
+        kept, counts: int32, of a gather; see `moe`.
         bf16_bits: the tensors hold bfloat16 values in float32, see `round_like`.
         architecture: where it runs, see `hardware`.
     """
@@ -146,8 +174,15 @@ class ExpertOperands(NamedTuple):
     index: Tensor
     weights: Tensor
     scales: Tensor | None = None
+    kept: Tensor | None = None
+    counts: Tensor | None = None
     bf16_bits: bool = False
     architecture: int = INTERPRETER
+
+    @property
+    def most(self) -> int:
+        """Most neurons of an expert that are computed."""
+        return self.rows.shape[1] if self.kept is None else self.kept.shape[1]
 
     @property
     def aligned(self) -> bool:
@@ -157,10 +192,10 @@ class ExpertOperands(NamedTuple):
 
     def default_config(self, batch_invariant: bool = False) -> PrefillConfig:
         """The analytic configuration, see `experts_config`."""
-        (tokens, picked), (experts, f, _) = self.index.shape, self.rows.shape
+        (tokens, picked), experts = self.index.shape, len(self.rows)
         return experts_config(
-            tokens, picked, experts, f, self.x.shape[1], self.x.dtype, self.gated, self.aligned,
-            batch_invariant, self.scales is not None, self.architecture,
+            tokens, picked, experts, self.most, self.x.shape[1], self.x.dtype, self.gated, self.aligned,
+            batch_invariant, self.scales is not None, self.architecture, self.kept is not None,
         )  # fmt: skip
 
     def tokens(self, start: int, stop: int) -> ExpertOperands:
@@ -175,11 +210,11 @@ def launches(p: ExpertOperands, out: Tensor, config: PrefillConfig, exact: bool 
     Args:
         exact: partial results are float32, not of the dtype of x.
     """
-    (tokens, picked), (experts, f, _), d = p.index.shape, p.rows.shape, p.x.shape[1]
+    (tokens, picked), (experts, f, _), d, most = p.index.shape, p.rows.shape, p.x.shape[1], p.most
     up, down, pairs = config.hidden, config.down, tokens * picked
     index, device = p.index.view(-1), p.x.device
     whole = max(up.block_n, down.block_k)
-    width = triton.cdiv(f, whole) * whole
+    width = triton.cdiv(most, whole) * whole
     hidden = torch.empty((pairs, width), dtype=p.x.dtype, device=device)
     kind = torch.float32 if exact or config.splits > 1 else p.x.dtype
     partial = torch.empty((config.splits, pairs, d), dtype=kind, device=device)
@@ -195,12 +230,14 @@ def launches(p: ExpertOperands, out: Tensor, config: PrefillConfig, exact: bool 
         "expert_stride": p.rows.stride(0),
         "row_stride": p.rows.stride(1),
         "scales": p.scales,
+        "kept": p.kept,
+        "counts": p.counts,
         "index": index,
         "order": order,
         "table": table,
         "slots": tiles,
         "E": experts,
-        "K": f,
+        "K": most,
         "D": d,
         "BLOCK_M": up.block_m,
         "GROUP": config.group,
@@ -211,6 +248,7 @@ def launches(p: ExpertOperands, out: Tensor, config: PrefillConfig, exact: bool 
         "x_stride": p.x.stride(0),
         "rows": p.rows,
         "scales_stride": 3 if p.gated else 2,
+        "F": f,
         "picked": picked,
         "width": width,
         "GATED": p.gated,
@@ -218,6 +256,7 @@ def launches(p: ExpertOperands, out: Tensor, config: PrefillConfig, exact: bool 
         "BF16_BITS": p.bf16_bits,
         "BLOCK_N": up.block_n,
         "BLOCK_D": up.block_k,
+        "BLOCK_WHOLE": whole,
     }
     second = {
         **shared,
@@ -263,7 +302,16 @@ def _check(p: ExpertOperands) -> None:
         wanted = (*shape[:2], parts)
         require(tuple(p.scales.shape) == wanted, "scales", f"have shape {wanted}", tuple(p.scales.shape))
         require(p.scales.dtype == torch.float32, "scales", "be torch.float32", p.scales.dtype)
-    for name, tensor in (("rows", p.rows), ("index", p.index), ("weights", p.weights), ("scales", p.scales)):
+    both = (p.kept is None) == (p.counts is None)
+    require(both, "counts", "be given with kept, and there alone", None if p.counts is None else tuple(p.counts.shape))
+    if p.kept is not None and p.counts is not None:
+        fits = p.kept.dim() == 2 and len(p.kept) == shape[0]
+        require(fits, "kept", f"have shape [{shape[0]}, K]", tuple(p.kept.shape))
+        require(tuple(p.counts.shape) == shape[:1], "counts", f"have shape {shape[:1]}", tuple(p.counts.shape))
+        for name, tensor in (("kept", p.kept), ("counts", p.counts)):
+            require(tensor.dtype == torch.int32, name, "be torch.int32", tensor.dtype)
+    for name in ("rows", "index", "weights", "scales", "kept", "counts"):
+        tensor = getattr(p, name)
         here = tensor is None or tensor.device == p.x.device
         require(here, name, f"be on the device of x, {p.x.device}", tensor is not None and tensor.device)
 
@@ -277,6 +325,8 @@ def moe(
     gated: bool,
     activation: str,
     scales: Tensor | None = None,
+    kept: Tensor | None = None,
+    counts: Tensor | None = None,
     config: PrefillConfig | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
@@ -294,6 +344,8 @@ def moe(
         gated: P is 3, not 2.
         activation: one of `ACTIVATIONS`.
         scales: `[E, F, P]` float32 with int8 rows, else None.
+        kept: `[E, K]` int32, rows of each expert that are used, or None for all; they are not read by the host.
+        counts: `[E]` int32, how many of its line of `kept` count for each expert.
         config: None chooses analytically, see `experts_config`.
         batch_invariant: without `config`, choose such that a token has the same bits whatever the tokens beside it.
 
@@ -305,11 +357,11 @@ def moe(
         ValueError: a shape, dtype, device, stride or name breaks the rules above, the tokens of both tiles of `config`
             differ, or the device cannot run Triton.
     """
-    p = ExpertOperands(x, rows, gated, activation, index, weights, scales)
+    p = ExpertOperands(x, rows, gated, activation, index, weights, scales, kept, counts)
     _check(p)
     require_device(x, "x")
     (tokens, d), picked = x.shape, index.shape[1]
-    if tokens == 0 or picked == 0 or rows.shape[1] == 0:
+    if tokens == 0 or picked == 0 or p.most == 0:
         return torch.zeros((tokens, d), dtype=x.dtype, device=x.device)
     if INTERPRETED:
         # See `checks.INTERPRETED`; torch's other dtypes of weights are as well widened here.
@@ -321,6 +373,8 @@ def moe(
         index=index.contiguous(),
         weights=p.weights.contiguous(),
         scales=None if scales is None else scales.contiguous(),
+        kept=None if kept is None else kept.contiguous(),
+        counts=None if counts is None else counts.contiguous(),
         architecture=architecture(x.device),
     )
     if config is None:

@@ -21,6 +21,7 @@ from .defaults import (
     _deepest,
     _has_few,
     _power_of_two,
+    chained,
     fits,
     most_stages,
 )
@@ -63,12 +64,13 @@ def experts_config(
     batch_invariant: bool = False,
     int8: bool = False,
     architecture: int = INTERPRETER,
+    gather: bool = False,
 ) -> PrefillConfig:
     """Tiles of the two grouped products.
 
     Args:
         tokens, picked, experts: T, K, E.
-        f, d: neurons of an expert, channels.
+        f, d: most neurons of an expert that are computed, channels.
         dtype: of x.
         gated: the rows have a gate part.
         aligned: see `ExpertOperands.aligned`.
@@ -76,6 +78,7 @@ def experts_config(
             a pipeline may follow them.
         int8: the rows are int8.
         architecture: see `hardware`.
+        gather: rows are found by an index.
     """
     parts = 2 if gated else 1
     block_m = _pairs(tokens, picked, experts, _tallest(dtype, aligned, int8, batch_invariant))
@@ -94,7 +97,9 @@ def experts_config(
         most = most_stages(parts, hidden.block_n, architecture)
         programs = tiles * _ceil_div(f, hidden.block_n)
         hidden = _deepest(replace(hidden, num_stages=1), parts, programs, architecture, most)
-        down = _deepest(replace(down, num_stages=1), 1, columns * splits, architecture)
+        down = _deepest(replace(down, num_stages=1), 1, columns * splits, architecture, chain=gather)
+    elif gather:
+        down = replace(down, num_stages=chained(down.num_stages))
     return PrefillConfig(hidden, down, group=8, splits=splits)
 
 
@@ -108,13 +113,15 @@ def experts_candidates(
     gated: bool,
     aligned: bool,
     architecture: int = INTERPRETER,
+    gather: bool = False,
 ) -> list[PrefillConfig]:
     """Configurations worth timing against the analytic one, which is first; arguments as of `experts_config`."""
-    base = experts_config(tokens, picked, experts, f, d, dtype, gated, aligned, architecture=architecture)
+    sizes = (tokens, picked, experts, f, d, dtype, gated, aligned)
+    base = experts_config(*sizes, architecture=architecture, gather=gather)
     if not _has_few(dtype, aligned, int8=False):
         return [base]
     found = [base, *_others(base, f)]
-    return list(dict.fromkeys(c for c in found if fits(c, gated, False, dtype, architecture)))
+    return list(dict.fromkeys(c for c in found if fits(c, gated, gather, dtype, architecture)))
 
 
 def _others(base: PrefillConfig, f: int) -> Iterator[PrefillConfig]:

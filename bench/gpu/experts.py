@@ -12,7 +12,8 @@ are captured in a CUDA graph, and the variants of a case take turns. What cannot
 device, is timed as the host launches it, and says so (`captured`). For M = 1 `eager_us` and `host_us` are those of a
 call without a graph.
 
-    triton, torch                       PrunedMoE by these backends, over the kept neurons
+    triton, torch, cuda                 PrunedMoE by these backends, over the kept neurons; cuda for few tokens
+    triton gather, cuda gather          the same number of neurons, chosen by chance for each expert, of all in memory
     triton #2 ...                       by further configurations, as far as time goes, after all cases
     grouped_mm, batched_mm, eager       Transformers' module with all neurons; `pruned ...` with the kept ones only
 
@@ -49,12 +50,15 @@ from bench.mixtures import OTHERS, OWN, SHAPES, Shape
 from pyprune.base import machine, reference
 from pyprune.base.clock import quantiles
 from pyprune.ffn.moe import PrunedMoE
+from pyprune.ffn.moe_operator import BACKENDS
 from pyprune.model.experts import find_bank
+from pyprune.model.mask import KeepIndex
 
 RESULT = Path(__file__).parents[1] / "results" / "experts-gpu.json"
 TOKENS = (1, 4, 16, 256)
 KEEPS = (1.0, 0.5)
 ROUTINGS, ROUNDS, PER_ROUND = 16, 4, 3
+FEW = 16  # most tokens for the CUDA kernels, which many would read the weights again
 COPYING = 16  # most tokens for batched_mm, which copies the weights of every pair
 WARMERS = 8
 # A path that rounds elsewhere than torch's is still the same function.
@@ -70,21 +74,34 @@ class Layers:
     keep: float
     own: list[Any]
     records: list[PrunedMoE]
+    gathers: list[PrunedMoE] = field(default_factory=list)  # as many neurons of records that have all
 
     @classmethod
     def make(cls, shape: Shape, keep: float, device: torch.device) -> Layers:
-        own = []
-        for _ in range(shape.layers):
-            module = shape.empty(keep, device)
-            for parameter in module.parameters():
-                parameter.normal_(0, 0.02)
-            own.append(module)
-        records = []
-        for i, module in enumerate(own):
-            bank = find_bank(f"{shape.name}.{i}", module)
-            assert bank is not None
-            records.append(PrunedMoE.from_bank(bank, backend="triton", picked=shape.picked))
-        return cls(shape, keep, own, records)
+        own = [cls._module(shape, keep, device) for _ in range(shape.layers)]
+        found = cls(shape, keep, own, [cls._record(shape, module) for module in own])
+        if keep < 1:
+            generator = torch.Generator().manual_seed(0)
+            size, count = shape.intermediate_size, round(keep * shape.intermediate_size)
+            for _ in own:
+                record = cls._record(shape, cls._module(shape, 1.0, device))
+                scores = torch.rand(shape.experts, size, generator=generator)
+                record.set_keep([KeepIndex.from_scores(one, count) for one in scores])
+                found.gathers.append(record)
+        return found
+
+    @staticmethod
+    def _module(shape: Shape, keep: float, device: torch.device) -> Any:
+        module = shape.empty(keep, device)
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.02)
+        return module
+
+    @staticmethod
+    def _record(shape: Shape, module: Any) -> PrunedMoE:
+        bank = find_bank(shape.name, module)
+        assert bank is not None
+        return PrunedMoE.from_bank(bank, backend="triton", picked=shape.picked)
 
 
 @dataclass
@@ -125,20 +142,21 @@ class Case:
     routings: Routings
     row: dict[str, Any]
     replays: dict[str, Replay] = field(default_factory=dict)
-    _truth: tuple[Tensor, float] | None = None
+    _truth: dict[bool, tuple[Tensor, float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return f"{self.layers.shape.name} M {self.tokens} keep {self.layers.keep:g}"
 
-    def truth(self) -> tuple[Tensor, float]:
+    def truth(self, gather: bool = False) -> tuple[Tensor, float]:
         """The first call in float64, and torch's own error."""
-        if self._truth is None:
-            experts, given = self.layers.records[0].experts, self.routings
+        if gather not in self._truth:
+            records = self.layers.gathers if gather else self.layers.records
+            experts, given = records[0].experts, self.routings
             x, index, weights = given.x[0], given.index[0], given.weights[0]
             exact = reference.moe(x.double(), experts, index, weights.double())
-            self._truth = exact, error(reference.moe(x, experts, index, weights), exact)
-        return self._truth
+            self._truth[gather] = exact, error(reference.moe(x, experts, index, weights), exact)
+        return self._truth[gather]
 
 
 def transformers_ways(case: Case) -> Iterator[tuple[str, list[Call], bool]]:
@@ -159,15 +177,17 @@ def transformers_ways(case: Case) -> Iterator[tuple[str, list[Call], bool]]:
 
 def our_ways(case: Case) -> Iterator[tuple[str, list[Call], bool]]:
     """The same of PrunedMoE."""
-    for name in ("triton", "torch"):
+    cuda = ("cuda",) if case.routings.x[0].is_cuda and case.tokens <= FEW else ()
+    for name in ("triton", "torch", *cuda, *(f"{own} gather" for own in ("triton", *cuda) if case.layers.gathers)):
 
         def run(i: int, x: Tensor, index: Tensor, weights: Tensor, name: str = name) -> Tensor:
-            module = case.layers.records[i % len(case.layers.records)]
-            module.backend = name
+            records = case.layers.gathers if name.endswith("gather") else case.layers.records
+            module = records[i % len(records)]
+            module.backend = name.partition(" ")[0]
             out: Tensor = module(x, index, weights)
             return out
 
-        yield name, case.routings.calls(run), name == "triton"
+        yield name, case.routings.calls(run), name != "torch"
 
 
 def candidates(shape: Shape, keep: float, tokens: int, device: torch.device) -> list[Any]:
@@ -203,9 +223,9 @@ def prepare(timer: Timer, case: Case, name: str, calls: list[Call], graph: bool,
     """Check a variant and make ready what is timed of it; what fails is recorded and costs nothing else."""
     from pyprune import triton_kernels as kernels
 
-    ours = name.startswith("triton") or name == "torch"
+    ours = name.partition(" ")[0] in BACKENDS
     try:
-        exact, torchs = case.truth()
+        exact, torchs = case.truth(name.endswith("gather"))
         found = error(calls[0](), exact)
         limit = max(WORSE * torchs, FLOOR) if ours else max(WORSE * torchs, CLOSE)
         if found > limit:
@@ -269,7 +289,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
             "dense": fastest(full["variants"], lambda n: n in (OWN, *OTHERS)),
             "pruned": fastest(row["variants"], lambda n: n.startswith("pruned ")),
             "default": fastest(row["variants"], lambda n: n == "triton"),
-            "best": fastest(row["variants"], lambda n: n.startswith("triton")),
+            "best": fastest(row["variants"], lambda n: n.startswith("triton") and not n.endswith("gather")),
         }
         row["fastest"] = {key: {"by": way[0], "us": way[1]} for key, way in ways.items() if way}
         if ways["default"]:

@@ -39,7 +39,8 @@ REGISTERS = 64 * 1024  # of a multiprocessor
 
 _WEIGHTS = ("float32", "bfloat16", "float16", "int8")  # in the order of Type in csrc/common/problem.h
 _NAME = re.compile(
-    r"pyprune\d+(single_pass_bulk|single_pass|hidden_pass|down_pass|widen)(?:ILNS_4TypeE(\d)ELi(\d)(?:ELb(\d))?)?"
+    r"pyprune\d+(single_pass_bulk|single_pass|hidden_pass|down_pass|widen|expert_hidden|expert_down|expert_combine)"
+    r"(?:ILNS_4TypeE(\d)ELi(\d)(?:ELb(\d))?)?"
 )
 _OPCODE = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
 # A copy to a shared address with a uniform register in it: see `CopyAddress` in csrc/cuda/device.h.

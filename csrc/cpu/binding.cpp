@@ -1,7 +1,7 @@
 // What PyTorch sees: the CPU kernel of the operator `pyprune::ffn`, and `pyprune::moe_cpu` for the experts of a
 // mixture, through LibTorch's stable ABI.
 
-#include "../common/operands.h"
+#include "../common/routed_operands.h"
 #include "experts.h"
 #include "isa.h"
 #include "run.h"
@@ -27,50 +27,14 @@ Tensor ffn(const Given& given, const std::string& backend, int64_t native_tokens
   return out;
 }
 
-// Experts of records `rows` `[E, F, P*D]` on x `[M, D]`, routed by `index` and `weights` `[M, K]`.
-Tensor moe_cpu(const Tensor& x, const Tensor& rows, const Maybe& scales, const Tensor& index, const Tensor& weights,
-               bool gated, const std::string& activation) {
-  check(x.dim() == 2, "x", "have two dimensions");
-  check(rows.dim() == 3 && rows.size(0) > 0, "rows", "have three dimensions, the first of one expert at least");
-  check_place(kCpu, x, "x");
-  check_place(kCpu, rows, "rows");
-  RoutedCall routed{};
-  Call& call = routed.call;
-  call.gated = gated;
-  call.activation = activation_of(activation);
-  call.x_type = type_of(x, "x");
-  call.weight_type = type_of(rows, "rows");
-  check(call.x_type != Type::i8, "x", "be floating point");
-  call.tokens = x.size(0);
-  call.hidden_size = x.size(1);
-  call.neurons = call.rows = rows.size(1);
-  check(rows.size(2) == call.parts() * call.hidden_size, "rows", "be 2 (gated: 3) times as wide as x");
-  check(rows.stride(2) == 1 || rows.size(2) <= 1, "rows", "hold each neuron in one run of memory");
-  check((call.weight_type == Type::i8) == scales.has_value(), "scales", "be given for int8 rows only");
-  routed.experts = rows.size(0);
-  routed.picked = index.dim() == 2 ? index.size(1) : 0;
-  check_tensor(kCpu, index, "index", ScalarType::Long, {call.tokens, routed.picked});
-  check_tensor(kCpu, weights, "weights", ScalarType::Float, {call.tokens, routed.picked});
-  if (scales)
-    check_tensor(kCpu, *scales, "scales", ScalarType::Float, {routed.experts, call.rows, int64_t{call.parts()}});
-  const Tensor tokens = x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
-  const Tensor named = torch::stable::contiguous(index), factors = torch::stable::contiguous(weights);
-  const Maybe steps = scales ? Maybe(torch::stable::contiguous(*scales)) : Maybe();
-  routed.index = static_cast<const int64_t*>(named.const_data_ptr());
-  routed.weights = static_cast<const float*>(factors.const_data_ptr());
-  bool inside = true;
-  for (int64_t i = 0; i < call.tokens * routed.picked; ++i)
-    inside &= routed.index[i] >= 0 && routed.index[i] < routed.experts;
-  check(inside, "index", "name experts that rows has");
-  call.x = tokens.const_data_ptr();
-  call.x_stride = tokens.stride(0);
-  call.record = rows.const_data_ptr();
-  call.record_stride = rows.stride(1);
-  routed.expert_stride = rows.stride(0);
-  if (steps) call.scales = static_cast<const float*>(steps->const_data_ptr());
+Tensor moe_cpu(const Tensor& x, const Tensor& rows, const Maybe& scales, const Maybe& kept, const Maybe& counts,
+               const Tensor& index, const Tensor& weights, bool gated, const std::string& activation) {
+  RoutedOperands operands(kCpu, x, rows, scales, kept, counts, index, weights, gated, activation);
   Tensor out = output_like(x);
-  call.out = out.mutable_data_ptr();
-  if (call.hidden_size > 0) run_experts(routed, current_kernels(), torch::stable::get_num_threads(), parallel_for);
+  RoutedCall& routed = operands.routed();
+  routed.call.out = out.mutable_data_ptr();
+  if (routed.call.hidden_size > 0)
+    run_experts(routed, current_kernels(), torch::stable::get_num_threads(), parallel_for);
   return out;
 }
 
@@ -122,9 +86,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyprune, m) {
   m.def("cpu_isa(str wanted) -> str");
   m.def("cpu_isas() -> str");
   m.def("cpu_read(Tensor buffer) -> float");
-  m.def(
-      "moe_cpu(Tensor x, Tensor rows, Tensor? scales, Tensor index, Tensor weights, bool gated, str activation) -> "
-      "Tensor");
+  m.def("moe_cpu(" PYPRUNE_ROUTED ") -> Tensor");
   m.def("cpu_write_out(Tensor rows, int parts, Tensor(a!) out) -> ()");
 }
 

@@ -86,14 +86,18 @@ class Pass {
 
   void add_groups() {
     int64_t width = element_size(p_.weight_type) * r_.expert_stride;
-    for (int64_t e = 0; p_.neurons > 0 && e < r_.experts; ++e)
-      for (int64_t first = sorted_.starts[e]; first < sorted_.starts[e + 1]; first += kMaxTokens) {
+    for (int64_t e = 0; e < r_.experts; ++e) {
+      int64_t neurons = r_.counts ? r_.counts[e] : p_.neurons;
+      for (int64_t first = sorted_.starts[e]; neurons > 0 && first < sorted_.starts[e + 1]; first += kMaxTokens) {
         Group g{p_, {}, first, 0, 0};
+        g.call.neurons = neurons;
+        if (p_.index) g.call.index = p_.index + e * p_.neurons;
         g.call.tokens = std::min(kMaxTokens, sorted_.starts[e + 1] - first);
         g.call.record = static_cast<const char*>(p_.record) + e * width;
         if (p_.scales) g.call.scales = p_.scales + e * p_.rows * p_.parts();
         groups_.push_back(g);
       }
+    }
     int64_t most = groups_.empty() ? 0 : std::max<int64_t>(1, kTasks / int64_t(groups_.size()));
     for (size_t g = 0; g < groups_.size(); ++g) {
       groups_[g].slabs = std::min(count_slabs(groups_[g].call), most);
@@ -149,7 +153,8 @@ class Pass {
     for (const Group& g : groups_)
       for (int64_t t = 0; t < g.call.tokens; ++t) {
         int64_t pair = sorted_.pairs[g.first + t], token = pair / r_.picked;
-        given[token * r_.picked + counts[token]++] = {&g.workspace, g.slabs, t, r_.weights[pair]};
+        given[token * r_.picked + counts[token]++] = {&g.workspace, g.slabs, t,
+                                                      static_cast<const float*>(r_.weights)[pair]};
       }
     int64_t pieces = finish_pieces(p_.hidden_size), row = p_.hidden_size * element_size(p_.x_type);
     spread(p_.tokens * pieces, floats, [&](int64_t begin, int64_t end) {
@@ -185,7 +190,7 @@ void run_experts(const RoutedCall& routed, const Kernels& kernels, int64_t threa
     part.call.x = static_cast<const char*>(call.x) + first * call.x_stride * size;
     part.call.out = static_cast<char*>(call.out) + first * call.hidden_size * size;
     part.index += first * routed.picked;
-    part.weights += first * routed.picked;
+    part.weights = static_cast<const float*>(routed.weights) + first * routed.picked;
     Pass(part, kernels, threads, parallel_for).run();
   }
 }

@@ -1,6 +1,7 @@
-// What PyTorch sees: the CUDA kernel of the operator `pyprune::ffn`, and `ffn_cuda`, which takes a plan.
+// What PyTorch sees: the CUDA kernel of the operator `pyprune::ffn`, `ffn_cuda`, which takes a plan, and
+// `moe_cuda` for the experts of a mixture.
 
-#include "compute.h"
+#include "compute_experts.h"
 #include "kernels.h"
 #include "tickets.h"
 
@@ -90,6 +91,16 @@ Tensor ffn(const Given& given, const std::string& backend, int64_t native_tokens
   return own && !batch_invariant ? ffn_cuda(given, {}) : by_dispatch(given, backend, batch_invariant);
 }
 
+Tensor moe_cuda(const Tensor& x, const Tensor& rows, const Maybe& scales, const Maybe& kept, const Maybe& counts,
+                const Tensor& index, const Tensor& weights, bool gated, const std::string& activation,
+                const std::vector<int64_t>& plan) {
+  check(x.is_cuda(), "x", "be on a CUDA device");
+  Session session(x);
+  Place place{true, x.get_device_index(), false};
+  RoutedOperands operands(place, x, rows, scales, kept, counts, index, weights, gated, activation);
+  return compute_experts(operands, x, plan, session.device(), session.memory(), session.stream());
+}
+
 // What the analysis plans on device `device` for these sizes, with what `plan` chooses, as JSON.
 std::string cuda_plan(int64_t device, int64_t tokens, int64_t hidden_size, int64_t neurons, bool gated, bool indexed,
                       const std::string& weights, const std::vector<int64_t>& plan) {
@@ -106,6 +117,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyprune, m) {
       "cuda_plan(int device, int tokens, int hidden_size, int neurons, bool gated, bool indexed, "
       "str weights, int[] plan) -> str");
   m.def("ffn_cuda(" PYPRUNE_OPERANDS ", int[] plan) -> Tensor");
+  m.def("moe_cuda(" PYPRUNE_ROUTED ", int[] plan) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CompositeExplicitAutograd, m) { m.impl("cuda_plan", TORCH_BOX(&cuda_plan)); }
@@ -113,6 +125,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyprune, CompositeExplicitAutograd, m) { m.impl("cuda_
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CUDA, m) {
   m.impl("ffn", &Boxed<&ffn>::call);
   m.impl("ffn_cuda", &Boxed<&ffn_cuda>::call);
+  m.impl("moe_cuda", TORCH_BOX(&moe_cuda));
 }
 
 }  // namespace pyprune

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +22,19 @@ class Experts:
         gated: P = 3 if true, else 2.
         activation: a key of `ACTIVATIONS`.
         scales: `[E, F, P]` float32 with int8 rows (weight = row * scale), else None.
+        index: `[E, K]` int32, the rows that a call uses of each expert, or None for all; see `ragged`.
+        counts: `[E]` int32 in [0, K], how many of its line in `index` count for each expert; None without `index`.
 
     Raises:
-        InputError: naming the first whose shape, dtype or device does not fit.
+        InputError: naming the first whose shape, dtype or device does not fit, or an index beyond the rows.
     """
 
     rows: Tensor
     gated: bool
     activation: str
     scales: Tensor | None = None
+    index: Tensor | None = None
+    counts: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, scales = self.rows, self.scales
@@ -41,12 +46,45 @@ class Experts:
             shape = (*rows.shape[:2], self.parts)
             check(tuple(scales.shape) == shape, "scales", f"have shape {shape}", tuple(scales.shape))
         Record(rows[0], self.gated, self.activation, None if scales is None else scales[0])
+        self._check_index()
+
+    def _check_index(self) -> None:
+        index, counts, device = self.index, self.counts, self.rows.device
+        if index is None:
+            check(counts is None, "counts", "be None without index", counts)
+            return
+        check(counts is not None, "counts", "be given with index", None)
+        assert counts is not None
+        experts, f = self.rows.shape[:2]
+        check(index.ndim == 2 and len(index) == experts, "index", f"have shape [{experts}, K]", tuple(index.shape))
+        check(tuple(counts.shape) == (experts,), "counts", f"have shape {(experts,)}", tuple(counts.shape))
+        for name, tensor in (("index", index), ("counts", counts)):
+            check(tensor.dtype == torch.int32, name, "have dtype torch.int32", tensor.dtype)
+            check(tensor.device == device, name, f"be on the device of rows, {device}", str(tensor.device))
+        if index.is_meta:
+            return
+        low, high = (int(n) for n in counts.aminmax())
+        check(low >= 0 and high <= index.shape[1], "counts", f"lie in [0, {index.shape[1]}]", (low, high))
+        used = index[torch.arange(index.shape[1], device=device) < counts[:, None]]
+        if used.numel():
+            low, high = (int(n) for n in used.aminmax())
+            check(low >= 0 and high < f, "index", f"lie in [0, {f})", (low, high))
 
     @classmethod
-    def unchecked(cls, rows: Tensor, gated: bool, activation: str, scales: Tensor | None = None) -> Experts:
+    def unchecked(
+        cls,
+        rows: Tensor,
+        gated: bool,
+        activation: str,
+        scales: Tensor | None = None,
+        index: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Experts:
         """Those of parts that were checked before."""
         experts = object.__new__(cls)
-        experts.__dict__.update(rows=rows, gated=gated, activation=activation, scales=scales)
+        experts.__dict__.update(
+            rows=rows, gated=gated, activation=activation, scales=scales, index=index, counts=counts
+        )
         return experts
 
     @property
@@ -61,19 +99,29 @@ class Experts:
 
     @property
     def neurons(self) -> int:
-        """F, of each."""
+        """F, of each, those in memory."""
         return self.rows.shape[1]
 
     @property
+    def most(self) -> int:
+        """K, the most neurons of an expert that a call computes."""
+        return self.neurons if self.index is None else self.index.shape[1]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of one expert, which a call must read of each that it names."""
-        scales = 0 if self.scales is None else self.scales[0].nbytes
-        return self.rows[0].nbytes + scales
+        """Bytes of one expert, which a call must read of each that it names; of what is kept the mean."""
+        whole = self.rows[0].nbytes + (0 if self.scales is None else self.scales[0].nbytes)
+        if self.counts is None or not self.neurons:
+            return whole
+        return round(float(self.counts.double().mean()) * (whole / self.neurons + 4))
 
     def one(self, expert: int) -> Record:
         """The record of an expert, as views."""
         scales = None if self.scales is None else self.scales[expert]
-        return Record.unchecked(self.rows[expert], self.gated, self.activation, scales)
+        index = None
+        if self.index is not None and self.counts is not None:
+            index = self.index[expert, : int(self.counts[expert])]
+        return Record.unchecked(self.rows[expert], self.gated, self.activation, scales, index=index)
 
     def check_call(self, x: Tensor, index: Tensor, weights: Tensor) -> None:
         """Raise `InputError` unless these can be applied to x with this routing; which experts it names is not read.
@@ -99,3 +147,15 @@ class Experts:
         if index.numel():
             low, high = (int(n) for n in index.aminmax())
             check(low >= 0 and high < len(self.rows), "index", f"name experts in [0, {len(self.rows)})", (low, high))
+
+
+def ragged(keeps: Sequence[Tensor], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """`index` and `counts` of `Experts` that keep these neurons, one vector of integers an expert, of any lengths.
+
+    What no expert reads behind its own count is -1.
+    """
+    counts = torch.tensor([len(keep) for keep in keeps], dtype=torch.int32)
+    index = torch.full((len(keeps), int(counts.max())), -1, dtype=torch.int32)
+    for line, keep in zip(index, keeps, strict=True):
+        line[: len(keep)] = keep
+    return index.to(device), counts.to(device)

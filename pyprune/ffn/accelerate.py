@@ -69,8 +69,8 @@ def accelerate(
             are not finite, or not in the dtype asked for, a hidden_size that int4 cannot have (see
             `quantisation.check_width`); the model is unchanged then.
         UnsupportedModelError: an FFN that pyprune does not know, or a model that is accelerated already; a mask, a mode
-            or a backend for a model of which some FFNs cannot run from records, or a mask for one with experts, which
-            `prune(model, mask=mask)` takes.
+            or a backend for a model of which some FFNs cannot run from records, or `compact` with a mask for one with
+            experts, which `prune(model, mask=mask)` takes.
     """
     check_choice(mode, "mode", MODES)
     check_choice(backend, "backend", dispatch.names())
@@ -83,14 +83,15 @@ def accelerate(
     reasons = {bank.name: accelerate_experts.why_not(bank, backend, weights) for bank in banks}
     banks = [bank for bank in banks if reasons[bank.name] is None]
     left = [_why_left(ffn, reasons) for ffn in every if ffn not in ffns]
-    _check_all(model, [one for one in left if one], bool(banks), mask, mode, backend)
+    _check_all(model, [one for one in left if one], bool(banks) and mode == "compact", mask, mode, backend)
+    keeps = accelerate_experts.keeps_of(every, mask if parts is None else None)
+    if parts is None and mask is not None:
+        mask.check_fits([f.intermediate_size for f in every], families.fingerprint(model, every))
     del every  # originals are freed one by one
     if parts is not None:
         rule = "be False on more than two ranks: their outputs are added up in an order that depends on the place"
         check(not batch_invariant or parts.shards[0].mesh.size() <= 2, "batch_invariant", rule, batch_invariant)
         mask = parts.own(mask, mode)
-    elif mask is not None:
-        mask.check_fits([f.intermediate_size for f in ffns], families.fingerprint(model, ffns))
     check_finite(model)
     if weights is not None:
         _check_fits(ffns, WEIGHTS[weights])
@@ -99,8 +100,8 @@ def accelerate(
         set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
     if measure and backend == "auto" and not batch_invariant:
         first_use.measure(first_use.problems(ffns, mode, mask, weights))
-        accelerate_experts.measure(model, banks, weights)
-    if backend == "auto":
+        accelerate_experts.measure(model, banks, weights, keeps)
+    if backend == "auto" and not keeps:
         banks = accelerate_experts.not_slower(model, banks, weights)
     own = _record_bytes(ffns, mask if mode == "compact" else None, weights)
     room = Room(own + accelerate_experts.record_bytes(banks, weights))
@@ -115,7 +116,7 @@ def accelerate(
         _swap(model, ffn, module)
         del ffn  # nothing else holds the original
         release()
-    accelerate_experts.swap(model, banks, backend, weights, room, batch_invariant)
+    accelerate_experts.swap(model, banks, keeps, backend, weights, room, batch_invariant)
     return model
 
 
@@ -134,7 +135,7 @@ def _check_all(
 
     Args:
         left: those, with their reasons.
-        experts: whether some will run from records.
+        experts: whether some will run from records without a choice of neurons.
 
     Raises:
         UnsupportedModelError: a mask, a mode or a backend is given, and not all FFNs can follow it.
@@ -150,7 +151,7 @@ def _check_all(
         if mask is not None or mode != "compact" or backend != "auto":
             raise UnsupportedModelError(f"{what} cannot run from a record ({why}), and all were asked for")
         warnings.warn(f"{what} stay as they are, in torch ({why})", stacklevel=3)
-    if experts and (mask is not None or mode != "compact"):
+    if experts and mask is not None:
         raise UnsupportedModelError(
             f"{kind} has experts, which are pruned in place: prune(model, mask=mask), then accelerate(model)"
         )

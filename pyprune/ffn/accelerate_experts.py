@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..base.experts import Experts
+from ..base.experts import Experts, ragged
 from ..base.memory import Room, release
 from ..model.expert_form import activation, why_no_record
 from ..model.expert_removal import TOP_KEYS
 from ..model.experts import Bank
 from ..model.families import FFN, Expert
+from ..model.mask import KeepIndex, Mask
 from ..model.units import groups
 from . import moe_choice
 from .moe import BACKENDS, PrunedMoE
@@ -48,31 +49,43 @@ def why_not(bank: Bank, backend: str, weights: str | None) -> str | None:
     return None if backend == "torch" else why_no_kernel(down.device.type, down.dtype, dtype, kernel)
 
 
-def _described(bank: Bank, weights: str | None) -> tuple[Experts, torch.dtype]:
+# Of each bank, by its name, what stays of its experts; empty for all.
+Keeps = Mapping[str, list[KeepIndex]]
+
+
+def keeps_of(ffns: Sequence[FFN], mask: Mask | None) -> dict[str, list[KeepIndex]]:
+    """What a mask keeps of the banks among these."""
+    found = [group for group in groups(list(ffns)) if isinstance(group[0], Expert)] if mask is not None else []
+    return {group[0].group: [mask.layers[ffn.layer] for ffn in group] for group in found if mask is not None}
+
+
+def described(bank: Bank, weights: str | None, keep: list[KeepIndex] | None = None) -> tuple[Experts, torch.dtype]:
     """The records that a bank would have, on the meta device, and the dtype of x."""
     given, name = bank.all_weights(), activation(bank)
     e, f, d = given.down.shape
     dtype = WEIGHTS[weights] if weights else given.down.dtype
     rows = torch.empty(e, f, len(given.parts) * d, dtype=dtype, device="meta")
     assert name is not None
-    return Experts.unchecked(rows, given.gate is not None, name), given.down.dtype
+    index, counts = (None, None) if keep is None else (t.to("meta") for t in ragged([one.neurons for one in keep]))
+    return Experts.unchecked(rows, given.gate is not None, name, None, index, counts), given.down.dtype
 
 
 def _on_cpu(bank: Bank) -> bool:
     return bank.tensor(bank.layout.down).device.type == "cpu"
 
 
-def measure(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> None:
+def measure(model: nn.Module, banks: Sequence[Bank], weights: str | None, keeps: Keeps) -> None:
     """Time the banks of each shape on a CPU once, over records that are freed again."""
     seen = set()
     for bank in filter(_on_cpu, banks):
-        described, dtype = _described(bank, weights)
+        keep = keeps.get(bank.name)
+        records, dtype = described(bank, weights, keep)
         k = picked(model, bank.experts)
-        known = moe_choice.key(described, dtype, k, 1)
-        if known in seen or not moe_choice.unknown(described, dtype, k):
+        known = moe_choice.key(records, dtype, k, 1)
+        if known in seen or not moe_choice.unknown(records, dtype, k):
             continue
         seen.add(known)
-        trial = PrunedMoE.from_bank(bank, weights=weights, picked=k)
+        trial = PrunedMoE.from_bank(bank, keep, "gather" if keep else "compact", weights=weights, picked=k)
         with torch.random.fork_rng(devices=[]):
             moe_choice.measure(trial.experts, bank.module, dtype, k)
         del trial
@@ -82,7 +95,7 @@ def measure(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> Non
 def not_slower(model: nn.Module, banks: Sequence[Bank], weights: str | None) -> list[Bank]:
     """Without those on a CPU for which `auto` leaves the module as it is, as was measured; says so."""
     reasons = [
-        moe_choice.why_slower(*_described(bank, weights), picked(model, bank.experts)) if _on_cpu(bank) else None
+        moe_choice.why_slower(*described(bank, weights), picked(model, bank.experts)) if _on_cpu(bank) else None
         for bank in banks
     ]
     left = [f"{bank.name}: {reason}" for bank, reason in zip(banks, reasons, strict=True) if reason]
@@ -110,14 +123,22 @@ def check_finite(banks: Sequence[Bank], dtype: torch.dtype) -> None:
 
 
 def swap(
-    model: nn.Module, banks: list[Bank], backend: str, weights: str | None, room: Room, batch_invariant: bool
+    model: nn.Module,
+    banks: list[Bank],
+    keeps: Keeps,
+    backend: str,
+    weights: str | None,
+    room: Room,
+    batch_invariant: bool,
 ) -> None:
     """Put a `PrunedMoE` in the place of each bank; the list is emptied, so that originals are freed one by one."""
     banks.reverse()
     while banks:
         bank = banks.pop()
         k = picked(model, bank.experts)
-        module = PrunedMoE.from_bank(bank, backend, weights, room, batch_invariant, k)
+        keep = keeps.get(bank.name)
+        mode = "gather" if keep else "compact"
+        module = PrunedMoE.from_bank(bank, keep, mode, backend, weights, room, batch_invariant, k)
         parent, _, name = bank.name.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
         del bank

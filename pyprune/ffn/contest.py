@@ -120,13 +120,15 @@ class _Judge:
 
 
 @dataclass
-class _Candidate:
-    backend: Backend
+class Candidate:
+    """A way that is right: `run` makes `calls` calls; `seconds` of one of them, `again` runs in a sample."""
+
+    backend: str
     config: Config
-    run: Callable[[], object]  # one call of every copy
+    run: Callable[[], object]
     calls: int
-    seconds: float = 0.0  # of one call
-    again: int = 1  # runs in a sample
+    seconds: float = 0.0
+    again: int = 1
 
     def sample(self, now: Callable[[], float]) -> list[float]:
         def repeated() -> None:
@@ -136,25 +138,25 @@ class _Candidate:
         return list(timed(repeated, now, share=self.again * self.calls)())
 
     def entry(self) -> Entry:
-        return Entry(self.backend.NAME, self.config, self.seconds)
+        return Entry(self.backend, self.config, self.seconds)
 
 
 def _candidate(
     backend: Backend, config: Config, x: Tensor, records: Sequence[Record], batch_invariant: bool
-) -> _Candidate:
+) -> Candidate:
     def run() -> None:
         for record in records:
             backend.run(x, record, config, batch_invariant)
 
-    return _Candidate(backend, config, graphed(run, x.device), len(records))
+    return Candidate(backend.NAME, config, graphed(run, x.device), len(records))
 
 
 def _candidates(
     problem: Problem, x: Tensor, records: Sequence[Record], check_time: Callable[[], None]
-) -> tuple[list[_Candidate], list[str]]:
+) -> tuple[list[Candidate], list[str]]:
     """Those that are right, each with a first time, and why the others are not there."""
     judge, now = _Judge(x, records[0]), clock(problem.device)
-    found: list[_Candidate] = []
+    found: list[Candidate] = []
     refused: list[str] = []
     for name, backend in dispatch.backends().items():
         if backend.why_not(problem) is not None:
@@ -198,15 +200,38 @@ def try_all(problem: Problem, check_time: Callable[[], None], effort: Effort | N
     """
     before, effort = _used_now(problem), effort or CAREFUL
     found, refused = _candidates(problem, *_operands(problem, effort.copy_bytes), check_time)
+    return race(problem, before, found, refused, check_time, effort)
+
+
+def race(
+    problem: Problem,
+    before: tuple[str, Config] | None,
+    found: Sequence[Candidate],
+    refused: list[str],
+    check_time: Callable[[], None],
+    effort: Effort,
+) -> Tuned:
+    """Time candidates in turns, those that are hopeless no more than once.
+
+    Args:
+        problem: what they compute, whose key has the outcome.
+        before: backend and configuration that `auto` takes until now.
+        found: each with a first time.
+        refused: what is said of others.
+        check_time, effort: see `try_all`.
+
+    Raises:
+        BackendError: there is none.
+    """
     if not found:
         raise BackendError(f"no backend for {problem}: {'; '.join(refused)}")
     fastest: dict[str, float] = {}
     for one in found:
-        fastest[one.backend.NAME] = min(one.seconds, fastest.get(one.backend.NAME, one.seconds))
+        fastest[one.backend] = min(one.seconds, fastest.get(one.backend, one.seconds))
     kept = {
         str(i): one
         for i, one in enumerate(found)
-        if one.seconds <= _HOPELESS * fastest[one.backend.NAME] or (one.backend.NAME, one.config) == before
+        if one.seconds <= _HOPELESS * fastest[one.backend] or (one.backend, one.config) == before
     }
     check_time()
     for one in kept.values():
@@ -220,6 +245,6 @@ def try_all(problem: Problem, check_time: Callable[[], None], effort: Effort | N
         kept[i].seconds = median(samples)
     entries: dict[str, Entry] = {}
     for one in sorted(kept.values(), key=lambda one: one.seconds):
-        entries.setdefault(one.backend.NAME, one.entry())
-    used = [one.entry() for one in kept.values() if (one.backend.NAME, one.config) == before]
+        entries.setdefault(one.backend, one.entry())
+    used = [one.entry() for one in kept.values() if (one.backend, one.config) == before]
     return Tuned(problem, list(entries.values()), used[0] if used else None, refused)

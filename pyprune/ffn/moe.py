@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from ..base import reference
 from ..base.errors import UnsupportedModelError, check, check_choice
-from ..base.experts import Experts
+from ..base.experts import Experts, ragged
 from ..base.memory import Room
 from ..model.expert_form import activation, tensor_names, why_no_record
 from ..model.experts import Bank
+from ..model.mask import KeepIndex
 from . import moe_choice
+from .mlp import MODES
 from .mlp_state import NO_PROJECTION, NoProjectionError, fitting
 from .moe_operator import BACKENDS as KERNELS
-from .moe_operator import MOE, kernel_on
+from .moe_operator import MOE, arguments, kernel_on
 from .quantisation import WEIGHTS, cast, dequantise
 
 BACKENDS = ("auto", *KERNELS)
@@ -54,6 +56,7 @@ class PrunedMoE(nn.Module):
         record: `[E, F, P*D]` parameter, rows [up | down] or [gate | up | down] of each expert; int8, or any dtype that
             mixes with `dtype` (see `Record.check_dtype`).
         scales: `[E, F, P]` float32 buffer with int8 records, which no cast of the module changes, else None.
+        index, counts: int32 buffers in gather mode, the neurons that run of each expert (see `Experts`), else None.
         dtype: of x, and of the tensors in the `state_dict`.
         picked: how many experts a token is expected to go to; only the choice of a backend depends on it.
         batch_invariant: whether a row of the result is independent, to the bit, of the rows beside it, at the price of
@@ -61,6 +64,8 @@ class PrunedMoE(nn.Module):
     """
 
     scales: Tensor | None
+    index: Tensor | None
+    counts: Tensor | None
 
     def __init__(
         self,
@@ -82,7 +87,8 @@ class PrunedMoE(nn.Module):
         names = list(dict.fromkeys(tensor_names(bank)))
         self._bank = bank.over({name: bank.tensor(name).detach().to("meta") for name in names})
         self.record = nn.Parameter(experts.rows, requires_grad=experts.rows.is_floating_point())
-        self.register_buffer("scales", experts.scales, persistent=False)
+        for name in ("scales", "index", "counts"):
+            self.register_buffer(name, getattr(experts, name), persistent=False)
         self._set_dtype(dtype)
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
@@ -98,13 +104,15 @@ class PrunedMoE(nn.Module):
     @property
     def experts(self) -> Experts:
         """The records."""
-        return Experts.unchecked(self.record, self.gated, self.activation, self.scales)
+        return Experts.unchecked(self.record, self.gated, self.activation, self.scales, self.index, self.counts)
 
     @classmethod
     @torch.no_grad()
     def from_bank(
         cls,
         bank: Bank,
+        keep: Sequence[KeepIndex] | None = None,
+        mode: str = "compact",
         backend: str = "auto",
         weights: str | None = None,
         room: Room | None = None,
@@ -115,16 +123,21 @@ class PrunedMoE(nn.Module):
 
         Args:
             bank: what `families.find_ffns` found (`Expert.of_bank`).
-            backend: `auto`, `torch`, `cpu` or `triton`.
+            keep: of each expert the neurons that run, in gather mode; see `set_keep`.
+            mode: `compact`, or `gather`, which holds all neurons and reads only those kept.
+            backend: `auto`, `torch`, `cpu`, `triton` or `cuda`.
             weights: dtype of the records, a key of `quantisation.WEIGHTS`; None for that of the bank.
             room: where the records are to lie, or None for anywhere.
             batch_invariant, picked: see the attributes.
 
         Raises:
-            InputError: unknown backend or weights, or a weight that is not finite in the dtype asked for.
+            InputError: unknown mode, backend or weights, `keep` without `gather` or the other way round or of other
+                experts, or a weight that is not finite in the dtype asked for.
             UnsupportedModelError: the experts cannot run from records.
         """
+        check_choice(mode, "mode", MODES)
         check_choice(weights or "float32", "weights", WEIGHTS)
+        check((keep is not None) == (mode == "gather"), "keep", "be given in gather mode, and there alone", mode)
         if reason := why_no_record(bank):
             raise UnsupportedModelError(f"{bank.name} ({type(bank.module).__name__}) cannot run from records: {reason}")
         parts = bank.all_weights().parts
@@ -140,9 +153,34 @@ class PrunedMoE(nn.Module):
         assert name is not None
         experts = Experts(rows, len(parts) == 3, name, scales)
         module = cls(experts, bank, dtype=own, backend=backend, batch_invariant=batch_invariant, picked=picked)
+        if keep is not None:
+            module.set_keep(keep)
         wanted = any(p.requires_grad for p in bank.module.parameters())
         module.record.requires_grad_(wanted and rows.is_floating_point())
         return module.train(bank.module.training)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def set_keep(self, keep: Sequence[KeepIndex] | None) -> None:
+        """Run these neurons of each expert from now on, of the same records: any number of each.
+
+        What was compiled before is compiled again; a CUDA graph that was captured before keeps what it had.
+
+        Args:
+            keep: one an expert, each of all F neurons; None for all of every expert.
+
+        Raises:
+            InputError: not one an expert, or of another width; nothing has changed then.
+        """
+        if keep is None:
+            self.index = self.counts = None
+        else:
+            check(len(keep) == self.num_experts, "keep", f"have one of each of {self.num_experts} experts", len(keep))
+            for one in keep:
+                size = self.intermediate_size
+                check(one.intermediate_size == size, "keep", f"refer to {size} neurons", one.intermediate_size)
+            self.index, self.counts = ragged([one.neurons for one in keep], self.record.device)
+        self._set_dtype(self.dtype)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Hidden states `[..., D]`, and of each token experts (integers) and weights `[..., K]` in either order.
@@ -152,7 +190,7 @@ class PrunedMoE(nn.Module):
 
         Raises:
             InputError: x has another width, dtype or device than the records, or the router names an expert that there
-                is not (the token becomes NaN where Triton runs on a GPU).
+                is not (the token becomes NaN where kernels run on a GPU).
             BackendError: the forced backend cannot run this.
         """
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
@@ -175,10 +213,9 @@ class PrunedMoE(nn.Module):
         if backend == "auto":
             pairs = self.picked if self.batch_invariant else index.numel()
             # Those of another dtype than expected are for torch.
-            kernel = kernel_on(self.record.device.type)
+            kernel = "cpu" if kernel_on(self.record.device.type) == "cpu" else "auto"
             backend = kernel if x.dtype == self.dtype and pairs <= self.native_pairs else "torch"
-        operands = (x, self.record, self.scales, index, weights)
-        return MOE(*operands, self.gated, self.activation, backend, self.batch_invariant).view(hidden.shape)
+        return MOE(*arguments(x, experts, index, weights, backend, self.batch_invariant)).view(hidden.shape)
 
     def _family_tensors(self) -> dict[str, Tensor]:
         """The tensors of the module that this stands for, under its names."""
@@ -232,5 +269,8 @@ class PrunedMoE(nn.Module):
         kind, own = "gated" if self.gated else "plain", self.record.dtype
         weights = "" if own == self.dtype else f", {str(own).removeprefix('torch.')} weights"
         size = f"E={self.num_experts}, D={self.hidden_size}, F={self.intermediate_size}"
+        if self.counts is not None:
+            low, high = (int(n) for n in self.counts.aminmax())
+            size += f", gather {low}" + (f" to {high}" if high > low else "")
         invariant = ", batch-invariant" if self.batch_invariant else ""
         return f"{kind}, {size}, {self.activation}, {self.backend}{weights}{invariant}"

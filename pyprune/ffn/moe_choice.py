@@ -2,7 +2,7 @@
 first `accelerate` of a shape on this machine, else as predicted. On a GPU Triton's kernels, where they can.
 
 Three ways are timed beside each other: `cpu`, the native kernel over records, `torch`, the twin over them, and
-`transformers`, the module as it is. Where the kernel never wins, the module stays.
+`transformers`, the module as it is. Where the kernel never wins, the module stays. Of a gather the first two alone are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..base.clock import Job, interleave, median, timed
 from ..base.experts import Experts
 from ..base.files import cache_folder
 from . import dispatch, tuned
+from .backends import Problem
 from .moe_operator import kernel_on, moe, why_no_kernel
 from .quantisation import widened
 from .tuned import Entry
@@ -32,10 +33,7 @@ Own = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def key(experts: Experts, dtype: torch.dtype, picked: int, tokens: int) -> str:
     """What the table of this machine calls so many tokens of these experts."""
-    weights, own = (str(t).removeprefix("torch.") for t in (experts.rows.dtype, dtype))
-    size = f"D{experts.hidden_size} K{tuned.neuron_bucket(experts.neurons)} M{tokens}"
-    form = "gated" if experts.gated else "plain"
-    return f"experts {picked} of {len(experts.rows)} {size} {own} {weights}-weights {form} {experts.activation}"
+    return tuned.key(Problem.of_experts(experts, dtype, picked, tokens, "cpu"))
 
 
 def unknown(experts: Experts, dtype: torch.dtype, picked: int) -> list[int]:
@@ -57,7 +55,8 @@ def native_pairs(experts: Experts, dtype: torch.dtype, picked: int) -> int:
     if kernel_on(rows.device.type) != "cpu":
         return ALL
     form = (experts.gated, experts.activation)
-    alone = dispatch.native_tokens(dtype, rows.dtype, experts.hidden_size, False, "cpu", experts.neurons, *form)
+    gather = experts.index is not None
+    alone = dispatch.native_tokens(dtype, rows.dtype, experts.hidden_size, gather, "cpu", experts.most, *form)
     low, high = 0, None
     for tokens in TOKENS:
         seconds = {e.backend: e.seconds for e in tuned.known("cpu").get(key(experts, dtype, picked, tokens), [])}
@@ -102,7 +101,8 @@ def _jobs(experts: Experts, own: Own, dtype: torch.dtype, picked: int, tokens: i
         name: lambda name=name: moe(x, experts, index, weights, backend=name)  # type: ignore[misc]
         for name in ("cpu", "torch")
     }
-    runs["transformers"] = lambda: own(x, index, weights)
+    if experts.index is None:  # else it computes something else
+        runs["transformers"] = lambda: own(x, index, weights)
     return {name: timed(run, time.perf_counter) for name, run in runs.items()}
 
 

@@ -2,11 +2,13 @@
 
     y[t] = sum over k of weights[t, k] * ffn(x[t], experts.one(index[t, k]))
 
-Three backends run it: `torch`, the twin, anywhere, `cpu`, the native library's kernel, and `triton` on CUDA devices.
+Four backends run it: `torch`, the twin, anywhere, `cpu`, the native library's kernel, and on CUDA devices `triton` and
+`cuda`, the native library's kernels for few pairs of token and expert.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,23 +17,26 @@ from torch import Tensor
 from ..base import reference
 from ..base.errors import BackendError, check_choice
 from ..base.experts import Experts
-from . import native
-from .backends import NATIVE_DTYPES, triton
+from . import native, tuned
+from .backends import NATIVE_DTYPES, Config, Problem, cuda, triton
 from .operators import LIBRARY
+from .tuned import Entry
 
-BACKENDS = ("torch", "cpu", "triton")
+BACKENDS = ("torch", "cpu", "triton", "cuda")
 _SCHEMA = (
-    "moe(Tensor x, Tensor rows, Tensor? scales, Tensor index, Tensor weights, bool gated, str activation, str backend, "
-    "bool batch_invariant) -> Tensor"
+    "moe(Tensor x, Tensor rows, Tensor? scales, Tensor? kept, Tensor? counts, Tensor index, Tensor weights, "
+    "bool gated, str activation, str backend, bool batch_invariant) -> Tensor"
 )
 _GRADIENTS = (
-    "moe_gradients(Tensor grad, Tensor x, Tensor rows, Tensor? scales, Tensor index, Tensor weights, bool gated, "
-    "str activation, bool[] wanted) -> Tensor[]"
+    "moe_gradients(Tensor grad, Tensor x, Tensor rows, Tensor? scales, Tensor? kept, Tensor? counts, Tensor index, "
+    "Tensor weights, bool gated, str activation, bool[] wanted) -> Tensor[]"
 )
+_TENSORS = 7  # the first arguments; `kept` and `counts` are `Experts.index` and `Experts.counts`
+_DIFFERENTIABLE = (0, 1, 6)  # x, rows, weights
 
 
 def kernel_on(device: str) -> str:
-    """The backend with a kernel for a type of device."""
+    """The backend whose kernel `auto` takes on a type of device."""
     return "triton" if device == "cuda" else "cpu"
 
 
@@ -42,8 +47,12 @@ def why_no_kernel(device: str, dtype: torch.dtype, weights: torch.dtype, backend
         device: type of device.
         dtype: of x.
         weights: of the rows.
-        backend: `cpu` or `triton`; None for that of the device.
+        backend: one of `BACKENDS`; None for what `auto` takes on the device where nothing was measured.
     """
+    if backend == "torch":
+        return None
+    if backend == cuda.NAME:
+        return cuda.why_no_experts(device, dtype, weights)
     if (backend or kernel_on(device)) == triton.NAME:
         return triton.why_no_kernel(device, dtype, weights)
     if device != "cpu":
@@ -58,10 +67,39 @@ def why_no_kernel(device: str, dtype: torch.dtype, weights: torch.dtype, backend
     return None
 
 
+def _chosen(x: Tensor, experts: Experts, picked: int, backend: str, batch_invariant: bool) -> tuple[str, Config | None]:
+    """The backend, and what `pyprune tune` found to be its best configuration, or None for what it takes by itself.
+
+    A configuration is meant for a number of tokens, so batch-invariant calls have the backend's own.
+    """
+    device = x.device.type
+    if batch_invariant or backend in ("torch", "cpu"):
+        return kernel_on(device) if backend == "auto" else backend, None
+    entries = _measured(Problem.of_experts(experts, x.dtype, picked, len(x), device))
+    if backend == "auto":
+        return (entries[0].backend, entries[0].config) if entries else (kernel_on(device), None)
+    return backend, next((entry.config for entry in entries if entry.backend == backend), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured(problem: Problem) -> tuple[Entry, ...]:
+    """What was measured of this device for such calls and can still run, the fastest first."""
+    weights = problem.weights or problem.dtype
+    found = tuned.find(problem)
+    return tuple(
+        entry
+        for entry in found
+        if entry.backend in BACKENDS and why_no_kernel(problem.device, problem.dtype, weights, entry.backend) is None
+    )
+
+
+tuned.DEPENDENT.append(_measured.cache_clear)
+
+
 def _native(x: Tensor, experts: Experts, index: Tensor, weights: Tensor) -> Tensor:
     routing = index.long().contiguous(), weights.float().contiguous()
     out: Tensor = torch.ops.pyprune.moe_cpu.default(
-        x, experts.rows, experts.scales, *routing, experts.gated, experts.activation
+        x, experts.rows, experts.scales, experts.index, experts.counts, *routing, experts.gated, experts.activation
     )
     return out
 
@@ -70,6 +108,8 @@ def _run(
     x: Tensor,
     rows: Tensor,
     scales: Tensor | None,
+    kept: Tensor | None,
+    counts: Tensor | None,
     index: Tensor,
     weights: Tensor,
     gated: bool,
@@ -77,10 +117,11 @@ def _run(
     backend: str,
     batch_invariant: bool,
 ) -> Tensor:
-    """Compute by the backend that is named."""
-    experts = Experts.unchecked(rows, gated, activation, scales)
+    """Compute by the backend that is named, or `auto`, that which was measured to be the fastest on the device."""
+    experts = Experts.unchecked(rows, gated, activation, scales, kept, counts)
+    backend, config = _chosen(x, experts, index.shape[1], backend, batch_invariant)
     # The kernels on a GPU do not wait for what index holds, so that a CUDA graph can be captured.
-    if backend != triton.NAME or not index.is_cuda:
+    if backend not in (triton.NAME, cuda.NAME) or not index.is_cuda:
         experts.check_index(index)
     run = reference.moe
     if backend != "torch":
@@ -88,7 +129,9 @@ def _run(
             raise BackendError(f"{backend}: {reason}")
         run = _native
     if backend == triton.NAME:
-        return triton.run_experts(x, experts, index, weights, batch_invariant)
+        return triton.run_experts(x, experts, index, weights, config, batch_invariant)
+    if backend == cuda.NAME:
+        return cuda.run_experts(x, experts, index, weights, config)
     if not batch_invariant:
         return run(x, experts, index, weights)
     # Each token alone and from fresh memory, for where it starts can change the order of sums too.
@@ -105,6 +148,8 @@ def _gradients(
     x: Tensor,
     rows: Tensor,
     scales: Tensor | None,
+    kept: Tensor | None,
+    counts: Tensor | None,
     index: Tensor,
     weights: Tensor,
     gated: bool,
@@ -114,7 +159,8 @@ def _gradients(
     """Those of x, rows and weights that are wanted, by differentiating the twin."""
     given = [t.detach().requires_grad_(wants) for t, wants in zip((x, rows, weights), wanted, strict=True)]
     with torch.enable_grad():
-        out = reference.moe(given[0], Experts.unchecked(given[1], gated, activation, scales), index, given[2])
+        experts = Experts.unchecked(given[1], gated, activation, scales, kept, counts)
+        out = reference.moe(given[0], experts, index, given[2])
         asked = [t for t in given if t.requires_grad]
         # A call without tokens depends on nothing.
         if not out.requires_grad:
@@ -122,21 +168,21 @@ def _gradients(
         return list(torch.autograd.grad(out, asked, grad, materialize_grads=True))
 
 
-def _fake_gradients(grad: Tensor, x: Tensor, rows: Tensor, *rest: Any) -> list[Tensor]:
-    return [torch.empty_like(t) for t, wants in zip((x, rows, rest[2]), rest[-1], strict=True) if wants]
+def _fake_gradients(grad: Tensor, *given: Any) -> list[Tensor]:
+    found = (given[i] for i in _DIFFERENTIABLE)
+    return [torch.empty_like(t) for t, wants in zip(found, given[-1], strict=True) if wants]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.form = inputs[5:7]
-    ctx.save_for_backward(*inputs[:5])
+    ctx.form = inputs[_TENSORS : _TENSORS + 2]
+    ctx.save_for_backward(*inputs[:_TENSORS])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    places = (0, 1, 4)
-    wanted = [ctx.needs_input_grad[i] for i in places]
+    wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     found = iter(torch.ops.pyprune.moe_gradients.default(grad, *ctx.saved_tensors, *ctx.form, wanted))
-    grads: list[Tensor | None] = [None] * 9
-    for i, wants in zip(places, wanted, strict=True):
+    grads: list[Tensor | None] = [None] * (_TENSORS + 4)
+    for i, wants in zip(_DIFFERENTIABLE, wanted, strict=True):
         grads[i] = next(found) if wants else None
     return tuple(grads)
 
@@ -150,6 +196,16 @@ for _schema, _function, _fakes in ((_SCHEMA, _run, _fake), (_GRADIENTS, _gradien
     torch.library.register_fake(f"pyprune::{_name}", _fakes, lib=LIBRARY)
 torch.library.register_autograd("pyprune::moe", _backward, setup_context=_save, lib=LIBRARY)
 MOE = torch.ops.pyprune.moe.default
+
+
+def arguments(
+    x: Tensor, experts: Experts, index: Tensor, weights: Tensor, backend: str, batch_invariant: bool = False
+) -> tuple[Any, ...]:
+    """What the operator takes."""
+    e = experts
+    return (
+        x, e.rows, e.scales, e.index, e.counts, index, weights, e.gated, e.activation, backend, batch_invariant,
+    )  # fmt: skip
 
 
 def moe(
@@ -175,12 +231,11 @@ def moe(
         `[T, D]` in the dtype of `x`.
 
     Raises:
-        InputError: x or the routing does not fit the experts, an expert that there is not (by `triton` on a GPU, which
-            waits for nothing, the token becomes NaN instead), or no such backend.
+        InputError: x or the routing does not fit the experts, an expert that there is not (on a GPU, where `triton` and
+            `cuda` wait for nothing, the token becomes NaN instead), or no such backend.
         BackendError: the backend cannot run this.
     """
     check_choice(backend, "backend", BACKENDS)
     experts.check_call(x, index, weights)
-    given = (x, experts.rows, experts.scales, index, weights)
-    out: Tensor = MOE(*given, experts.gated, experts.activation, backend, batch_invariant)
+    out: Tensor = MOE(*arguments(x, experts, index, weights, backend, batch_invariant))
     return out

@@ -44,7 +44,7 @@ _NATIVE = {
     ),
 }
 _SOURCES = (".cpp", ".h", ".cu", ".cuh")
-_INTERFACE = 3  # that of csrc/building.py
+_INTERFACE = 4  # that of csrc/building.py
 
 
 def library(which: str = "cpu") -> Path:

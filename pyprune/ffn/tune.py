@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,11 +15,13 @@ from torch import nn
 from ..base import reference
 from ..base.errors import check, check_choice
 from ..model import families
-from ..model.units import OWN
-from . import tuned
+from ..model.experts import Bank
+from ..model.units import OWN, Expert, groups
+from . import contest, contest_experts, tuned
+from .accelerate_experts import described, picked, why_not
 from .backends import Problem
-from .contest import Effort, Tuned, try_all
-from .quantisation import check_width
+from .contest import Effort, Tuned
+from .quantisation import check_width, name_of
 
 MODES = ("compact", "gather")
 # Tokens that are timed unless others are asked for: on a CPU the question is where torch begins to be faster.
@@ -91,19 +94,37 @@ def layer_problems(
 
 
 def model_problems(model: nn.Module, **options: Any) -> list[Problem]:
-    """The problems of all FFNs of a model; `options` are those of `layer_problems`.
+    """The problems of all FFNs of a model, and on a GPU of its experts; `options` are those of `layer_problems`.
+
+    On a CPU the first `accelerate` of a mixture measures its experts.
 
     Raises:
         InputError: as `layer_problems`.
         UnsupportedModelError: an FFN that pyprune does not know.
     """
     found: list[Problem] = []
-    for ffn in families.find_ffns(model):
+    ffns = families.find_ffns(model)
+    for group in groups(ffns):
+        if isinstance(group[0], Expert) and options.get("device") == "cuda":
+            found += _expert_problems(model, group[0].of_bank, **options)
+    for ffn in ffns:
         if ffn.activation == OWN:
             continue  # it will run as it is
         own: dict[str, Any] = {"gated": ffn.gated, "activation": ffn.activation, "dtype": ffn.weights().down.dtype}
         found += layer_problems(ffn.hidden_size, ffn.intermediate_size, **own, **options)
     return found
+
+
+def _expert_problems(model: nn.Module, bank: Bank, **options: Any) -> list[Problem]:
+    """Those of a layer's experts; none where they cannot run from records."""
+    weights = None if options.get("weights") is None else name_of(options["weights"])
+    if why_not(bank, "torch", weights) is not None:
+        return []
+    experts, dtype = described(bank, weights)
+    form: dict[str, Any] = {"gated": experts.gated, "activation": experts.activation, "dtype": dtype}
+    one = layer_problems(experts.hidden_size, experts.neurons, **form, **options)
+    count, of_token = len(experts.rows), picked(model, len(experts.rows))
+    return [dataclasses.replace(problem, experts=count, picked=of_token) for problem in one]
 
 
 def tune(
@@ -149,7 +170,8 @@ def tune(
             continue
         try:
             check_time()
-            outcome = try_all(chosen[name], check_time, effort)
+            race = contest_experts.try_all if chosen[name].experts else contest.try_all
+            outcome = race(chosen[name], check_time, effort)
         except _OutOfTimeError:
             report.left.append(name)
             continue

@@ -80,7 +80,8 @@ def key(problem: Problem) -> str:
     chosen = representative(problem)
     dtype, weights = name_of(chosen.dtype), name_of(chosen.weights or chosen.dtype)
     form = "gather" if chosen.gather else "compact"
-    words = [
+    words = [f"experts {chosen.picked} of {chosen.experts}"] if chosen.experts else []
+    words += [
         f"D{chosen.hidden_size}",
         f"K{chosen.kept}",
         f"M{chosen.tokens}",

@@ -90,7 +90,8 @@ def _run_experts(modules: Sequence[PrunedMoE], tokens: int) -> None:
     seen = set()
     for module in modules:
         record = module.record
-        form = (record.shape, record.dtype, record.device, module.dtype, module.activation, module.backend)
+        gather = None if module.index is None else module.index.shape
+        form = (record.shape, gather, record.dtype, record.device, module.dtype, module.activation, module.backend)
         if record.is_cuda and (form, module.batch_invariant) not in seen:
             seen.add((form, module.batch_invariant))
             x = torch.zeros(tokens, module.hidden_size, dtype=module.dtype, device=record.device)

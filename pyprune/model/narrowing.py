@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import families
+from .experts import Bank
 from .families import FFN
 
 
@@ -45,6 +46,30 @@ def narrowed(ffn: FFN, keep: Tensor, down: Tensor | None = None) -> Iterator[Non
         return nn.functional.linear(a.index_select(-1, keep), rows.t(), bias)
 
     with replaced(ffn.down, forward):
+        yield
+
+
+@contextmanager
+def narrowed_bank(bank: Bank, keeps: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, a bank of experts gives what it would give after `surgery.cut_experts`; its weights stay as they are.
+
+    Args:
+        bank: of a model in eval mode.
+        keeps: of each expert the neurons that stay.
+    """
+    gone = []
+    for keep in keeps:
+        own = torch.ones(bank.size, dtype=torch.bool)
+        own[keep.long().cpu()] = False
+        gone.append(own.to(bank.tensor(bank.layout.down).device))
+
+    def remove(expert: int, a: Tensor) -> None:
+        a[:, gone[expert]] = 0
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        return bank.forward(*args, see=remove, **kwargs)
+
+    with replaced(bank.module, forward):
         yield
 
 

@@ -113,7 +113,7 @@ class Expert(FFN):
     def down(self) -> nn.Module:
         raise UnsupportedModelError(
             f"{self.name} is an expert whose weights lie in a tensor with the others': `prune` with allocation "
-            "'uniform', 'global' or 'sensitivity' and `prune_experts` take it, nothing else does"
+            "'uniform', 'global', 'sensitivity' or 'predictor' and `prune_experts` take it, nothing else does"
         )
 
     @property
@@ -140,6 +140,11 @@ def tied(ffns: list[FFN], widths: list[int]) -> list[int]:
         for ffn in group:
             found[ffn.layer] = own
     return found
+
+
+def whole_rows(widths: list[int]) -> list[int]:
+    """Those of ascending widths that a bank may have: multiples of `ROW`, and the last, its own."""
+    return [width for width in widths if width % ROW == 0 or width == widths[-1]]
 
 
 def check_tied(ffns: list[FFN], widths: list[int]) -> None:

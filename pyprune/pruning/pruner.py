@@ -181,7 +181,14 @@ class Pruner:
 
     def latencies(self, widths: Sequence[int], workload: str) -> LatencyTable:
         """What FFNs of `widths` cost on this machine, in this model."""
-        self.described.check_plain(f"allocation {self.options.allocation.NAME!r}")
+        what = f"allocation {self.options.allocation.NAME!r}"
+        if self.described.experts:
+            raise UnsupportedModelError(
+                f"{what} does not take experts in tensors: what a step costs depends on the experts that its tokens "
+                f"are routed to, not on widths alone, as in {self.described.experts[0].group}; use allocation "
+                "'sensitivity' or 'uniform', and `pyprune bench` for what is gained"
+            )
+        self.described.check_plain(what)
         parsed = latency.Workload.parse(workload)
 
         def measure() -> LatencyTable:

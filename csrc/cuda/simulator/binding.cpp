@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "../compute.h"
+#include "../compute_experts.h"
 
 namespace pyprune {
 namespace {
@@ -67,6 +67,22 @@ Tensor ffn_simulated(const Given& given, const std::vector<int64_t>& plan, const
   return out;
 }
 
+// Experts: kernel after kernel, and again as a stream, where they overlap.
+Tensor moe_simulated(const Tensor& x, const Tensor& rows, const Maybe& scales, const Maybe& kept, const Maybe& counts,
+                     const Tensor& index, const Tensor& weights, bool gated, const std::string& activation,
+                     const std::vector<int64_t>& plan, const std::vector<int64_t>& device) {
+  Device as = pretended(device);
+  Session session, another;
+  RoutedOperands operands(kSimulated, x, rows, scales, kept, counts, index, weights, gated, activation);
+  Tensor out = compute_experts(operands, x, plan, as, session.memory(), nullptr);
+  simulator::begin_stream();
+  Tensor again = compute_experts(operands, x, plan, as, another.memory(), nullptr);
+  simulator::end_stream();
+  auto bytes = static_cast<size_t>(out.numel()) * out.element_size();
+  check(std::memcmp(out.const_data_ptr(), again.const_data_ptr(), bytes) == 0, "kernels", "give the same bits twice");
+  return out;
+}
+
 // Two layers in turn, `calls` in all, each on what the one before gives: one call after another, or as a stream, where
 // kernels that overlap do.
 Tensor ffn_chain_simulated(const Tensor& x, const Tensor& first, const Tensor& second, const Maybe& index, bool gated,
@@ -101,6 +117,7 @@ std::string plan_simulated(int64_t tokens, int64_t hidden_size, int64_t neurons,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyprune, m) {
   m.def("ffn_simulated(" PYPRUNE_OPERANDS ", int[] plan, int[] device) -> Tensor");
+  m.def("moe_simulated(" PYPRUNE_ROUTED ", int[] plan, int[] device) -> Tensor");
   m.def(
       "ffn_chain_simulated(Tensor x, Tensor first, Tensor second, Tensor? index, bool gated, str activation, int "
       "calls, "
@@ -113,6 +130,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyprune, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CPU, m) {
   m.impl("ffn_simulated", &Boxed<&ffn_simulated>::call);
+  m.impl("moe_simulated", TORCH_BOX(&moe_simulated));
   m.impl("ffn_chain_simulated", TORCH_BOX(&ffn_chain_simulated));
 }
 STABLE_TORCH_LIBRARY_IMPL(pyprune, CompositeExplicitAutograd, m) {

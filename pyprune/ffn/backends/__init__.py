@@ -10,6 +10,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from ...base.experts import Experts
 from ...base.record import Record
 
 TABLE: tuple[str, ...] = ("torch_eager", "cpu", "triton", "cuda", "cublas")
@@ -33,6 +34,7 @@ class Problem:
         activation: a key of `ACTIVATIONS`.
         weights: dtype of the record; None for that of x.
         batch_invariant: a row of the result must not depend, to the bit, on the rows beside it.
+        experts, picked: of a mixture, E and to how many of them a token goes; each is such an FFN. 0: no mixture.
     """
 
     device: str
@@ -46,6 +48,8 @@ class Problem:
     activation: str
     weights: torch.dtype | None = None
     batch_invariant: bool = False
+    experts: int = 0
+    picked: int = 0
 
     @classmethod
     def of(cls, record: Record, dtype: torch.dtype, tokens: int, batch_invariant: bool = False) -> Problem:
@@ -64,6 +68,14 @@ class Problem:
             rows.dtype,
             batch_invariant,
         )
+
+    @classmethod
+    def of_experts(cls, experts: Experts, dtype: torch.dtype, picked: int, tokens: int, device: str) -> Problem:
+        """That of a mixture's experts, each token of which goes to `picked` of them."""
+        rows = experts.rows
+        sizes = (tokens, experts.hidden_size, experts.neurons, experts.most)
+        form = (experts.gated, experts.index is not None, experts.activation, rows.dtype)
+        return cls(device, dtype, *sizes, *form, experts=len(rows), picked=picked)
 
 
 class Backend(Protocol):

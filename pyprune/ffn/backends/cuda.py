@@ -1,6 +1,7 @@
-"""The native CUDA kernels, compact and gather: `torch.ops.pyprune.ffn_cuda`.
+"""The native CUDA kernels, compact and gather: `torch.ops.pyprune.ffn_cuda`, and `moe_cuda` of experts.
 
-A configuration is a plan of `csrc/cuda/plan.h`. What it leaves out, the library chooses from the sizes.
+A configuration is a plan of `csrc/cuda/plan.h`, of experts one of `experts.h`. What it leaves out, the library chooses
+from the sizes.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ...base.errors import check, check_choice
+from ...base.experts import Experts
 from ...base.record import Record
 from .. import native
-from . import Config, Problem, no_native_kernel
+from . import NATIVE_DTYPES, Config, Problem, no_native_kernel
 
 NAME = "cuda"
 ALGORITHMS = ("single_pass", "two_pass")
@@ -35,6 +37,10 @@ _UNSET: dict[str, int] = {
     "early": -1,
     "bulk": -1,
 }
+# Of token and expert, in one launch.
+_MOST_PAIRS = 256
+# The same of `ExpertOptions` in experts.h.
+_EXPERTS_UNSET: dict[str, int] = {"tokens": 0, "blocks": 0, "splits": 0, "evict_first": -1, "overlap": -1}
 # A row's sums are the same for every number of tokens: the single pass is chosen by what registers hold, this is not.
 _INVARIANT: Config = {"algorithm": "two_pass"}
 
@@ -57,7 +63,18 @@ def plan(config: Config | None) -> list[int]:
     Raises:
         InputError: an unknown name, an algorithm that is none, or a value that is no integer or boolean.
     """
-    numbers = dict(_UNSET)
+    return _numbers(config, _UNSET)
+
+
+def expert_plan(config: Config | None) -> list[int]:
+    """The same for a call of experts: `tokens` of an expert that a block computes together (1, 4 or 8), `blocks` of a
+    pair of token and expert, `splits` of its neurons, `evict_first` and `overlap`.
+    """
+    return _numbers(config, _EXPERTS_UNSET)
+
+
+def _numbers(config: Config | None, unset: dict[str, int]) -> list[int]:
+    numbers = dict(unset)
     for name, value in (config or {}).items():
         check_choice(name, "config", numbers)
         if name == "algorithm":
@@ -144,4 +161,35 @@ def run(x: Tensor, record: Record, config: Config | None = None, batch_invariant
         record.activation,
         plan(config),
     )
+    return out
+
+
+def why_no_experts(device: str, dtype: torch.dtype, weights: torch.dtype) -> str | None:
+    """Why the native kernels cannot run experts on a type of device, x of `dtype` beside rows of `weights`, or None."""
+    return why_not(Problem(device, dtype, 1, 1, 1, 1, True, False, "silu", weights))
+
+
+def expert_configs(problem: Problem) -> list[Config]:
+    """What is worth timing for a mixture's experts, what the library plans by itself first; none for many pairs."""
+    if problem.tokens * problem.picked > _MOST_PAIRS:
+        return []
+    ways: list[Config] = [{}, *({"splits": n} for n in (1, 2, 4, 8)), {"overlap": False}]
+    return ways if problem.tokens == 1 else [*ways, *({"tokens": n} for n in (1, 4, 8))]
+
+
+def run_experts(x: Tensor, experts: Experts, index: Tensor, weights: Tensor, config: Config | None = None) -> Tensor:
+    """`reference.moe` by the kernels for few pairs, many in chunks of 256 that each read their experts' rows again.
+
+    They wait for nothing, so a token whose index names no expert becomes NaN. A token has the same bits whatever the
+    tokens beside it.
+
+    Raises:
+        InputError: see `expert_plan`.
+        RuntimeError: the plan does not fit the call or the device; names what does.
+    """
+    known = weights if weights.dtype in NATIVE_DTYPES else weights.float()
+    out: Tensor = torch.ops.pyprune.moe_cuda.default(
+        x, experts.rows, experts.scales, experts.index, experts.counts, index.long(), known, experts.gated,
+        experts.activation, expert_plan(config),
+    )  # fmt: skip
     return out

@@ -119,7 +119,26 @@ def run(x: Tensor, record: Record, config: Config | None = None, batch_invariant
     return out
 
 
-def run_experts(x: Tensor, experts: Experts, index: Tensor, weights: Tensor, batch_invariant: bool = False) -> Tensor:
+def expert_configs(problem: Problem) -> list[Config]:
+    """Configurations of a mixture's experts that are offered for timing, the analytic one first."""
+    kernels = _package()
+    sizes = (problem.tokens, problem.picked, problem.experts, problem.kept, problem.hidden_size, problem.dtype)
+    if problem.weights not in (None, problem.dtype):
+        place, aligned = kernels.architecture(torch.device(problem.device)), problem.hidden_size % 16 == 0
+        gather = {"int8": True, "architecture": place, "gather": problem.gather}
+        return [kernels.to_json(kernels.experts_config(*sizes, problem.gated, aligned, **gather))]
+    form = (problem.gated, problem.hidden_size % 16 == 0, kernels.architecture(torch.device(problem.device)))
+    return [kernels.to_json(config) for config in kernels.experts_candidates(*sizes, *form, problem.gather)]
+
+
+def run_experts(
+    x: Tensor,
+    experts: Experts,
+    index: Tensor,
+    weights: Tensor,
+    config: Config | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
     """`reference.moe` by the kernels, which wait for nothing: a token whose index names no expert becomes NaN."""
     out: Tensor = _package().moe(
         x,
@@ -129,6 +148,9 @@ def run_experts(x: Tensor, experts: Experts, index: Tensor, weights: Tensor, bat
         gated=experts.gated,
         activation=experts.activation,
         scales=experts.scales,
+        kept=experts.index,
+        counts=experts.counts,
+        config=None if config is None else _parsed(tuple(config.items())),
         batch_invariant=batch_invariant,
     )
     return out

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...base.errors import check, is_count
+from ...model.units import Expert, groups, whole_rows
 from . import bounds
 from .base import ALLOCATIONS, Floored, Layers, Plan
 from .masked_loss import MaskedLoss, turns, windows_by_source
@@ -55,13 +56,24 @@ class Predicted(Floored):
         check(is_count(self.draws), "draws", "be a non-negative integer", self.draws)
 
     def plan(self, layers: Layers, keep: float) -> Plan:
-        sizes = layers.sizes
-        choices = bounds.candidate_widths(sizes, self.multiple, self.floor, self.protect)
+        # The experts of a layer have one width, and are one layer here of the width of all.
+        every = groups(layers.described.ffns)
+        counts, single = [len(group) for group in every], [group[0].intermediate_size for group in every]
+        rows = bounds.candidate_widths(single, self.multiple, self.floor, self.protect)
+        for i, group in enumerate(every):
+            if isinstance(group[0], Expert):
+                rows[i] = whole_rows(rows[i])
+        sizes = [n * size for n, size in zip(counts, single, strict=True)]
+        choices = [[n * width for width in row] for n, row in zip(counts, rows, strict=True)]
+
+        def each(widths: Widths) -> list[int]:
+            return [width // n for width, n in zip(widths, counts, strict=True) for _ in range(n)]
+
         budget, least = round(keep * sum(sizes)), sum(row[0] for row in choices)
         rule = f"be at least {least / sum(sizes):.3f} with this multiple, floor and protect, or no sample meets it"
         check(least <= budget, "keep", rule, keep)
         if budget >= sum(sizes):
-            return Plan(list(sizes))
+            return Plan(layers.sizes)
         free = sum(len(row) > 1 for row in choices)
         rule = f"be more than the layers that may be narrowed ({free}), or no predictor can be fitted"
         check(self.samples > free, "samples", rule, self.samples)
@@ -75,15 +87,15 @@ class Predicted(Floored):
         own = windows_by_source(layers.ids, layers.sources, self.windows * _TURNS)
         scores = layers.scores()
         losses = [MaskedLoss(layers.described, scores, group) for group in turns(own, self.windows, _TURNS)]
-        even = [loss(samples[0]) for loss in losses]
+        even = [loss(each(samples[0])) for loss in losses]
         mine: list[tuple[int, float]] = []
         for number in range(1 + layers.ranks.rank, len(samples), layers.ranks.size):
             layers.progress(STAGE, number, len(samples))
-            mine.append((number, losses[number % _TURNS](samples[number]) - even[number % _TURNS]))
+            mine.append((number, losses[number % _TURNS](each(samples[number])) - even[number % _TURNS]))
         growth = [0.0, *(value for _, value in sorted(row for rows in layers.ranks.gather(mine) for row in rows))]
         found = search(fit(sizes, samples, growth), choices, samples, budget, self.verify)
         layers.progress(STAGE, len(samples), len(samples))
         finalists: list[Widths] = [samples[growth.index(min(growth))], *found]
-        verified = {widths: sum(loss(widths) for loss in losses) for widths in dict.fromkeys(finalists)}
+        verified = {widths: sum(loss(each(widths)) for loss in losses) for widths in dict.fromkeys(finalists)}
         best = min(verified, key=verified.__getitem__)
-        return Plan(list(best if verified[best] < sum(even) else samples[0]))
+        return Plan(each(best if verified[best] < sum(even) else samples[0]))

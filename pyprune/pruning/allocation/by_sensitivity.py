@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...base.errors import check
-from ...model.units import ROW
+from ...model.units import whole_rows
 from ..sensitivity.curve import SensitivityCurves
 from . import bounds
 from .base import ALLOCATIONS, Floored, Layers, Plan
@@ -36,7 +36,7 @@ def choose_widths(
     counts, choices = curves.counts, bounds.candidate_widths(curves.sizes, multiple, floor, protect)
     if curves.members:  # banks of experts have whole rows alone
         pairs = zip(choices, counts, strict=True)
-        choices = [row if n == 1 else [w for w in row if w % ROW == 0 or w == row[-1]] for row, n in pairs]
+        choices = [row if n == 1 else whole_rows(row) for row, n in pairs]
     every = sum(n * size for n, size in zip(counts, curves.sizes, strict=True))
     budget, least = round(keep * every), sum(n * row[0] for n, row in zip(counts, choices, strict=True))
     rule = f"be at least {least / every:.3f} with this multiple, floor and protect"

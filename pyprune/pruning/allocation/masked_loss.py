@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...base.errors import check
 from ...model.described import Described
-from ...model.narrowing import Rest, narrowed
+from ...model.narrowing import Rest, narrowed, narrowed_bank
+from ...model.units import Expert, groups
 
 
 def windows_by_source(ids: Tensor, sources: Tensor | None, count: int) -> list[Tensor]:
@@ -52,20 +53,26 @@ class MaskedLoss:
     """
 
     def __init__(self, described: Described, scores: Sequence[Tensor], windows: Sequence[Tensor]) -> None:
-        self._ffns = described.ffns
+        self._groups = groups(described.ffns)
         self._orders = [s.argsort(descending=True, stable=True) for s in scores]
         self._models = [Rest(described.model, ids) for ids in windows]
 
     def __call__(self, widths: Sequence[int]) -> float:
-        """The loss at `widths`, one for each layer.
+        """The loss at `widths`, one for each FFN.
 
         Raises:
             InputError: a loss that is not finite.
         """
+        keeps = [order[:width].sort().values for order, width in zip(self._orders, widths, strict=True)]
         with ExitStack() as stack:
-            for ffn, order, width in zip(self._ffns, self._orders, widths, strict=True):
-                if width < len(order):
-                    stack.enter_context(narrowed(ffn, order[:width].sort().values))
+            for group in self._groups:
+                moved = [ffn for ffn in group if len(keeps[ffn.layer]) < len(self._orders[ffn.layer])]
+                if moved and isinstance(group[0], Expert):
+                    own = [keeps[ffn.layer] for ffn in group]
+                    stack.enter_context(narrowed_bank(group[0].of_bank, own))
+                    continue
+                for ffn in moved:
+                    stack.enter_context(narrowed(ffn, keeps[ffn.layer]))
             losses = torch.tensor([model.loss(0, None) for model in self._models], dtype=torch.float64)
         check(bool(losses.isfinite().all()), "loss of a narrowed model", "be finite", losses.tolist())
         return float(losses.mean())
