@@ -67,6 +67,8 @@ class RecordFFN(nn.Module):
 _BESIDE: dict[str, RecordFFN] = {}
 # vLLM's operators for what lies between its layers, by the activation in a record.
 _BETWEEN = {"silu": "silu_and_mul", "gelu": "gelu_and_mul", "gelu_tanh": "gelu_tanh_and_mul"}
+# These take whole vectors only, and refuse other widths.
+_VECTOR = 32
 
 
 def _by_own(own: Any, x: Tensor, activation: str) -> Tensor:
@@ -79,7 +81,7 @@ def _by_own(own: Any, x: Tensor, activation: str) -> Tensor:
     into, out = own.gate_up_proj, own.down_proj
     both: Tensor = into.quant_method.apply(into, x, into.bias)
     between = getattr(torch.ops._C, _BETWEEN[activation], None)
-    if between is None:
+    if between is None or both.shape[1] // 2 % _VECTOR:
         hidden = own.act_fn.forward_native(both)
     else:
         hidden = both.new_empty(both.shape[0], both.shape[1] // 2)
