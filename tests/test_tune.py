@@ -116,7 +116,7 @@ def test_fastest_is_written_and_taken(native_library, fake_clock):
         seconds = {entry.backend: entry.seconds for entry in one.entries}
         assert seconds["torch"] == pytest.approx(5e-6)
         assert seconds["cpu"] == pytest.approx(1e-6 * one.problem.tokens)
-        assert one.before.backend == ("cpu" if one.problem.tokens <= 32 else "torch")
+        assert one.before.backend == ("cpu" if one.problem.tokens <= 64 else "torch")
         assert one.speedup == pytest.approx(seconds[one.before.backend] / min(seconds.values()))
     assert dispatch.native_tokens(torch.float32, torch.float32, 32, False, "cpu", 96, True, "silu") == 4
     for problem in problems:
@@ -216,7 +216,7 @@ def test_layers_of_one_bucket_are_timed_once(fake_clock):
 
 def test_the_module_follows_what_was_tuned(native_library, fake_clock, tiny):
     ffn = find_ffns(tiny("llama"))[0]
-    assert PrunedMLP.from_dense(ffn).native_tokens == 32
+    assert PrunedMLP.from_dense(ffn).native_tokens == 64
     fake_clock(lambda name, config, tokens: 2e-6 if name == "cpu" else 1e-6)
     tune.tune(tune.model_problems(tiny("llama")))
     assert PrunedMLP.from_dense(ffn).native_tokens == 0
@@ -239,7 +239,7 @@ def test_accelerate_without_a_folder_for_what_it_measures_goes_by_predictions(na
     monkeypatch.setenv("PYPRUNE_CACHE", os.devnull)
     monkeypatch.setattr(first_use, "tune", lambda *args, **kwargs: pytest.fail("timed for nothing"))
     model = accelerate(tiny("llama"))
-    assert {m.native_tokens for m in model.modules() if isinstance(m, PrunedMLP)} == {32}
+    assert {m.native_tokens for m in model.modules() if isinstance(m, PrunedMLP)} == {64}
 
 
 @pytest.mark.parametrize(

@@ -86,13 +86,13 @@ def of_bank(bank: Bank, picked: int) -> Routed:
 
 
 def of_records(module: PrunedMoE, picked: int) -> Routed:
-    """The experts of a `PrunedMoE`."""
+    """The experts of a `PrunedMoE`; in gather mode with the neurons that run of them, in the mean."""
 
     def call(x: Tensor, index: Tensor) -> object:
         return module(x, index, _weights(x, index))
 
-    size = (module.num_experts, picked, module.hidden_size, module.intermediate_size)
-    return Routed(call, _routings, *size, module.experts.nbytes)
+    neurons = module.intermediate_size if module.counts is None else round(float(module.counts.float().mean()))
+    return Routed(call, _routings, module.num_experts, picked, module.hidden_size, neurons, module.experts.nbytes)
 
 
 def of_list(modules: Sequence[nn.Module], picked: int, hidden_size: int, size: int, nbytes: int) -> Routed:
