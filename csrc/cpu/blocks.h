@@ -14,8 +14,6 @@ constexpr int kBlockRows = 4;
 constexpr int kBlockTokens = kLanes == 16 ? 6 : 3;  // times the rows: as many sums as registers hold
 constexpr int kDownTokens = kLanes == 16 ? 8 : 4;
 constexpr int64_t kBlockNeurons = 32;
-// Fewer tokens by integers are multiplied as float32.
-constexpr int64_t kPairedTokens = 4;
 // Columns of rows that are written out, and multiplied before the next ones are.
 constexpr int64_t kStagedWidth = 4096;
 // Columns of partial sums that lie together, as in Workspace.

@@ -201,15 +201,9 @@ inline void pack_pairs(const Call& p, const Workspace& ws) {
   __builtin_memset(out + p.hidden_size, 0, (ws.padded - p.hidden_size) * sizeof(uint16_t));
 }
 
-// Whether blocks of tokens by weights of these types may be multiplied as bfloat16 in pairs.
+// Whether blocks of tokens by weights of these types are multiplied as bfloat16 in pairs.
 constexpr bool fits_pairs(Type w, Type x) {
   return kDotBf16 && x == Type::bf16 && (w == Type::bf16 || w == Type::i8 || w == Type::i4);
-}
-
-// Whether they are. Of integers only where there are tokens enough to pay for pairing them.
-template <Type W>
-inline bool takes_pairs(const Call& p) {
-  return fits_pairs(W, p.x_type) && (W == Type::bf16 || p.tokens >= kPairedTokens);
 }
 
 // Calls `body` with the types of weights and x as compile-time constants.
@@ -253,8 +247,9 @@ inline void pack(const Call& p, const Workspace& ws, int64_t first, int64_t last
     constexpr Type W = decltype(w)::value, X = decltype(x)::value;
     if (ws.form == Form::floats) return pack_as<W, X>(p, static_cast<float*>(ws.tokens), ws.padded);
     if constexpr (fits_pairs(W, X))
-      if (takes_pairs<W>(p)) return pack_blocks<Pairs, W, X>(p, ws, first, last);
-    pack_blocks<Floats, W, X>(p, ws, first, last);
+      pack_blocks<Pairs, W, X>(p, ws, first, last);
+    else
+      pack_blocks<Floats, W, X>(p, ws, first, last);
   });
 }
 
@@ -263,7 +258,7 @@ inline void slab(const Call& p, const Workspace& ws, int64_t first, int64_t last
     constexpr Type W = decltype(w)::value;
     if (ws.form != Form::blocks) return slab_of<W>(p, ws, first, last, partial);
     if constexpr (fits_pairs(W, Type::bf16))
-      if (takes_pairs<W>(p)) return slab_blocks<Pairs, W>(p, ws, first, last, partial);
+      if (fits_pairs(W, p.x_type)) return slab_blocks<Pairs, W>(p, ws, first, last, partial);
     slab_blocks<Floats, W>(p, ws, first, last, partial);
   });
 }

@@ -8,8 +8,6 @@
 namespace pyprune {
 namespace {
 
-constexpr int64_t kFewTokens = 3;
-
 // At most kMaxTokens tokens: one pass over the weights.
 void run_pass(const Call& p, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
   static thread_local Scratch scratch;
@@ -38,23 +36,12 @@ void run_pass(const Call& p, const Kernels& kernels, int64_t threads, ParallelFo
          [&](int64_t first, int64_t last) { kernels.finish(p, workspace, slabs, first, last); });
 }
 
-// Whether so few tokens go one by one: over rows of integers the kernel for one token multiplies bytes, and reads rows
-// twice or three times sooner than blocks convert them once.
-bool one_by_one(const Call& p, const Kernels& kernels) {
-  if (p.tokens < 2 || p.tokens > kFewTokens) return false;
-  Call one = p;
-  one.tokens = 1;
-  int64_t padded = padded_width(p.weight_type, p.hidden_size);
-  return kernels.shape(one, padded).form == Form::bytes && kernels.shape(p, padded).form == Form::blocks;
-}
-
 }  // namespace
 
 void run(const Call& call, const Kernels& kernels, int64_t threads, ParallelFor parallel_for) {
-  int64_t most = one_by_one(call, kernels) ? 1 : kMaxTokens;
-  for (int64_t first = 0; first < call.tokens; first += most) {
+  for (int64_t first = 0; first < call.tokens; first += kMaxTokens) {
     Call part = call;
-    part.tokens = std::min(most, call.tokens - first);
+    part.tokens = std::min(kMaxTokens, call.tokens - first);
     int64_t size = element_size(call.x_type);
     int64_t row = call.hidden_size * size;
     part.x = static_cast<const char*>(call.x) + first * call.x_stride * size;
