@@ -68,6 +68,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("weights", [*FLOATS, torch.int8])
 def test_auto_on_a_cpu_takes_the_native_kernel_for_few_tokens(gather, dtype, weights, native_library, monkeypatch):
     native_library(None)
+    monkeypatch.setattr(dispatch.reference, "multiplies_half", lambda: True)
     monkeypatch.setitem(dispatch._NATIVE_TOKENS, (weights, gather), (3, 2))
     problem = dataclasses.replace(PROBLEM, gather=gather, dtype=dtype, weights=weights)
     chosen = [dispatch.choose(dataclasses.replace(problem, tokens=m)).backend.NAME for m in (0, 1, 3, 4)]
@@ -75,6 +76,16 @@ def test_auto_on_a_cpu_takes_the_native_kernel_for_few_tokens(gather, dtype, wei
     assert dispatch.native_tokens(dtype, weights, 1024, gather) == 3
     assert dispatch.native_tokens(dtype, weights, 1025, gather) == 2
     assert dispatch.choose(dataclasses.replace(problem, tokens=4), "cpu").backend.NAME == "cpu"
+
+
+@pytest.mark.parametrize(("dtype", "weights"), [(torch.float16, torch.float16), (torch.bfloat16, torch.float16)])
+def test_float16_is_native_at_any_length_where_torch_multiplies_it_by_loops(
+    dtype, weights, native_library, monkeypatch
+):
+    native_library(None)
+    monkeypatch.setattr(dispatch.reference, "multiplies_half", lambda: False)
+    problem = dataclasses.replace(PROBLEM, dtype=dtype, weights=weights, tokens=10**6)
+    assert dispatch.choose(problem).backend.NAME == ("cpu" if dtype == weights else "torch")
 
 
 def test_auto_on_a_cpu_asks_the_other_one_too(native_library, monkeypatch):

@@ -46,7 +46,7 @@ from pyprune.base.files import new_file
 from pyprune.base.memory import huge_pages
 from pyprune.base.record import Record, described
 from pyprune.cli.screen import Bars, out, table
-from pyprune.ffn import dispatch, native, operators
+from pyprune.ffn import dispatch, first_use, native, operators
 from pyprune.ffn.backends import Problem
 from pyprune.ffn.quantisation import WEIGHTS, row_bytes
 from pyprune.model.loading import load_model
@@ -223,14 +223,15 @@ def pruned_variant(case: Case, arena: Arena, x: Tensor, gather: bool) -> Variant
         scales = list(torch.full((len(records), rows, parts), 1e-4).unbind())
     neuron_bias = _biases(len(records), (rows, parts - 1), x.dtype, shape.bias)
     down_bias = _biases(len(records), (d,), x.dtype, shape.bias)
-    most = dispatch.native_tokens(x.dtype, dtype, d, gather)
     form = (shape.gated, shape.activation)
     given = [
         Record(rows, *form, scale, bias, last, index)
         for (rows,), scale, bias, last in zip(records, scales, neuron_bias, down_bias, strict=True)
     ]
-    copies = [operators.arguments(x, record, "auto", most) for record in given]
     problem = Problem.of(given[0], x.dtype, case.tokens)
+    first_use.measure(first_use.at_all_tokens([problem]))
+    most = dispatch.native_tokens(x.dtype, dtype, d, gather, "cpu", case.neurons, *form)
+    copies = [operators.arguments(x, record, "auto", most) for record in given]
     size = _bytes(case, case.neurons, dtype, gather)
     return Variant(operators.FFN, copies, size, dispatch.choose(problem).backend.NAME)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,20 @@ def compute_dtype(x: Tensor, rows: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, rows.dtype)
 
 
+@functools.cache
+def multiplies_half() -> bool:
+    """Whether torch has a fast matrix product of float16 on this CPU; its other one is plain loops where weights are
+    strided or transposed, a hundred times slower than float32.
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype != torch.float16 or x.device.type != "cpu" or multiplies_half():
+        return F.linear(x, weight, bias)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
 def _column(matrix: Tensor | None, i: int) -> Tensor | None:
     return None if matrix is None else matrix[:, i]
 
@@ -26,8 +42,8 @@ def _column(matrix: Tensor | None, i: int) -> Tensor | None:
 def _project(x: Tensor, part: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     part = part.to(x.dtype)
     if scale is None:
-        return F.linear(x, part, bias)
-    product = F.linear(x, part) * scale  # float32 scales: rounded once, after the bias
+        return _linear(x, part, bias)
+    product = _linear(x, part, None) * scale  # float32 scales: rounded once, after the bias
     return (product if bias is None else product + bias).to(x.dtype)
 
 
@@ -62,7 +78,7 @@ def ffn(x: Tensor, record: Record) -> Tensor:
     down = rows[:, (record.parts - 1) * d :]
     if scales is not None:
         hidden = (hidden * scales[:, -1]).to(hidden.dtype)
-    return F.linear(hidden, down.to(hidden.dtype).t(), down_bias).to(x.dtype)
+    return _linear(hidden, down.to(hidden.dtype).t(), down_bias).to(x.dtype)
 
 
 def moe(x: Tensor, experts: Experts, index: Tensor, weights: Tensor) -> Tensor:

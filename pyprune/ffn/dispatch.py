@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..base import reference
 from ..base.errors import BackendError, check_choice
 from . import native, scratch, tuned
 from .backends import Backend, Config, Problem, load_all
@@ -42,6 +43,10 @@ _NATIVE_TOKENS: dict[tuple[torch.dtype, bool], tuple[int, int]] = {
 }
 # At most so many where tokens are not multiplied by matrix tiles, which need bfloat16 tokens.
 _WITHOUT_TILES = {torch.bfloat16: 64}
+_ANY = 1 << 40
+# From so many tokens on both are bound by arithmetic: who needs less than _BY_FAR of the other's time here, does for any
+# number of tokens.
+_MANY, _BY_FAR = 512, 0.75
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,15 @@ def _predicted_tokens(problem: Problem) -> int:
     if problem.device == "cuda":
         return _DECODE_TOKENS[problem.weights == torch.int8]
     weights = problem.weights or problem.dtype
+    if problem.dtype == weights == torch.float16 and not reference.multiplies_half():
+        return _ANY
     most = _NATIVE_TOKENS[weights, problem.gather][problem.hidden_size > _NARROW]
     tiles = problem.dtype == torch.bfloat16 and native.isa() == "amx"
     return most if tiles else min(most, _WITHOUT_TILES.get(weights, most))
 
 
-def _native_best(problem: Problem) -> bool | None:
-    """Whether the native kernel, by itself, was measured to be the best; None where nothing was measured."""
-    entries = _measured(problem)
-    if not entries:
-        return None
+def _native_best(problem: Problem, entries: list[Entry]) -> bool:
+    """Whether the native kernel, by itself, was measured to be the best."""
     best, own = entries[0], backends()[problem.device]
     # On a CPU the operator by itself has no configuration.
     default = {} if problem.device == "cpu" else own.default_config(tuned.representative(problem))
@@ -95,11 +99,14 @@ def _crossover(problem: Problem) -> int:
     """Most tokens for which the native kernel is the best: as predicted, within what was measured."""
     low, high, below = 0, None, 0
     for tokens in tuned.TOKENS:
-        best = _native_best(dataclasses.replace(problem, tokens=tokens))
-        if best is False:
+        same = dataclasses.replace(problem, tokens=tokens)
+        entries = _measured(same)
+        if entries and not _native_best(same, entries):
             high = below
             break
-        low, below = tokens if best else low, tokens
+        low, below = tokens if entries else low, tokens
+        if tokens >= _MANY and len(entries) > 1 and entries[0].seconds <= _BY_FAR * entries[1].seconds:
+            low = _ANY
     most = max(low, _predicted_tokens(problem))
     return most if high is None else min(most, high)
 

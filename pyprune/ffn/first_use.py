@@ -8,7 +8,7 @@ tune` fills with more care: a second or two, and never again on this machine.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -21,9 +21,9 @@ from .contest import Effort
 from .quantisation import WEIGHTS
 from .tune import tune
 
-TOKENS = (1, 8, 16, 32, 64, 128)
+TOKENS = (1, 8, 16, 32, 64, 128, 512)
 SECONDS = 2.0
-_EFFORT = Effort(copy_bytes=64 << 20, rounds=(3, 3), sample=5e-4, problem=0.05)
+_EFFORT = Effort(copy_bytes=64 << 20, rounds=(1, 3), sample=5e-4, problem=0.05)
 
 
 def problems(ffns: Sequence[FFN], mode: str, mask: Mask | None, weights: str | None) -> list[Problem]:
@@ -38,7 +38,12 @@ def problems(ffns: Sequence[FFN], mode: str, mask: Mask | None, weights: str | N
         form = (ffn.gated, mode == "gather", ffn.activation, WEIGHTS[weights] if weights else down.dtype)
         one = Problem("cpu", down.dtype, 1, ffn.hidden_size, size, kept, *form)
         found[dataclasses.replace(tuned.representative(one), tokens=1)] = None
-    return [dataclasses.replace(one, tokens=m) for m in TOKENS for one in found]
+    return at_all_tokens(found)
+
+
+def at_all_tokens(wanted: Iterable[Problem]) -> list[Problem]:
+    """Those problems at `TOKENS`, the fewest first."""
+    return [tuned.representative(dataclasses.replace(one, tokens=m)) for m in TOKENS for one in wanted]
 
 
 def measure(wanted: Sequence[Problem], seconds: float = SECONDS) -> None:
