@@ -85,7 +85,8 @@ def test_float16_is_native_at_any_length_where_torch_multiplies_it_by_loops(
     native_library(None)
     monkeypatch.setattr(dispatch.reference, "multiplies_half", lambda: False)
     problem = dataclasses.replace(PROBLEM, dtype=dtype, weights=weights, tokens=10**6)
-    assert dispatch.choose(problem).backend.NAME == ("cpu" if dtype == weights else "torch")
+    chosen = dispatch.choose(problem).backend.NAME
+    assert chosen == ("cpu" if dtype == weights else "torch")
 
 
 def test_auto_on_a_cpu_asks_the_other_one_too(native_library, monkeypatch):

@@ -229,7 +229,7 @@ def pruned_variant(case: Case, arena: Arena, x: Tensor, gather: bool) -> Variant
         for (rows,), scale, bias, last in zip(records, scales, neuron_bias, down_bias, strict=True)
     ]
     problem = Problem.of(given[0], x.dtype, case.tokens)
-    first_use.measure(first_use.at_all_tokens([problem]))
+    first_use.measure([problem])
     most = dispatch.native_tokens(x.dtype, dtype, d, gather, "cpu", case.neurons, *form)
     copies = [operators.arguments(x, record, "auto", most) for record in given]
     size = _bytes(case, case.neurons, dtype, gather)

@@ -44,8 +44,8 @@ _NATIVE_TOKENS: dict[tuple[torch.dtype, bool], tuple[int, int]] = {
 # At most so many where tokens are not multiplied by matrix tiles, which need bfloat16 tokens.
 _WITHOUT_TILES = {torch.bfloat16: 64}
 _ANY = 1 << 40
-# From so many tokens on both are bound by arithmetic: who needs less than _BY_FAR of the other's time here, does for any
-# number of tokens.
+# From so many tokens on both are bound by arithmetic: who needs less than _BY_FAR of the other's time there, does for
+# any number.
 _MANY, _BY_FAR = 512, 0.75
 
 
@@ -87,12 +87,21 @@ def _predicted_tokens(problem: Problem) -> int:
     return most if tiles else min(most, _WITHOUT_TILES.get(weights, most))
 
 
-def _native_best(problem: Problem, entries: list[Entry]) -> bool:
-    """Whether the native kernel, by itself, was measured to be the best."""
+def native_is_best(problem: Problem) -> bool | None:
+    """Whether the native kernel, by itself, was measured to be the best; None where nothing was measured."""
+    entries = _measured(problem)
+    if not entries:
+        return None
     best, own = entries[0], backends()[problem.device]
     # On a CPU the operator by itself has no configuration.
     default = {} if problem.device == "cpu" else own.default_config(tuned.representative(problem))
     return best.backend == problem.device and _text(best.config) == _text(default)
+
+
+def _by_far(problem: Problem) -> bool:
+    """Whether the best that was measured is so by as much as will stay true of more tokens."""
+    entries = _measured(problem) if problem.tokens >= _MANY else []
+    return len(entries) > 1 and entries[0].seconds <= _BY_FAR * entries[1].seconds
 
 
 def _crossover(problem: Problem) -> int:
@@ -100,12 +109,12 @@ def _crossover(problem: Problem) -> int:
     low, high, below = 0, None, 0
     for tokens in tuned.TOKENS:
         same = dataclasses.replace(problem, tokens=tokens)
-        entries = _measured(same)
-        if entries and not _native_best(same, entries):
+        best = native_is_best(same)
+        if best is False:
             high = below
             break
-        low, below = tokens if entries else low, tokens
-        if tokens >= _MANY and len(entries) > 1 and entries[0].seconds <= _BY_FAR * entries[1].seconds:
+        low, below = tokens if best else low, tokens
+        if best and _by_far(same):
             low = _ANY
     most = max(low, _predicted_tokens(problem))
     return most if high is None else min(most, high)

@@ -8,6 +8,7 @@ tune` fills with more care: a second or two, and never again on this machine.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,19 +16,20 @@ import torch
 from ..base.files import cache_folder
 from ..model.families import FFN
 from ..model.mask import Mask
-from . import native, tuned
+from . import dispatch, native, tuned
 from .backends import Problem
 from .contest import Effort
 from .quantisation import WEIGHTS
 from .tune import tune
 
-TOKENS = (1, 8, 16, 32, 64, 128, 512)
 SECONDS = 2.0
+# Numbers of tokens: first these; then more where the native kernel wins the last of them, else fewer until it wins.
+_FIRST, _MORE, _FEWER = (1, 128), (512,), (64, 32, 16, 8)
 _EFFORT = Effort(copy_bytes=64 << 20, rounds=(1, 3), sample=5e-4, problem=0.05)
 
 
 def problems(ffns: Sequence[FFN], mode: str, mask: Mask | None, weights: str | None) -> list[Problem]:
-    """What the FFNs will ask the operator on a CPU, at `TOKENS`, one of each shape; arguments as of `accelerate`."""
+    """What the FFNs will ask the operator on a CPU, one of each shape, of one token; arguments as of `accelerate`."""
     found: dict[Problem, None] = {}
     for ffn in ffns:
         down = ffn.weights().down
@@ -38,26 +40,42 @@ def problems(ffns: Sequence[FFN], mode: str, mask: Mask | None, weights: str | N
         form = (ffn.gated, mode == "gather", ffn.activation, WEIGHTS[weights] if weights else down.dtype)
         one = Problem("cpu", down.dtype, 1, ffn.hidden_size, size, kept, *form)
         found[dataclasses.replace(tuned.representative(one), tokens=1)] = None
-    return at_all_tokens(found)
+    return list(found)
 
 
-def at_all_tokens(wanted: Iterable[Problem]) -> list[Problem]:
-    """Those problems at `TOKENS`, the fewest first."""
-    return [tuned.representative(dataclasses.replace(one, tokens=m)) for m in TOKENS for one in wanted]
-
-
-def measure(wanted: Sequence[Problem], seconds: float = SECONDS) -> None:
-    """Time what the user's table does not have yet, for so many seconds at most; what is left is predicted.
+def measure(layers: Iterable[Problem], seconds: float = SECONDS) -> None:
+    """Time what the user's table lacks of these layers, for so many seconds at most; what is left is predicted.
 
     Without the native kernels there is nothing to choose; without a folder for the table nothing is measured.
+
+    Args:
+        layers: one problem of each, of any number of tokens.
+        seconds: after which nothing else is begun.
     """
-    table = tuned.known("cpu")
-    new = [problem for problem in wanted if tuned.key(problem) not in table]
-    if not new or native.load() is not None:
+    if native.load() is not None:
         return
+    deadline, shapes = time.monotonic() + seconds, list(layers)
     try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with torch.random.fork_rng(devices=[]):
-            tune(new, seconds, effort=_EFFORT)
+        for tokens in _FIRST:
+            _measure([_at(layer, tokens) for layer in shapes], deadline)
+        for layer in shapes:
+            for tokens in _MORE if dispatch.native_is_best(_at(layer, _FIRST[-1])) else _FEWER:
+                _measure([_at(layer, tokens)], deadline)
+                if dispatch.native_is_best(_at(layer, tokens)):
+                    break
     except OSError:
         return
+
+
+def _at(layer: Problem, tokens: int) -> Problem:
+    return tuned.representative(dataclasses.replace(layer, tokens=tokens))
+
+
+def _measure(wanted: Sequence[Problem], deadline: float) -> None:
+    table, left = tuned.known("cpu"), deadline - time.monotonic()
+    new = [problem for problem in wanted if tuned.key(problem) not in table]
+    if not new or left <= 0:
+        return
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        tune(new, left, effort=_EFFORT)

@@ -158,7 +158,7 @@ class _Group:
 
     def _everywhere(self, own: Sequence[Any]) -> Outcome:
         """A record, whatever that costs; which is said."""
-        first_use.measure([dataclasses.replace(self.problem, tokens=m) for m in first_use.TOKENS])
+        first_use.measure([self.problem])
         ours = [RecordFFN(record, self.dtype) for record in self.records.values()]
         return Outcome("record", {tokens: _race(own, ours, self.dtype, tokens, "auto") for tokens in TOKENS})
 
@@ -172,7 +172,7 @@ class _Group:
         found = Outcome("own")
         for tokens in TOKENS:
             if tokens == TOKENS[1]:
-                first_use.measure([dataclasses.replace(self.problem, tokens=m) for m in first_use.TOKENS])
+                first_use.measure([self.problem])
                 ours = [RecordFFN(record, self.dtype) for record in self.records.values()]
             found.times[tokens] = theirs, mine = _race(own, ours, self.dtype, tokens, "cpu" if tokens == 1 else "auto")
             if mine > (_FASTER if tokens == TOKENS[0] else _SLOWER) * theirs:
