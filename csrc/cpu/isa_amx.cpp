@@ -21,6 +21,7 @@ namespace {
 #include "pairs.h"
 #include "dot_bytes.h"
 #include "dot_nibbles.h"
+constexpr bool kIntegersInFours = false;
 #include "kernel.h"
 #include "amx.h"
 

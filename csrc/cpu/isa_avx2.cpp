@@ -15,6 +15,7 @@ namespace {
 #include "products.h"
 #include "ends.h"
 #include "blocks.h"
+constexpr bool kIntegersInFours = false;
 #include "kernel.h"
 
 }  // namespace

@@ -18,6 +18,7 @@ namespace {
 #include "pairs.h"
 #include "dot_bytes.h"
 #include "dot_nibbles.h"
+constexpr bool kIntegersInFours = true;
 #include "kernel.h"
 
 }  // namespace

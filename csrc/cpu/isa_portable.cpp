@@ -14,6 +14,7 @@ namespace {
 #include "products.h"
 #include "ends.h"
 #include "blocks.h"
+constexpr bool kIntegersInFours = false;
 #include "kernel.h"
 
 }  // namespace

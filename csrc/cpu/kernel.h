@@ -3,10 +3,12 @@
 
 // Neurons of one group of a call of one token (of more: blocks.h): their dot products, their activations, and then
 // their down rows are computed together. No more than hides the latency of additions, for nearer prefetches. A gather
-// skips neurons, which ends the hardware's prefetching of a run of memory; more rows in turn keep memory busier then;
-// but not int8, and not int4, which prefetches by itself (Lead).
+// skips neurons, which ends the hardware's prefetching of a run of memory; more rows in turn keep memory busier then.
+// Of int8 and int4 only narrow parts go in fours, where the source file of the instruction set says so: what is between
+// two groups counts more there than a near prefetch.
 constexpr int kGroupOne = 2;
 constexpr int kGroupWide = 4;
+constexpr int64_t kNarrowBytes = 1024;
 static_assert(kGroupOne <= kMostInGroup && kGroupWide <= kMostInGroup);
 
 // From the dot products of `count` neurons (rows `stride` apart) to what their down rows are multiplied by, in place in
@@ -149,17 +151,23 @@ inline void dot_all(const Call& p, const Workspace& ws, const Group<W, G>& group
   }
 }
 
-template <Type W, int G>
+// With `Late`, down rows one group late, so that activations hide behind the next group's dot products.
+template <Type W, int G, bool Late = false>
 inline void slab_one(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   // Padded to whole vectors; what stands in the padding is computed on and never read.
   alignas(kLineBytes) float gate[kLanes] = {};
   alignas(kLineBytes) float up[kLanes] = {};
+  alignas(kLineBytes) float late[kLanes];
+  auto size = [&](int64_t n) { return last - n < G ? last - n : G; };
   for (int64_t n = first; n < last; n += G) {
-    int64_t count = last - n < G ? last - n : G;
-    Group<W, G> group(p, n, count);
+    Group<W, G> group(p, n, size(n));
     dot_all<W, G>(p, ws, group, gate, up);
-    hidden_values(p, n, static_cast<int>(count), 1, gate, up);
-    down_all<W, G>(p, group, count, gate, partial);
+    if (Late && n > first) down_all<W, G>(p, Group<W, G>(p, n - G, G), G, late, partial);
+    hidden_values(p, n, static_cast<int>(size(n)), 1, gate, up);
+    if (!Late || n + G >= last)
+      down_all<W, G>(p, group, size(n), gate, partial);
+    else
+      store(late, load(gate));
   }
 }
 
@@ -167,10 +175,14 @@ inline void slab_one(const Call& p, const Workspace& ws, int64_t first, int64_t 
 template <Type W>
 inline void slab_of(const Call& p, const Workspace& ws, int64_t first, int64_t last, float* partial) {
   __builtin_memset(partial, 0, ws.padded * sizeof(float));
-  if (p.index && W != Type::i8 && W != Type::i4)
+  constexpr bool kInteger = W == Type::i8 || W == Type::i4;
+  if (kInteger && kIntegersInFours && p.part() <= kNarrowBytes) {
+    if constexpr (kIntegersInFours) slab_one<W, kGroupWide, W == Type::i8>(p, ws, first, last, partial);
+  } else if (!kInteger && p.index) {
     slab_one<W, kGroupWide>(p, ws, first, last, partial);
-  else
+  } else {
     slab_one<W, kGroupOne>(p, ws, first, last, partial);
+  }
 }
 
 // Eight streams of additions, so that their latency hides behind the loads.
