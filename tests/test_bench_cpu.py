@@ -72,7 +72,7 @@ def _only(goals: dict[tuple[str, str], Any], name: str, rule: str = "") -> Any:
 def test_quick_result(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "buffer_bytes", lambda device: 1 << 22)
     file = tmp_path / "cpu.json"
-    monkeypatch.setattr(bench, "RESULT", tmp_path / "not this one.json")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "not this one")
     bench.main(quick=True, seconds=0.01)
     assert not list(tmp_path.iterdir())
     bench.main(quick=True, seconds=0.01, out_file=file)
@@ -139,46 +139,49 @@ def test_goals_are_judged_by_their_worst_case(bench: ModuleType) -> None:
     rows = [
         _row(bench, keep=1.0, compact=100.0),  # 0.95 of bandwidth, 4x dense
         _row(bench, keep=1.0, compact=190.0),  # 0.5 of bandwidth, 2.1x
+        _row(bench, keep=0.75, compact=500.0),  # the plot's, no goal's
         _row(bench, compact=100.0, gather=104.0),
+        _row(bench, hidden_size=2048, compact=100.0, gather=104.0),
         _row(bench, tokens=4, compact=100.0),
-        _row(bench, tokens=16, compact=201.0, gather=201.0),
-        _row(bench, tokens=128, compact=205.0, gather=205.0),
+        _row(bench, tokens=128, compact=201.0),
+        _row(bench, tokens=128, compact=210.0),
         _row(bench, "int8", keep=1.0, compact=160.0),
         _row(bench, "int4", keep=1.0, compact=101.0, hidden_size=2048),  # 0.94 of bandwidth, 3.96x
-    ]
-    goals = _goals(bench, rows, [_model_row(0.93)])
-    assert _only(goals, "M = 1, bfloat16 and float32, D >= 2048")["met"] is None
-    dense = _only(goals, "M = 1, bfloat16, D < 2048, keep 1.0", ">= 90 %")
-    assert dense["met"] is False and dense["worst"]["value"] == pytest.approx(0.5)
-    assert [case["met"] for case in dense["cases"]] == [True, False]
-    assert _only(goals, "M = 1, bfloat16, D < 2048, keep 1.0", ">= 2.2x")["met"] is False
-    assert _only(goals, "M = 1, bfloat16, D < 2048, keep 0.5", ">= 80 %")["met"] is True
-    assert _only(goals, "M = 1, bfloat16, D < 2048, keep 0.5", ">= 4x")["met"] is True
-    assert _only(goals, "M = 1, int8", ">= 80 %")["met"] is False
-    assert _only(goals, "M = 1, int8, keep 1.0")["met"] is True
-    assert _only(goals, "M = 1, int4, D >= 2048", ">= 65 %")["met"] is True
-    assert _only(goals, "M = 1, int4, D >= 2048, keep 1.0")["met"] is False
-    slower = _only(goals, "M = 4 and 16")
-    assert slower["met"] is False and slower["worst"]["case"] == "toy bfloat16 M 16 keep 0.5"
-    assert _only(goals, "M = 4", ">= 1.8x")["met"] is True
-    gather = _only(goals, "gather")
-    assert gather["at_most"] and gather["met"] is True and gather["worst"]["value"] == pytest.approx(1.04)
-    assert _only(goals, "M >= 128")["met"] is True
-    assert _only(goals, "SmolLM2")["met"] is True
-    assert _only(goals, "inductor, keep 0.5")["met"] is None
-
-
-def test_large_layers_inductor_and_the_model_goal(bench: ModuleType) -> None:
-    rows = [
-        _row(bench, keep=0.25, hidden_size=2048, compact=100.0),
-        _row(bench, keep=0.75, hidden_size=2048, compact=500.0),  # the plot's, no goal's
         _row(bench, inductor_dense=300.0, inductor_compact=150.0),
     ]
-    goals = _goals(bench, rows, [_model_row(0.85)])
-    assert _only(goals, "M = 1, bfloat16 and float32, D >= 2048")["met"] is True
+    goals = _goals(bench, rows, [_model_row(0.93)])
+    floats = _only(goals, "M = 1, floats")
+    assert floats["met"] is False and floats["worst"]["value"] == pytest.approx(0.5)
+    assert [case["met"] for case in floats["cases"]][:2] == [True, False] and len(floats["cases"]) == 5
+    assert _only(goals, "M = 1, int8, D >= 2048")["met"] is None
+    assert _only(goals, "M = 1, int8, keep 1.0")["met"] is True
+    assert _only(goals, "M = 1, int4, D >= 2048")["met"] is True
+    assert _only(goals, "M = 1, int4, keep 1.0")["met"] is False
+    slower = _only(goals, "every case")
+    assert slower["met"] is False and [c["case"] for c in slower["cases"] if not c["met"]] == [
+        "toy bfloat16 M 1 keep 0.75",
+        "toy bfloat16 M 128 keep 0.5",
+    ]
+    assert _only(goals, "M = 4")["met"] is True
+    gather = _only(goals, "gather of a random half, M = 1, D < 2048")
+    assert gather["at_most"] and gather["met"] is True and gather["worst"]["value"] == pytest.approx(1.04)
+    assert _only(goals, "gather of a random half, M = 1, D >= 2048")["met"] is False
+    assert _only(goals, "SmolLM2")["met"] is False
     reported = _only(goals, "inductor, keep 0.5")
     assert reported["met"] is None and reported["worst"]["value"] == pytest.approx(1.5)
-    assert _only(goals, "SmolLM2")["met"] is False
+
+
+@pytest.mark.parametrize(
+    ("cpu", "forced", "name"),
+    [
+        ("Intel(R) Xeon(R) Processor", "", "cpu.json"),
+        ("AMD EPYC", "", "cpu-epyc.json"),
+        ("AMD EPYC 9654 96-Core Processor", "avx2", "cpu-epyc-avx2.json"),
+        ("Neoverse-V2", "", "cpu-neoverse-v2.json"),
+    ],
+)
+def test_each_kind_of_cpu_has_a_result_of_its_own(bench: ModuleType, cpu: str, forced: str, name: str) -> None:
+    assert bench.result_file(cpu, forced).name == name
 
 
 def test_table_for_readme_and_figure(bench: ModuleType, tmp_path: Path) -> None:

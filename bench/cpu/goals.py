@@ -55,89 +55,66 @@ def _decode(row: Row, keep: float | None = None) -> bool:
     return row["tokens"] == 1 and (keep is None or row["keep"] == keep)
 
 
-def _small(row: Row, keep: float) -> bool:
-    return row["weights"] == "bfloat16" and row["hidden_size"] < 2048 and _decode(row, keep)
+def _decode_of(*kinds: str, keep: float | None = None, large: bool = False) -> Callable[[Row], bool]:
+    """The rows of one token, of weights of these dtypes; `large`: of D >= 2048 alone."""
+
+    def where(row: Row) -> bool:
+        wanted = row["weights"] in kinds and row["keep"] in (1.0, 0.5, 0.25) and _decode(row, keep)
+        return wanted and (row["hidden_size"] >= 2048 or not large)
+
+    return where
 
 
-def _large(row: Row) -> bool:
-    wanted = row["weights"] in ("bfloat16", "float32") and row["keep"] in (1.0, 0.5, 0.25)
-    return wanted and row["hidden_size"] >= 2048 and _decode(row)
+def _gather(large: bool) -> Callable[[Row], bool]:
+    return lambda row: _decode(row, 0.5) and (row["hidden_size"] >= 2048) == large
 
 
 BANDWIDTH = _of("compact", "share_of_bandwidth")
 VS_DENSE = _of("compact", "vs_dense")
 VS_TORCH = _of("compact", "vs_torch_compact")
+GATHER = _time("gather", "compact")
 INDUCTOR_DENSE = _time("inductor-dense", "compact")
 INDUCTOR_COMPACT = _time("inductor-compact", "compact")
+FLOATS = ("bfloat16", "float32", "float16")
 
 GOALS = (
-    Goal("M = 1, bfloat16 and float32, D >= 2048", ">= 90 % of read bandwidth", 0.90, _large, BANDWIDTH),
-    Goal("M = 1, bfloat16, D < 2048, keep 1.0", ">= 90 % of read bandwidth", 0.90, lambda r: _small(r, 1.0), BANDWIDTH),
-    Goal("M = 1, bfloat16, D < 2048, keep 0.5", ">= 80 % of read bandwidth", 0.80, lambda r: _small(r, 0.5), BANDWIDTH),
-    Goal("M = 1, bfloat16, D < 2048, keep 1.0", ">= 2.2x torch dense", 2.2, lambda r: _small(r, 1.0), VS_DENSE),
-    Goal("M = 1, bfloat16, D < 2048, keep 0.5", ">= 4x torch dense", 4.0, lambda r: _small(r, 0.5), VS_DENSE),
+    Goal("M = 1, floats", ">= 85 % of read bandwidth", 0.85, _decode_of(*FLOATS), BANDWIDTH),
     Goal(
-        "M = 1, int8",
-        ">= 80 % of read bandwidth on its own bytes",
-        0.80,
-        lambda r: r["weights"] == "int8" and _decode(r),
+        "M = 1, int8, D >= 2048",
+        ">= 75 % of read bandwidth on its own bytes",
+        0.75,
+        _decode_of("int8", large=True),
         BANDWIDTH,
-    ),
-    Goal(
-        "M = 1, int8, keep 1.0",
-        ">= 2.5x torch's bfloat16 dense",
-        2.5,
-        lambda r: r["weights"] == "int8" and _decode(r, 1.0),
-        VS_DENSE,
     ),
     Goal(
         "M = 1, int4, D >= 2048",
         ">= 65 % of read bandwidth on its own bytes",
         0.65,
-        lambda r: r["weights"] == "int4" and _decode(r) and r["hidden_size"] >= 2048,
+        _decode_of("int4", large=True),
         BANDWIDTH,
     ),
+    Goal("M = 1, int8, keep 1.0", ">= 2.5x torch's bfloat16 dense", 2.5, _decode_of("int8", keep=1.0), VS_DENSE),
+    Goal("M = 1, int4, keep 1.0", ">= 4x torch's bfloat16 dense", 4.0, _decode_of("int4", keep=1.0), VS_DENSE),
     Goal(
-        "M = 1, int4, D >= 2048, keep 1.0",
-        ">= 4x torch's bfloat16 dense",
-        4.0,
-        lambda r: r["weights"] == "int4" and _decode(r, 1.0) and r["hidden_size"] >= 2048,
-        VS_DENSE,
-    ),
-    Goal(
-        "M = 4 and 16",
-        "never slower than torch on the same compact weights",
-        1.0,
-        lambda r: r["tokens"] in (4, 16) and _floats(r),
+        "every case",
+        "never slower than torch on contiguous compact weights, 3 % of noise",
+        0.97,
+        lambda r: True,
         VS_TORCH,
     ),
     Goal(
-        "M = 4",
-        ">= 1.8x torch on the same compact weights",
-        1.8,
-        lambda r: r["tokens"] == 4 and _floats(r),
-        VS_TORCH,
+        "M = 4", ">= 1.8x torch on the same compact weights", 1.8, lambda r: r["tokens"] == 4 and _floats(r), VS_TORCH
     ),
     Goal(
-        "gather of a random half",
-        "time <= 1.05x that of compact",
-        1.05,
-        lambda r: r["keep"] == 0.5,
-        _time("gather", "compact"),
-        at_most=True,
+        "gather of a random half, M = 1, D < 2048", "time <= 1.10x that of compact", 1.10, _gather(False), GATHER, True
     ),
     Goal(
-        "M >= 128",
-        "time <= 1.03x that of torch on contiguous compact weights",
-        1.03,
-        lambda r: r["tokens"] >= 128,
-        _time("compact", "torch-compact"),
-        at_most=True,
+        "gather of a random half, M = 1, D >= 2048", "time <= 1.03x that of compact", 1.03, _gather(True), GATHER, True
     ),
     Goal(
         "SmolLM2, decode, batch 1, bfloat16, keep 0.5",
-        ">= 90 % of the Amdahl ceiling",
-        0.90,
+        ">= 95 % of the Amdahl ceiling",
+        0.95,
         lambda r: r["weights"] == "bfloat16",
         lambda r: r["share_of_ceiling"],
         of="models",

@@ -1,6 +1,6 @@
 """FFNs on a CPU against the speed of memory: every way to run one layer, in one process, each ratio from one run.
 
-    python -m bench.cpu.run                                     all cases, then SmolLM2; writes bench/results/cpu.json
+    python -m bench.cpu.run                                     all cases, then SmolLM2; writes bench/results/cpu*.json
     python -m bench.cpu.run --quick                             two small cases; writes no file without --out
     python -m bench.cpu.run --shapes gpt2 --weights int8 --tokens 1 --no-model
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ from pyprune.model.loading import load_model
 from pyprune.speed import roofline
 from pyprune.speed.benchmark import benchmark
 
-RESULT = Path(__file__).parents[1] / "results" / "cpu.json"
+RESULTS = Path(__file__).parents[1] / "results"
 # The layer of the plot, which has one more keep.
 PLOTTED = ("llama-3.2-1b", "bfloat16")
 ARENA, QUICK_ARENA = 1 << 30, 1 << 26
@@ -447,6 +448,13 @@ def _huge_pages() -> dict[str, str | None]:
     }
 
 
+def result_file(cpu: str, isa: str) -> Path:
+    """Where a whole run on such a CPU goes; `isa` is that which is forced, or empty."""
+    words = [word for word in re.findall(r"[a-z][a-z0-9-]*", cpu.lower()) if word != "amd"]
+    parts = ["cpu", *([] if words[:1] == ["intel"] else words[:1]), *([isa] if isa else [])]
+    return RESULTS / f"{'-'.join(parts)}.json"
+
+
 def _arena_bytes() -> int:
     return max(ARENA, 2 * roofline.last_level_cache())
 
@@ -491,7 +499,8 @@ def main(
             result["models"], result["model_report"] = measure_model(model, bars)
     result |= {"goals": judge(result), "seconds": time.perf_counter() - start}
     whole = not (quick or no_model or shapes or weights or tokens)
-    if path := out_file or (RESULT if whole else None):
+    own = result_file(machine.cpu_name(), os.environ.get("PYPRUNE_CPU_ISA", ""))
+    if path := out_file or (own if whole else None):
         with new_file(path) as temporary:
             temporary.write_text(by_line.dumps(result, ("rows", "models", "goals")), encoding="utf-8")
     # Into a pipe rich would fold the columns at 80.
