@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyprune import InputError
-from pyprune.ffn.quantisation import WEIGHTS, cast, dequantise, quantise
+from pyprune import InputError, PrunedMLP
+from pyprune.ffn.quantisation import WEIGHTS, cast, channel_scales, dequantise, quantise
+from pyprune.model.mask import KeepIndex
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -92,3 +93,50 @@ def test_casts():
     assert integers.dtype == torch.int8 and scales.shape == (2, 2)
     with pytest.raises(InputError, match=r"finite in torch\.float32; got .*1e\+39"):
         quantise(torch.tensor([[1e39]], dtype=torch.float64), 1)  # its scale would fit into float32
+
+
+def test_channel_scales_by_hand():
+    down = torch.tensor([[1.0, 3.0, 0.0, 2.0, 0.3], [-1.0, 5.0, 0.0, 2.0, -0.3]])  # rms 1, 4.1, 0, 2, 0.3; median 1
+    assert channel_scales(down).tolist() == [4.0, 16.0, 4.0, 8.0, 1.0]
+    assert channel_scales(torch.zeros(3, 2)).tolist() == channel_scales(torch.zeros(0, 2)).tolist() == [1.0, 1.0]
+    huge = channel_scales(torch.tensor([[1e-12, 1.0, 1.0, 1e12]]))
+    assert huge.tolist() == [1.0, 16.0, 16.0, 4096.0]
+
+
+@pytest.mark.parametrize(("weights", "better"), [("int8", 8), ("int4", 2)])
+@torch.no_grad()
+def test_loud_channels_do_not_drown_the_others(weights, better, tiny):
+    mlp = tiny("llama").model.layers[0].mlp
+    mlp.down_proj.weight[5] *= 60
+    x, quiet = torch.randn(64, 32), [c for c in range(32) if c != 5]
+    want = mlp(x)[:, quiet]
+    module = PrunedMLP.from_dense(mlp, weights=weights)
+    error = (module(x)[:, quiet] - want).norm() / want.norm()
+    module.set_width(96, mlp.down_proj.weight.t())
+    assert (module(x)[:, quiet] - want).norm() / want.norm() < 1.01 * error
+    plain, scales = cast(
+        torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t()], 1), 3, WEIGHTS[weights]
+    )
+    down = dequantise(plain, scales, 3, torch.float32)[:, 64:].t()
+    hidden = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+    assert error < ((hidden @ down.t())[:, quiet] - want).norm() / want.norm() / better
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@torch.no_grad()
+def test_channel_scales_survive_saving_loading_and_a_choice_of_neurons(name, tiny):
+    from pyprune.model.families import find_ffns
+
+    ffn = find_ffns(tiny(name))[0]
+    down = ffn.weights().down
+    down[:, 3] *= 16
+    keep = KeepIndex(range(0, len(down), 3), len(down))
+    compact, gather = (PrunedMLP.from_dense(ffn, keep, mode, weights="int8") for mode in ("compact", "gather"))
+    assert compact.channel_scales[3] == 16 * compact.channel_scales[2]
+    assert torch.equal(compact.record, gather.record[keep.neurons.long()])
+    saved = gather.state_dict()
+    other = PrunedMLP.from_dense(find_ffns(tiny(name))[0], keep, "gather", weights="int8")
+    other.load_state_dict(saved)
+    x = torch.randn(3, 32)
+    assert torch.equal(other(x), gather(x)) and torch.equal(other.channel_scales, gather.channel_scales)
+    assert other.half().channel_scales.dtype == torch.float16

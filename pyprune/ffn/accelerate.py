@@ -110,7 +110,8 @@ def accelerate(
         ffn = ffns.pop()
         keep = mask.layers[ffn.layer] if mask else None
         kind = PrunedMLP if parts is None else sharded.ShardedMLP
-        module = kind.from_dense(ffn, keep, mode, backend, weights, room, batch_invariant)
+        group = None if parts is None else parts.shards[ffn.layer].mesh.get_group()
+        module = kind.from_dense(ffn, keep, mode, backend, weights, room, batch_invariant, group)
         if isinstance(module, sharded.ShardedMLP) and parts is not None:
             module.shard_as(parts.shards[ffn.layer])
         _swap(model, ffn, module)

@@ -19,7 +19,7 @@ from ..model.patterns import FFNWeights, Pattern, match
 from ..model.probe import detect_activation
 from . import dispatch, operators
 from .mlp_state import FamilyState, Packed
-from .quantisation import WEIGHTS, cast, check_fits, name_of
+from .quantisation import WEIGHTS, cast, channel_scales, check_fits, name_of
 
 MODES = ("compact", "gather")
 
@@ -74,6 +74,8 @@ class PrunedMLP(FamilyState):
         scales: `[F, P]` float32 buffer with an int8 record, which no cast of the module changes, else None.
         neuron_bias: `[F, P-1]` parameter or None.
         down_bias: `[D]` parameter or None.
+        channel_scales: `[D]` buffer that results are multiplied by, see `quantisation.channel_scales`; down rows and
+            down_bias are divided by it. None without rows of integers.
         index: `[K]` int32 buffer in gather mode, else None.
         dtype: of x, of the biases, and of the tensors in the `state_dict`.
         batch_invariant: whether a row of the result is independent, to the bit, of the rows beside it, at the price
@@ -98,6 +100,7 @@ class PrunedMLP(FamilyState):
         dropout: float = 0.0,
         backend: str = "auto",
         batch_invariant: bool = False,
+        channel_scales: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_choice(backend, "backend", dispatch.names())
@@ -123,10 +126,11 @@ class PrunedMLP(FamilyState):
         self.record = nn.Parameter(rows, requires_grad=rows.is_floating_point())
         for name, bias in (("neuron_bias", record.neuron_bias), ("down_bias", record.down_bias)):
             self.register_parameter(name, None if bias is None else nn.Parameter(bias))
-        self.register_buffer("scales", record.scales, persistent=False)
-        self.register_buffer("index", record.index, persistent=False)
-        self.register_buffer("plain_down", None, persistent=False)
-        self.register_buffer("plain_scales", None, persistent=False)
+        buffers = {"channel_scales": channel_scales, "scales": record.scales, "index": record.index}
+        waiting = {"plain_down": None, "plain_scales": None}
+        # torch.export counts those that are there as if they came first.
+        for name, buffer in sorted({**buffers, **waiting}.items(), key=lambda item: item[1] is None):
+            self.register_buffer(name, buffer, persistent=False)
         for name, blocks in pattern.inputs:
             self.add_module(name, Packed(self.hidden_size, blocks * self.intermediate_size))
         self.add_module(pattern.down, Packed(self.intermediate_size, self.hidden_size))
@@ -158,6 +162,7 @@ class PrunedMLP(FamilyState):
         weights: str | None = None,
         room: Room | None = None,
         batch_invariant: bool = False,
+        group: Any = None,
     ) -> PrunedMLP:
         """Build one from an FFN of a Transformers model, which stays as it is.
 
@@ -169,6 +174,7 @@ class PrunedMLP(FamilyState):
             weights: dtype of the record, a key of `quantisation.WEIGHTS`; None for that of `mlp`, which biases keep.
             room: where the record is to lie, or None for anywhere.
             batch_invariant: see the attribute.
+            group: of processes, each with some of the neurons of one FFN; None where they are all here.
 
         Raises:
             InputError: unknown mode, backend or weights, `gather` without `keep`, `keep` of another width, or a weight
@@ -179,7 +185,7 @@ class PrunedMLP(FamilyState):
         check(keep is not None or mode == "compact", "keep", "be given in gather mode", keep)
         check_choice(weights or "float32", "weights", WEIGHTS)
         ffn = mlp if isinstance(mlp, FFN) else _describe(mlp)
-        dense, scales = ffn.weights(), None
+        dense, scales, channels = ffn.weights(), None, None
         if keep is not None:
             size = dense.down.shape[0]
             check(keep.intermediate_size == size, "keep", f"refer to {size} neurons", keep.intermediate_size)
@@ -187,6 +193,10 @@ class PrunedMLP(FamilyState):
             rows = keep.neurons if keep is not None and mode == "compact" else None
             packed, neuron_bias = pack(dense, rows)
             down_bias = None if dense.down_bias is None else dense.down_bias.clone()
+            if weights in ("int8", "int4"):
+                channels = channel_scales(dense.down, group)
+                packed[:, -len(channels) :] /= channels
+                down_bias = None if down_bias is None else down_bias / channels
             if weights is not None:
                 packed, scales = cast(packed, len(dense.parts), WEIGHTS[weights])
             if room is not None:
@@ -200,6 +210,7 @@ class PrunedMLP(FamilyState):
             dropout=ffn.dropout,
             backend=backend,
             batch_invariant=batch_invariant,
+            channel_scales=channels,
         )
         for parameter in module.parameters():
             wanted = any(p.requires_grad for p in ffn.parameters())
@@ -221,9 +232,10 @@ class PrunedMLP(FamilyState):
         if x.ndim == 0 or x.shape[-1] != self.hidden_size or x.dtype != self.dtype or x.device != rows.device:
             self._whole().check_x(x)
             native_tokens = 0  # those are of another dtype
-        backend = self.backend
+        backend, channels = self.backend, buffers["channel_scales"]
         if torch.is_grad_enabled() and self._needs_grad(x):
             out = self._forward_with_grad(x)
+            out = out if channels is None else out * channels
         else:
             scales, neuron_bias = buffers["scales"], parameters["neuron_bias"]
             if self._width is not None:
@@ -244,6 +256,7 @@ class PrunedMLP(FamilyState):
                 native_tokens,
                 self.batch_invariant,
             )
+            out = out if channels is None else out.mul_(channels)
         return nn.functional.dropout(out, self.dropout, self.training) if self.dropout else out
 
     def _whole(self) -> Record:
@@ -311,6 +324,8 @@ class PrunedMLP(FamilyState):
             shape = (neurons, self.hidden_size)
             check(tuple(down.shape) == shape, "down", f"have shape {shape}", tuple(down.shape))
             down = down.to(self.record.device, self.dtype, copy=True)
+            if self.channel_scales is not None:
+                down /= self.channel_scales
             check_fits(down, self.record.dtype, "down")
         if self.plain_down is not None:
             self._exchange_down()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..base.errors import UnsupportedModelError
 from ..model.patterns import Pattern
-from .quantisation import cast, dequantise
+from .quantisation import cast, channel_scales, dequantise
 
 NO_PROJECTION = (
     "the FFNs of an accelerated model have their projections in one record, which can be neither adapted nor quantised "
@@ -45,6 +45,7 @@ class FamilyState(nn.Module):
     neuron_bias: Tensor | None
     down_bias: Tensor | None
     scales: Tensor | None
+    channel_scales: Tensor | None
     plain_down: Tensor | None  # the record's own down rows while others are in their place (`PrunedMLP.set_width`)
     plain_scales: Tensor | None
     pattern: Pattern
@@ -68,6 +69,10 @@ class FamilyState(nn.Module):
         if self.plain_down is not None:
             plain = dequantise(self.plain_down, self.plain_scales, 1, self.dtype)
             down = torch.cat([plain, down[len(plain) :]])
+        down_bias = self.down_bias
+        if self.channel_scales is not None:
+            down = down * self.channel_scales
+            down_bias = None if down_bias is None else down_bias * self.channel_scales
         columns = [] if bias is None else list(bias.unbind(1))
         names = [name for name, _ in self.pattern.inputs]
         if self.pattern.fused:
@@ -77,8 +82,8 @@ class FamilyState(nn.Module):
             tensors[f"{name}.weight"] = weight.t() if self.transposed else weight
         tensors.update({f"{n}.bias": b for n, b in zip(names, columns, strict=False)})
         tensors[f"{self.pattern.down}.weight"] = down if self.transposed else down.t()
-        if self.down_bias is not None:
-            tensors[f"{self.pattern.down}.bias"] = self.down_bias
+        if down_bias is not None:
+            tensors[f"{self.pattern.down}.bias"] = down_bias
         return tensors
 
     def _split(self, prefix: str) -> tuple[str, tuple[str, ...]]:
@@ -150,9 +155,19 @@ class FamilyState(nn.Module):
                 part += 1
         down, bias = tensors.get(f"{self.pattern.down}.weight"), tensors.get(f"{self.pattern.down}.bias")
         if down is not None:
-            self._set_part(part, down if self.transposed else down.t())
+            self._set_down(part, down if self.transposed else down.t())
         if bias is not None and self.down_bias is not None:
-            self.down_bias.copy_(bias)
+            self.down_bias.copy_(bias if self.channel_scales is None else bias / self.channel_scales)
+
+    def _set_down(self, part: int, rows: Tensor) -> None:
+        own = self.channel_scales
+        # Compensated rows that wait for their turn are of the scales that are there.
+        if own is not None and self.plain_down is None:
+            scales = channel_scales(rows.to(own.dtype))
+            if self.down_bias is not None:
+                self.down_bias.mul_(own / scales)
+            own.copy_(scales)
+        self._set_part(part, rows if own is None else rows / own)
 
     def _set_part(self, part: int, weight: Tensor) -> None:
         columns = slice(part * self._part_columns, (part + 1) * self._part_columns)

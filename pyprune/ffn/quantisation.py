@@ -3,7 +3,10 @@ has it), and plain casts."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..base import int4
@@ -51,6 +54,28 @@ def check_fits(weights: Tensor, dtype: torch.dtype, argument: str) -> None:
         f"be finite in {target}",
         (low.item(), high.item()),
     )
+
+
+def channel_scales(down: Tensor, group: Any = None) -> Tensor:
+    """What the columns of down rows are divided by before they are rounded, and the FFN's result is multiplied by.
+
+    A row has one scale (int4: one in 32 elements), and in many models some channels of the residual stream are written
+    with far larger weights than the rest, by all neurons; beside those the rest would be rounded coarsely. Equalising
+    channels is old (Nagel et al. 2019, arXiv 1906.04721, section 4.1); here by powers of two, with which nothing is
+    rounded, as long as it is neither too large nor too small for its dtype.
+
+    Args:
+        down: `[F, D]`, of all neurons, so that which of them are kept changes nothing.
+        group: of processes, each with some of the neurons; None for all here.
+
+    Returns:
+        `[D]` in the dtype of `down`, powers of two from 1 to 2^12, by the root mean square of each column.
+    """
+    size = down.float().square().sum(0)
+    if group is not None:
+        dist.all_reduce(size, group=group)
+    steps = (size / size.median()).log2().div(2).round().nan_to_num(0.0, 0.0, 0.0).clamp(-4, 8)
+    return (steps - steps.min()).exp2().to(down.dtype)
 
 
 def quantise(record: Tensor, parts: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base import reference
 from ..base.clock import Job, interleave, median, timed
@@ -18,7 +18,7 @@ from ..base.errors import InputError, UnsupportedModelError
 from ..base.memory import Room, release
 from ..base.record import Record
 from ..ffn import first_use, native, tuned
-from ..ffn.quantisation import quantise
+from ..ffn.quantisation import channel_scales, quantise
 from .vllm_ffn import RecordFFN, Site, find
 from .vllm_options import VllmOptions
 
@@ -122,16 +122,24 @@ class _Group:
         self.room = Room(sum(map(Room.rounded, sizes)))
         self.problem = sites[0].problem(self.weights)
         self.sample = min(len(sites), -(-_COPY_BYTES // max(sizes[0], 1)))
-        self.records: dict[str, Record] = {}
+        # With what their results are multiplied by.
+        self.records: dict[str, tuple[Record, Tensor | None]] = {}
 
-    def record(self, site: Site) -> Record:
+    def record(self, site: Site) -> tuple[Record, Tensor | None]:
         if site.name not in self.records:
-            made = site.record()
+            made, channels = site.record(), None
             if self.weights == torch.int8:
+                channels = channel_scales(made.rows[:, -made.hidden_size :])
+                made.rows[:, -made.hidden_size :] /= channels
                 rows, scales = quantise(made.rows, 3)
-                made = dataclasses.replace(made, rows=rows, scales=scales)
-            self.records[site.name] = dataclasses.replace(made, rows=self.room.keep(made.rows))
+                bias = None if made.down_bias is None else made.down_bias / channels
+                made = dataclasses.replace(made, rows=rows, scales=scales, down_bias=bias)
+            self.records[site.name] = dataclasses.replace(made, rows=self.room.keep(made.rows)), channels
         return self.records[site.name]
+
+    def ours(self) -> list[RecordFFN]:
+        """Those of the records that are there."""
+        return [RecordFFN(record, self.dtype, channels) for record, channels in self.records.values()]
 
     def decide(self, options: VllmOptions) -> Outcome:
         """Time both, unless `options` say who runs.
@@ -142,9 +150,10 @@ class _Group:
         forced = options.kernels == "on"
         first = self.sites[: self.sample]
         plain = first[0].record()
-        ours = [RecordFFN(self.record(site), self.dtype) for site in first]
         for site in first:
+            self.record(site)
             site.finish()
+        ours = self.ours()
         if reason := _check_plain(first[0], plain):
             if forced:
                 raise UnsupportedModelError(f"kernels 'on' cannot be had: {reason}")
@@ -159,7 +168,7 @@ class _Group:
     def _everywhere(self, own: Sequence[Any]) -> Outcome:
         """A record, whatever that costs; which is said."""
         first_use.measure([self.problem])
-        ours = [RecordFFN(record, self.dtype) for record in self.records.values()]
+        ours = self.ours()
         return Outcome("record", {tokens: _race(own, ours, self.dtype, tokens, "auto") for tokens in TOKENS})
 
     def _beside(self, own: Sequence[Any], ours: Sequence[RecordFFN]) -> Outcome:
@@ -173,7 +182,7 @@ class _Group:
         for tokens in TOKENS:
             if tokens == TOKENS[1]:
                 first_use.measure([self.problem])
-                ours = [RecordFFN(record, self.dtype) for record in self.records.values()]
+                ours = self.ours()
             found.times[tokens] = theirs, mine = _race(own, ours, self.dtype, tokens, "cpu" if tokens == 1 else "auto")
             if mine > (_FASTER if tokens == TOKENS[0] else _SLOWER) * theirs:
                 return found
@@ -186,12 +195,13 @@ class _Group:
         while self.sites and outcome.way != "own":
             site = self.sites.pop()
             own = site.module if outcome.way == "beside" else None
-            made = RecordFFN(self.record(site), self.dtype, own, served)
+            record, channels = self.record(site)
+            made = RecordFFN(record, self.dtype, channels, own, served)
             if own is None:
                 site.free()
             parent, _, name = site.name.rpartition(".")
             setattr(model.get_submodule(parent), name, made)
-            del self.records[site.name], site, own
+            del self.records[site.name], site, own, record
             release()
 
 

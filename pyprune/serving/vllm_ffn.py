@@ -31,21 +31,29 @@ class RecordFFN(nn.Module):
     Args:
         record: the FFN.
         dtype: of x.
+        channels: `[D]` that results are multiplied by, see `quantisation.channel_scales`, or None.
         own: vLLM's FFN, which runs for every other number of tokens; None where there is none.
         served: of `own`, the numbers of tokens that the record serves.
     """
 
     rows: Tensor
+    channels: Tensor | None
     _made = itertools.count()
 
     def __init__(
-        self, record: Record, dtype: torch.dtype, own: nn.Module | None = None, served: Container[int] = ()
+        self,
+        record: Record,
+        dtype: torch.dtype,
+        channels: Tensor | None = None,
+        own: nn.Module | None = None,
+        served: Container[int] = (),
     ) -> None:
         super().__init__()
         self.gated, self.activation, self.served, self.own = record.gated, record.activation, served, own
         self.hidden_size = record.hidden_size
         for name in ("rows", "scales", "neuron_bias", "down_bias"):
             self.register_buffer(name, getattr(record, name), persistent=False)
+        self.register_buffer("channels", channels, persistent=False)
         layer = (record.hidden_size, False, "cpu", record.neurons, record.gated, record.activation)
         self.native_tokens = dispatch.native_tokens(dtype, record.rows.dtype, *layer)
         self.key = str(next(self._made))
@@ -60,7 +68,8 @@ class RecordFFN(nn.Module):
     def by_record(self, x: Tensor, backend: str) -> Tensor:
         """By our operator alone."""
         tensors = (self.rows, None, self.scales, self.neuron_bias, self.down_bias)
-        return operators.FFN(x, *tensors, self.gated, self.activation, backend, self.native_tokens, False)
+        out: Tensor = operators.FFN(x, *tensors, self.gated, self.activation, backend, self.native_tokens, False)
+        return out if self.channels is None else out.mul_(self.channels)
 
 
 # vLLM traces a model once for all numbers of tokens, so which of the two runs is decided inside an operator.
