@@ -254,6 +254,7 @@ def _elsewhere(module: str, function: str) -> Callable[[Result], list[str]]:
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "allocations": _elsewhere("bench.tables.methods", "allocations_table"),
     "compare": _elsewhere("bench.tables.quality", "compare_table"),
+    "compiled": _elsewhere("bench.tables.compiled", "compiled_table"),
     "cpu": cpu_table,
     "draft": _elsewhere("bench.tables.draft", "draft_table"),
     "engines": _elsewhere("bench.tables.engines", "engines_table"),
