@@ -34,7 +34,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     tiny = recipes.Recipe(dense_steps=2, steps=4, dense_batch=2, decode=2, warmup=0.0, cooldown=0.25, **sizes)
     for module in (experiment, run):
         monkeypatch.setattr(module, "recipe", lambda *place: tiny)
-    for name, value in {"BATCHES": (2,), "STEPS": (4,), "KEEPS": (0.5,)}.items():
+    for name, value in {"PLACES": ((2, 4),), "KEEPS": (0.5,)}.items():
         monkeypatch.setattr(experiment, name, value)
     kept = {"movement": experiment.FORMS["movement"], "GUM": experiment.FORMS["GUM"]}
     monkeypatch.setattr(experiment, "FORMS", kept)
@@ -43,7 +43,9 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
 def run(bench: SimpleNamespace, folder: Path, seeds: int = 2) -> dict[str, Any]:
     out = folder / "ema.json"
-    bench.experiment.main(data=folder, seeds=seeds, models_folder=folder / "models", out_file=out, show_only=False)
+    bench.experiment.main(
+        data=folder, seeds=seeds, places=1, models_folder=folder / "models", out_file=out, show_only=False
+    )
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
 
