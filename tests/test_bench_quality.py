@@ -36,11 +36,9 @@ def test_tasks_are_asked_once_and_of_the_same_items(
     bench, out = module("bench.experiments.quality_tasks"), tmp_path / "q.json"
     asked = iter([{"sentiment": [1.0, 1.0]}, {"sentiment": [1.0, 0.0]}, {"sentiment": [0.0, 0.0]}])
     monkeypatch.setattr(bench, "scores", lambda *given: next(asked))
-    monkeypatch.setattr(bench, "quality_tasks_table", lambda result: [])
-    same: dict[str, Any] = {"data": tmp_path, "model": str(tiny_checkpoint), "out_file": out, "show_only": False}
 
-    def main(checkpoint: list[str], random: list[float], items: int = 0) -> None:
-        bench.main(checkpoint=checkpoint, random=random, items=items, **same)
+    def main(checkpoint: list[str], random: list[float], model: str = str(tiny_checkpoint)) -> None:
+        bench.main(model=model, checkpoint=checkpoint, random=random, out_file=out)
 
     main([f"30 %={tiny_checkpoint}"], [])
     main([f"30 %={tiny_checkpoint}"], [0.5])
@@ -50,7 +48,7 @@ def test_tasks_are_asked_once_and_of_the_same_items(
     assert rows["50% removed at random"]["parameters"] < rows["dense"]["parameters"]
     for given, message in (
         ({"checkpoint": ["nowhere"], "random": []}, "checkpoint must be LABEL=DIR of an existing folder"),
-        ({"checkpoint": [], "random": [], "items": 7}, "out must hold rows of the same model and items"),
+        ({"checkpoint": [], "random": [], "model": "another"}, "out must hold rows of another"),
     ):
         with pytest.raises(typer.Exit):
             main(**given)
@@ -61,13 +59,20 @@ def test_quality_by_task_by_hand(module: Callable[[str], Any]) -> None:
     tables = module("bench.tables.quality_tasks")
     right = {task: [1.0] * 80 + [0.0] * 20 for task in tables.TASKS}
     worse = {**right, "sentiment": [1.0] * 50 + [0.0] * 50}
-    rows = {"dense": {"scores": right}, "30 %": {"scores": worse}}
-    found = tables.compared({"rows": rows})["30 %"]
+    own = {"rows": {"dense": {"scores": right}, "30 % removed": {"scores": worse}, "other": {"scores": right}}}
+    found = tables.compared(own)["30 % removed"]
     assert found["sentiment"].difference.value == pytest.approx(0.3)
-    assert found["sentiment"].retained.value == 0 and found["piqa"].retained.value == 1
-    lines = tables.quality_tasks_table({"rows": rows, "model": "demo", "machine": {**FACTS, "dirty": False}})
-    assert lines[-2].startswith("| dense | 80% (72% to 88%) |") and "*" not in lines[-2]
-    assert lines[-1].startswith("| 30 % | 50% (40% to 60%)* | 80% (72% to 88%) |") and "100 of sentiment" in lines[0]
+    assert found["sentiment"].retained.value == 0 and found["translation"].retained.value == 1
+    asked = {
+        "piqa": {"items": 500, "accuracy_byte": {"value": 0.6, "interval": [0.5, 0.7]}},
+        "generation": {"repetition": {"value": 0.2, "interval": [0.1, 0.3]}},
+    }
+    suite = {"dense_tasks": asked, "rows": [{"label": "pyprune", "keep": 0.7, **asked}]}
+    facts = {"model": "demo", "machine": {**FACTS, "dirty": False}}
+    lines = tables.quality_tasks_table({"quality-tasks": {**own, **facts}, "compare-suite": suite})
+    assert lines[-3].startswith("| dense | 80% (72% to 88%) |") and "*" not in lines[-3]
+    assert lines[-2].startswith("| 30 % removed | 50% (40% to 60%)* | 80% (72% to 88%) |")
+    assert lines[-2].endswith("| 60% (50% to 70%) | 20% (10% to 30%) |") and lines[-1].endswith("| - | - |")
 
 
 def test_allocations_on_a_tiny_model(

@@ -1,4 +1,4 @@
-"""The table of bench/experiments/quality_tasks.py: what dense and pruned models score by task, item by item."""
+"""The table of bench/experiments/quality_tasks.py, with PIQA and repetition of the same models from `compare`."""
 
 from __future__ import annotations
 
@@ -7,56 +7,76 @@ from typing import Any
 import torch
 
 from bench.tables.readme import markdown, model_name, provenance
-from pyprune.evaluation.tasks.estimates import Estimate, Metric, metric
+from pyprune.evaluation.tasks.estimates import Metric, metric
 
-# Task -> what it is called, and what guessing gives; None where less is better and nothing is guessed.
-TASKS: dict[str, tuple[str, float | None]] = {
-    "sentiment": ("sentiment", 0.5),
-    "translation": ("translation", 0.25),
-    "choice": ("questions, of four", 0.25),
-    "piqa": ("questions, PIQA", 0.5),
-    "generation": ("generation, facts", 0.0),
-    "repeats": ("generation, repeated 4-grams", None),
+# Task -> what it is called, and what guessing gives.
+TASKS = {"sentiment": ("sentiment", 0.5), "translation": ("translation", 0.25), "generation": ("facts written", 0.0)}
+# Row -> the same model in compare-suite.json: its setting and share kept.
+COMPARED = {
+    "30 % removed": ("pyprune", 0.7),
+    "30 % removed, --best": ("pyprune --best", 0.7),
+    "50 % removed, --best": ("pyprune --best", 0.5),
+    "30% removed at random": ("random", 0.7),
 }
+Result = dict[str, Any]
 
 
-def compared(result: dict[str, Any]) -> dict[str, dict[str, Metric]]:
+def compared(result: Result) -> dict[str, dict[str, Metric]]:
     """Row -> task -> the metric, of the dense model alone in its own row."""
-    found: dict[str, dict[str, Metric]] = {}
-    dense = {task: torch.tensor(of, dtype=torch.float64) for task, of in result["rows"]["dense"]["scores"].items()}
-    for label, row in result["rows"].items():
-        mine = {task: torch.tensor(of, dtype=torch.float64) for task, of in row["scores"].items()}
-        found[label] = {
-            task: metric(dense[task], None if label == "dense" else mine[task], chance)
+    scores = {
+        label: {task: torch.tensor(row["scores"][task], dtype=torch.float64) for task in TASKS}
+        for label, row in result["rows"].items()
+    }
+    return {
+        label: {
+            task: metric(scores["dense"][task], None if label == "dense" else mine[task], chance)
             for task, (_, chance) in TASKS.items()
         }
-    return found
+        for label, mine in scores.items()
+    }
 
 
-def _percent(found: Estimate) -> str:
-    low, high = found.interval
-    return f"{found.value:.0%} ({low:.0%} to {high:.0%})"
+def _percent(value: float, interval: Any) -> str:
+    return f"{value:.0%} ({interval[0]:.0%} to {interval[1]:.0%})"
 
 
 def _cell(found: Metric) -> str:
     """The score with its interval; a star where the difference from dense leaves out 0."""
     if found.pruned is None or found.difference is None:
-        return _percent(found.dense)
+        return _percent(found.dense.value, found.dense.interval)
     low, high = found.difference.interval
-    return _percent(found.pruned) + ("*" if low > 0 or high < 0 else "")
+    return _percent(found.pruned.value, found.pruned.interval) + ("*" if low > 0 or high < 0 else "")
 
 
-def quality_tasks_table(result: dict[str, Any]) -> list[str]:
-    """Lines for docs/quality.md: a row a model."""
-    if "dense" not in result["rows"]:
-        return ["Nothing was asked yet."]
-    found, counts = compared(result), {t: len(s) for t, s in result["rows"]["dense"]["scores"].items()}
-    chances = [f"{name} {chance:.0%}" for name, chance in TASKS.values() if chance]
-    rows = [[label, *(_cell(of[task]) for task in TASKS)] for label, of in found.items()]
+def _elsewhere(suite: Result, label: str) -> list[str]:
+    """PIQA by bytes and repeated 4-grams of the same model, where `compare` measured it."""
+    rows = [r for r in suite["rows"] if (r["label"], r["keep"]) == COMPARED.get(label) and "error" not in r]
+    found = suite["dense_tasks"] if label == "dense" else rows[0] if rows else None
+    if found is None:
+        return ["-", "-"]
+    both = (found["piqa"]["accuracy_byte"], found["generation"]["repetition"])
+    return [_percent(one["value"], one["interval"]) for one in both]
+
+
+def quality_tasks_table(results: dict[str, Result]) -> list[str]:
+    """Lines for docs/quality.md: of each model a table, a row a way to prune it."""
+    suites = {name.removeprefix("compare-suite"): found for name, found in results.items() if "compare" in name}
+    tables = [["", *_table(results[f"quality-tasks{more}"], suite)] for more, suite in suites.items()]
+    return [line for table in tables for line in table][1:]
+
+
+def _table(own: Result, suite: Result) -> list[str]:
+    found = compared(own)
+    counts = {task: len(of) for task, of in own["rows"]["dense"]["scores"].items()}
     asked = ", ".join(f"{counts[task]} of {name}" for task, (name, _) in TASKS.items())
+    chances = ", ".join(f"{name} {chance:.0%}" for name, chance in TASKS.values() if chance)
+    rows = [[label, *(_cell(of[t]) for t in TASKS), *_elsewhere(suite, label)] for label, of in found.items()]
+    names = [*(name for name, _ in TASKS.values()), "PIQA", "repeated 4-grams"]
+    piqa = suite["dense_tasks"]["piqa"]["items"]
     return [
-        f"{model_name(result['model'])}. Items: {asked}. Right by guessing: {', '.join(chances)}. 95 % intervals over "
-        f"items; a star: the interval of the difference from dense, paired by item, leaves out 0. {provenance(result)}",
+        f"{model_name(own['model'])}, items: {asked}, and {piqa} of PIQA; guessing gives {chances}, PIQA 50%. 95 % "
+        f"intervals over items; a star: the interval of the difference from dense, paired by item, leaves out 0 (PIQA "
+        f"and repetition, from the table above, are not paired). {provenance(own)}",
         "",
-        *markdown(["model", *(f">{name}" for name, _ in TASKS.values())], rows),
+        *markdown(["model", *(f">{name}" for name in names)], rows),
     ]

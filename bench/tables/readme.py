@@ -290,7 +290,11 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
 ROOT = HERE.parent
 # Tables that are made of what is registered, not of measurements; and those of several results, by file name.
 _OF_CODE = ("allocations", "methods", "repairs", "training")
-_TOGETHER = {"glance": ("compare-suite", "model", "nested"), "works": ("families",)}
+_TOGETHER = {
+    "glance": ("compare-suite", "model", "nested"),
+    "quality-tasks": ("quality-tasks", "quality-tasks-gemma", "compare-suite", "compare-suite-gemma"),
+    "works": ("families",),
+}
 
 
 def texts() -> list[Path]:
