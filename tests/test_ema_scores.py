@@ -91,6 +91,14 @@ def test_ratios_are_paired_by_seed_and_by_hand(bench: SimpleNamespace) -> None:
     assert found["ratio"]["mean"] == pytest.approx(math.exp(mean))
     assert found["ratio"]["high"] == pytest.approx(math.exp(mean + half)) and found["ratio"]["high"] < 1
     assert (found["verdict"], found["cells"], found["better"], found["worse"]) == ("better", 2, 0, 0)
+    assert found["base"] == "last batch"
+    # The sum is what the last batch was: the EMA has the same ratio to it, and it has 1 to the last batch.
+    more = [{**r, "form": "sum"} for r in runs if r["form"] == "last batch"]
+    same, ema, last = sorted(bench.table.answers({"runs": dict(enumerate([*runs, *more]))}), key=lambda a: a["form"])[
+        ::-1
+    ]
+    assert (same["form"], same["ratio"]["mean"], same["verdict"]) == ("sum", 1.0, "no difference shown")
+    assert {ema["base"], last["base"]} == {"last batch", "sum"} and ema["ratio"] == last["ratio"]
     # A seed that lacks a cell does not count; with one seed left there is no interval.
     few = [r for r in runs if r["seed"] == 0 or r["batch"] == 2]
     (found,) = bench.table.answers({"runs": dict(enumerate(few))})

@@ -10,7 +10,7 @@ from bench.tables.readme import markdown, provenance
 
 Entry = dict[str, Any]
 Cell = tuple[int, int, float]
-LAST = "last batch"
+LAST, EMA, SUM = "last batch", "EMA", "sum"
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -48,37 +48,33 @@ class Runs:
         """Perplexities, one a seed."""
         return [self.found[key] for seed in self.seeds if (key := (family, form, cell, seed)) in self.found]
 
-    def logs(self, family: str, form: str, cells: list[Cell]) -> list[float]:
-        """Log perplexity of a form less that of the last batch alone, the mean over cells of each seed that has all."""
+    def logs(self, family: str, form: str, base: str, cells: list[Cell]) -> list[float]:
+        """Log perplexity of a form less that of another, the mean over cells of each seed that has all."""
         gained = []
         for seed in self.seeds:
-            pairs = [[self.found.get((family, f, cell, seed)) for f in (form, LAST)] for cell in cells]
+            pairs = [[self.found.get((family, f, cell, seed)) for f in (form, base)] for cell in cells]
             if all(a is not None and b is not None for a, b in pairs):
                 gained.append(sum(math.log(a / b) for a, b in pairs) / len(pairs))  # type: ignore[operator]
         return gained
 
 
 def answers(result: Entry) -> list[Entry]:
-    """Every form of a score over its last batch alone: `family`, `form`, the ratio over all cells, and cell by cell."""
+    """Every form of a score over its last batch alone, and an EMA over the sum, where there is one.
+
+    Each has `family`, `form`, `base`, the `ratio` over all cells with its `verdict`, and how many of the `cells` are
+    `better` or `worse` by themselves.
+    """
     runs = Runs(result)
+    pairs = [(family, form, LAST) for family, form in runs.forms if form != LAST]
+    pairs += [(family, EMA, form) for family, form in runs.forms if form == SUM]
     found = []
-    for family, form in runs.forms:
-        if form == LAST or (family, LAST) not in runs.forms:
+    for family, form, base in pairs:
+        if not (logs := runs.logs(family, form, base, runs.cells)):
             continue
-        each = [verdict(ratio(logs)) for cell in runs.cells if (logs := runs.logs(family, form, [cell]))]
-        if logs := runs.logs(family, form, runs.cells):
-            whole = ratio(logs)
-            counts = {word: each.count(word) for word in ("better", "worse")}
-            found.append(
-                {
-                    "family": family,
-                    "form": form,
-                    "ratio": whole,
-                    "verdict": verdict(whole),
-                    "cells": len(each),
-                    **counts,
-                }
-            )
+        each = [verdict(ratio(own)) for cell in runs.cells if (own := runs.logs(family, form, base, [cell]))]
+        counts = {word: each.count(word) for word in ("better", "worse")}
+        whole, names = ratio(logs), {"family": family, "form": form, "base": base}
+        found.append({**names, "ratio": whole, "verdict": verdict(whole), "cells": len(each), **counts})
     return found
 
 
@@ -97,11 +93,11 @@ def ema_scores_table(result: Entry) -> list[str]:
     rows.insert(0, ["dense", "trained on", *(f"{sum(v) / len(v):.2f}" if v else "-" for v in dense)])
     header = ["score", "of", *(f">{batch} x {steps}, {keep:.0%}" for batch, steps, keep in runs.cells)]
     lines = [
-        [a["family"], a["form"], _shown(a["ratio"]), a["verdict"], f"{a['better']} of {a['cells']}", str(a["worse"])]
+        [a["family"], a["form"], a["base"], _shown(a["ratio"]), a["verdict"], f"{a['better']} of {a['cells']}"]
         for a in answers(result)
     ]
     return [
-        f"The small GPT-2 above, trained on E2E NLG to a perplexity of {start['value']:.2f}, pruned in few steps "
+        f"The small GPT-2, trained on E2E NLG to a perplexity of {start['value']:.2f}, pruned in few steps "
         f"of few texts (batch x steps, share kept) at a rate of {setting['rate']:g}; {len(runs.seeds)} seeds, "
         f"{len(result['runs'])} runs, {seconds / 60:.0f} min of CPU time. {provenance(result)}",
         "",
@@ -109,8 +105,8 @@ def ema_scores_table(result: Entry) -> list[str]:
         "",
         *markdown(header, rows),
         "",
-        "Perplexity over that by the last batch alone, paired by seed; mean over all cells with its 95 % interval over "
-        "seeds, then in how many single cells the interval leaves out 1:",
+        "Perplexity of one form of a score over another, paired by seed; mean over all cells with its 95 % interval "
+        "over seeds, then in how many single cells it is better by its own interval:",
         "",
-        *markdown(["score", "of", ">over last batch", "smoothed is", ">better in", ">worse in"], lines),
+        *markdown(["score", "of", "against", ">perplexity, over", "it is", ">better in"], lines),
     ]
