@@ -62,7 +62,7 @@ def main(
     result = load(out_file)
     places = [text.partition("=") for text in checkpoint or []]
     for label, _, place in places:
-        fits = bool(label.strip()) and Path(place).is_dir()
+        fits = bool(label.strip()) and bool(place) and Path(place).is_dir()
         check(fits, "checkpoint", "be LABEL=DIR of an existing folder", f"{label}={place}")
     name = model if model == DEMO else Path(model).name
     check(result.get("model", name) == name, "out", f"hold rows of {name}", result.get("model"))

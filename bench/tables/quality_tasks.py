@@ -59,13 +59,8 @@ def _elsewhere(suite: Result, label: str) -> list[str]:
 
 
 def quality_tasks_table(results: dict[str, Result]) -> list[str]:
-    """Lines for docs/quality.md: of each model a table, a row a way to prune it."""
-    suites = {name.removeprefix("compare-suite"): found for name, found in results.items() if "compare" in name}
-    tables = [["", *_table(results[f"quality-tasks{more}"], suite)] for more, suite in suites.items()]
-    return [line for table in tables for line in table][1:]
-
-
-def _table(own: Result, suite: Result) -> list[str]:
+    """Lines for docs/quality.md: a row a model."""
+    own, suite = results["quality-tasks"], results["compare-suite"]
     found = compared(own)
     counts = {task: len(of) for task, of in own["rows"]["dense"]["scores"].items()}
     asked = ", ".join(f"{counts[task]} of {name}" for task, (name, _) in TASKS.items())

@@ -292,7 +292,7 @@ ROOT = HERE.parent
 _OF_CODE = ("allocations", "methods", "repairs", "training")
 _TOGETHER = {
     "glance": ("compare-suite", "model", "nested"),
-    "quality-tasks": ("quality-tasks", "quality-tasks-gemma", "compare-suite", "compare-suite-gemma"),
+    "quality-tasks": ("quality-tasks", "compare-suite"),
     "works": ("families",),
 }
 
