@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,8 +83,7 @@ def main(
         }
         old = {key: result[key] for key in facts if key in result}
         check(old in ({}, facts), "out", f"hold rows of the same model and texts: {facts}", old)
-        command = shlex.join(["python", "-m", "bench.experiments.allocations", *sys.argv[1:]])
-        result = {**facts, "machine": machine.facts(), "command": command, "rows": result["rows"]}
+        result = {**facts, "machine": machine.facts(), "rows": result["rows"]}
 
         def losses(of: Any) -> dict[str, list[float]]:
             return {name: (window_losses(of, ids) / (ids.shape[1] - 1)).tolist() for name, ids in domains.items()}

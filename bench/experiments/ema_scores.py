@@ -15,8 +15,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -156,9 +154,8 @@ def main(
         check(old in (None, facts), "out", f"hold runs of the same setting: {facts}", old)
         runs = list(grid(seeds, places))
         missing = [run for run in runs if run.key not in result["runs"]]
-        command = shlex.join(["python", "-m", "bench.experiments.ema_scores", *sys.argv[1:]])
         start = {"start": experiment.dense.facts["metrics"]["perplexity"]}
-        runner.save(out_file, dense=start, setting=facts, machine=machine.facts(), command=command)
+        runner.save(out_file, dense=start, setting=facts, machine=machine.facts())
         typer.echo(f"{len(missing)} of {len(runs)} runs are missing")
         for done, run in enumerate(missing, 1):
             entry = experiment(run)

@@ -11,8 +11,6 @@ compare-suite.json, from where the table takes them.
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -66,8 +64,7 @@ def main(
         check(fits, "checkpoint", "be LABEL=DIR of an existing folder", f"{label}={place}")
     name = model if model == DEMO else Path(model).name
     check(result.get("model", name) == name, "out", f"hold rows of {name}", result.get("model"))
-    command = shlex.join(["python", "-m", "bench.experiments.quality_tasks", *sys.argv[1:]])
-    result = {"model": name, "machine": machine.facts(), "command": command, "rows": result["rows"]}
+    result = {"model": name, "machine": machine.facts(), "rows": result["rows"]}
     tokenizer = load_tokenizer(model)
     wanted: list[tuple[str, str, float | None]] = [("dense", model, None)]
     wanted += [(label, place, None) for label, _, place in places]
