@@ -88,7 +88,7 @@ def test_what_ships_is_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_same_facts_are_asked_three_ways() -> None:
-    choice, generation, yesno, retrieval = (read_records(shipped(name)) for name in SHIPPED)
+    choice, generation, yesno, retrieval = (read_records(shipped(name)) for name in SHIPPED[:4])
     assert len(choice) == len(generation) == len(yesno) >= 200
     assert [r.id for r in choice] == [r.id for r in generation] == [r.id for r in yesno]
     assert len({r.id for r in choice}) == len(choice)
@@ -109,6 +109,22 @@ def test_the_same_facts_are_asked_three_ways() -> None:
     assert all(sum(t) - len(t) / 2 in (0, 0.5) for t in truths.values())
     answers = [c.answer for c in choice if isinstance(c, ChoiceRecord)]
     assert all(35 <= answers.count(i) <= 75 for i in range(4)), "the place of the answer gives it away"
+
+
+def test_sentiment_and_translation_cannot_be_guessed() -> None:
+    """As many of each answer, no item twice, none among the solved ones, and wrong options near to the right one."""
+    sentiment, translation = (read_records(shipped(name)) for name in ("sentiment", "translation"))
+    for records in (sentiment, translation):
+        assert len({r.id for r in records}) == len({r.prompt for r in records}) == len(records) == 100
+        assert not any(r.prompt in r.context for r in records)
+    assert all(r.choices == ("positive", "negative") for r in sentiment)
+    assert [sum(r.answer == i for r in sentiment) for i in (0, 1)] == [50, 50]
+    assert all(len(r.choices) == 4 for r in translation)
+    places = [sum(r.answer == i for r in translation) for i in range(4)]
+    assert min(places) >= 15 and [r.prompt.split(":")[0] for r in translation].count("French") == 50
+    # The longest or the shortest option is not the right one more often than guessing makes it.
+    for pick in (min, max):
+        assert sum(pick(r.choices, key=len) == r.choices[r.answer] for r in translation) <= 35
 
 
 def test_lm_eval_is_shown_the_same_prompts() -> None:

@@ -79,7 +79,7 @@ def test_which_way_of_asking_suffers_more() -> None:
 
 
 def test_all_tasks_that_ship(tiny: Callable[..., Any], answering: Any) -> None:
-    dense, pruned = (tiny("llama", seed=s, vocab_size=512, max_position_embeddings=256) for s in (0, 1))
+    dense, pruned = (tiny("llama", seed=s, vocab_size=512, max_position_embeddings=512) for s in (0, 1))
     seen: set[str] = set()
     report = run_tasks(dense, pruned, answering, items=24, progress=lambda stage, done, total: seen.add(stage))
     assert [(t.name, t.kind) for t in report.tasks] == [
@@ -88,6 +88,10 @@ def test_all_tasks_that_ship(tiny: Callable[..., Any], answering: Any) -> None:
         ("generation", "generation"),
         ("yesno", "categorical"),
         ("retrieval", "retrieval"),
+        ("sentiment", "choice"),
+        ("sentiment, letters", "categorical"),
+        ("translation", "choice"),
+        ("translation, letters", "categorical"),
     ]
     assert seen == {"multiple choice", "answer positions", "answer tokens", "generation", "embedding"}
     values = json.loads(json.dumps(report.to_json(), allow_nan=False))
@@ -151,7 +155,7 @@ def test_bad_input(tiny: Callable[..., Any], answering: Any, tmp_path: Path) -> 
 
 def test_answers_of_several_tokens_are_skipped_and_said(tiny: Callable[..., Any], tokenizer: Any) -> None:
     """The tiny tokenizer has no token for ` yes`: choice by likelihood takes the place of the answer tokens."""
-    model = tiny("llama", vocab_size=1024, max_position_embeddings=512)
+    model = tiny("llama", vocab_size=1024, max_position_embeddings=1024)
     found = run_tasks(model, model, tokenizer, items=4, seed=1).to_json()
     assert [entry["name"] for entry in found["skipped"]] == ["yesno"]
     assert "answer 'yes' must be one token after the prompt" in found["skipped"][0]["reason"]

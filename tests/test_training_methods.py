@@ -51,6 +51,17 @@ def test_movement_descends_the_score_gradient():
     assert state["scores"].tolist() == [-0.75, 2.0, 0.0]
 
 
+def test_movement_that_forgets():
+    """s <- beta s - rate g: an EMA of the movement but for a factor, and with 0 the last batch alone."""
+    gradients = [[1.0, -2.0], [0.5, 4.0]]
+    assert run(make("movement", beta=0.5), gradients)["scores"].tolist() == [0.5 * -0.5 - 0.25, 0.5 * 1.0 - 2.0]
+    assert run(make("movement", beta=0), gradients)["scores"].tolist() == [-0.25, -2.0]
+    assert methods.parse("gum:beta=0.85").beta == 0.85 and methods.Gum().beta == 1
+    for beta in (-0.1, 1.01, float("nan"), True):
+        with pytest.raises(InputError, match=r"beta must lie in \[0, 1\]"):
+            make("gum", beta=beta)
+
+
 def test_movement_by_adam():
     """The first update of Adam is the sign of the gradient, times the rate."""
     method = make("movement", optimizer="adam")

@@ -1,9 +1,10 @@
 """Write the task files that ship with the package, from the tables beside this script.
 
-    python -m bench.experiments.make_tasks            writes {choice,generation,yesno,retrieval}.jsonl
+    python -m bench.experiments.make_tasks            writes {choice,generation,yesno,retrieval,...}.jsonl
 
 The same facts are asked three ways, under the same ids and in the same order: as a choice of four, as text to complete,
-and as a question for yes or no. Nothing here is drawn without its seed.
+and as a question for yes or no. Of reviews it is asked what they feel, and of sentences which is their English, behind
+a few that are solved. Nothing here is drawn without its seed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 
 from bench.experiments.task_facts import RELATIONS, Relation
 from bench.experiments.task_passages import PASSAGES
+from bench.experiments.task_sentiment import GLAD, SHOWN, SORRY
+from bench.experiments.task_translations import PAIRS
+from bench.experiments.task_translations import SHOWN as TRANSLATED
 from pyprune.base.files import new_file
 
 DATA = Path(__file__).parents[2] / "pyprune" / "evaluation" / "tasks" / "data"
@@ -63,11 +67,47 @@ def facts() -> tuple[list[Entry], list[Entry], list[Entry]]:
     return choice, generation, yesno
 
 
+FEELINGS = ("positive", "negative")
+
+
+def sentiment() -> list[Entry]:
+    """The lines of sentiment, in a drawn order."""
+    lines = [f"Review: {text}\nSentiment: {FEELINGS[not glad]}" for text, glad in SHOWN]
+    entries = [
+        {
+            "id": f"{feeling}/{i}",
+            "context": "\n\n".join(lines) + "\n",
+            "prompt": f"Review: {text}\nSentiment:",
+            "choices": list(FEELINGS),
+            "answer": FEELINGS.index(feeling),
+        }
+        for feeling, texts in zip(FEELINGS, (GLAD, SORRY), strict=True)
+        for i, text in enumerate(texts)
+    ]
+    random.Random(SEED).shuffle(entries)
+    return entries
+
+
+def translation() -> list[Entry]:
+    """The lines of translation, language by language."""
+    rng = random.Random(SEED)
+    entries = []
+    for language, pairs in PAIRS.items():
+        context = "\n\n".join(f"{language}: {text}\nEnglish: {english}" for text, english in TRANSLATED[language])
+        for i, (text, right, *wrong) in enumerate(pairs):
+            options = [right, *wrong]
+            rng.shuffle(options)
+            start = {"id": f"{language}/{i}", "context": f"{context}\n", "prompt": f"{language}: {text}\nEnglish:"}
+            entries.append({**start, "choices": options, "answer": options.index(right)})
+    return entries
+
+
 def files() -> dict[str, str]:
     """File name -> its text."""
     choice, generation, yesno = facts()
     retrieval = [{"id": f"passage/{i}", "query": q, "document": d} for i, (q, d) in enumerate(PASSAGES)]
     lines = {"choice": choice, "generation": generation, "yesno": yesno, "retrieval": retrieval}
+    lines |= {"sentiment": sentiment(), "translation": translation()}
     return {
         f"{name}.jsonl": "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
         for name, entries in lines.items()

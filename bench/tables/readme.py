@@ -257,6 +257,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "compiled": _elsewhere("bench.tables.compiled", "compiled_table"),
     "cpu": cpu_table,
     "draft": _elsewhere("bench.tables.draft", "draft_table"),
+    "ema-scores": _elsewhere("bench.tables.ema_scores", "ema_scores_table"),
     "engines": _elsewhere("bench.tables.engines", "engines_table"),
     "experts": _elsewhere("bench.tables.moe", "experts_table"),
     "families": _elsewhere("bench.tables.families", "families_table"),
@@ -271,6 +272,8 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "mixture": _elsewhere("bench.tables.families", "mixture_table"),
     "moe": _elsewhere("bench.tables.moe", "moe_table"),
     "nested": _elsewhere("bench.tables.nested", "nested_table"),
+    "predictor": _elsewhere("bench.tables.predictor", "predictor_table"),
+    "quality-tasks": _elsewhere("bench.tables.quality_tasks", "quality_tasks_table"),
     "ranks": _elsewhere("bench.tables.scale", "ranks_table"),
     "rates": _elsewhere("bench.tables.scale", "rates_table"),
     "repairs": _elsewhere("bench.tables.methods", "repairs_table"),
@@ -288,7 +291,11 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
 ROOT = HERE.parent
 # Tables that are made of what is registered, not of measurements; and those of several results, by file name.
 _OF_CODE = ("allocations", "methods", "repairs", "training")
-_TOGETHER = {"glance": ("compare-suite", "model", "nested"), "works": ("families",)}
+_TOGETHER = {
+    "glance": ("compare-suite", "model", "nested"),
+    "quality-tasks": ("quality-tasks", "compare-suite"),
+    "works": ("families",),
+}
 
 
 def texts() -> list[Path]:

@@ -20,8 +20,9 @@ from typing import Any
 from ...base.errors import InputError, check
 
 DATA = Path(__file__).parent / "data"
-# What ships with the package: the same facts as choice, as generation and as yes or no, and passages to retrieve.
-SHIPPED = ("choice", "generation", "yesno", "retrieval")
+# What ships with the package: the same facts as choice, as generation and as yes or no, passages to retrieve, reviews
+# that are glad or not, and French and Spanish sentences to find the English of.
+SHIPPED = ("choice", "generation", "yesno", "retrieval", "sentiment", "translation")
 
 
 @dataclass(frozen=True)

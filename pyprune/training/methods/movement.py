@@ -5,6 +5,10 @@ dL/ds. Paper and public code give every weight or block of weights a score and m
 score and its activation is masked, so that dL/ds_j = sum_t a_tj dL/da'_tj = sum_i V_ji dL/dV_ji: movement of the down
 row. (The public code masks the rows of the up projection too, and so adds their movement.) The paper descends by plain
 gradient steps; the public codes of Lagunas et al. and Santacroce et al. by AdamW without decay: `optimizer` has both.
+
+The published score is the sum of all steps' movements, so what a noisy batch said never fades. With `beta` below 1 it
+does, s <- beta s - rate * dL/ds, and the scores are an exponential moving average of the movement (times a constant,
+which changes no rank); with 0 the last batch alone decides.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...base.errors import check_choice
+from ...base.errors import check, check_choice, is_number
 from .base import METHODS, Gathered, Method, Moment, State, check_amount
 
 OPTIMIZERS = ("sgd", "adam")
@@ -36,10 +40,11 @@ class Movement(Method):
         optimizer: of the scores: `sgd`, or `adam` without weight decay.
         score_rate: its learning rate, which does not change while training.
         penalty: weight of mean(sigmoid(s)) in the loss, once the schedule is through.
+        beta: weight of the past in the scores, in [0, 1]; 1 sums it all, as published.
     """
 
     NAME: ClassVar[str] = "movement"
-    SUMMARY: ClassVar[str] = "s <- s - rate * sum_t a_j dL/da'_j; top v of the scores"
+    SUMMARY: ClassVar[str] = "s <- beta s - rate * sum_t a_j dL/da'_j; top v of the scores"
     SOURCE: ClassVar[str] = (
         "Sanh et al. 2020, arXiv 2005.07683, section 4 (hard); of neurons: Lagunas et al. 2021, arXiv 2109.04838"
     )
@@ -49,11 +54,13 @@ class Movement(Method):
     optimizer: str = "sgd"
     score_rate: float = 1e-2
     penalty: float = 0.0
+    beta: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice(self.optimizer, "optimizer", OPTIMIZERS)
         check_amount(self.score_rate, "score_rate", zero=False)
         check_amount(self.penalty, "penalty")
+        check(is_number(self.beta) and 0 <= self.beta <= 1, "beta", "lie in [0, 1]", self.beta)
 
     def gradient(self, state: State, gathered: Gathered, moment: Moment) -> Tensor:
         """`[F]`, dL/ds with the penalty's part."""
@@ -65,7 +72,7 @@ class Movement(Method):
         gradient = self.gradient(state, gathered, moment)
         if self.optimizer == "adam":
             gradient = adam(state, gradient, moment.step + 1)
-        state["scores"] = state["scores"] - self.score_rate * gradient
+        state["scores"] = self.beta * state["scores"] - self.score_rate * gradient
 
 
 def adam(state: State, gradient: Tensor, count: int, of: str = "", b1: float = 0.9, b2: float = 0.999) -> Tensor:
