@@ -94,6 +94,8 @@ def test_bad_configurations(values, message):
         (methods.Gum, {"similarity_beta": "x"}, "similarity_beta must lie"),
         (methods.Gum, {"uniqueness_form": "loss"}, "uniqueness_form must be one of penalty, gradient"),
         (methods.Gum, {"inverted": 1}, "inverted must be true or false"),
+        (methods.Gum, {"criterion": "wandda"}, "criterion must be one of .*wanda"),
+        (methods.Movement, {"spread": -1.0}, "spread must be non-negative and finite"),
     ],
 )
 def test_bad_options(kind, values, message):

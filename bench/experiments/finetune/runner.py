@@ -17,6 +17,7 @@ from bench import by_line
 from pyprune.base.errors import InputError
 from pyprune.base.files import new_file
 
+from .recipes import completed
 from .settings import Setting
 
 Entry = dict[str, Any]
@@ -51,7 +52,7 @@ def save(path: Path, **parts: Any) -> None:
 
 def pending(settings: Sequence[Setting], runs: dict[str, Entry], recipe: dict[str, Any]) -> list[Setting]:
     """Those without an entry that was made by the same recipe."""
-    return [s for s in settings if s.key not in runs or runs[s.key]["recipe"] != recipe]
+    return [s for s in settings if s.key not in runs or completed(runs[s.key]["recipe"]) != recipe]
 
 
 def quiet() -> None:
@@ -68,6 +69,16 @@ def _start() -> None:
 def processes(jobs: int) -> Executor:
     """`jobs` fresh processes of one thread each."""
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start)
+
+
+def _here(job: Job, setting: Setting) -> Future[Entry]:
+    """What an executor's `submit` gives, done in this process; whatever asks to stop does so."""
+    future: Future[Entry] = Future()
+    try:
+        future.set_result(job(setting))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def drive(
@@ -115,10 +126,8 @@ def drive(
                 queue.clear()
                 break
             setting = queue.pop(0)
-            if executor is None:
-                finish(setting, job(setting))
-            else:
-                running[executor.submit(job, setting)] = setting
+            future = executor.submit(job, setting) if executor else _here(job, setting)
+            running[future] = setting
         for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
             setting = running.pop(future)
             if (error := future.exception()) is None:
