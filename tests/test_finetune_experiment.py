@@ -328,6 +328,28 @@ def test_a_failing_run_costs_no_other(finetune: SimpleNamespace, tmp_path: Path,
     assert set(finetune.runner.load(tmp_path / "r.json")["runs"]) == {s.key for s in settings[1:]}
 
 
+def test_gates_that_do_not_reach_their_share(
+    finetune: SimpleNamespace, e2e: Path, tiny_recipe: Any, tmp_path: Path
+) -> None:
+    """In four steps they cannot: the run fails and says how far they got, and leaves no entry."""
+    work = finetune.run.Work(e2e, tmp_path / "models", recipe=tiny_recipe)
+    work.dense(setting := finetune.settings.Setting("e2e", "scratch", "cpu", "l0", 0.2, False, 0), lambda _: None)
+    said: list[str] = []
+    message = (
+        r"keep must be reached by the gates of the model within 0.05 .* the share expected open is 0.9\d+; .*got 0.2"
+    )
+    with pytest.raises(InputError, match=message):
+        finetune.runner.drive([setting], work, tmp_path / "r.json", say=said.append)
+    assert said[0].startswith("failed: e2e/scratch/cpu/l0/0.2/plain/0, keep must be reached")
+    result = finetune.runner.load(tmp_path / "r.json")
+    assert result["runs"] == {}
+    both = {**_result({("gum", 0.5, False): [50.0]}), "failed": result["failed"]}
+    (line,) = [line for line in finetune.table.finetune_table(both) if line.startswith("- ")]
+    assert line.startswith("- No result for l0 at 20%, 1 runs: keep must be reached by the gates of the model within")
+    finetune.runner.save(tmp_path / "r.json", runs={setting.key: {"recipe": {}}})  # by a later try
+    assert finetune.runner.load(tmp_path / "r.json")["failed"] == {}
+
+
 def test_a_foreign_result_is_refused(finetune: SimpleNamespace, tmp_path: Path) -> None:
     file = tmp_path / "r.json"
     for content in ("{", '{"rows": []}', "[]"):
@@ -498,7 +520,7 @@ def test_table(finetune: SimpleNamespace) -> None:
     assert rows[2][2] == "51.0 [48.5, 53.5]" and rows[2][3] == "56.0 [53.5, 58.5]"
     assert rows[0][3] == "-" and rows[0][6] == "90 [90, 90]"
     assert len({line.count("|") for line in lines if line.startswith("|") and "minus" not in line}) == 2
-    compared = [line.split(" | ")[0] for line in lines if " minus " in line]
+    compared = [line.split(" | ")[0] for line in lines if line.startswith("| ") and " minus " in line]
     assert compared[0] == "| random minus movement" and len(compared) == 4
     (explained,) = [line for line in lines if line.startswith("Rank correlation over 6 cells")]
     assert "BLEU with unique neurons none from 6 cells" in explained and "50% kept 0.87 to 0.87" in explained

@@ -253,6 +253,7 @@ def _elsewhere(module: str, function: str) -> Callable[[Result], list[str]]:
 
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "allocations": _elsewhere("bench.tables.methods", "allocations_table"),
+    "answers": _elsewhere("bench.experiments.finetune.headlines", "answers_table"),
     "compare": _elsewhere("bench.tables.quality", "compare_table"),
     "cpu": cpu_table,
     "draft": _elsewhere("bench.tables.draft", "draft_table"),
@@ -287,7 +288,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
 ROOT = HERE.parent
 # Tables that are made of what is registered, not of measurements; and those of several results, by file name.
 _OF_CODE = ("allocations", "methods", "repairs", "training")
-_TOGETHER = {"glance": ("compare-suite", "model", "nested"), "works": ("families",)}
+_TOGETHER = {"answers": ("finetune",), "glance": ("compare-suite", "model", "nested"), "works": ("families",)}
 
 
 def texts() -> list[Path]:

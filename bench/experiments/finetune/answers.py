@@ -24,6 +24,7 @@ PAIRS = (
     ("random", "l0"),
     ("gum", "random"),
     ("gum", "movement"),
+    ("l0", "magnitude"),
     ("l0", "movement"),
     ("movement", "magnitude"),
 )

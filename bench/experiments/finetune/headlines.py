@@ -63,6 +63,11 @@ def _explained(found: list[dict[str, Any]]) -> str:
     return f"Rank correlation of quality with the share of unique neurons, within a share kept: {'; '.join(words)}."
 
 
+def answers_table(results: dict[str, Any]) -> list[str]:
+    """Lines for a document, from the results by file name."""
+    return headlines(results["finetune"])
+
+
 def headlines(result: dict[str, Any]) -> list[str]:
     """Lines for the top of a document: a bullet for each question."""
     found = comparisons(result)

@@ -22,6 +22,7 @@ from .settings import Setting
 
 Entry = dict[str, Any]
 Job = Callable[[Setting], Entry]
+_ADDED = ("dense", "runs", "failed")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -42,12 +43,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, **parts: Any) -> None:
-    """Put `parts` into the result at `path`; `dense` and `runs` are added to those there, other keys replaced."""
+    """Put `parts` into the result at `path`; `dense`, `runs` and `failed` are added to, other keys replaced."""
     result = load(path)
     for name, part in parts.items():
-        result[name] = {**result[name], **part} if name in ("dense", "runs") else part
+        result[name] = {**result.get(name, {}), **part} if name in _ADDED else part
+    for key in parts.get("runs", ()):
+        result.get("failed", {}).pop(key, None)
     with new_file(path) as temporary:
-        temporary.write_text(by_line.dumps(result, ("dense", "runs")), encoding="utf-8")
+        temporary.write_text(by_line.dumps(result, _ADDED), encoding="utf-8")
 
 
 def pending(settings: Sequence[Setting], runs: dict[str, Entry], recipe: dict[str, Any]) -> list[Setting]:
@@ -90,7 +93,7 @@ def drive(
     seconds: float = float("inf"),
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run every setting, and write each entry into the result at `path` when it is there.
+    """Run every setting, and write each entry, or what made it fail, into the result at `path` when it is there.
 
     Args:
         settings: what to run, in this order.
@@ -134,6 +137,7 @@ def drive(
                 finish(setting, future.result())
             else:
                 failures.append(error)
+                save(path, failed={setting.key: {**setting.to_json(), "error": str(error)}})
                 say(f"failed: {setting.key}, {error}")
     if failures:
         raise failures[0]

@@ -82,13 +82,15 @@ def _spent(result: dict[str, Any]) -> str:
 
 def _judged(found: dict[str, Any]) -> str:
     cells = found["cells"]
+    more, less = ("more", "fewer") if found["metric"] == UNIQUE else ("better", "worse")
     if found["low"] is None:
         return f"{difference(found)}: one seed"
-    words = f"{difference(found)}: {found['verdict']}"
+    verdict = {"better": more, "worse": less}.get(found["verdict"], found["verdict"])
+    words = f"{difference(found)}: {verdict}"
     if len(cells) == 1:
         return words
     count = [sum(c["verdict"] == word for c in cells) for word in ("better", "worse")]
-    return f"{words} ({count[0]} better, {count[1]} worse of {len(cells)})"
+    return f"{words} ({count[0]} {more}, {count[1]} {less} of {len(cells)})"
 
 
 def _compared(found: list[dict[str, Any]], metrics: list[str]) -> list[str]:
@@ -131,6 +133,19 @@ def _narrowed(runs: list[Run]) -> str:
     return f"Best minus worst method, plain to distilled: {'; '.join(words)}." if words else ""
 
 
+def _refused(result: dict[str, Any], key: tuple[str, ...]) -> list[str]:
+    """A line for each cell with runs that failed, with the first one's error."""
+    cells: dict[tuple[Any, ...], list[Run]] = {}
+    for run in result.get("failed", {}).values():
+        if (run["task"], run["model"], run["size"]) == key:
+            cells.setdefault((run["method"], run["keep"], run["distilled"]), []).append(run)
+    return [
+        f"- No result for {method} at {keep:.0%}{', distilled' if distilled else ''}, {len(runs)} runs: "
+        f"{runs[0]['error']}."
+        for (method, keep, distilled), runs in cells.items()
+    ]
+
+
 def finetune_table(result: dict[str, Any]) -> list[str]:
     """Lines for README: for each task and model a table of its runs and the answers they give."""
     lines = [f"{provenance(result)} {_spent(result)}"] if result["runs"] else ["Nothing was run yet."]
@@ -143,6 +158,8 @@ def finetune_table(result: dict[str, Any]) -> list[str]:
         header = [">kept", "method", *(f">{name}" for m in metrics for name in (label(m), "distilled"))]
         header += [f">{label(UNIQUE)}", ">sensitivity", ">seeds"]
         lines += markdown(header, [_cells(runs, -keep, method) for keep, _, method in places])
+        if refused := _refused(result, key):
+            lines += ["", *refused]
         own = [a for a in compared if (a["task"], a["model"], a["size"]) == key]
         if own:
             said = [a for a in explained if (a["task"], a["model"], a["size"]) == key]
