@@ -311,6 +311,25 @@ def test_runs_are_resumed(
     assert first[0] == first[1] != first[2]
 
 
+def test_a_run_of_language_modelling(finetune: SimpleNamespace, tiny_recipe: Any, tmp_path: Path) -> None:
+    """Nothing is generated: perplexity is the main metric, and stands in the table once."""
+    (tmp_path / "valid.txt").write_text(" ".join("abcdefghij" * 60), encoding="utf-8")
+    work = finetune.run.Work(tmp_path, tmp_path / "models", recipe=tiny_recipe)
+    settings = finetune.settings.grid("wikitext", "scratch", "cpu", ("random",), (0.5,), (0,), (False,))
+    facts = work.dense(settings[0], lambda _: None).facts
+    finetune.runner.save(
+        path := tmp_path / "r.json", machine=_result({})["machine"], dense={"wikitext/scratch/cpu": facts}
+    )
+    said: list[str] = []
+    finetune.runner.drive(settings, work, path, say=said.append)
+    assert "random/0.5/plain/0, perplexity " in said[1] and said[1].count("perplexity") == 1
+    result = finetune.runner.load(path)
+    assert all(list(run["metrics"]) == ["perplexity"] for run in result["runs"].values()) and facts["samples"] == []
+    (header,) = [line for line in finetune.table.finetune_table(result) if line.startswith("| kept")]
+    assert header.count("perplexity") == header.count("distilled") == 1
+    finetune.figure.draw(result, tmp_path / "f.svg")
+
+
 @pytest.mark.parametrize("here", [True, False])
 def test_a_failing_run_costs_no_other(finetune: SimpleNamespace, tmp_path: Path, here: bool) -> None:
     from concurrent.futures import ThreadPoolExecutor
