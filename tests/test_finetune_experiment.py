@@ -36,7 +36,8 @@ def finetune(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     pytest.importorskip("sacrebleu")
     monkeypatch.syspath_prepend(str(BENCH.parent))
     names = ("answers", "batches", "dense", "evaluate", "figure", "intervals", "metrics", "models", "recipes")
-    names += ("redundancy", "run", "runner", "settings", "table", "tasks", "tasks.e2e", "tasks.g2p")
+    names += ("correlation", "headlines", "pruning", "redundancy", "run", "runner", "settings", "table", "tasks")
+    names += ("tasks.e2e", "tasks.g2p", "tasks.wikitext")
     return SimpleNamespace(
         **{n.replace(".", "_"): importlib.import_module(f"bench.experiments.finetune.{n}") for n in names}
     )
@@ -127,6 +128,28 @@ def test_bleu_and_chrf_are_sacrebleus(finetune: SimpleNamespace) -> None:
         assert 0 < found < 100
 
 
+def test_wikitext_in_halves(finetune: SimpleNamespace, tmp_path: Path) -> None:
+    """Pieces of 100 words, white space between them as it was; the first half trains, the rest is left out."""
+    load = finetune.tasks.TASKS["wikitext"]
+    words = [f"w{i}" for i in range(530)]
+    (tmp_path / "valid.txt").write_text(" = Title = \n" + " ".join(words), encoding="utf-8")
+    task = load(tmp_path, True)
+    assert (len(task.train), len(task.test), task.metrics, task.ends) == (2, 3, (), False)
+    assert task.train[0].targets[0].startswith("= Title = \nw0 w1 ") and task.train[0].targets[0].endswith(" w96")
+    assert task.test[-1].targets[0].endswith(" w496")
+    tokenizer = finetune.models.train_tokenizer([text for _, text in task.pairs], 300)
+    (ids, start), *_ = finetune.batches.encode(tokenizer, task.pairs, task.ends)
+    assert start == 1 and tokenizer.decode(ids[start:]) == task.train[0].targets[0]  # a line break before, no end after
+    (tmp_path / "valid.txt").write_text("too few words", encoding="utf-8")
+    for data, message in (
+        (None, r"data must name the folder of WikiText-2's valid.txt; got None"),
+        (tmp_path / "other", "data must be a folder that holds valid.txt"),
+        (tmp_path, "data must have at least 200 words in valid.txt"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(data, True)
+
+
 def test_metrics_by_hand(finetune: SimpleNamespace) -> None:
     def score(name: str, *pairs: tuple[str, list[str]]) -> float:
         metric = finetune.metrics.METRICS[name]
@@ -214,6 +237,30 @@ def test_generation_and_likelihood_do_not_depend_on_padding(
     assert found[1] == pytest.approx([by_hand, len(target) + 1], rel=1e-4)
 
 
+def test_a_run_in_bfloat16(finetune: SimpleNamespace, e2e: Path, tiny_recipe: Any) -> None:
+    """Forward passes in half width; weights stay float32, and the method's options come from the recipe."""
+    made = dataclasses.replace(tiny_recipe, precision="bfloat16", gate_rate=0.4)
+    setting = finetune.settings.Setting("e2e", "scratch", "cpu", "l0", 0.5, False, 0)
+    method = finetune.pruning.training_config(setting, made).method
+    assert (method.score_rate, method.multiplier_rate) == (0.4, made.multiplier_rate)
+    setting = dataclasses.replace(setting, method="gum:criterion=wanda,spread=0.2")
+    method = finetune.pruning.training_config(setting, made).method
+    assert (method.optimizer, method.criterion, method.spread) == ("adam", "wanda", 0.2)
+    task = finetune.tasks.TASKS["e2e"](e2e, False)
+    tokenizer = finetune.models.train_tokenizer([text for pair in task.pairs for text in pair], 300)
+    rows = finetune.batches.encode(tokenizer, task.pairs)
+    losses = []
+    for recipe in (tiny_recipe, made):
+        model = finetune.models.scratch(recipe, tokenizer, seed=5)
+        seen = []
+        model.lm_head.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.dtype))
+        torch.manual_seed(0)
+        losses.append(finetune.pruning.fine_tune(model, finetune.batches.batches(rows, 2, 4, 0, 0), setting, recipe))
+        assert set(seen) == {torch.bfloat16 if recipe is made else torch.float32}
+        assert model.lm_head.weight.dtype == torch.float32
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_the_grid_has_every_cell_for_every_seed(finetune: SimpleNamespace) -> None:
     """Also from iterators, which are empty once they were read."""
     found = finetune.settings.grid(
@@ -242,6 +289,10 @@ def test_runs_are_resumed(
     assert list(runs) == [s.key for s in settings[:2]] and "gum/0.5/plain/1, BLEU" in said[1]
     assert finetune.runner.pending(settings, runs, recipe) == settings[2:]
     assert finetune.runner.pending(settings, runs, {**recipe, "steps": 5}) == settings
+    # An entry from before precision was a choice was float32; one in another precision is to be run again.
+    older = {key: {**run, "recipe": {k: v for k, v in recipe.items() if k != "precision"}} for key, run in runs.items()}
+    assert finetune.runner.pending(settings, older, recipe) == settings[2:]
+    assert finetune.runner.pending(settings, older, {**recipe, "precision": "bfloat16"}) == settings
     # Out of time before the first: nothing is run, and nothing is lost.
     assert finetune.runner.drive(settings[2:], work, path, seconds=-1, say=said.append) == 0
     assert "runs left: 1" in said[-1] and finetune.runner.load(path)["runs"] == runs
@@ -260,7 +311,27 @@ def test_runs_are_resumed(
     assert first[0] == first[1] != first[2]
 
 
-def test_a_failing_run_costs_no_other(finetune: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_run_of_language_modelling(finetune: SimpleNamespace, tiny_recipe: Any, tmp_path: Path) -> None:
+    """Nothing is generated: perplexity is the main metric, and stands in the table once."""
+    (tmp_path / "valid.txt").write_text(" ".join("abcdefghij" * 60), encoding="utf-8")
+    work = finetune.run.Work(tmp_path, tmp_path / "models", recipe=tiny_recipe)
+    settings = finetune.settings.grid("wikitext", "scratch", "cpu", ("random",), (0.5,), (0,), (False,))
+    facts = work.dense(settings[0], lambda _: None).facts
+    finetune.runner.save(
+        path := tmp_path / "r.json", machine=_result({})["machine"], dense={"wikitext/scratch/cpu": facts}
+    )
+    said: list[str] = []
+    finetune.runner.drive(settings, work, path, say=said.append)
+    assert "random/0.5/plain/0, perplexity " in said[1] and said[1].count("perplexity") == 1
+    result = finetune.runner.load(path)
+    assert all(list(run["metrics"]) == ["perplexity"] for run in result["runs"].values()) and facts["samples"] == []
+    (header,) = [line for line in finetune.table.finetune_table(result) if line.startswith("| kept")]
+    assert header.count("perplexity") == header.count("distilled") == 1
+    finetune.figure.draw(result, tmp_path / "f.svg")
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_failing_run_costs_no_other(finetune: SimpleNamespace, tmp_path: Path, here: bool) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     settings = finetune.settings.grid("e2e", "scratch", "cpu", ("random",), (0.5,), (0,))
@@ -271,8 +342,31 @@ def test_a_failing_run_costs_no_other(finetune: SimpleNamespace, tmp_path: Path)
         return {"recipe": {}}
 
     with ThreadPoolExecutor(2) as executor, pytest.raises(InputError, match="no"):
-        finetune.runner.drive(settings, job, tmp_path / "r.json", executor, jobs=2, say=lambda _: None)
+        pool = None if here else executor
+        finetune.runner.drive(settings, job, tmp_path / "r.json", pool, jobs=2, say=lambda _: None)
     assert set(finetune.runner.load(tmp_path / "r.json")["runs"]) == {s.key for s in settings[1:]}
+
+
+def test_gates_that_do_not_reach_their_share(
+    finetune: SimpleNamespace, e2e: Path, tiny_recipe: Any, tmp_path: Path
+) -> None:
+    """In four steps they cannot: the run fails and says how far they got, and leaves no entry."""
+    work = finetune.run.Work(e2e, tmp_path / "models", recipe=tiny_recipe)
+    work.dense(setting := finetune.settings.Setting("e2e", "scratch", "cpu", "l0", 0.2, False, 0), lambda _: None)
+    said: list[str] = []
+    message = (
+        r"keep must be reached by the gates of the model within 0.05 .* the share expected open is 0.9\d+; .*got 0.2"
+    )
+    with pytest.raises(InputError, match=message):
+        finetune.runner.drive([setting], work, tmp_path / "r.json", say=said.append)
+    assert said[0].startswith("failed: e2e/scratch/cpu/l0/0.2/plain/0, keep must be reached")
+    result = finetune.runner.load(tmp_path / "r.json")
+    assert result["runs"] == {}
+    both = {**_result({("gum", 0.5, False): [50.0]}), "failed": result["failed"]}
+    (line,) = [line for line in finetune.table.finetune_table(both) if line.startswith("- ")]
+    assert line.startswith("- No result for l0 at 20%, 1 runs: keep must be reached by the gates of the model within")
+    finetune.runner.save(tmp_path / "r.json", runs={setting.key: {"recipe": {}}})  # by a later try
+    assert finetune.runner.load(tmp_path / "r.json")["failed"] == {}
 
 
 def test_a_foreign_result_is_refused(finetune: SimpleNamespace, tmp_path: Path) -> None:
@@ -346,40 +440,93 @@ MADE_UP = {
 }
 
 
-def test_answers_on_made_up_numbers(finetune: SimpleNamespace) -> None:
-    found = finetune.answers.answers(_result(MADE_UP))
-    said = {(a["question"], a["metric"]): a for a in found}
-    gum = said["Does GUM beat movement?", "bleu"]
+def test_comparisons_on_made_up_numbers(finetune: SimpleNamespace) -> None:
+    found = finetune.answers.comparisons(_result(MADE_UP))
+    said = {(a["what"], a["metric"]): a for a in found}
+    gum = said["gum minus movement", "bleu"]
     assert gum["verdict"] == "better" and gum["n"] == 3
     # Each seed's mean over its two cells: 0.5, 0.55, 0.55.
     assert gum["mean"] == pytest.approx(1.6 / 3) and gum["low"] > 0
     assert [c["place"] for c in gum["cells"]] == [[0.5, False], [0.5, True]]
     # Perplexity here falls as BLEU rises, and lower is better.
-    assert said["Does GUM beat movement?", "perplexity"]["verdict"] == "better"
-    assert said["Does GUM beat movement?", "perplexity"]["mean"] < 0
-    random = said["Is random comparable to movement?", "bleu"]
+    assert said["gum minus movement", "perplexity"]["verdict"] == "better"
+    assert said["gum minus movement", "perplexity"]["mean"] < 0
+    random = said["random minus movement", "bleu"]
     assert random["verdict"] == "no difference shown" and random["low"] < 0 < random["high"]
-    assert "The mean of random lies in the interval of movement in 2 of 2 cells." in random["sentence"]
-    distilled = said["What does distillation change?", "bleu"]
+    distilled = said["distilled minus plain", "bleu"]
     # Every method is a cell; seeds must not be taken for flags, 1 for True.
     assert [c["place"] for c in distilled["cells"]] == [[0.5, m] for m in ("gum", "movement", "random")]
     assert all(c["n"] == 3 for c in distilled["cells"])
     assert distilled["mean"] == pytest.approx(np.mean([5, 5, 5, 5, 5.1, 4.9, 7, 1, 7]))
     # All runs have the same share of unique neurons.
-    unique = said["Does GUM beat movement?", "unique"]
+    unique = said["gum minus movement", "unique"]
     assert unique["mean"] == 0 and unique["verdict"] == "no difference shown"
-    spread = said["Does distillation narrow the differences between methods?", "bleu"]["ranges"]
+    assert ("movement minus magnitude", "bleu") not in said
+    runs = list(_result(MADE_UP)["runs"].values())
+    (spread,) = finetune.answers.ranges(runs, "bleu")
     # Means: plain 51, 51.53, 50.67; distilled 56, 56.53, 55.67.
-    assert spread[0]["plain"] == pytest.approx(spread[0]["distilled"]) == pytest.approx(154.6 / 3 - 152 / 3)
-    assert ("Does movement beat magnitude?", "bleu") not in said
+    assert spread["plain"] == pytest.approx(spread["distilled"]) == pytest.approx(154.6 / 3 - 152 / 3)
 
 
-def test_answers_where_seeds_are_missing(finetune: SimpleNamespace) -> None:
+def test_comparisons_where_seeds_are_missing(finetune: SimpleNamespace) -> None:
     values = {("movement", 0.5, False): [50.0], ("gum", 0.5, False): [52.0, 53.0], ("gum", 0.3, False): [40.0]}
-    found, *_ = [a for a in finetune.answers.answers(_result(values)) if "GUM beat movement" in a["question"]]
-    assert found["n"] == 1 and found["mean"] == 2 and found["low"] is None
-    assert found["verdict"] == "one seed, no interval" and "+2.00: one seed" in found["sentence"]
-    assert finetune.answers.answers(_result({})) == []
+    values[("gum:criterion=wanda", 0.3, False)] = [41.0]
+    found = {a["what"]: a for a in finetune.answers.comparisons(_result(values)) if a["metric"] == "bleu"}
+    assert list(found) == ["gum minus movement", "gum:criterion=wanda minus gum"]
+    one = found["gum minus movement"]
+    assert one["n"] == 1 and one["mean"] == 2 and one["low"] is None and one["verdict"] == "one seed, no interval"
+    assert finetune.answers.comparisons(_result({})) == []
+
+
+def test_runs_of_an_older_recipe_are_not_compared(finetune: SimpleNamespace) -> None:
+    """Nor is a recipe another one because an option came later: its default was in force."""
+    result = _result({("gum", 0.5, False): [50.0, 51.0, 52.0]})
+    first, second, third = result["runs"].values()
+    first |= {"recipe": {"steps": 60}, "date": "2026-01-01"}
+    second |= {"recipe": {"steps": 160}, "date": "2026-01-02"}
+    third |= {"recipe": {"steps": 160, "precision": "float32"}, "date": "2026-01-03"}
+    assert finetune.answers.groups(result) == {("e2e", "scratch", "cpu"): [second, third]}
+
+
+def test_correlation_by_hand(finetune: SimpleNamespace) -> None:
+    correlation = finetune.correlation
+    # Ranks 1, 2.5, 2.5, 4 and 2, 1, 3, 4: deviations (-1.5, 0, 0, 1.5), (-0.5, -1.5, 0.5, 1.5); 3 / sqrt(4.5 * 5).
+    left, right = np.array([1.0, 7.0, 7.0, 9.0]), np.array([20.0, 10.0, 30.0, 40.0])
+    assert correlation.spearman(left, right, [0] * 4) == pytest.approx(3 / math.sqrt(22.5))
+    # Within each of two widths one falls as the other rises, though over all both are higher at the second width.
+    left, right, widths = [1.0, 2.0, 3.0, 11.0, 12.0, 13.0], [3.0, 2.0, 1.0, 13.0, 12.0, 11.0], [0.5] * 3 + [0.3] * 3
+    assert correlation.correlation(left, right, widths)["value"] == pytest.approx(-1)
+    everything = correlation.correlation(left, right, [0] * 6)
+    assert everything["value"] == pytest.approx(1 - 6 * (4 + 4) * 2 / (6 * 35))  # 1 - 6 sum d^2 / (n (n^2 - 1))
+    assert everything["low"] <= everything["value"] <= everything["high"] and everything["n"] == 6
+    few = {"value": None, "low": None, "high": None}
+    assert correlation.correlation(left[:4], right[:4], [0] * 4) == {**few, "n": 4}
+    assert correlation.correlation([1.0] * 6, right, [0] * 6) == {**few, "n": 6}
+    with pytest.raises(InputError, match=r"right and strata must be as long as left \(6\); got \(4, 6\)"):
+        correlation.correlation(left, right[:4], widths)
+
+
+def test_headlines(finetune: SimpleNamespace) -> None:
+    """A sentence a question; and where one model says better and another worse, that they contradict each other."""
+    result = _result(MADE_UP)
+    random, gum, explains = finetune.headlines.headlines(result)
+    assert random.startswith("- **Is random as good as the established methods?** *e2e, scratch*: against movement ")
+    assert "BLEU no difference shown, perplexity no difference shown" in random
+    assert "against movement BLEU better, +0.53 [+" in gum and "contradict" not in gum
+    assert "*e2e, scratch*: BLEU" not in explains  # no share of unique neurons differs
+    for i, (place, row) in enumerate(
+        {**MADE_UP, ("gum", 0.5, False): [20, 21, 22], ("gum", 0.5, True): [20, 21, 22]}.items()
+    ):
+        for seed, bleu in enumerate(row):
+            run = _run(*place, seed, bleu) | {"model": "smol"}
+            run["redundancy"] = {"unique": {"0.8": bleu / 100}, "sensitivity": 1e-3}
+            result["runs"][f"{i} {seed}"] = run
+    _, gum, explains = finetune.headlines.headlines(result)
+    assert "*e2e, smol*: against random BLEU worse" in gum
+    assert gum.endswith(
+        " Models contradict each other in gum minus movement by BLEU, gum minus movement by perplexity."
+    )
+    assert "*e2e, smol*: BLEU +1.00 [+1.00, +1.00]; *e2e, smol*: low perplexity +1.00 [" in explains
 
 
 def test_table(finetune: SimpleNamespace) -> None:
@@ -387,12 +534,15 @@ def test_table(finetune: SimpleNamespace) -> None:
     assert lines[0].startswith(
         "a CPU, 1 threads, torch 2, 2026-01-01. 21 runs, 0.2 hours of one process, at commit 0123456789"
     )
-    rows = [line.split(" | ") for line in lines if line.startswith("| ") and "%" in line and "kept" not in line]
+    rows = [line.split(" | ") for line in lines if line.startswith("| ") and "% |" in line[:9]]
     assert [row[1] for row in rows] == ["dense, trained on", "gum", "movement", "random"]
     assert rows[2][2] == "51.0 [48.5, 53.5]" and rows[2][3] == "56.0 [53.5, 58.5]"
     assert rows[0][3] == "-" and rows[0][6] == "90 [90, 90]"
-    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
-    assert any(line.startswith("- Does GUM beat movement?") for line in lines)
+    assert len({line.count("|") for line in lines if line.startswith("|") and "minus" not in line}) == 2
+    compared = [line.split(" | ")[0] for line in lines if line.startswith("| ") and " minus " in line]
+    assert compared[0] == "| random minus movement" and len(compared) == 4
+    (explained,) = [line for line in lines if line.startswith("Rank correlation over 6 cells")]
+    assert "BLEU with unique neurons none from 6 cells" in explained and "50% kept 0.87 to 0.87" in explained
     assert finetune.table.finetune_table({"runs": {}, "dense": {}}) == ["Nothing was run yet."]
 
 

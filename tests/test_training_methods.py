@@ -72,6 +72,23 @@ def test_movement_by_adam():
     assert state["scores"].tolist() == pytest.approx([-0.5 - 0.5 * step, 1.0], rel=1e-5)
 
 
+def test_movement_from_the_ranks_of_a_criterion():
+    """Norms of the up rows 5, 1, 3: places 1/2, -1/2 and 0 times the spread, under what movement adds at each step."""
+    method = make("movement", criterion="magnitude-l1-fan-in", spread=0.4)
+    ffn = layer(neurons=3, hidden=1)
+    state = method.start(ffn, torch.Generator().manual_seed(0))
+    for step, norms in enumerate(([5.0, 1.0, 3.0], [-1.0, 1.0, 9.0], [9.0, 9.0, 0.0])):
+        with torch.no_grad():
+            ffn.holder.up_proj.weight.copy_(T(norms)[:, None])
+        method.update(state, Gathered(ffn, 1, T([1.0, 0.0, -1.0])), Moment(step, 1.0, float(step == 2)))
+        # Sums of norms: 5, 1, 3; then 6, 2, 12; once neurons go, the criterion has had its say.
+        place = ([0.2, -0.2, 0.0], [0.0, -0.2, 0.2], [0.0, -0.2, 0.2])[step]
+        moved = 0.5 * (step + 1)
+        assert state["scores"].tolist() == pytest.approx([place[0] - moved, place[1], place[2] + moved])
+    assert method.reads_weights and not make("movement").reads_weights
+    assert make("gum", criterion="wanda").needs == {"gradient", "products", "activations"}
+
+
 def test_movement_with_a_penalty_is_the_gradient_of_the_mean_soft_mask():
     """Against autograd: 3 * progress * mean over 4 layers of mean over neurons of sigmoid(s), one layer's part."""
     scores = T([0.3, -1.0, 2.0], requires_grad=True)

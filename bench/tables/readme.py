@@ -253,6 +253,7 @@ def _elsewhere(module: str, function: str) -> Callable[[Result], list[str]]:
 
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "allocations": _elsewhere("bench.tables.methods", "allocations_table"),
+    "answers": _elsewhere("bench.experiments.finetune.headlines", "answers_table"),
     "compare": _elsewhere("bench.tables.quality", "compare_table"),
     "compiled": _elsewhere("bench.tables.compiled", "compiled_table"),
     "cpu": cpu_table,
@@ -292,6 +293,7 @@ ROOT = HERE.parent
 # Tables that are made of what is registered, not of measurements; and those of several results, by file name.
 _OF_CODE = ("allocations", "methods", "repairs", "training")
 _TOGETHER = {
+    "answers": ("finetune",),
     "glance": ("compare-suite", "model", "nested"),
     "quality-tasks": ("quality-tasks", "compare-suite"),
     "works": ("families",),

@@ -74,7 +74,7 @@ class TrainingPruner:
         self.model, self.config, self.done = model, config, 0
         self._method = methods.parse(config.method)
         self._sharded = is_sharded(model)
-        reads = self._sharded and self._method.WEIGHTS
+        reads = self._sharded and self._method.reads_weights
         rule = "be one without a criterion where weights are cut over processes (FSDP2)"
         check(not reads, "method", rule, self._method.NAME)
         self._ffns = families.find_ffns(model, sharded=self._sharded)

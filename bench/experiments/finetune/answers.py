@@ -1,40 +1,55 @@
-"""What the runs say, from the numbers alone: paired differences over seeds, with intervals, and a sentence each."""
+"""What the runs say, from the numbers alone: paired differences over seeds, and what goes along with quality."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from .correlation import correlation
 from .intervals import over_seeds
 from .metrics import METRICS
+from .recipes import completed
 from .settings import DENSE
 
 Run = dict[str, Any]
 Groups = dict[tuple[str, str, str], list[Run]]
 PERPLEXITY = "perplexity"
-# Share of neurons without a twin, in per cent: of the redundancy of a run, beside its metrics.
-UNIQUE = "unique"
+# Share of neurons without a twin, in per cent, and mean sensitivity: of the redundancy of a run, beside its metrics.
+UNIQUE, SENSITIVITY = "unique", "sensitivity"
 THRESHOLD = "0.8"
-_LABELS = {PERPLEXITY: "perplexity", UNIQUE: f"neurons unique at cos {THRESHOLD}, %"}
-# (question, left, right): is left better than right?
+_LABELS = {PERPLEXITY: "perplexity", UNIQUE: f"neurons unique at cos {THRESHOLD}, %", SENSITIVITY: "sensitivity"}
+# (left, right): is left better than right?
 PAIRS = (
-    ("Is random comparable to movement?", "random", "movement"),
-    ("Does GUM beat movement?", "gum", "movement"),
-    ("Does GUM beat random?", "gum", "random"),
-    ("Does movement beat magnitude?", "movement", "magnitude"),
+    ("random", "magnitude"),
+    ("random", "movement"),
+    ("random", "l0"),
+    ("gum", "random"),
+    ("gum", "movement"),
+    ("l0", "magnitude"),
+    ("l0", "movement"),
+    ("movement", "magnitude"),
 )
+NONE_SHOWN, ONE_SEED = "no difference shown", "one seed, no interval"
 
 
 def groups(result: dict[str, Any]) -> Groups:
-    """Runs by (task, model, size), in the order of the result."""
+    """Runs by (task, model, size), in the order of the result; of each those by the recipe of the newest."""
     found: Groups = {}
     for run in result["runs"].values():
         found.setdefault((run["task"], run["model"], run["size"]), []).append(run)
+    for place, runs in found.items():
+        newest = completed(max(runs, key=lambda run: str(run.get("date", "")))["recipe"])
+        found[place] = [run for run in runs if completed(run["recipe"]) == newest]
     return found
 
 
 def main_metric(runs: list[Run]) -> str:
-    """The metric that the task names first."""
+    """The metric that the task names first; perplexity where it names none."""
     return str(next(iter(runs[0]["metrics"])))
+
+
+def quality(runs: list[Run]) -> list[str]:
+    """The main metric, and perplexity."""
+    return list(dict.fromkeys((main_metric(runs), PERPLEXITY)))
 
 
 def label(metric: str) -> str:
@@ -42,10 +57,16 @@ def label(metric: str) -> str:
     return _LABELS[metric] if metric in _LABELS else METRICS[metric].label
 
 
+def higher_is_better(metric: str) -> bool:
+    return metric == UNIQUE or (metric in METRICS and METRICS[metric].higher)
+
+
 def value(run: Run, metric: str) -> float:
     """One number of a run."""
     if metric == UNIQUE:
         return 100 * float(run["redundancy"]["unique"][THRESHOLD])
+    if metric == SENSITIVITY:
+        return float(run["redundancy"]["sensitivity"])
     return float(run["metrics"][metric]["value"])
 
 
@@ -68,9 +89,9 @@ def _paired(runs: list[Run], metric: str, by: str, left: Any, right: Any) -> dic
 def verdict(found: dict[str, Any], higher: bool) -> str:
     """`better`, `worse` or `no difference shown`, where left minus right has this interval."""
     if found["low"] is None:
-        return "one seed, no interval"
+        return ONE_SEED
     if found["low"] <= 0 <= found["high"]:
-        return "no difference shown"
+        return NONE_SHOWN
     return "better" if (found["mean"] > 0) == higher else "worse"
 
 
@@ -90,85 +111,64 @@ def _summary(differences: dict[Any, float], higher: bool) -> dict[str, Any]:
     return {**found, "verdict": verdict(found, higher), "cells": each}
 
 
-def _numbers(found: dict[str, Any]) -> str:
-    if found["low"] is None:
-        return f"{found['mean']:+.2f}"
-    return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+def _pairs(runs: list[Run]) -> list[tuple[str, str, Any, Any]]:
+    """(coordinate, words, left, right) of every comparison; a method with options also against the method without."""
+    variants = sorted({r["method"] for r in runs if ":" in r["method"]})
+    pairs = [*PAIRS, *((method, method.partition(":")[0]) for method in variants)]
+    found: list[tuple[str, str, Any, Any]] = [("method", f"{left} minus {right}", left, right) for left, right in pairs]
+    return [*found, ("distilled", "distilled minus plain", True, False)]
 
 
-def _sentence(question: str, metric: str, what: str, found: dict[str, Any]) -> str:
-    cells = found["cells"]
-    count = {word: sum(c["verdict"] == word for c in cells) for word in ("better", "worse")}
-    return (
-        f"{question} {label(metric)}, {what}, mean over the grid of each of {found['n']} seeds: {_numbers(found)}: "
-        f"{found['verdict']}; cell by cell better in {count['better']}, worse in {count['worse']} of {len(cells)}."
-    )
-
-
-def _inside(runs: list[Run], metric: str, left: str, right: str) -> str:
-    """In how many cells the mean of `left` lies in the interval of `right` over seeds."""
-    places = sorted({(r["keep"], r["distilled"]) for r in runs if r["method"] in (left, right)})
-    inside = total = 0
-    for keep, distilled in places:
-        a, b = (cell(runs, method, keep, distilled) for method in (left, right))
-        if not a or len(b) < 2:
-            continue
-        bounds = over_seeds([value(r, metric) for r in b])
-        total += 1
-        inside += bounds["low"] <= over_seeds([value(r, metric) for r in a])["mean"] <= bounds["high"]
-    return f"The mean of {left} lies in the interval of {right} in {inside} of {total} cells." if total else ""
-
-
-def _range(runs: list[Run], metric: str, distilled: bool, keep: float) -> float | None:
-    means = []
-    for method in sorted({r["method"] for r in runs} - {DENSE}):
-        if found := cell(runs, method, keep, distilled):
-            means.append(over_seeds([value(r, metric) for r in found])["mean"])
-    return max(means) - min(means) if len(means) > 1 else None
-
-
-def _ranges(runs: list[Run], metric: str) -> dict[str, Any] | None:
-    """Best minus worst method without and with distillation, at each keep that has both."""
-    keeps = sorted({r["keep"] for r in runs if r["method"] != DENSE})
-    rows = [(keep, *(_range(runs, metric, distilled, keep) for distilled in (False, True))) for keep in keeps]
-    rows = [row for row in rows if None not in row]
-    if not rows:
-        return None
-    narrower = sum(after < before for _, before, after in rows)
-    words = ", ".join(f"{keep:.0%}: {before:.2f} to {after:.2f}" for keep, before, after in rows)
-    return {
-        "question": "Does distillation narrow the differences between methods?",
-        "metric": metric,
-        "ranges": [{"keep": keep, "plain": before, "distilled": after} for keep, before, after in rows],
-        "sentence": f"Does distillation narrow the differences between methods? {label(metric)}, best minus worst "
-        f"method by keep: {words}; narrower in {narrower} of {len(rows)}.",
-    }
-
-
-def answers(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions of the experiment, answered for each (task, model, size) by main metric, perplexity and uniqueness.
+def comparisons(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Paired differences of each (task, model, size) in main metric, perplexity and uniqueness.
 
     Returns:
-        Entries with `task`, `model`, `size`, `question`, `metric`, `sentence`; those of a comparison also `mean`,
-        `low`, `high`, `n` (left minus right, each seed's mean over the grid), `verdict` and `cells`.
+        Entries with `task`, `model`, `size`, `what`, `left`, `right`, `metric`; `mean`, `low`, `high`, `n` of left
+        minus right, each seed's mean over the cells that both have; `verdict` and `cells`.
     """
     found = []
     for (task, model, size), runs in groups(result).items():
-        place = {"task": task, "model": model, "size": size}
-        for metric in (main_metric(runs), PERPLEXITY, UNIQUE):
-            higher = metric == UNIQUE or (metric != PERPLEXITY and METRICS[metric].higher)
-            for question, left, right in PAIRS:
-                differences = _paired(runs, metric, "method", left, right)
-                if differences:
-                    summary = _summary(differences, higher)
-                    words = _sentence(question, metric, f"{left} minus {right}", summary)
-                    words = f"{words} {_inside(runs, metric, left, right)}".strip()
-                    found.append({**place, "question": question, "metric": metric, **summary, "sentence": words})
-            differences = _paired(runs, metric, "distilled", True, False)
-            if differences:
-                question, summary = "What does distillation change?", _summary(differences, higher)
-                words = _sentence(question, metric, "distilled minus plain", summary)
-                found.append({**place, "question": question, "metric": metric, **summary, "sentence": words})
-            if ranges := _ranges(runs, metric):
-                found.append({**place, **ranges})
+        for by, what, left, right in _pairs(runs):
+            for metric in (*quality(runs), UNIQUE):
+                if differences := _paired(runs, metric, by, left, right):
+                    place = {"task": task, "model": model, "size": size, "what": what, "left": left, "right": right}
+                    found.append({**place, "metric": metric, **_summary(differences, higher_is_better(metric))})
+    return found
+
+
+def correlations(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whether better cells have more unique, or more sensitive, neurons; a cell has its mean over seeds.
+
+    Returns:
+        Entries with `task`, `model`, `size`, `metric`, `of` (`unique` or `sensitivity`), and two correlations, `all`
+        cells together and `within` each share kept, positive where more goes along with better.
+    """
+    found = []
+    for (task, model, size), runs in groups(result).items():
+        places = sorted({(r["method"], r["keep"], r["distilled"]) for r in runs if r["method"] != DENSE})
+        cells = [cell(runs, *place) for place in places]
+        keeps = [keep for _, keep, _ in places]
+
+        def means(metric: str, cells: list[list[Run]] = cells) -> list[float]:
+            return [sum(value(r, metric) for r in one) / len(one) for one in cells]
+
+        for metric in quality(runs):
+            good = [v if higher_is_better(metric) else -v for v in means(metric)]
+            for of in (UNIQUE, SENSITIVITY):
+                entry = {"task": task, "model": model, "size": size, "metric": metric, "of": of}
+                entry["all"] = correlation(good, means(of), [0] * len(cells))
+                entry["within"] = correlation(good, means(of), keeps)
+                found.append(entry)
+    return found
+
+
+def ranges(runs: list[Run], metric: str) -> list[dict[str, float]]:
+    """Best minus worst method by share kept, `plain` and `distilled`, where two methods or more have both."""
+    found = []
+    for keep in sorted({r["keep"] for r in runs if r["method"] != DENSE}):
+        sides = [[cell(runs, m, keep, flag) for flag in (False, True)] for m in sorted({r["method"] for r in runs})]
+        both = [[sum(value(r, metric) for r in side) / len(side) for side in pair] for pair in sides if all(pair)]
+        if len(both) > 1:
+            plain, distilled = (max(column) - min(column) for column in zip(*both, strict=True))
+            found.append({"keep": keep, "plain": plain, "distilled": distilled})
     return found

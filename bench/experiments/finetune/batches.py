@@ -19,12 +19,12 @@ _POOL = 16
 Encoded = tuple[list[int], int]
 
 
-def encode(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
-    """Token ids of `prompt SEPARATOR target END`, and how many of them are the prompt's."""
+def encode(tokenizer: Any, pairs: Sequence[tuple[str, str]], ends: bool = True) -> list[Encoded]:
+    """Token ids of `prompt SEPARATOR target END`, and how many are the prompt's; no END where a text goes on."""
     prompts = encode_prompts(tokenizer, [prompt for prompt, _ in pairs])
     targets = tokenizer([target for _, target in pairs], add_special_tokens=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    return [([*p, *t, end], len(p)) for p, t in zip(prompts, targets, strict=True)]
+    end = [tokenizer.eos_token_id] if ends else []
+    return [([*p, *t, *end], len(p)) for p, t in zip(prompts, targets, strict=True)]
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:

@@ -60,15 +60,29 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-def fit(model: Any, data: Iterable[dict[str, Tensor]], steps: int, peak: float, say: Say) -> list[float]:
+def forward(model: Any, precision: str) -> torch.autocast:
+    """A context for forward passes in training: `float32`, or `bfloat16` by autocast."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def adamw(model: Any, rate: float) -> torch.optim.AdamW:
+    """The optimizer of every training here."""
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
+
+
+def fit(
+    model: Any, data: Iterable[dict[str, Tensor]], steps: int, peak: float, say: Say, precision: str = "float32"
+) -> list[float]:
     """AdamW over `data`; the mean loss of every 50 steps."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
+    optimizer = adamw(model, peak)
     curve, recent = [], []
     for step, batch in enumerate(data):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        loss = model(**batch, use_cache=False).loss
+        with forward(model, precision):
+            loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -107,9 +121,9 @@ def prepare(task: Task, model: str, recipe: Recipe, folder: Path, device: str = 
         network = models.scratch(recipe, tokenizer, _SEED)
     network.to(device)
     torch.manual_seed(_SEED)
-    rows = batches.encode(tokenizer, task.pairs)
+    rows = batches.encode(tokenizer, task.pairs, task.ends)
     data = batches.batches(rows, recipe.dense_batch, recipe.dense_steps, _SEED, tokenizer.pad_token_id, device)
-    curve = fit(network, data, recipe.dense_steps, recipe.dense_rate, say)
+    curve = fit(network, data, recipe.dense_steps, recipe.dense_rate, say, recipe.precision)
     facts = {
         **wanted,
         "parameters": sum(p.numel() for p in network.parameters()),

@@ -59,10 +59,12 @@ def generate(model: Any, tokenizer: Any, examples: Sequence[Example], new_tokens
 
 
 @torch.no_grad()
-def likelihoods(model: Any, tokenizer: Any, examples: Sequence[Example], targets: int, size: int) -> list[list[float]]:
+def likelihoods(
+    model: Any, tokenizer: Any, examples: Sequence[Example], targets: int, size: int, ends: bool = True
+) -> list[list[float]]:
     """Negative log-likelihood (nats) and number of target tokens, summed over the first `targets` of each example."""
     pairs = [(k, (e.prompt, text)) for k, e in enumerate(examples) for text in e.targets[:targets]]
-    rows = batches.encode(tokenizer, [pair for _, pair in pairs])
+    rows = batches.encode(tokenizer, [pair for _, pair in pairs], ends)
     device = next(model.parameters()).device
     found = [[0.0, 0.0] for _ in examples]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -71,17 +73,19 @@ def likelihoods(model: Any, tokenizer: Any, examples: Sequence[Example], targets
         batch = batches.collate([rows[i] for i in chosen], tokenizer.pad_token_id, device)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         labels = batch["labels"][:, 1:]
-        losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
-        for i, loss, count in zip(chosen, losses.sum(1).tolist(), (labels >= 0).sum(1).tolist(), strict=True):
+        counted = labels >= 0
+        losses = torch.zeros(labels.shape, device=device)
+        losses[counted] = cross_entropy(logits[:, :-1][counted].float(), labels[counted], reduction="none")
+        for i, loss, count in zip(chosen, losses.sum(1).tolist(), counted.sum(1).tolist(), strict=True):
             found[pairs[i][0]][0] += loss
             found[pairs[i][0]][1] += count
     return found
 
 
-def windows(tokenizer: Any, examples: Sequence[Example], count: int, window: int) -> Tensor:
+def windows(tokenizer: Any, examples: Sequence[Example], count: int, window: int, ends: bool = True) -> Tensor:
     """`[count, window]` tokens of examples one after the other."""
     pairs = [(e.prompt, e.targets[0]) for e in examples if e.targets]
-    stream = [token for ids, _ in batches.encode(tokenizer, pairs) for token in ids]
+    stream = [token for ids, _ in batches.encode(tokenizer, pairs, ends) for token in ids]
     count = min(count, len(stream) // window)
     return torch.tensor(stream[: count * window]).view(count, window)
 
@@ -95,16 +99,16 @@ def evaluate(model: Any, tokenizer: Any, task: Task, recipe: Recipe) -> dict[str
     started = time.perf_counter()
     model.eval()
     examples = spread(task.test, recipe.inputs)
-    texts = generate(model, tokenizer, examples, recipe.new_tokens, recipe.decode)
+    texts = generate(model, tokenizer, examples, recipe.new_tokens, recipe.decode) if task.metrics else []
     metrics = {}
     for name in task.metrics:
         metric = METRICS[name]
         statistics = [metric.statistics(t, e.references) for t, e in zip(texts, examples, strict=True)]
         metrics[name] = bootstrap(statistics, metric.score)
     size = max(1, recipe.decode // 2)
-    statistics = likelihoods(model, tokenizer, examples, recipe.targets, size)
+    statistics = likelihoods(model, tokenizer, examples, recipe.targets, size, task.ends)
     metrics["perplexity"] = bootstrap(statistics, perplexity_score)
     step = max(1, len(examples) // _SHOWN)
-    shown = [{"prompt": e.prompt, "text": t} for e, t in list(zip(examples, texts, strict=True))[::step][:_SHOWN]]
+    shown = [{"prompt": e.prompt, "text": t} for e, t in list(zip(examples, texts, strict=False))[::step][:_SHOWN]]
     seconds = time.perf_counter() - started
     return {"metrics": metrics, "samples": shown, "inputs": len(examples), "seconds": seconds}

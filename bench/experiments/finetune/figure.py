@@ -17,8 +17,8 @@ from .settings import DENSE
 
 # Of middle brightness, for the background is the reader's: light or dark.
 _GREY = "#8a8f98"
-_COLOURS = {"random": "#8a8f98", "magnitude": "#c08a2b", "movement": "#3d85c6", "gum": "#3aa17e"}
-_OTHERS = ("#b565a7", "#d9534f", "#6a5acd")
+_COLOURS = {"random": "#8a8f98", "magnitude": "#c08a2b", "movement": "#3d85c6", "gum": "#3aa17e", "l0": "#b565a7"}
+_OTHERS = ("#d9534f", "#6a5acd")
 _STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _GREY),
     "grid.color": _GREY,

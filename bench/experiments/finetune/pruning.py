@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pyprune.training import TrainingConfig, TrainingPruner, methods, train
 from pyprune.training.distillation import attach
+from pyprune.training.loop import model_loss
 
-from .dense import learning_rate
+from .dense import adamw, forward, learning_rate
 from .recipes import Recipe
 from .settings import DENSE, Setting
 
@@ -23,6 +24,8 @@ def training_config(setting: Setting, recipe: Recipe) -> TrainingConfig:
     method = methods.parse(setting.method)
     if isinstance(method, methods.Movement):
         method = replace(method, optimizer=recipe.score_optimizer, score_rate=recipe.score_rate)
+    if isinstance(method, methods.L0):
+        method = replace(method, score_rate=recipe.gate_rate, multiplier_rate=recipe.multiplier_rate)
     return TrainingConfig(
         method=method,
         keep=setting.keep,
@@ -47,11 +50,16 @@ def fine_tune(
     Returns:
         The loss of every step.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.01)
+    optimizer = adamw(model, recipe.rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, recipe.steps, 1.0))
     pruner = None if setting.method == DENSE else TrainingPruner(model, training_config(setting, recipe))
+
+    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        with forward(model, recipe.precision):
+            return model_loss(model, batch)
+
     with attach(model, teacher) if teacher is not None else nullcontext():
-        losses = train(model, list(data), optimizer, pruner, steps=recipe.steps, scheduler=scheduler)
+        losses = train(model, list(data), optimizer, pruner, steps=recipe.steps, scheduler=scheduler, loss_fn=loss)
     if pruner:
         pruner.finish()
     model.eval()

@@ -70,13 +70,13 @@ class Work:
         model, tokenizer = dense.start()
         model.to(self.device)
         teacher = dense.teacher()[0].to(self.device) if setting.distilled else None
-        rows = batches.encode(tokenizer, task.pairs)
+        rows = batches.encode(tokenizer, task.pairs, task.ends)
         data = batches.batches(rows, made.batch, made.steps, setting.seed, tokenizer.pad_token_id, self.device)
         torch.manual_seed(setting.seed)
         losses = fine_tune(model, data, setting, made, teacher)
         trained = time.perf_counter()
         found = evaluate(model, tokenizer, task, made)
-        ids = windows(tokenizer, task.test, made.windows, made.window)
+        ids = windows(tokenizer, task.test, made.windows, made.window, task.ends)
         widths = [ffn.intermediate_size for ffn in families.find_ffns(model)]
         entry = {
             **setting.to_json(),
@@ -86,8 +86,9 @@ class Work:
             "widths": widths,
             "loss": _thinned(losses),
             "seconds": {"train": trained - started, "evaluate": time.perf_counter() - trained},
+            "cpu": machine.facts()["cpu"],
             "commit": machine.source()["commit"],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        shown = [(name, found["metrics"][name]["value"]) for name in (main_metric([entry]), "perplexity")]
+        shown = [(n, found["metrics"][n]["value"]) for n in dict.fromkeys((main_metric([entry]), "perplexity"))]
         return {**entry, "words": ", ".join(f"{label(name)} {number:.2f}" for name, number in shown)}

@@ -17,10 +17,12 @@ from bench import by_line
 from pyprune.base.errors import InputError
 from pyprune.base.files import new_file
 
+from .recipes import completed
 from .settings import Setting
 
 Entry = dict[str, Any]
 Job = Callable[[Setting], Entry]
+_ADDED = ("dense", "runs", "failed")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -41,17 +43,19 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, **parts: Any) -> None:
-    """Put `parts` into the result at `path`; `dense` and `runs` are added to those there, other keys replaced."""
+    """Put `parts` into the result at `path`; `dense`, `runs` and `failed` are added to, other keys replaced."""
     result = load(path)
     for name, part in parts.items():
-        result[name] = {**result[name], **part} if name in ("dense", "runs") else part
+        result[name] = {**result.get(name, {}), **part} if name in _ADDED else part
+    for key in parts.get("runs", ()):
+        result.get("failed", {}).pop(key, None)
     with new_file(path) as temporary:
-        temporary.write_text(by_line.dumps(result, ("dense", "runs")), encoding="utf-8")
+        temporary.write_text(by_line.dumps(result, _ADDED), encoding="utf-8")
 
 
 def pending(settings: Sequence[Setting], runs: dict[str, Entry], recipe: dict[str, Any]) -> list[Setting]:
     """Those without an entry that was made by the same recipe."""
-    return [s for s in settings if s.key not in runs or runs[s.key]["recipe"] != recipe]
+    return [s for s in settings if s.key not in runs or completed(runs[s.key]["recipe"]) != recipe]
 
 
 def quiet() -> None:
@@ -70,6 +74,16 @@ def processes(jobs: int) -> Executor:
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start)
 
 
+def _here(job: Job, setting: Setting) -> Future[Entry]:
+    """What an executor's `submit` gives, done in this process; whatever asks to stop does so."""
+    future: Future[Entry] = Future()
+    try:
+        future.set_result(job(setting))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
 def drive(
     settings: Sequence[Setting],
     job: Job,
@@ -79,7 +93,7 @@ def drive(
     seconds: float = float("inf"),
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run every setting, and write each entry into the result at `path` when it is there.
+    """Run every setting, and write each entry, or what made it fail, into the result at `path` when it is there.
 
     Args:
         settings: what to run, in this order.
@@ -115,16 +129,15 @@ def drive(
                 queue.clear()
                 break
             setting = queue.pop(0)
-            if executor is None:
-                finish(setting, job(setting))
-            else:
-                running[executor.submit(job, setting)] = setting
+            future = executor.submit(job, setting) if executor else _here(job, setting)
+            running[future] = setting
         for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
             setting = running.pop(future)
             if (error := future.exception()) is None:
                 finish(setting, future.result())
             else:
                 failures.append(error)
+                save(path, failed={setting.key: {**setting.to_json(), "error": str(error)}})
                 say(f"failed: {setting.key}, {error}")
     if failures:
         raise failures[0]

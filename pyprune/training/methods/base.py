@@ -83,6 +83,11 @@ class Method(Option):
         """What this object needs: `NEEDS`, or what its options ask for."""
         return self.NEEDS
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether this object hands weights to a criterion: `WEIGHTS`, or as its options ask."""
+        return self.WEIGHTS
+
     def start(self, ffn: FFN, generator: torch.Generator) -> State:
         """The state of a layer before the first step."""
         weights = ffn.weights().down

@@ -9,6 +9,14 @@ gradient steps; the public codes of Lagunas et al. and Santacroce et al. by Adam
 The published score is the sum of all steps' movements, so what a noisy batch said never fades. With `beta` below 1 it
 does, s <- beta s - rate * dL/ds, and the scores are an exponential moving average of the movement (times a constant,
 which changes no rank); with 0 the last batch alone decides.
+
+All scores start at zero, so the first neurons to go are those that few and early batches were against. With a
+`criterion` they start from its ranks instead: in the steps before anything is removed it scores the neurons from the
+weights and the batch at hand, the scores are summed, and neuron j of F stands at
+
+    s_j = spread * ((rank of its sum in the layer, from 0) / (F - 1) - 1/2) + what movement has added
+
+as it does from then on. Ranks, for the scores of a criterion have a unit of their own in each layer.
 """
 
 from __future__ import annotations
@@ -20,6 +28,8 @@ import torch
 from torch import Tensor
 
 from ...base.errors import check, check_choice, is_number
+from ...model.families import FFN
+from ...pruning import importance
 from .base import METHODS, Gathered, Method, Moment, State, check_amount
 
 OPTIMIZERS = ("sgd", "adam")
@@ -41,6 +51,9 @@ class Movement(Method):
         score_rate: its learning rate, which does not change while training.
         penalty: weight of mean(sigmoid(s)) in the loss, once the schedule is through.
         beta: weight of the past in the scores, in [0, 1]; 1 sums it all, as published.
+        criterion: an importance criterion (`pyprune.pruning.importance.names()`) whose ranks scores start from; None:
+            they start equal.
+        spread: how far apart the first and the last rank start; a step of Adam moves a score by `score_rate`.
     """
 
     NAME: ClassVar[str] = "movement"
@@ -55,12 +68,30 @@ class Movement(Method):
     score_rate: float = 1e-2
     penalty: float = 0.0
     beta: float = 1.0
+    criterion: str | None = None
+    spread: float = 0.5
 
     def __post_init__(self) -> None:
         check_choice(self.optimizer, "optimizer", OPTIMIZERS)
         check_amount(self.score_rate, "score_rate", zero=False)
         check_amount(self.penalty, "penalty")
         check(is_number(self.beta) and 0 <= self.beta <= 1, "beta", "lie in [0, 1]", self.beta)
+        check_amount(self.spread, "spread")
+        if self.criterion is not None:
+            check_choice(self.criterion, "criterion", importance.names())
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.NEEDS if self.criterion is None else self.NEEDS | importance.get(self.criterion).needs
+
+    @property
+    def reads_weights(self) -> bool:
+        return self.criterion is not None
+
+    def start(self, ffn: FFN, generator: torch.Generator) -> State:
+        state = super().start(ffn, generator)
+        # The same numbers at every step, or a sum of random orders would forget each of them.
+        return state if self.criterion is None else {**state, "seed": torch.tensor(generator.initial_seed())}
 
     def gradient(self, state: State, gathered: Gathered, moment: Moment) -> Tensor:
         """`[F]`, dL/ds with the penalty's part."""
@@ -73,6 +104,14 @@ class Movement(Method):
         if self.optimizer == "adam":
             gradient = adam(state, gradient, moment.step + 1)
         state["scores"] = self.beta * state["scores"] - self.score_rate * gradient
+        if self.criterion is not None and (moment.progress == 0 or moment.step == 0):
+            generator = torch.Generator().manual_seed(int(state["seed"]))
+            now = importance.get(self.criterion)(gathered.ffn.weights(), gathered.statistics, generator)
+            total = state["judged"] = state.get("judged", torch.zeros_like(now)) + now
+            ranks = total.argsort(stable=True).argsort().to(state["scores"])
+            place = self.spread * (ranks / max(1, len(ranks) - 1) - 0.5)
+            state["scores"] = state["scores"] + place - self.beta * state.get("place", torch.zeros_like(place))
+            state["place"] = place
 
 
 def adam(state: State, gradient: Tensor, count: int, of: str = "", b1: float = 0.9, b2: float = 0.999) -> Tensor:

@@ -35,8 +35,9 @@ class Task:
     Attributes:
         name: its name.
         train, test: examples; no prompt stands in both.
-        metrics: keys of `metrics.METRICS`, the main one first.
+        metrics: keys of `metrics.METRICS`, the main one first; none: perplexity alone.
         note: what was trained on, what is evaluated, and in which form.
+        ends: whether a target is a text with an end, to be learned as such; else it is cut out of one that goes on.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Task:
     test: tuple[Example, ...]
     metrics: tuple[str, ...]
     note: str
+    ends: bool = True
 
     @property
     def pairs(self) -> list[tuple[str, str]]:

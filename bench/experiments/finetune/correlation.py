@@ -1,0 +1,73 @@
+"""Does redundancy explain quality? Spearman's correlation over the cells of a grid, with a bootstrap over cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyprune.base.errors import check
+
+Array = NDArray[np.float64]
+# With fewer cells any order is likely by chance.
+LEAST = 5
+
+
+def ranks(values: Array) -> Array:
+    """Ranks from 1, those of equal values their mean."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    mean: Array = (np.cumsum(count) - (count - 1) / 2)[place]
+    return mean
+
+
+def spearman(left: Array, right: Array, strata: Sequence[Any]) -> float:
+    """Correlation of ranks taken within each stratum and centred there; NaN where a side does not vary.
+
+    With one stratum for all this is Spearman's coefficient.
+    """
+    places = np.asarray(strata)
+    sides = []
+    for values in (left, right):
+        centred = np.empty(len(values))
+        for stratum in np.unique(places):
+            inside = places == stratum
+            own = ranks(values[inside])
+            centred[inside] = (own - own.mean()) / len(own)
+        sides.append(centred)
+    a, b = sides
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / scale if scale else float("nan")
+
+
+def correlation(
+    left: Sequence[float], right: Sequence[float], strata: Sequence[Any], samples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """Spearman's coefficient within strata, and its percentile interval when cells are drawn again within them.
+
+    Args:
+        left, right: `[N]`, a value of each cell.
+        strata: `[N]`, what must not explain it: cells are ranked among their like.
+        samples, seed: of the bootstrap.
+
+    Returns:
+        `value`, `low`, `high`, `n`; None for the numbers with fewer than 5 cells or where a side does not vary.
+
+    Raises:
+        InputError: lengths that differ.
+    """
+    n = len(left)
+    check(n == len(right) == len(strata), "right and strata", f"be as long as left ({n})", (len(right), len(strata)))
+    nothing = {"value": None, "low": None, "high": None, "n": n}
+    a, b, places = np.asarray(left, float), np.asarray(right, float), np.asarray([str(s) for s in strata])
+    if n < LEAST or np.isnan(value := spearman(a, b, places)):
+        return nothing
+    generator = np.random.default_rng(seed)
+    groups = [np.flatnonzero(places == stratum) for stratum in np.unique(places)]
+    found = []
+    for _ in range(samples):
+        drawn = np.concatenate([generator.choice(group, len(group)) for group in groups])
+        found.append(spearman(a[drawn], b[drawn], places[drawn]))
+    low, high = np.nanquantile(found, (0.025, 0.975))
+    return {"value": value, "low": float(low), "high": float(high), "n": n}
