@@ -119,7 +119,7 @@ def test_a_whole_run(bench: ModuleType, tiny_checkpoint: Path, tmp_path: Path, m
     assert list(facts["rows"]) == ["wanda at 0.5", "wanda + least squares at 0.5"]
     assert facts["rows"]["wanda at 0.5"] == first["rows"]["wanda at 0.5"]
     assert str(tmp_path) not in json.dumps(facts) and facts["settings"]["model"] == "tiny-llama"
-    monkeypatch.setattr(sys, "argv", ["x", "--text", "/a/b.txt", "--checkpoint", "mine=/c/d e"])
+    monkeypatch.setattr(sys, "argv", ["x", "--text", "/a/b.txt", "--minutes", "9", "--checkpoint", "mine=/c/d e/"])
     assert bench.command("findings").endswith("bench.experiments.findings --text b.txt --checkpoint 'mine=d e'")
 
     # A second model, and a checkpoint that was pruned before: blocks of one document.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 from collections.abc import Callable
@@ -14,8 +13,6 @@ import pytest
 import torch
 import typer
 from test_domains import fill
-
-from pyprune.base.errors import InputError
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -34,9 +31,9 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_checkpoint: Path
     monkeypatch.setattr(findings, "DOCUMENT", tmp_path / "docs" / "findings.md")
     monkeypatch.setenv("PYPRUNE_CACHE", str(tmp_path / "cache"))
     small = {"RESULTS": tmp_path, "DEMO": str(tiny_checkpoint), "WINDOW": 32, "TOKENS": 256, "DOMAIN_TOKENS": 64}
-    small |= {"JUDGED": 512, "NEW_TOKENS": 4, "PROMPT": 8, "CONTINUED": 24, "GRID": module.GRID[:2]}
-    short = {name: dataclasses.replace(module.ARMS[name]) for name in ("prose", "continued", "half own", "kl")}
-    for name, value in {**small, "ARMS": short, "FIRST": tuple(short), "SAMPLES": 2}.items():
+    small |= {"JUDGED": 512, "NEW_TOKENS": 4, "PROMPT": 8, "CONTINUED": 24}
+    short = {name: module.ARMS[name] for name in ("prose", "continued", "half own", "target")}
+    for name, value in {**small, "ARMS": short, "SAMPLES": 1}.items():
         monkeypatch.setattr(module, name, value)
     return module
 
@@ -52,15 +49,16 @@ def row(arm: str, loss: float, exact: float, repeated: float = 0.5) -> dict[str,
         "losses": {"wikipedia": [loss, loss], "wine": [loss + 1]},
         "kl": [0.2],
         "hidden": [0.1],
+        "chosen_by": {"kl": [loss], "hidden": [-loss]},
     }
 
 
 def result() -> dict[str, Any]:
     line = {"prose, 20 %": (1.0, 0.8), "prose": (2.0, 0.6), "prose, 40 %": (3.0, 0.2)}
-    rows = {"dense": row("dense", 0.0, 0.9), **{f"{name} 0": row(name, *at) for name, at in line.items()}}
-    rows["own 0"], rows["kl 0"] = row("own", 1.5, 0.7), row("kl", 1.5, 0.9, 0.4)
-    rows["half own 0"] = row("half own", 2.0, 0.4, 0.6)
-    rows["grid x"] = {"arm": "x", "sample": 0, "kl": [0.1], "hidden": [0.1]}
+    rows = {"dense 0": row("dense", 0.0, 0.9), **{f"{name} 0": row(name, *at) for name, at in line.items()}}
+    rows["own 0"], rows["target 0"] = row("own", 1.5, 0.7), row("target", 1.2, 0.95, 0.4)
+    rows["ridge 0"], rows["ridge, target 0"] = row("ridge", 1.4, 0.7), row("ridge, target", 2.0, 0.4, 0.6)
+    rows["own 1"] = {**rows["own 0"], "sample": 1}  # whose grid is not whole
     where = {
         "gpu": None,
         "cpu": "a CPU",
@@ -82,19 +80,19 @@ def test_points_of_a_line_by_hand(table: ModuleType) -> None:
 
 def test_arms_are_judged_at_their_own_perplexity(table: ModuleType) -> None:
     found = table.arms(result()["rows"])
-    dense = table.Arm("dense", [result()["rows"]["dense"]])
-    line = table.line_of(found, dense)
-    assert list(found) == ["prose", "own", "half own", "kl", "prose, 20 %", "prose, 40 %"] and len(line) == 4
-    assert found["own"].loss == pytest.approx(2.0)  # of domains at 1.5 and 2.5
+    line = table.line_of(found, table.Arm("dense", [result()["rows"]["dense 0"]]))
+    shares = ["prose, 20 %", "prose, 40 %"]
+    assert (
+        list(found) == ["prose", "own", "target", "ridge", "ridge, target", "kl", "hidden", *shares] and len(line) == 4
+    )
+    assert found["own"].loss == pytest.approx(2.0) and len(found["own"].rows) == 2  # of domains at 1.5 and 2.5
     value, (low, high) = table.against(found["own"], line, "exact")
     assert value == pytest.approx(0.7 - (0.8 + 0.6) / 2) and low <= 0 <= high
     value, (low, high) = table.against(found["own"], [found["prose"]], "exact")
     assert value == pytest.approx(0.1) and low < 0.1 < high
-    assert table.verdicts(found, line) == {
-        "own": ("=", "="),
-        "half own": ("worse", "worse"),
-        "kl": ("better", "better"),
-    }
+    assert [found[name].rows[0]["arm"] for name in ("kl", "hidden")] == ["target", "ridge, target"]
+    said = table.verdicts(found, line)
+    assert said["own"] == ("=", "=") and said["kl"] == ("better", "better") and said["hidden"] == ("worse", "worse")
     answers, body = table.strategy(result())
     assert "the model's own text, wanda: answers no difference shown, repetition no difference shown" in answers[0]
     assert "by the KL: answers better, repetition better" in answers[1]
@@ -111,27 +109,20 @@ def test_the_divergence_of_two_models_by_hand(bench: ModuleType, tiny: Callable[
     assert kl == pytest.approx((p * (p / q).log()).sum(-1).mean(-1).tolist(), rel=1e-3) and min(hidden) > 0
 
 
-def test_the_grid_is_chosen_from_whole(bench: ModuleType) -> None:
-    one, two = bench.GRID
-    rows = {f"grid {one}": {"kl": [0.3, 0.1], "hidden": [0.1, 0.1]}, f"grid {two}": {"kl": [0.1], "hidden": [0.2]}}
-    assert bench.best(rows, "kl") == two and bench.best(rows, "hidden") == one and bench.best({}, "none") == "none"
-    with pytest.raises(InputError, match="grid must be measured first"):
-        bench.best({f"grid {one}": rows[f"grid {one}"]}, "kl")
-
-
 def test_a_whole_run_that_goes_on(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = str(fill(tmp_path / "data"))
-    bench.main(data=data, minutes=float("inf"), most=1)
+    bench.main(data=data, minutes=-1)
+    assert not (tmp_path / bench.STRATEGY).exists()
+    bench.main(data=data, minutes=9)
     path = tmp_path / bench.STRATEGY
     first = json.loads(path.read_text())
-    grid = [f"grid {name}" for name in bench.GRID]
-    assert list(first["rows"]) == ["dense", "prose 0", "continued 0", "half own 0", *grid, "kl 0"]
-    assert first["rows"]["kl 0"]["repair"] in bench.GRID and first["rows"]["prose 0"]["tokens"] == 256
+    assert list(first["rows"]) == ["dense 0", "prose 0", "continued 0", "half own 0", "target 0"]
+    assert first["rows"]["target 0"]["kept"] == 0.75 and first["rows"]["prose 0"]["tokens"] == 256
     assert str(tmp_path) not in json.dumps(first)
     assert "## A strategy for generation" in (tmp_path / "docs" / "findings.md").read_text()
-    bench.main(data=data, minutes=-1, most=2)
+    bench.main(data=data, minutes=9)
     assert json.loads(path.read_text()) == first
     monkeypatch.setattr(bench, "NEW_TOKENS", 5)
     with pytest.raises(typer.Exit):
-        bench.main(data=data, minutes=9, most=1)
+        bench.main(data=data, minutes=9)
     assert json.loads(path.read_text()) == first, "another setting would have mixed rows"

@@ -156,9 +156,13 @@ def slim(facts: Facts) -> Facts:
 
 
 def command(module: str) -> str:
-    """What was typed, without folders."""
-    words = [re.sub(r"[^=]*/", "", word) for word in sys.argv[1:]]
-    return shlex.join(["python", "-m", f"bench.experiments.{module}", *words])
+    """What was typed, without folders, and without a limit of time, which decides only how much of it is done."""
+    words = shlex.join(["python", "-m", f"bench.experiments.{module}", *(_bare(word) for word in sys.argv[1:])])
+    return re.sub(r" --minutes[ =]\S+", "", words)
+
+
+def _bare(word: str) -> str:
+    return re.sub(r"[^=]*/", "", word.rstrip("/"))
 
 
 def _load(path: Path, settings: Facts) -> Facts:

@@ -48,8 +48,6 @@ WINDOW, TOKENS, SAMPLES = 512, 16384, 3
 DOMAIN_TOKENS, JUDGED, NEW_TOKENS = 2048, 2048, 96
 PROMPT, CONTINUED = 64, 192  # tokens of prose in front of an own continuation, and of that
 PLAIN = "least-squares"
-GRID = tuple(f"{PLAIN}:damping={damping:g},target={target:g}" for damping in (1e-3, 1e-2, 1e-1) for target in (0, 0.5))
-CHOSEN = ("kl", "hidden")
 Facts = dict[str, Any]
 
 
@@ -65,22 +63,22 @@ class Arm:
 
 
 # `fisher` is the mean square of d NLL / d gate. On text that the model sampled itself that is the curvature of the KL
-# to its own probabilities, the Fisher information; and the loss that `widths` looks at is that KL and a constant.
-# `kl` and `hidden` take the repair of `GRID` with the least KL, and with the least error of the last hidden state, on
-# own text that no fit has read.
+# to its own probabilities, the Fisher information; and the loss that `widths` looks at is that KL and a constant. Of
+# `own`, `target`, `ridge` and both the table takes the one with the least KL on own text that no fit has read, and the
+# one with the least error of the last hidden state there.
 ARMS = {
     "prose": Arm("prose"),
-    "continued": Arm("continued"),
     "own": Arm("own"),
-    "half own": Arm("half own"),
-    "fisher": Arm("own", "fisher"),
-    "widths": Arm("own", allocation="sensitivity"),
-    "kl": Arm("own", repair="kl"),
-    "hidden": Arm("own", repair="hidden"),
     "prose, 20 %": Arm("prose", keep=0.8),
+    "fisher": Arm("own", "fisher"),
+    "target": Arm("own", repair=f"{PLAIN}:target=0.5"),
+    "ridge": Arm("own", repair=f"{PLAIN}:damping=0.1"),
+    "ridge, target": Arm("own", repair=f"{PLAIN}:damping=0.1,target=0.5"),
+    "continued": Arm("continued"),
+    "half own": Arm("half own"),
     "prose, 40 %": Arm("prose", keep=0.6),
+    "widths": Arm("own", allocation="sensitivity"),
 }
-FIRST = ("prose", "continued", "own", "half own", "fisher", "kl", "prose, 20 %")
 
 
 def divergence(dense: Any, pruned: Any, windows: Tensor) -> tuple[list[float], list[float]]:
@@ -100,19 +98,6 @@ def _seen(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """`[W, V]` logits, and `[W, D]` hidden states in front of them, both float32."""
     hidden = model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
     return model.lm_head(hidden).float(), hidden.float()
-
-
-def best(rows: Facts, repair: str) -> str:
-    """The repair of `GRID` with the least of `kl` or `hidden`; any other as it is.
-
-    Raises:
-        InputError: not all of the grid is measured.
-    """
-    if repair not in CHOSEN:
-        return repair
-    missing = [name for name in GRID if f"grid {name}" not in rows]
-    check(not missing, "grid", "be measured first", missing)
-    return min(GRID, key=lambda name: float(torch.tensor(rows[f"grid {name}"][repair]).mean()))
 
 
 class Bench:
@@ -159,25 +144,20 @@ class Bench:
             return torch.stack([window for pair in pairs for window in pair])
         return {"prose": self.prose, "own": self.own}[name][sample]
 
-    def prune(self, arm: Arm, repair: str, sample: int) -> tuple[Any, Facts]:
+    def prune(self, arm: Arm, sample: int) -> tuple[Any, Facts]:
         """A pruned model in bfloat16, and what was done."""
-        model = load_model(DEMO)
-        text = self.text(arm.text, sample)
+        model, text = load_model(DEMO), self.text(arm.text, sample)
         report = prune(
             model,
             arm.keep,
             arm.method,
             allocation=f"{arm.allocation}:multiple=16",
-            repair=repair,
+            repair=arm.repair,
             text=text,
             precision="auto",
             progress=self.progress,
         )
-        return model.bfloat16(), {"kept": report.mask.keep, "tokens": text.numel(), "repair": repair}
-
-    def chosen_by(self, model: Any) -> Facts:
-        kl, hidden = divergence(self.quick, model, self.own[SAMPLES][: JUDGED // WINDOW])
-        return {"kl": kl, "hidden": hidden}
+        return model.bfloat16(), {"kept": report.mask.keep, "tokens": text.numel()}
 
     def measure(self, model: Any) -> Facts:
         """Every measure of one model, each by item: prompt, window or question."""
@@ -186,31 +166,21 @@ class Bench:
         stretches = decode(model, self.starts, NEW_TOKENS, progress=self.progress, padded=True)
         losses = {name: window_losses(model, ids) / (ids.shape[1] - 1) for name, ids in self.domains.items()}
         kl, hidden = divergence(self.quick, model, self.judged)
+        chosen = divergence(self.quick, model, self.own[SAMPLES][: JUDGED // WINDOW])
         return {
             "answers": {name: answers[name].tolist() for name in ("exact", "contains")},
             "repeated": {"chat": list(chat.repetition), "prose": [repetition(row.tolist()) for row in stretches]},
             "losses": {name: loss.tolist() for name, loss in losses.items()},
             "kl": kl,
             "hidden": hidden,
+            "chosen_by": dict(zip(("kl", "hidden"), chosen, strict=True)),
         }
-
-
-def work() -> list[tuple[str, str, int]]:
-    """Key, arm (or repair of the grid) and sample of every row: what matters most first, the grid before its arms."""
-    found = [("dense", "dense", 0)]
-    for arms in (FIRST, tuple(ARMS)):
-        for sample in range(SAMPLES):
-            for arm in arms:
-                needs = GRID if ARMS[arm].repair in CHOSEN else ()
-                found += [(f"grid {name}", name, 0) for name in needs] + [(f"{arm} {sample}", arm, sample)]
-    return list(dict.fromkeys(found))
 
 
 @verb
 def main(
     data: Annotated[str, typer.Option(help="A folder as for `eval --suite --data`.")],
     minutes: Annotated[float, typer.Option(help="Start no row later than this.")] = float("inf"),
-    most: Annotated[int, typer.Option(help="Samples.")] = SAMPLES,
 ) -> None:
     """Prune by every arm, measure, and write the document again."""
     started, path = time.perf_counter(), RESULTS / STRATEGY
@@ -227,20 +197,15 @@ def main(
     check(facts["settings"] == settings, "settings", f"be those of {path.name}", settings)
     with Bars() as bars:
         bench = Bench(data, bars)
-        for key, name, sample in work():
-            late = time.perf_counter() - started > 60 * minutes
-            if key in facts["rows"] or late or sample >= most:
+        work = [("dense", 0), *((name, sample) for sample in range(SAMPLES) for name in ARMS)]
+        for name, sample in work:
+            key = f"{name} {sample}"
+            if key in facts["rows"] or time.perf_counter() - started > 60 * minutes:
                 continue
             err.print(key)
             begun = time.perf_counter()
-            if name == "dense":
-                row = bench.measure(bench.quick)
-            elif name in GRID:
-                model, made = bench.prune(Arm("own"), name, sample)
-                row = made | bench.chosen_by(model)
-            else:
-                model, made = bench.prune(ARMS[name], best(facts["rows"], ARMS[name].repair), sample)
-                row = made | bench.measure(model)
+            model, made = (bench.quick, {}) if name == "dense" else bench.prune(ARMS[name], sample)
+            row = made | bench.measure(model)
             seconds = time.perf_counter() - begun
             facts["rows"][key] = {"arm": name, "sample": sample, **row, "seconds": seconds}
             with new_file(path) as temporary:

@@ -17,6 +17,8 @@ from bench.tables.readme import markdown, provenance
 from pyprune.evaluation.intervals import bootstrap_of
 
 Rows = dict[str, Any]
+CHOSEN = ("kl", "hidden")
+GRID = ("own", "target", "ridge", "ridge, target")
 BASE, LINE = "prose", ("prose, 20 %", "prose", "prose, 40 %")
 WORDS = {
     "prose": "WikiText, wanda",
@@ -25,6 +27,9 @@ WORDS = {
     "half own": "half WikiText, half own text, wanda",
     "fisher": "own text, neurons by the curvature of the KL",
     "widths": "own text, wanda, widths by the loss on it",
+    "target": "own text, wanda, target 0.5",
+    "ridge": "own text, wanda, damping 0.1",
+    "ridge, target": "own text, wanda, damping 0.1, target 0.5",
     "kl": "own text, wanda, damping and target by the KL",
     "hidden": "own text, wanda, damping and target by the hidden state",
     "prose, 20 %": "WikiText, wanda, 20 % removed",
@@ -74,9 +79,23 @@ def line_of(found: dict[str, Arm], dense: Arm) -> list[Arm]:
 
 
 def arms(rows: Rows) -> dict[str, Arm]:
-    """The arms that were measured, in the order of `WORDS`."""
+    """The arms that were measured, in the order of `WORDS`, and what `CHOSEN` takes of `GRID`."""
     there = {name: [row for row in rows.values() if row["arm"] == name] for name in WORDS}
+    for measure in CHOSEN:
+        there[measure] = [_least(grid, measure) for grid in _grids(rows)]
     return {name: Arm(name, found) for name, found in there.items() if found}
+
+
+def _grids(rows: Rows) -> list[list[Rows]]:
+    """The rows of `GRID` by sample, where all of them are there."""
+    samples = sorted({row["sample"] for row in rows.values()})
+    found = [[row for row in rows.values() if row["sample"] == s and row["arm"] in GRID] for s in samples]
+    return [grid for grid in found if len(grid) == len(GRID)]
+
+
+def _least(grid: Sequence[Rows], measure: str) -> Rows:
+    """The row that a measure chooses, on text that it is not judged on."""
+    return min(grid, key=lambda row: _mean(row["chosen_by"][measure]))
 
 
 def against(arm: Arm, line: Sequence[Arm], measure: str) -> tuple[float, tuple[float, float]]:
@@ -155,15 +174,15 @@ def _sentence(words: str, names: Sequence[str], found: dict[str, tuple[str, str]
 def strategy(result: Rows) -> tuple[list[str], list[str]]:
     """The answers in a sentence each, and the section of docs/findings.md with its table."""
     found, settings = arms(result["rows"]), result["settings"]
-    dense = Arm("dense", [result["rows"]["dense"]])
+    if BASE not in found:
+        return [], []
+    dense = Arm("dense", [result["rows"]["dense 0"]])
     line = line_of(found, dense)
     said = verdicts(found, line)
     lead = "A strategy for generation, at equal perplexity beside calibration on prose (SmolLM2-135M, 30 % removed):"
     answers = [
         _sentence(f"{lead} own text.", ("continued", "own", "half own"), said),
-        _sentence(
-            "The same, choosing by the KL of next-token probabilities.", ("fisher", "widths", "kl", "hidden"), said
-        ),
+        _sentence("The same, choosing by the KL of next-token probabilities.", ("fisher", "widths", *CHOSEN), said),
     ]
     cells = [_row(arm, dense, found[BASE], line) for arm in found.values()]
     body = [
