@@ -45,7 +45,7 @@ from pyprune.model.loading import DEMO, load_model, load_tokenizer
 from pyprune.pruning.mixture import mix
 
 WINDOW, TOKENS, SAMPLES = 512, 16384, 3
-DOMAIN_TOKENS, JUDGED, NEW_TOKENS = 2048, 2048, 96
+DOMAIN_TOKENS, JUDGED, NEW_TOKENS = 1536, 1536, 96
 PROMPT, CONTINUED = 64, 192  # tokens of prose in front of an own continuation, and of that
 PLAIN = "least-squares"
 Facts = dict[str, Any]
