@@ -162,7 +162,5 @@ def test_rows_that_are_refused(bench: ModuleType, tiny_checkpoint: Path) -> None
 
 
 def test_the_document_is_that_of_the_committed_results(text: ModuleType) -> None:
-    findings, written = (importlib.import_module(f"bench.experiments.{name}") for name in ("findings", "findings_text"))
-    attempts = json.loads((BENCH / "results" / findings.STRATEGY).read_text(encoding="utf-8"))
-    made = written.document(findings.blocks(BENCH / "results"), attempts)
-    assert (BENCH.parent / "docs" / "findings.md").read_text(encoding="utf-8") == made
+    findings = importlib.import_module("bench.experiments.findings")
+    assert (BENCH.parent / "docs" / "findings.md").read_text(encoding="utf-8") == findings.text_of(BENCH / "results")

@@ -191,13 +191,17 @@ def blocks(folder: Path) -> list[tuple[str, str, Facts]]:
     return [(title, path.name, json.loads(path.read_text("utf-8"))) for title, path in paths if path.is_file()]
 
 
+def text_of(folder: Path) -> str:
+    """docs/findings.md from the results in a folder."""
+    attempts = folder / STRATEGY
+    return document(blocks(folder), json.loads(attempts.read_text("utf-8")) if attempts.is_file() else None)
+
+
 def write_document() -> None:
     """docs/findings.md from what is there."""
-    attempts = RESULTS / STRATEGY
-    made = json.loads(attempts.read_text("utf-8")) if attempts.is_file() else None
     DOCUMENT.parent.mkdir(exist_ok=True)
     with new_file(DOCUMENT) as temporary:
-        temporary.write_text(document(blocks(RESULTS), made), encoding="utf-8")
+        temporary.write_text(text_of(RESULTS), encoding="utf-8")
     out.print(f"wrote {DOCUMENT.name}")
 
 
