@@ -1,17 +1,21 @@
-"""The findings: verdicts by hand, and a whole run on a tiny model that goes on where it was stopped."""
+"""The findings: verdicts by hand, and whole runs on tiny models that go on where they were stopped."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import typer
 
+from pyprune.base.errors import InputError
 from pyprune.evaluation.diagnose import Budget
+from pyprune.model import checkpoint
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -19,7 +23,7 @@ BENCH = Path(__file__).parent.parent / "bench"
 @pytest.fixture
 def text(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCH.parent))
-    return importlib.import_module("bench.experiments.findings_text")
+    return importlib.import_module("bench.experiments.findings_claims")
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: ModuleType) -> 
     monkeypatch.setattr(module, "DOCUMENT", tmp_path / "docs" / "findings.md")
     monkeypatch.setattr(module, "WAYS", module.WAYS[:2])
     monkeypatch.setattr(module, "KEEPS", (0.5,))
-    monkeypatch.setattr(module, "Budget", lambda items: Budget(3, 8, 6, 1.0, 6))
+    monkeypatch.setattr(module, "Budget", lambda prompts, items: Budget(prompts, 8, 6, 1.0, 6))
     return module
 
 
@@ -91,28 +95,72 @@ def test_every_claim_can_hold_and_can_fail(text: ModuleType) -> None:
     assert [claim.judge(unsure)[0] for claim in text.CLAIMS] == ["open"] * 4
 
 
+def test_what_most_rows_say(text: ModuleType) -> None:
+    assert text.majority(["holds", "holds", "open"]) == "holds" and text.majority(["fails"] * 2) == "fails"
+    assert text.majority(["holds", "fails"]) == "open" and text.majority(["holds", "open"]) == "open"
+
+
+SMALL: dict[str, Any] = {"text": None, "tokens": 512, "window": 64, "diagnosed": 512, "prompts": 3, "dtype": "float32"}
+SMALL |= {"keep": None, "way": None, "checkpoint": None, "minutes": 9, "name": "findings", "show": False}
+
+
 def test_a_whole_run(bench: ModuleType, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"model": str(tiny_checkpoint), "text": None, "tokens": 512, "window": 64, "diagnosed": 512, "show": False}
-    bench.main(**small, minutes=-1, name="findings")
+    small = {**SMALL, "model": str(tiny_checkpoint)}
+    bench.main(**{**small, "minutes": -1})
     assert not (tmp_path / "findings.json").exists()
     ways = bench.WAYS
     monkeypatch.setattr(bench, "WAYS", ways[:1])
-    bench.main(**small, minutes=9, name="findings")
+    bench.main(**small)
     first = json.loads((tmp_path / "findings.json").read_text())
     assert list(first["rows"]) == ["wanda at 0.5"]
     monkeypatch.setattr(bench, "WAYS", ways)
-    bench.main(**small, minutes=9, name="findings")
+    bench.main(**small)
     facts = json.loads((tmp_path / "findings.json").read_text())
     assert list(facts["rows"]) == ["wanda at 0.5", "wanda + least squares at 0.5"]
     assert facts["rows"]["wanda at 0.5"] == first["rows"]["wanda at 0.5"]
     assert str(tmp_path) not in json.dumps(facts) and facts["settings"]["model"] == "tiny-llama"
+    monkeypatch.setattr(sys, "argv", ["x", "--text", "/a/b.txt", "--minutes", "9", "--checkpoint", "mine=/c/d e/"])
+    assert bench.command("findings").endswith("bench.experiments.findings --text b.txt --checkpoint 'mine=d e'")
+
+    # A second model, and a checkpoint that was pruned before: blocks of one document.
+    bench.main(**{**small, "name": "findings-gemma", "dtype": "bfloat16", "keep": [0.75], "way": ["wanda"]})
+    second = json.loads((tmp_path / "findings-gemma.json").read_text())
+    assert list(second["rows"]) == ["wanda at 0.75"] and second["settings"]["dtype"] == "bfloat16"
+    model, tokenizer = (load(str(tiny_checkpoint)) for load in (bench.load_model, bench.load_tokenizer))
+    report = bench.prune(model, 0.5, "magnitude-l2-both", repair=None, provenance={"text": "x", "tokens": 0})
+    checkpoint.save(model, tmp_path / "pruned", tokenizer)
+    bench.main(**{**small, "name": "findings-recovered", "checkpoint": [f"mine={tmp_path / 'pruned'}"]})
+    third = json.loads((tmp_path / "findings-recovered.json").read_text())
+    assert list(third["rows"]) == ["mine at 0.5"] and third["rows"]["mine at 0.5"]["kept"] == report.mask.keep
     written = (tmp_path / "docs" / "findings.md").read_text()
-    assert written.count("| wanda + least squares | 50% |") == 5 - 1 and "**(d) Generation suffers" in written
+    assert written.count("| wanda + least squares | 50% |") == 4 and written.count("### (d) Generation suffers") == 3
+    assert "on SmolLM2-135M (" in written and "; " in written and "on SmolLM2-135M after recovery (" in written
     (tmp_path / "docs" / "findings.md").unlink()
-    bench.main(**{**small, "show": True}, minutes=9, name="findings")
+    bench.main(**{**small, "show": True})
     assert (tmp_path / "docs" / "findings.md").read_text() == written
 
+    # Rows of other settings, or of another machine, do not join a table.
+    kept = (tmp_path / "findings.json").read_text()
+    monkeypatch.setattr(bench.machine, "facts", lambda: {"cpu": "another", "commit": None})
+    for other in (small, {**small, "tokens": 256}):
+        with pytest.raises(typer.Exit):
+            bench.main(**other)
+    assert (tmp_path / "findings.json").read_text() == kept
 
-def test_the_document_is_that_of_the_committed_result(text: ModuleType) -> None:
-    facts = json.loads((BENCH / "results" / "findings.json").read_text(encoding="utf-8"))
-    assert (BENCH.parent / "docs" / "findings.md").read_text(encoding="utf-8") == text.document(facts)
+
+def test_rows_that_are_refused(bench: ModuleType, tiny_checkpoint: Path) -> None:
+    for bad, said in (
+        (lambda: bench.ways(["wands"], [0.5]), "way must be one of .*nearest: wanda"),
+        (lambda: bench.ways([], [1.0]), "keep must lie between 0 and 1; got 1"),
+        (lambda: bench.given(["folder"]), "checkpoint must be LABEL=FOLDER; got 'folder'"),
+        (lambda: bench.given([f"dense={tiny_checkpoint}"]), "checkpoint must hold a model that pyprune pruned"),
+    ):
+        with pytest.raises(InputError, match=said):
+            bad()
+    with pytest.raises(typer.Exit):
+        bench.main(**{**SMALL, "model": str(tiny_checkpoint), "name": "other"})
+
+
+def test_the_document_is_that_of_the_committed_results(text: ModuleType) -> None:
+    findings = importlib.import_module("bench.experiments.findings")
+    assert (BENCH.parent / "docs" / "findings.md").read_text(encoding="utf-8") == findings.text_of(BENCH / "results")

@@ -1,220 +1,20 @@
-"""docs/findings.md, from the result of findings.py: four claims, each judged row by row with intervals.
-
-A claim holds in a row where the 95 % interval of what it says lies on its side of the line, fails where it lies on
-the other, and is open where the interval has the line in it. The claims are those of He et al. 2026, arXiv 2603.24652,
-which pruned layers and single weights of larger models; here neurons of a small one are pruned.
-"""
+"""docs/findings.md, from the results of findings.py and generation_aware.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from bench.experiments.findings_claims import CLAIMS, FAILS, HOLDS, OPEN, Claim, Row, categorical, majority, number
+from bench.tables.generation import strategy
 from bench.tables.readme import markdown
-
-Row = dict[str, Any]
-# For each row what it says of a claim, as plain numbers: (value, how it is written).
-Measures = dict[str, tuple[float | None, str]]
-HOLDS, FAILS, OPEN = "holds", "fails", "open"
-
-
-def verdict(interval: Sequence[float] | None, line: float = 0.0) -> str:
-    """Whether an interval lies above the line, below it, or across."""
-    if interval is None:
-        return OPEN
-    low, high = interval
-    return HOLDS if low > line else FAILS if high < line else OPEN
-
-
-def number(found: dict[str, Any], pattern: str = "{:.3f}") -> str:
-    """A mean, or a value, with its interval."""
-    value = found.get("mean", found.get("value"))
-    if value is None:
-        return "-"
-    interval = found.get("interval")
-    if interval is None:
-        return pattern.format(value)
-    return f"{pattern.format(value)} ({pattern.format(interval[0])} to {pattern.format(interval[1])})"
-
-
-def _apart(above: dict[str, Any], below: dict[str, Any], times: float) -> str:
-    """Whether one mean is more than `times` another, by intervals that are apart."""
-    if above["interval"] is None or below["interval"] is None:
-        return OPEN
-    if above["interval"][0] > times * below["interval"][1]:
-        return HOLDS
-    return FAILS if above["interval"][1] < times * below["interval"][0] else OPEN
-
-
-def amplified(row: Row) -> tuple[str, list[str]]:
-    """(a) 1 - cos of the probabilities is more than twice that of hidden states and of logits."""
-    spaces = {name: row["hierarchy"][name]["cosine"] for name in ("embedding", "logits", "centred", "probabilities")}
-    single = {_apart(spaces["probabilities"], spaces[name], 2.0) for name in ("embedding", "centred")}
-    found = HOLDS if single == {HOLDS} else FAILS if FAILS in single else OPEN
-    ratio = row["hierarchy"]["amplification"]
-    shown = [number(spaces[name]) for name in spaces]
-    return found, [*shown, *("-" if ratio[k] is None else f"{ratio[k]:.1f}" for k in ("exact", "estimate"))]
-
-
-def accumulates(row: Row) -> tuple[str, list[str]]:
-    """(b) after the same number of tokens, probabilities deviate more along the model's own text than along dense's."""
-    found, shown = [], []
-    for name in ("greedy", "sampled"):
-        drift = row["drift"][name]
-        found.append(verdict(drift["accumulated"]["probabilities"]["interval"]))
-        shown += [number(drift["instantaneous"]["probabilities"]), number(drift["accumulated"]["probabilities"])]
-        shown += [number(drift[key]["probabilities"]) for key in ("exposure", "growth")]
-    return found[0], shown  # greedy: sampling shows the same by other texts
-
-
-def _categorical(row: Row) -> list[Row]:
-    return [task for task in row["tasks"]["tasks"] if task["deviations"]]
-
-
-def _known(task: Row) -> bool:
-    """Whether the dense model answers above chance."""
-    metric = task["metric"]
-    return bool(metric["dense"]["interval"][0] > metric["chance"])
-
-
-def stable(row: Row) -> tuple[str, list[str]]:
-    """(c) over the answers alone, renormalised, probabilities deviate less than over the whole vocabulary."""
-    found, shown = set(), []
-    for task in _categorical(row):
-        full, restricted = (task["deviations"][space]["total_variation"] for space in ("full", "restricted"))
-        if _known(task):
-            found.add(_apart(full, restricted, 1.0))
-        metric = task["metric"]
-        shown += [number(full), number(restricted), f"{metric['dense']['value']:.1%}"]
-        shown.append(number(metric["difference"], "{:.1%}"))
-    return (HOLDS if found == {HOLDS} else FAILS if FAILS in found else OPEN), shown
-
-
-def generation_first(row: Row) -> tuple[str, list[str]]:
-    """(d) of what the dense model knows above chance, generation keeps a smaller share than choice by likelihood."""
-    tasks = {task["name"]: task for task in row["tasks"]["tasks"]}
-    shown = []
-    for name in ("choice", "generation", "retrieval"):
-        metric = tasks[name]["metric"] if name in tasks else {}
-        shown.append(number(metric["retained"], "{:.0%}") if metric.get("retained") else "-")
-    pair = [order for order in row["tasks"]["orders"] if order["tasks"] == ["choice", "generation"]]
-    if not pair:
-        return OPEN, [*shown, "-"]
-    return verdict(pair[0]["difference"]["interval"]), [*shown, number(pair[0]["difference"], "{:.0%}")]
-
-
-def _spaces(row: Row) -> Measures:
-    names = {"hidden": "embedding", "centred logits": "centred", "probabilities": "probabilities"}
-    found = {shown: (row["hierarchy"][name]["cosine"]["mean"], "{:.3f}") for shown, name in names.items()}
-    return {**found, "amplified": (row["hierarchy"]["amplification"]["exact"], "{:.2f}x")}
-
-
-def _steps(row: Row) -> Measures:
-    return {
-        f"{text}, {what}": (row["drift"][text][key]["probabilities"]["mean"], "{:.3f}")
-        for text in ("greedy", "sampled")
-        for what, key in (("one step", "instantaneous"), ("accumulated", "accumulated"), ("exposure", "exposure"))
-    }
-
-
-def _answers(row: Row) -> Measures:
-    found: Measures = {}
-    for task in filter(_known, _categorical(row)):
-        for shown, space in (("all tokens", "full"), ("answers", "restricted")):
-            mean = task["deviations"][space]["total_variation"]["mean"]
-            found[f"{task['name']}: {shown}"] = mean, "{:.3f}"
-        found[f"{task['name']}: accuracy lost"] = task["metric"]["difference"]["value"], "{:.1%}"
-    return found
-
-
-def _retained(row: Row) -> Measures:
-    tasks = {task["name"]: task["metric"].get("retained") for task in row["tasks"]["tasks"]}
-    found = {name: tasks.get(name) for name in ("choice", "generation", "retrieval")}
-    return {name: (kept["value"] if kept else None, "{:.0%}") for name, kept in found.items()}
-
-
-def _exposed(rows: Sequence[Row]) -> str:
-    """(b) whether single predictions err more on the pruned model's own text."""
-    intervals = [row["drift"]["greedy"]["exposure"]["probabilities"]["interval"] for row in rows]
-    above, below = sum(verdict(i) == HOLDS for i in intervals), sum(verdict(i) == FAILS for i in intervals)
-    return f" On its own greedy text a single prediction errs more in {above} of {len(rows)} rows, less in {below}."
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One claim: its words, the columns that bear on it, the judge, the numbers that are summed up by share, and what
-    else is to be said of all rows.
-    """
-
-    letter: str
-    words: str
-    rule: str
-    columns: tuple[str, ...]
-    judge: Callable[[Row], tuple[str, list[str]]]
-    measures: Callable[[Row], Measures]
-    aside: Callable[[Sequence[Row]], str] = lambda rows: ""
-
-
-CLAIMS = (
-    Claim(
-        "a",
-        "Embedding and logit deviations stay small while probability deviation grows",
-        "holds where 1 - cos of the probabilities is more than twice that of the hidden state in front of the LM head "
-        "and of the centred logits (less their mean, which no softmax sees), intervals apart; it fails where one of "
-        "the two is clearly not so. Amplification is the median over tokens of the ratio to the centred logits, "
-        "measured and to second order.",
-        (">hidden", ">logits", ">centred logits", ">probabilities", ">amplified", ">estimate"),
-        amplified,
-        _spaces,
-    ),
-    Claim(
-        "b",
-        "Deviation accumulates over the steps of a generation",
-        "holds where, over the last quarter of the steps of greedy text, 1 - cos of the probabilities is larger along "
-        "the model's own text than along the dense model's. Most of it is that the texts have parted: two equal models "
-        "would deviate as well behind different texts, so this says that generation leaves the dense model's path, not "
-        "by itself that what it writes is worse. `exposure` compares both models on the pruned one's text: by how much "
-        "a single prediction's error is larger there than on the dense model's text, over all steps. `growth` is what "
-        "it gains from the first quarter to the last, on the dense model's text.",
-        tuple(
-            f">{text}, {what}"
-            for text in ("greedy", "sampled")
-            for what in ("one step", "accumulated", "exposure", "growth")
-        ),
-        accumulates,
-        _steps,
-        _exposed,
-    ),
-    Claim(
-        "c",
-        "The categorical subspace stays stable",
-        "holds where total variation over the answers, renormalised, is smaller than over the whole vocabulary at the "
-        "same position, intervals apart, for every task that the dense model answers above chance; it fails where it "
-        "is clearly larger for one. In `choice` the answers are whole options after the question alone; in `choice, "
-        "letters` and `yesno` they are single tokens after solved examples. There chance is 25 % and 50 %: what such a "
-        "task says of a model that answers no better is shown, and not judged.",
-        (),  # made from the tasks
-        stable,
-        _answers,
-    ),
-    Claim(
-        "d",
-        "Generation suffers before multiple choice",
-        "holds where, on the same facts, generation retains a smaller share of what was above chance than multiple "
-        "choice by length-normalised likelihood; the last column is choice minus generation, paired.",
-        (">choice", ">generation", ">retrieval", ">choice - generation"),
-        generation_first,
-        _retained,
-    ),
-)
 
 
 def _columns(claim: Claim, rows: Sequence[Row]) -> list[str]:
     if claim.columns:
         return list(claim.columns)
-    names = [task["name"] for task in _categorical(rows[0])]
+    names = [task["name"] for task in categorical(rows[0])]
     return [f">{name}: {what}" for name in names for what in ("all tokens", "answers", "dense accuracy", "lost")]
 
 
@@ -244,34 +44,37 @@ def _by_share(claim: Claim, rows: Sequence[Row], verdicts: Sequence[str]) -> lis
     return markdown([">removed", "claim", *(f">{name}" for name in claim.measures(rows[0]))], lines)
 
 
-def _section(claim: Claim, rows: Sequence[Row]) -> tuple[list[str], str]:
+def _section(claim: Claim, rows: Sequence[Row]) -> list[str]:
     judged = [(row, *claim.judge(row)) for row in rows]
     verdicts = [found for _, found, _ in judged]
     cells = [[row["label"], f"{1 - row['kept']:.0%}", *shown, found] for row, found, shown in judged]
-    body = markdown(["pruned by", ">removed", *_columns(claim, rows), "claim"], cells)
-    summary = f"**({claim.letter}) {claim.words}:** {_counted(verdicts)} of {len(rows)} rows.{claim.aside(rows)}"
+    aside = claim.aside(rows)
     return [
-        f"## ({claim.letter}) {claim.words}",
+        f"### ({claim.letter}) {claim.words}",
         "",
-        f"The claim {claim.rule}",
-        "",
-        "Medians over the ways to prune, and from the lowest to the highest:",
+        f"The claim {_counted(verdicts)} of {len(rows)} rows{aside and '; '}{aside}. Medians over the ways to prune, "
+        "and from the lowest to the highest:",
         "",
         *_by_share(claim, rows, verdicts),
         "",
         "Every row:",
         "",
-        *body,
+        *markdown(["pruned by", ">removed", *_columns(claim, rows), "claim"], cells),
         "",
-    ], summary
+    ]
 
 
-def document(facts: dict[str, Any]) -> str:
-    """The whole of docs/findings.md."""
-    rows = sorted(facts["rows"].values(), key=lambda row: (-row["keep"], row["label"]))
-    settings, where = facts["settings"], facts["machine"]
-    sections, summaries = zip(*(_section(claim, rows) for claim in CLAIMS), strict=True) if rows else ((), ())
-    overview = [
+def _answer(claim: Claim, blocks: Sequence[tuple[str, list[Row]]]) -> str:
+    """One sentence: where a claim holds."""
+    found = []
+    for title, rows in blocks:
+        verdicts = [claim.judge(row)[0] for row in rows]
+        found.append(f"{majority(verdicts)} on {title} ({_counted(verdicts)} of {len(rows)} rows)")
+    return f"- **({claim.letter}) {claim.words}:** {'; '.join(found)}."
+
+
+def _overview(rows: Sequence[Row]) -> list[str]:
+    cells = [
         [
             row["label"],
             f"{1 - row['kept']:.1%}",
@@ -283,40 +86,69 @@ def document(facts: dict[str, Any]) -> str:
         ]
         for row in rows
     ]
-    columns = [
-        "pruned by",
-        ">removed",
-        ">perplexity",
-        ">KL, nats",
-        ">same top token",
-        ">half have parted at",
-        ">repetition",
+    columns = ("perplexity", "KL, nats", "same top token", "half have parted at", "repetition")
+    return markdown(["pruned by", ">removed", *(f">{name}" for name in columns)], cells)
+
+
+def _made(row: Row) -> str:
+    """How a checkpoint came to be."""
+    read = row["calibration"]
+    steps = [f", then taught {r['steps']} steps on {r['tokens']:,} tokens of {r['text']}" for r in row["recovery"]]
+    how = f"{row['method']} with {row['compensate']} on {read['tokens']:,} tokens of {read['text']}"
+    return f"- {row['label']}, {1 - row['kept']:.0%} removed: {how}{''.join(steps)}."
+
+
+def _about(facts: dict[str, Any], rows: Sequence[Row], file: str) -> list[str]:
+    """What was measured, by which command, where."""
+    settings, where = facts["settings"], facts["machine"]
+    read, text, budget = settings["calibration"], settings["text"], settings["budget"]
+    how = f"calibrated on {read['tokens']:,} tokens of {read['text']}" if read else "checkpoints of earlier runs"
+    dense = f"{rows[0]['hierarchy']['perplexity']['dense']:.2f}"
+    return [
+        f"{settings['model']} in {settings['dtype']}, neurons removed in every FFN; {how}, judged on "
+        f"{text['tokens']:,} of {text['text']} (dense perplexity {dense}, windows of {text['window']}), "
+        f"{budget['prompts']} prompts, {budget['new_tokens']} new tokens, and the task files that ship. "
+        f"{where['cpu']}, torch {where['versions']['torch']}, Transformers {where['versions']['transformers']}, commit "
+        f"{(where['commit'] or 'none')[:10]}, {where['date'][:10]}. `bench/results/{file}`:",
+        "",
+        f"    {facts['command']}",
+        "",
+        *([*map(_made, rows), ""] if not read else []),
     ]
-    dense = f"{rows[0]['hierarchy']['perplexity']['dense']:.2f}" if rows else "-"
-    calibration, text = settings["calibration"], settings["text"]
+
+
+def document(blocks: Sequence[tuple[str, str, dict[str, Any]]], attempts: dict[str, Any] | None = None) -> str:
+    """The whole of docs/findings.md.
+
+    Args:
+        blocks: title, file and result of each model or checkpoint.
+        attempts: the result of generation_aware.py.
+    """
+    sorted_rows = [
+        sorted(facts["rows"].values(), key=lambda row: (-row["keep"], row["label"])) for _, _, facts in blocks
+    ]
+    there = [(*block, rows) for block, rows in zip(blocks, sorted_rows, strict=True) if rows]
+    answers = [_answer(claim, [(title, rows) for title, _, _, rows in there]) for claim in CLAIMS] if there else []
+    attempt, attempted = strategy(attempts) if attempts else ([], [])
     lines = [
         "# What pruning does to a model",
         "",
-        "Made by `python -m bench.experiments.findings --show` from `bench/results/findings.json`; do not edit.",
+        "Made by `python -m bench.experiments.findings --show` from `bench/results/findings*.json`; do not edit.",
         "",
-        f"{settings['model']}, neurons removed in every FFN; calibrated on {calibration['tokens']:,} tokens of "
-        f"{calibration['text']}, judged on {text['tokens']:,} of {text['text']} (dense perplexity {dense}, windows of "
-        f"{text['window']}), {settings['budget']['prompts']} prompts, {settings['budget']['new_tokens']} new tokens, "
-        f"and the task files that ship. Intervals are 95 %, by bootstrap over windows, prompts or items. "
-        f"{where['cpu']}, torch {where['versions']['torch']}, Transformers {where['versions']['transformers']}, "
-        f"commit {(where['commit'] or 'none')[:10]}, {where['date'][:10]}.",
+        "The claims are those of He et al. 2026 (arXiv 2603.24652) on layers and single weights of larger models. A "
+        "claim holds, or fails, on a model where it does in more than half of its rows; else it is open there.",
         "",
-        "The claims are those of He et al. 2026 (arXiv 2603.24652) on layers and single weights of larger models.",
+        *answers,
+        *attempt,
         "",
-        *(f"- {summary}" for summary in summaries),
+        "Intervals are 95 %, by bootstrap over windows, prompts or items.",
         "",
-        "## Overview",
+        *(f"- Claim ({claim.letter}) {claim.rule}" for claim in CLAIMS),
+        "- In the overviews, `half have parted at` is the token at which half of the greedy texts differ from the "
+        "dense model's; `repetition` the share of repeated 4-grams, pruned minus dense.",
         "",
-        "`half have parted at`: the token at which half of the greedy texts differ from the dense model's. "
-        "`repetition`: share of repeated 4-grams, pruned minus dense.",
-        "",
-        *markdown(columns, overview),
-        "",
-        *(line for section in sections for line in section),
     ]
-    return "\n".join(lines).rstrip() + "\n"
+    for title, file, facts, rows in there:
+        lines += [f"## {title}", "", *_about(facts, rows, file), *_overview(rows), ""]
+        lines += [line for claim in CLAIMS for line in _section(claim, rows)]
+    return "\n".join([*lines, *attempted]).rstrip() + "\n"
