@@ -88,10 +88,6 @@ def test_all_tasks_that_ship(tiny: Callable[..., Any], answering: Any) -> None:
         ("generation", "generation"),
         ("yesno", "categorical"),
         ("retrieval", "retrieval"),
-        ("sentiment", "choice"),
-        ("sentiment, letters", "categorical"),
-        ("translation", "choice"),
-        ("translation, letters", "categorical"),
     ]
     assert seen == {"multiple choice", "answer positions", "answer tokens", "generation", "embedding"}
     values = json.loads(json.dumps(report.to_json(), allow_nan=False))

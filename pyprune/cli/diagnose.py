@@ -163,7 +163,7 @@ def diagnose(
     temperature: Annotated[float, typer.Option(help="Of the sampled continuations.")] = Budget.temperature,
     task: Annotated[
         list[Path] | None,
-        typer.Option(help="A task file (JSON lines); repeat for more. Default: those that ship.", show_default=False),
+        typer.Option(help="A task file (JSON lines); repeat for more. Default: four that ship.", show_default=False),
     ] = None,
     items: Annotated[int, typer.Option(help="Of each task at most; 0 for all.")] = 100,
     shots: Annotated[

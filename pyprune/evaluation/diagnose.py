@@ -117,7 +117,7 @@ def diagnose(
         windows: `[N, W]` token ids of text that the pruned model was not calibrated on.
         budget: how much of everything.
         prompts: token ids `[P]` to continue; by default stretches of the text.
-        tasks: task files (see `tasks.records`); by default those that ship.
+        tasks: task files (see `tasks.records`); by default those of `records.ASKED`.
         parts: of `PARTS`.
         seed: of everything drawn.
         progress: called as `(stage, done, total)`.

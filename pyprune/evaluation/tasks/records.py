@@ -20,9 +20,11 @@ from typing import Any
 from ...base.errors import InputError, check
 
 DATA = Path(__file__).parent / "data"
-# What ships with the package: the same facts as choice, as generation and as yes or no, passages to retrieve, reviews
-# that are glad or not, and French and Spanish sentences to find the English of.
-SHIPPED = ("choice", "generation", "yesno", "retrieval", "sentiment", "translation")
+# What is asked where no files are named: the same facts as choice, as generation and as yes or no, and passages to
+# retrieve. What ships besides, after solved ones: reviews that are glad or not, and French and Spanish
+# sentences to find the English of.
+ASKED = ("choice", "generation", "yesno", "retrieval")
+SHIPPED = (*ASKED, "sentiment", "translation")
 
 
 @dataclass(frozen=True)

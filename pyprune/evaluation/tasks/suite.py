@@ -21,7 +21,7 @@ from ...model.families import decoder_layers
 from . import choice, generation, retrieval, subspace
 from .categorical import MOST_CHOICES, AnswerTokenError, categorical, in_words
 from .estimates import Metric, Order, Scores, metric, order
-from .records import SHIPPED, ChoiceRecord, GenerationRecord, Record, RetrievalRecord, kind_of, read_records, shipped
+from .records import ASKED, ChoiceRecord, GenerationRecord, Record, RetrievalRecord, kind_of, read_records, shipped
 
 # kind of task -> the metric that stands for it where one must
 MAIN = {"choice": "accuracy_token", "categorical": "accuracy", "generation": "exact", "retrieval": "mrr"}
@@ -211,7 +211,7 @@ def run_tasks(
     Args:
         dense, pruned: causal LMs of Transformers, in eval mode, of one vocabulary; `pruned` may be None.
         tokenizer: theirs.
-        files: task files (see `records`); None for those that ship.
+        files: task files (see `records`); None for those of `records.ASKED`.
         items: of each file at most, drawn with the seed; at least 2; None for all.
         progress: called as `(stage, done, total)`.
         shots: solved records in front of each where answer tokens are looked at (see `categorical`).
@@ -224,8 +224,8 @@ def run_tasks(
     """
     check(items is None or items >= 2, "items", "be at least 2, or None for all", items)
     _check_models(dense, pruned)
-    paths = [shipped(name) for name in SHIPPED] if files is None else [Path(file) for file in files]
-    check(bool(paths), "files", "be at least one, or None for those that ship", paths)
+    paths = [shipped(name) for name in ASKED] if files is None else [Path(file) for file in files]
+    check(bool(paths), "files", "be at least one, or None for those of the package", paths)
     names = [path.stem for path in paths]
     check(len(set(names)) == len(names), "files", "have different names, which are the tasks'", names)
     # All files are read before the first model runs: a mistake in the last one should not cost the time of the others.
