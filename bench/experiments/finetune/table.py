@@ -163,5 +163,7 @@ def finetune_table(result: dict[str, Any]) -> list[str]:
         own = [a for a in compared if (a["task"], a["model"], a["size"]) == key]
         if own:
             said = [a for a in explained if (a["task"], a["model"], a["size"]) == key]
-            lines += ["", *_compared(own, [*metrics, UNIQUE]), "", f"{_explained(said)} {_narrowed(runs)}".strip()]
+            lines += ["", *_compared(own, [*metrics, UNIQUE])]
+            words = f"{_explained(said)} {_narrowed(runs)}".strip()
+            lines += ["", words] if words else []
     return lines
