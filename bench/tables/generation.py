@@ -168,7 +168,7 @@ def _sentence(words: str, names: Sequence[str], found: dict[str, tuple[str, str]
         answers, repeated = found[name]
         said = {"better": "better", "worse": "worse", "=": "no difference shown"}
         parts.append(f"{WORDS[name]}: answers {said[answers]}, repetition {said[repeated]}")
-    return f"- **{words}** {'; '.join(parts)}."
+    return f"- **{words}** {'; '.join(parts) or 'Not measured yet'}."
 
 
 def strategy(result: Rows) -> tuple[list[str], list[str]]:

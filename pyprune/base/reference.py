@@ -26,7 +26,8 @@ def multiplies_half() -> bool:
     """Whether torch has a fast matrix product of float16 on this CPU; its other one is plain loops where weights are
     strided or transposed, a hundred times slower than float32.
     """
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)  # not in every build
+    return supported is not None and bool(supported())
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
