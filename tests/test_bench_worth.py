@@ -62,12 +62,14 @@ def test_rows_say_what_is_served(bench: Any, options: dict[str, Any], monkeypatc
     assert str(options["work"].parent) not in text and result["model"] == "tiny-llama"
     rows = {(row["checkpoint"], row["weights"]): row for row in result["rows"]}
     assert list(rows) == [(label, kind) for label in ("dense", "removed-50") for kind in ("bf16", "int8", "int4")]
-    # By hand: D 32, F 96 and 48 in 3 layers, int8 with a float32 and 32 of int4 with a bfloat16 scale.
+    # By hand: D 32, F 96 and 48 in 3 layers, int8 with a float32 and 32 of int4 with a bfloat16 scale, and in both a
+    # bfloat16 scale for each channel.
     for label, width in (("dense", 96), ("removed-50", 48)):
         for kind, part in (("bf16", 64), ("int8", 32 + 4), ("int4", 16 + 2)):
             row = rows[label, kind]
             assert row["ffn_bytes"] == 3 * width * 3 * part
-            assert row["bytes"] - row["ffn_bytes"] == rows["dense", "bf16"]["bytes"] - 3 * 96 * 3 * 64
+            channels = 0 if kind == "bf16" else 3 * 32 * 2
+            assert row["bytes"] - row["ffn_bytes"] == rows["dense", "bf16"]["bytes"] - 3 * 96 * 3 * 64 + channels
             assert row["bytes"] - row["read_bytes"] == (1024 - 1) * 32 * 2, "one row of the input embedding is read"
             assert row["step_ms"]["p50"] > 0 and row["anchor_ms"]["p50"] > 0 and row["timed"]["cpu"]
     # What is judged is the quantised weights: an ordinary model that holds them, written out, loses as much.

@@ -222,8 +222,8 @@ def test_a_criterion_is_a_score_to_average():
 def test_refusals(tiny, ids):
     with pytest.raises(InputError, match=r"criterion must be one of .*nearest: wanda"):
         Smoothed("wandas")
-    with pytest.raises(InputError, match="criterion is no option of method 'gum'; it has optimizer"):
-        TrainingConfig(method="gum:criterion=wanda", steps=3)
+    with pytest.raises(InputError, match="criterion is no option of method 'platon'; it has beta"):
+        TrainingConfig(method="platon:criterion=wanda", steps=3)
     model = tiny("llama").train()
     pruner = TrainingPruner(model, TrainingConfig(method="smoothed", steps=3))
     pruner.before_step(0)
