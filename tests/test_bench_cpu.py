@@ -175,7 +175,8 @@ def test_goals_are_judged_by_their_worst_case(bench: ModuleType) -> None:
     ("cpu", "forced", "name"),
     [
         ("Intel(R) Xeon(R) Processor", "", "cpu.json"),
-        ("AMD EPYC", "", "cpu-epyc.json"),
+        ("Intel(R) Xeon(R) Processor (family 6, model 143)", "", "cpu.json"),
+        ("AMD EPYC (family 25, model 17)", "", "cpu-epyc-25.json"),
         ("AMD EPYC 9654 96-Core Processor", "avx2", "cpu-epyc-avx2.json"),
         ("Neoverse-V2", "", "cpu-neoverse-v2.json"),
     ],

@@ -420,6 +420,23 @@ def test_rows_of_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.row({"extra_info": {"report": 1}, "stats": {}}) == {"report": 1}
 
 
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n", "AMD EPYC (family 25, model 17)"),
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC 9654\n", "AMD EPYC 9654"),
+        ("model name\t: Some CPU\n\nmodel name\t: another\ncpu family\t: 1\nmodel\t: 2\n", "Some CPU"),
+        ("", platform.processor() or platform.machine()),
+    ],
+)
+def test_generations_of_one_brand_have_names_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lines: str, name: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(lines)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    assert machine.cpu_name() == name
+
+
 def test_a_change_in_any_room_makes_the_source_dirty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (machine._PACKAGE / "base" / "machine.py").samefile(machine.__file__)
     package = tmp_path / "pyprune"

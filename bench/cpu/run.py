@@ -450,9 +450,11 @@ def _huge_pages() -> dict[str, str | None]:
 
 def result_file(cpu: str, isa: str) -> Path:
     """Where a whole run on such a CPU goes; `isa` is that which is forced, or empty."""
-    words = [word for word in re.findall(r"[a-z][a-z0-9-]*", cpu.lower()) if word != "amd"]
-    parts = ["cpu", *([] if words[:1] == ["intel"] else words[:1]), *([isa] if isa else [])]
-    return RESULTS / f"{'-'.join(parts)}.json"
+    brand, _, numbers = cpu.lower().partition(" (family ")
+    words = [word for word in re.findall(r"[a-z][a-z0-9-]*", brand) if word != "amd"]
+    # Intel's generations differ by what they can do, and have one file; AMD's share a brand.
+    kind = [] if words[:1] == ["intel"] else [*words[:1], *re.findall(r"^\d+", numbers)]
+    return RESULTS / f"{'-'.join(['cpu', *kind, *([isa] if isa else [])])}.json"
 
 
 def _arena_bytes() -> int:

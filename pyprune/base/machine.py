@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,6 +18,7 @@ from .errors import check
 
 _PACKAGES = ("torch", "transformers", "triton", "pyprune")
 _PACKAGE = Path(__file__).parents[1]
+_CPUINFO = Path("/proc/cpuinfo")
 # What runs, apart from the package itself: a commit names the numbers only if these are as committed.
 _SOURCES = (":(top)csrc", ":(top)triton_kernels", ":(top)setup.py")
 
@@ -34,13 +36,20 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu_name() -> str:
-    """The CPU's model name, or its architecture where the system does not say."""
+    """The CPU's model name, or its architecture where the system does not say.
+
+    Virtual machines often name no more than the brand, `AMD EPYC`; such a name is followed by the numbers that tell
+    generations apart: `AMD EPYC (family 25, model 17)`.
+    """
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = _CPUINFO.read_text().partition("\n\n")[0]
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        first = ""
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    name = known.get("model name") or platform.processor() or platform.machine()
+    if re.search(r"\d", name) or not {"cpu family", "model"} <= known.keys():
+        return name
+    return f"{name} (family {known['cpu family']}, model {known['model']})"
 
 
 def usable_cores() -> int:
