@@ -26,6 +26,16 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("bench.cpu.run")
 
 
+@pytest.fixture
+def cases(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("bench.cpu.cases")
+
+
+@pytest.fixture
+def ways(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("bench.cpu.variants")
+
+
 def _row(bench: ModuleType, weights: str = "bfloat16", tokens: int = 1, keep: float = 0.5, **changes: Any) -> Any:
     """A row of a made-up case; `changes` are times in us by variant (underscores for dashes)."""
     us = {"dense": 400.0, "torch-compact": 200.0, "compact": 100.0, "gather": 104.0}
@@ -99,11 +109,11 @@ def test_quick_result(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2-135m"])
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "float16", "int8", "int4"])
-def test_every_variant_reads_normal_weights(bench: ModuleType, name: str, weights: str) -> None:
+def test_every_variant_reads_normal_weights(cases: ModuleType, ways: ModuleType, name: str, weights: str) -> None:
     dtype = "bfloat16" if weights in ("int8", "int4") else weights
-    case = bench.Case(bench.BY_NAME[name], dtype, weights, 2, 0.5)
-    arena = bench.Arena(1 << 26)
-    for variant in bench.variants(case, arena, None).values():
+    case = cases.Case(cases.BY_NAME[name], dtype, weights, 2, 0.5)
+    arena = ways.Arena(1 << 26)
+    for variant in ways.variants(case, arena, None).values():
         assert len(variant.copies) > 1
         x, weight = variant.copies[-1][:2]
         assert variant.run(*variant.copies[-1]).shape == x.shape
@@ -112,27 +122,27 @@ def test_every_variant_reads_normal_weights(bench: ModuleType, name: str, weight
             assert weight.isfinite().all() and weight.abs().min() >= torch.finfo(weight.dtype).tiny
 
 
-def test_torch_computes_the_ffn_of_the_reference(bench: ModuleType) -> None:
-    case = bench.Case(bench.BY_NAME["smollm2-135m"], "float32", "float32", 3, 0.5)
-    arena = bench.Arena(1 << 25)
-    x, gate, up, down, *_ = bench.variants(case, arena, None)["torch-compact"].copies[0]
-    want = bench.torch_ffn(case.shape)(x, gate, up, down, None, None, None)
+def test_torch_computes_the_ffn_of_the_reference(cases: ModuleType, ways: ModuleType) -> None:
+    case = cases.Case(cases.BY_NAME["smollm2-135m"], "float32", "float32", 3, 0.5)
+    arena = ways.Arena(1 << 25)
+    x, gate, up, down, *_ = ways.variants(case, arena, None)["torch-compact"].copies[0]
+    want = ways.torch_ffn(case.shape)(x, gate, up, down, None, None, None)
     found = reference.ffn(x, Record(torch.cat([gate, up, down.t()], 1), True, "silu"))
     assert torch.allclose(found, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
-def test_an_arena_without_room_is_refused(bench: ModuleType) -> None:
+def test_an_arena_without_room_is_refused(ways: ModuleType) -> None:
     with pytest.raises(InputError, match="arena must hold"):
-        bench.Arena(1 << 10).copies(torch.float32, (100, 100))
+        ways.Arena(1 << 10).copies(torch.float32, (100, 100))
 
 
-def test_backend_is_the_one_that_auto_takes(bench: ModuleType) -> None:
-    arena = bench.Arena(1 << 24)
+def test_backend_is_the_one_that_auto_takes(cases: ModuleType, ways: ModuleType) -> None:
+    arena = ways.Arena(1 << 24)
     for tokens in (1, 512):
-        case = bench.Case(bench.BY_NAME["smollm2-135m"], "bfloat16", "bfloat16", tokens, 0.5)
+        case = cases.Case(cases.BY_NAME["smollm2-135m"], "bfloat16", "bfloat16", tokens, 0.5)
         most = dispatch.native_tokens(torch.bfloat16, torch.bfloat16, 576, False)
         want = "cpu" if tokens <= most else "torch"
-        assert bench.variants(case, arena, None)["compact"].backend == want
+        assert ways.variants(case, arena, None)["compact"].backend == want
 
 
 def test_goals_are_judged_by_their_worst_case(bench: ModuleType) -> None:
@@ -212,10 +222,10 @@ def test_table_for_readme_and_figure(bench: ModuleType, tmp_path: Path) -> None:
         figure.draw(result, svg, "toy", "int8")
 
 
-def test_cases_can_be_chosen(bench: ModuleType) -> None:
-    assert bench.choose("", "", "") == bench.all_cases()
-    some = bench.choose("gpt2,smollm2-135m", "int8", "1,4")
+def test_cases_can_be_chosen(cases: ModuleType) -> None:
+    assert cases.choose("", "", "") == cases.all_cases()
+    some = cases.choose("gpt2,smollm2-135m", "int8", "1,4")
     assert {(c.shape.name, c.weights) for c in some} == {("gpt2", "int8"), ("smollm2-135m", "int8")}
     assert {c.tokens for c in some} == {1, 4}
     with pytest.raises(InputError, match="weights must be"):
-        bench.choose("", "int2", "")
+        cases.choose("", "int2", "")

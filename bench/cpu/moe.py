@@ -30,7 +30,7 @@ import typer
 from torch import Tensor
 
 from bench import by_line
-from bench.cpu.run import READ_BYTES, ROUNDS, Reader
+from bench.cpu.measure import READ_BYTES, ROUNDS, Reader
 from bench.mixtures import OTHERS, OWN, SHAPES, Shape
 from bench.tables.moe import GOAL, HEADER, PRUNED_GOAL, cells
 from pyprune.base import machine
