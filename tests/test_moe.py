@@ -115,6 +115,28 @@ def test_pruned_experts_run_and_save(kind, ids, same_logits, tmp_path):
 
 
 @needs_kernel
+@pytest.mark.parametrize("mode", ["compact", "gather"])
+@torch.no_grad()
+def test_loud_channels_do_not_drown_the_others_in_int8(mode, ids):
+    bank = banks(mixture("mixtral"))[0]
+    bank.module.down_proj[:, 5] *= 60  # [E, D, F]
+    d, f = bank.module.down_proj.shape[1:]
+    keep = [KeepIndex(range(0, f, 2), f)] * bank.experts if mode == "gather" else None
+    x, weights = torch.randn(6, d), torch.rand(6, 2)
+    index = torch.stack([torch.randperm(bank.experts)[:2] for _ in range(6)])
+    exact, own = (PrunedMoE.from_bank(bank, keep, mode, weights=w) for w in (None, "int8"))
+    assert own.channel_scales[5] >= 32 * own.channel_scales.median()
+    want, found = exact(x, index, weights), own(x, index, weights)
+    quiet = [c for c in range(d) if c != 5]
+    assert (found - want)[:, quiet].norm() < 0.02 * want[:, quiet].norm()
+    other = PrunedMoE.from_bank(banks(mixture("mixtral", seed=3))[0], keep, mode, weights="int8")
+    other.load_state_dict(own.state_dict())
+    assert torch.equal(other(x, index, weights), found) and torch.equal(other.channel_scales, own.channel_scales)
+    with torch.enable_grad():
+        assert torch.allclose(own(x.requires_grad_(), index, weights), found, rtol=1e-3, atol=1e-4)
+
+
+@needs_kernel
 @pytest.mark.parametrize("weights", ["int8", "bfloat16"])
 def test_records_of_another_dtype(weights, ids):
     model = mixture("mixtral")

@@ -20,15 +20,18 @@ from .mlp import MODES
 from .mlp_state import NO_PROJECTION, NoProjectionError, fitting
 from .moe_operator import BACKENDS as KERNELS
 from .moe_operator import MOE, arguments, kernel_on
-from .quantisation import WEIGHTS, cast, dequantise
+from .quantisation import WEIGHTS, cast, channel_scales, dequantise
 
 BACKENDS = ("auto", *KERNELS)
 
 
-def _fill(rows: Tensor, scales: Tensor | None, part: int, given: Tensor) -> None:
-    """Write part `part` of every expert's record, from `given` `[E, F, D]`; `rows` `[E, F, P*D]` say in which dtype."""
+def _fill(rows: Tensor, scales: Tensor | None, part: int, given: Tensor, channels: Tensor | None = None) -> None:
+    """Write part `part` of every expert's record, from `given` `[E, F, D]` over `channels`; `rows` `[E, F, P*D]` say in
+    which dtype.
+    """
     d = given.shape[2]
     for expert, own in enumerate(given):
+        own = own if channels is None else own / channels
         columns = rows[expert, :, part * d : (part + 1) * d]
         if own.dtype == rows.dtype:
             columns.copy_(own)
@@ -56,6 +59,8 @@ class PrunedMoE(nn.Module):
         record: `[E, F, P*D]` parameter, rows [up | down] or [gate | up | down] of each expert; int8, or any dtype that
             mixes with `dtype` (see `Record.check_dtype`).
         scales: `[E, F, P]` float32 buffer with int8 records, which no cast of the module changes, else None.
+        channel_scales: `[D]` buffer with int8 records, which results are multiplied by, see
+            `quantisation.channel_scales`; down rows in the record are divided by it. Else None.
         index, counts: int32 buffers in gather mode, the neurons that run of each expert (see `Experts`), else None.
         dtype: of x, and of the tensors in the `state_dict`.
         picked: how many experts a token is expected to go to; only the choice of a backend depends on it.
@@ -64,6 +69,7 @@ class PrunedMoE(nn.Module):
     """
 
     scales: Tensor | None
+    channel_scales: Tensor | None
     index: Tensor | None
     counts: Tensor | None
 
@@ -76,6 +82,7 @@ class PrunedMoE(nn.Module):
         backend: str = "auto",
         batch_invariant: bool = False,
         picked: int = 2,
+        channel_scales: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_choice(backend, "backend", BACKENDS)
@@ -89,6 +96,7 @@ class PrunedMoE(nn.Module):
         self.record = nn.Parameter(experts.rows, requires_grad=experts.rows.is_floating_point())
         for name in ("scales", "index", "counts"):
             self.register_buffer(name, getattr(experts, name), persistent=False)
+        self.register_buffer("channel_scales", channel_scales, persistent=False)
         self._set_dtype(dtype)
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
@@ -100,6 +108,10 @@ class PrunedMoE(nn.Module):
         if bank is not None and name in tensor_names(bank):
             raise NoProjectionError(NO_PROJECTION)
         return super().__getattr__(name)
+
+    @property
+    def _parts(self) -> int:
+        return 3 if self.gated else 2
 
     @property
     def experts(self) -> Experts:
@@ -147,12 +159,14 @@ class PrunedMoE(nn.Module):
         shape = (e, f, len(parts) * d)
         rows = torch.empty(shape, dtype=dtype, device=device) if room is None else room.take(shape, dtype, device)
         scales = torch.empty(e, f, len(parts), device=device) if dtype == torch.int8 else None
+        channels = channel_scales(parts[-1]) if dtype == torch.int8 else None
         for part, given in enumerate(parts):
-            _fill(rows, scales, part, given)
+            _fill(rows, scales, part, given, channels if part == len(parts) - 1 else None)
         name = activation(bank)
         assert name is not None
         experts = Experts(rows, len(parts) == 3, name, scales)
-        module = cls(experts, bank, dtype=own, backend=backend, batch_invariant=batch_invariant, picked=picked)
+        how: dict[str, Any] = {"backend": backend, "batch_invariant": batch_invariant, "picked": picked}
+        module = cls(experts, bank, dtype=own, channel_scales=channels, **how)
         if keep is not None:
             module.set_keep(keep)
         wanted = any(p.requires_grad for p in bank.module.parameters())
@@ -208,14 +222,18 @@ class PrunedMoE(nn.Module):
             if backend == "auto" and not torch.compiler.is_compiling():
                 # Training differentiates plain torch itself, which saves what the backward pass needs.
                 experts.check_index(index)
-                return reference.moe(x, experts, index, weights).view(hidden.shape)
+                return self._scaled(reference.moe(x, experts, index, weights)).view(hidden.shape)
             backend = "torch" if backend == "auto" else backend
         if backend == "auto":
             pairs = self.picked if self.batch_invariant else index.numel()
             # Those of another dtype than expected are for torch.
             kernel = "cpu" if kernel_on(self.record.device.type) == "cpu" else "auto"
             backend = kernel if x.dtype == self.dtype and pairs <= self.native_pairs else "torch"
-        return MOE(*arguments(x, experts, index, weights, backend, self.batch_invariant)).view(hidden.shape)
+        out = MOE(*arguments(x, experts, index, weights, backend, self.batch_invariant))
+        return self._scaled(out).view(hidden.shape)
+
+    def _scaled(self, out: Tensor) -> Tensor:
+        return out if self.channel_scales is None else out * self.channel_scales
 
     def _family_tensors(self) -> dict[str, Tensor]:
         """The tensors of the module that this stands for, under its names."""
@@ -230,6 +248,8 @@ class PrunedMoE(nn.Module):
                 rows = self.record.detach()[expert, :, part * d : (part + 1) * d]
                 scales = None if self.scales is None else self.scales[expert, :, [part]]
                 own.copy_(dequantise(rows, scales, 1, self.dtype))
+            if self.channel_scales is not None and part == self._parts - 1:
+                place.mul_(self.channel_scales)
         return tensors
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -255,7 +275,10 @@ class PrunedMoE(nn.Module):
             unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in names)
         for part, given in enumerate(self._bank.over(tensors).all_weights().parts):
             if not given.is_meta or self.record.is_meta:
-                _fill(self.record, self.scales, part, given)
+                last = self.channel_scales if part == self._parts - 1 else None
+                if last is not None:
+                    last.copy_(channel_scales(given.to(last.dtype)))
+                _fill(self.record, self.scales, part, given, last)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedMoE:
         exact = self.scales

@@ -65,13 +65,16 @@ def channel_scales(down: Tensor, group: Any = None) -> Tensor:
     rounded, as long as it is neither too large nor too small for its dtype.
 
     Args:
-        down: `[F, D]`, of all neurons, so that which of them are kept changes nothing.
+        down: `[F, D]`, or `[E, F, D]` of experts, whose results are added up; of all neurons, so that which of them
+            are kept changes nothing.
         group: of processes, each with some of the neurons; None for all here.
 
     Returns:
         `[D]` in the dtype of `down`, powers of two from 1 to 2^12, by the root mean square of each column.
     """
-    size = down.float().square().sum(0)
+    size = torch.zeros(down.shape[-1], device=down.device)
+    for one in down.unsqueeze(0) if down.dim() == 2 else down:  # experts one by one, for the squares are float32
+        size += one.float().square().sum(0)
     if group is not None:
         dist.all_reduce(size, group=group)
     steps = (size / size.median()).log2().div(2).round().nan_to_num(0.0, 0.0, 0.0).clamp(-4, 8)
