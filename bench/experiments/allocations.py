@@ -4,8 +4,8 @@
     python -m bench.experiments.allocations --show                the table of what is there
 
 A row is perplexity on the six domains, window by window, and the processor time of pruning; what an allocation costs
-is its row's less that of `uniform`. `predictor` has three draws of its samples. Each row is
-written when it is there, so it can be stopped and started at will.
+is its row's less that of `uniform`. `predictor` has three draws of its samples. Each row is written when it is there,
+so it can be stopped and started at will.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def main(
     model: Annotated[str, typer.Option(help="The dense model.")] = DEMO,
     tokens: Annotated[int, typer.Option(help="Of the calibration text, the first.")] = TOKENS,
     evaluation_tokens: Annotated[int, typer.Option(help="Of each domain.")] = 4096,
+    only: Annotated[str, typer.Option(help="Part of a row's name, as in 'global at 0.5'; default: all rows.")] = "",
     seconds: Annotated[float, typer.Option(help="Start no row later than this.")] = float("inf"),
     out_file: Annotated[Path, typer.Option("--out", help="The result.")] = OUT,
     show_only: Annotated[bool, typer.Option("--show", help="Run nothing.")] = False,
@@ -94,7 +95,7 @@ def main(
         for keep in KEEPS:
             for label, allocation in ALLOCATIONS.items():
                 key = f"{label} at {keep:g}"
-                if key in result["rows"] or time.perf_counter() - began > seconds:
+                if key in result["rows"] or only not in key or time.perf_counter() - began > seconds:
                     continue
                 pruned, started = copy.deepcopy(dense), time.process_time()
                 report = prune(pruned, keep, METHOD, allocation=allocation, repair=REPAIR, text=text)
