@@ -89,6 +89,8 @@ def test_allocations_on_a_tiny_model(
     monkeypatch.setattr(bench, "read_material", lambda data, items: read(None))
     monkeypatch.setattr(bench, "predictor_table", lambda result: [])
     given = {"data": tmp_path, "model": str(tiny_checkpoint), "tokens": 256, "evaluation_tokens": 128}
+    bench.main(**given, only="uniform", seconds=math.inf, out_file=out, show_only=False)
+    assert list(json.loads(out.read_text())["rows"]) == ["dense", "uniform at 0.5"]
     bench.main(**given, seconds=math.inf, out_file=out, show_only=False)
     rows = json.loads(out.read_text())["rows"]
     assert list(rows) == ["dense", "uniform at 0.5", "predictor at 0.5"]
