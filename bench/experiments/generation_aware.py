@@ -1,6 +1,6 @@
 """Two attempts at pruning for generation: calibrating on own text, and choosing by the KL of next-token probabilities.
 
-    python -m bench.experiments.generation_aware --data DATA [--minutes 60]
+    python -m bench.experiments.generation_aware --data DATA [--minutes 60] [--arm own --arm fisher] [--samples 1]
 
 SmolLM2 at 30 % of its neurons removed, without recovery. `ARMS` differ in one thing each; every sample calibrates on
 16,384 other tokens. What is measured: answers that are written (the generation task that ships), 4-grams that greedy
@@ -27,7 +27,7 @@ from bench import by_line
 from bench.experiments.findings import RESULTS, STRATEGY, command, write_document
 from pyprune import prune
 from pyprune.base import machine
-from pyprune.base.errors import check
+from pyprune.base.errors import check, check_choice
 from pyprune.base.files import new_file
 from pyprune.base.text import load_text
 from pyprune.base.windows import cut, token_windows
@@ -180,9 +180,14 @@ class Bench:
 @verb
 def main(
     data: Annotated[str, typer.Option(help="A folder as for `eval --suite --data`.")],
+    arms: Annotated[list[str] | None, typer.Option("--arm", help=f"Of {', '.join(ARMS)}; default: all.")] = None,
+    samples: Annotated[int, typer.Option(help="Of the calibration text, the first of three.")] = SAMPLES,
     minutes: Annotated[float, typer.Option(help="Start no row later than this.")] = float("inf"),
 ) -> None:
     """Prune by every arm, measure, and write the document again."""
+    for name in arms or ():
+        check_choice(name, "arm", tuple(ARMS))
+    check(0 < samples <= SAMPLES, "samples", f"lie in [1, {SAMPLES}]", samples)
     started, path = time.perf_counter(), RESULTS / STRATEGY
     settings = {
         "model": "SmolLM2-135M-Instruct",
@@ -197,7 +202,7 @@ def main(
     check(facts["settings"] == settings, "settings", f"be those of {path.name}", settings)
     with Bars() as bars:
         bench = Bench(data, bars)
-        work = [("dense", 0), *((name, sample) for sample in range(SAMPLES) for name in ARMS)]
+        work = [("dense", 0), *((name, sample) for sample in range(samples) for name in arms or ARMS)]
         for name, sample in work:
             key = f"{name} {sample}"
             if key in facts["rows"] or time.perf_counter() - started > 60 * minutes:
