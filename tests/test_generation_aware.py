@@ -115,8 +115,13 @@ def test_a_whole_run_that_goes_on(bench: ModuleType, tmp_path: Path, monkeypatch
     data = str(fill(tmp_path / "data"))
     bench.main(data=data, minutes=-1)
     assert not (tmp_path / bench.STRATEGY).exists()
-    bench.main(data=data, minutes=99)
     path = tmp_path / bench.STRATEGY
+    for bad in ({"arms": ["nothing"]}, {"samples": 2}):
+        with pytest.raises(typer.Exit):
+            bench.main(data=data, **bad)
+    bench.main(data=data, arms=["prose"])
+    assert list(json.loads(path.read_text())["rows"]) == ["dense 0", "prose 0"]
+    bench.main(data=data, minutes=99)
     first = json.loads(path.read_text())
     assert list(first["rows"]) == ["dense 0", "prose 0", "continued 0", "half own 0", "target 0"]
     assert first["rows"]["target 0"]["kept"] == pytest.approx(2 / 3) and first["rows"]["prose 0"]["tokens"] == 256

@@ -181,12 +181,13 @@ class Bench:
 def main(
     data: Annotated[str, typer.Option(help="A folder as for `eval --suite --data`.")],
     arms: Annotated[list[str] | None, typer.Option("--arm", help=f"Of {', '.join(ARMS)}; default: all.")] = None,
-    samples: Annotated[int, typer.Option(help="Of the calibration text, the first of three.")] = SAMPLES,
+    samples: Annotated[int | None, typer.Option(help="Of the calibration text; default: all three.")] = None,
     minutes: Annotated[float, typer.Option(help="Start no row later than this.")] = float("inf"),
 ) -> None:
     """Prune by every arm, measure, and write the document again."""
     for name in arms or ():
         check_choice(name, "arm", tuple(ARMS))
+    samples = SAMPLES if samples is None else samples
     check(0 < samples <= SAMPLES, "samples", f"lie in [1, {SAMPLES}]", samples)
     started, path = time.perf_counter(), RESULTS / STRATEGY
     settings = {
