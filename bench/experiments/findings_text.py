@@ -52,7 +52,7 @@ def _section(claim: Claim, rows: Sequence[Row]) -> list[str]:
     return [
         f"### ({claim.letter}) {claim.words}",
         "",
-        f"The claim {_counted(verdicts)} of {len(rows)} rows{aside and '; '}{aside}. Medians over the ways to prune, "
+        f"The claim {'is ' * (set(verdicts) == {OPEN})}{_counted(verdicts)} of {len(rows)} rows{aside and '; '}{aside}. Medians over the ways to prune, "
         "and from the lowest to the highest:",
         "",
         *_by_share(claim, rows, verdicts),
