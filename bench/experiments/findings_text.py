@@ -52,8 +52,8 @@ def _section(claim: Claim, rows: Sequence[Row]) -> list[str]:
     return [
         f"### ({claim.letter}) {claim.words}",
         "",
-        f"The claim {'is ' * (set(verdicts) == {OPEN})}{_counted(verdicts)} of {len(rows)} rows{aside and '; '}{aside}. Medians over the ways to prune, "
-        "and from the lowest to the highest:",
+        f"The claim {'is ' * (set(verdicts) == {OPEN})}{_counted(verdicts)} of {len(rows)} rows{aside and '; '}{aside}."
+        " Medians over the ways to prune, and from the lowest to the highest:",
         "",
         *_by_share(claim, rows, verdicts),
         "",
