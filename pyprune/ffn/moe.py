@@ -165,8 +165,15 @@ class PrunedMoE(nn.Module):
         name = activation(bank)
         assert name is not None
         experts = Experts(rows, len(parts) == 3, name, scales)
-        how: dict[str, Any] = {"backend": backend, "batch_invariant": batch_invariant, "picked": picked}
-        module = cls(experts, bank, dtype=own, channel_scales=channels, **how)
+        module = cls(
+            experts,
+            bank,
+            dtype=own,
+            backend=backend,
+            batch_invariant=batch_invariant,
+            picked=picked,
+            channel_scales=channels,
+        )
         if keep is not None:
             module.set_keep(keep)
         wanted = any(p.requires_grad for p in bank.module.parameters())
