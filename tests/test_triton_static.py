@@ -5,12 +5,12 @@ Compilation happens in a process of its own, because this one may have imported 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,12 @@ import pytest
 
 STATIC = Path(__file__).parents[1] / "bench" / "results" / "static.json"
 ARCHITECTURES = (80, 90, 100)
+RENEW = "run python -m bench.gpu.static_triton"
+# What a row is about; the rest is what the compiler made of it. Constants of the sizes may tell rows apart beside it.
+ABOUT = (
+    "kernel", "architecture", "dtype", "int8", "gated", "gather", "activation", "extras", "aligned", "blocks",
+    "num_warps", "num_stages",
+)  # fmt: skip
 # Kernels that multiply no matrices.
 WITHOUT = ("reduce_kernel", "act_mul_kernel", "route_kernel", "combine_kernel")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
@@ -44,9 +50,70 @@ def _tables(folder: Path, *options: str) -> list[dict[str, Any]]:
         return [row for rows in pool.map(table, ARCHITECTURES) for row in rows]
 
 
+OF_THIS_CODE = """
+import json
+from pyprune.triton_kernels import INTERPRETED, why_unavailable
+from pyprune.triton_kernels.aot import (
+    ARCHITECTURES, described, distinct_launches, distinct_rows, fingerprint, machine_code
+)
+from pyprune.triton_kernels.variants import Variant, offered, variants
+
+branches = [(row, a) for a in ARCHITECTURES for row in distinct_rows(variants(a), a)]
+launch = Variant(512, 11008, 4096, "bfloat16", True, True, "gelu", "prefill").launches()[1]
+large = {**launch.arguments, "BLOCK_M": 128, "BLOCK_N": 256}
+
+def nearby(phase, m):
+    widths = [Variant(m, k, 4096, "bfloat16", True, True, "silu", phase) for k in range(9000, 9600, 37)]
+    return len(distinct_launches(widths)), len(distinct_launches(widths[:1]))
+
+print(json.dumps({
+    "fingerprint": fingerprint(),
+    "branches": [described(*row, a) for row, a in branches],
+    "offered": [described(*row, a) for a in ARCHITECTURES for row in distinct_rows(offered(a), a)],
+    "compiled": [described(*row, a) | machine_code(row[1], a) for row, a in branches[7::20]],
+    "spilling": machine_code(launch._replace(arguments=large, num_warps=4, num_stages=2), 90),
+    "nearby": [nearby(*sizes) for sizes in (("decode", 1), ("decode", 7), ("prefill", 40), ("prefill", 300))],
+    "refused": [INTERPRETED, why_unavailable("cpu")],
+}))
+"""
+
+
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return _tables(tmp_path_factory.mktemp("aot"))
+def committed() -> dict[str, Any]:
+    return json.loads(STATIC.read_text())
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the kernels are now: which there are, and one in twenty compiled."""
+    return json.loads(_python(tmp_path_factory.mktemp("here"), "-c", OF_THIS_CODE))
+
+
+def _about(row: dict[str, Any]) -> str:
+    return json.dumps({name: row[name] for name in ABOUT}, sort_keys=True)
+
+
+@pytest.fixture(scope="module")
+def rows(committed: dict[str, Any], here: dict[str, Any], tmp_path_factory: Any) -> list[dict[str, Any]]:
+    """Of every branch: the committed rows where the compiler is theirs, else compiled now."""
+    if committed["versions"]["triton"] != version("triton"):
+        return _tables(tmp_path_factory.mktemp("aot"))
+    wanted = set(map(_about, here["branches"]))
+    return [row for row in committed["kernels"] if _about(row) in wanted]
+
+
+def test_the_committed_table_is_of_these_kernels(committed: dict[str, Any], here: dict[str, Any]) -> None:
+    assert here["fingerprint"] == committed["fingerprint"], RENEW
+    known = set(map(_about, committed["kernels"]))
+    assert [row for row in here["branches"] + here["offered"] if _about(row) not in known] == [], RENEW
+    assert spilling(committed["kernels"]) == []
+    assert too_large(committed["kernels"]) == []
+
+
+def test_kernels_compiled_here_are_as_in_the_table(rows: list[dict[str, Any]], here: dict[str, Any]) -> None:
+    found = here["compiled"]
+    assert {row["architecture"] for row in found} == SHARED_LIMIT.keys() and len({row["kernel"] for row in found}) > 5
+    assert [row for row in found if row not in rows] == []
 
 
 def spilling(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,32 +226,6 @@ def test_float32_is_not_rounded_to_tf32(rows: list[dict[str, Any]]) -> None:
     assert {row["mma"] for row in products} <= {"FFMA", "FFMA2"}
 
 
-def test_every_offered_configuration_is_in_the_committed_table(tmp_path: Path) -> None:
-    program = """
-import json
-from pyprune.triton_kernels.aot import ARCHITECTURES, described, distinct_rows
-from pyprune.triton_kernels.variants import offered
-print(json.dumps([described(*row, a) for a in ARCHITECTURES for row in distinct_rows(offered(a), a)]))
-"""
-    wanted = json.loads(_python(tmp_path, "-c", program))
-    table = json.loads(STATIC.read_text())["kernels"]
-    about = set(wanted[0])
-    known = {json.dumps({k: v for k, v in row.items() if k in about}, sort_keys=True) for row in table}
-    assert [row for row in wanted if json.dumps(row, sort_keys=True) not in known] == [], (
-        "run bench/gpu/static_triton.py"
-    )
-    assert spilling(table) == []
-    assert too_large(table) == []
-
-
-def test_rows_that_are_compiled_anew_replace_those_of_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(STATIC.parents[2]))
-    merged = importlib.import_module("bench.gpu.static_triton").merged
-    known = [{"kernel": k, "architecture": a, "registers": 1} for k in "ab" for a in ("sm_80", "sm_90")]
-    new = [{"kernel": "b", "architecture": "sm_90", "registers": n} for n in (2, 3)]
-    assert merged(known, new) == [*known[:3], *new] and merged([], new) == new
-
-
 @pytest.mark.slow
 def test_every_offered_configuration_compiles_without_spills(tmp_path: Path) -> None:
     rows = _tables(tmp_path, "--offered")
@@ -192,41 +233,24 @@ def test_every_offered_configuration_compiles_without_spills(tmp_path: Path) -> 
     assert too_large(rows) == []
 
 
-def test_the_spill_gate_can_close(tmp_path: Path) -> None:
-    program = """
-import json
-from pyprune.triton_kernels.aot import machine_code
-from pyprune.triton_kernels.variants import Variant
-launch = Variant(512, 11008, 4096, "bfloat16", True, True, "gelu", "prefill").launches()[1]
-blocks = {"BLOCK_M": 128, "BLOCK_N": 256}
-launch = launch._replace(arguments={**launch.arguments, **blocks}, num_warps=4, num_stages=2)
-print(json.dumps(machine_code(launch, 90)))
-"""
-    found = json.loads(_python(tmp_path, "-c", program))
+def test_the_spill_gate_can_close(here: dict[str, Any]) -> None:
+    found = here["spilling"]
     assert found["stack_bytes"] > 0
     assert found["ldl"] > 0
     assert found["stl"] > 0
 
 
-def test_layers_of_nearby_width_share_kernels(tmp_path: Path) -> None:
-    program = """
-from pyprune.triton_kernels.aot import distinct_launches
-from pyprune.triton_kernels.variants import Variant
-for phase, m in (("decode", 1), ("decode", 7), ("prefill", 40), ("prefill", 300)):
-    widths = [Variant(m, k, 4096, "bfloat16", True, True, "silu", phase) for k in range(9000, 9600, 37)]
-    print(len(distinct_launches(widths)), len(distinct_launches(widths[:1])))
-"""
-    for line in _python(tmp_path, "-c", program).splitlines():
-        many, one = line.split()
+def test_layers_of_nearby_width_share_kernels(here: dict[str, Any]) -> None:
+    assert len(here["nearby"]) == 4
+    for many, one in here["nearby"]:
         assert many == one
 
 
 REASON = "from pyprune.triton_kernels import INTERPRETED, why_unavailable; print(INTERPRETED, why_unavailable('cpu'))"
 
 
-def test_without_the_interpreter_a_cpu_is_refused_with_the_reason(tmp_path: Path) -> None:
-    found = _python(tmp_path, "-c", REASON).strip()
-    assert found == "False needs a CUDA device (or TRITON_INTERPRET=1 for tests)"
+def test_without_the_interpreter_a_cpu_is_refused_with_the_reason(here: dict[str, Any]) -> None:
+    assert here["refused"] == [False, "needs a CUDA device (or TRITON_INTERPRET=1 for tests)"]
 
 
 def test_an_interpreter_asked_for_too_late_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ The launches are those that the launchers would make, planned on meta tensors, s
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
 import re
 import subprocess
@@ -121,6 +123,14 @@ def machine_code(launch: Launch, architecture: int) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         **_loads(assembly),
     }
+
+
+def fingerprint() -> str:
+    """Of the code of all files here with a compiled function, comments and layout aside: what a table is made of."""
+    sources = (file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))
+    code = [ast.unparse(ast.parse(source)) for source in sources if "\n@triton.jit" in source]
+    # Python 3.12 began to write the quotes inside of f-strings otherwise.
+    return hashlib.sha256("\n".join(code).replace('"', "'").encode()).hexdigest()
 
 
 def distinct_launches(variants: Iterable[Either]) -> list[tuple[Either, Launch]]:

@@ -1,7 +1,8 @@
 """Registers, spills and matrix instructions of every Triton kernel, compiled for GPUs that need not be there.
 
-python -m bench.gpu.static_triton                                 prints the table and writes bench/results/static.json
-python -m bench.gpu.static_triton --experts --architecture 90     compiles these alone; other rows stay as they are
+    python -m bench.gpu.static_triton     prints the table and writes bench/results/static.json
+
+`make test` reads the table where it is of the kernels there, and compiles a few of its rows again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench import by_line
 from pyprune.base.files import new_file
-from pyprune.triton_kernels.aot import ARCHITECTURES
+from pyprune.triton_kernels.aot import ARCHITECTURES, fingerprint
 
 RESULT = Path(__file__).parents[1] / "results" / "static.json"
 
@@ -36,18 +36,18 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _compiled(architecture: int, offered: bool, experts: bool) -> list[dict[str, Any]]:
+def _compiled(architecture: int, offered: bool) -> list[dict[str, Any]]:
     """Rows of one architecture, from a process of its own; triton compiles on one core."""
     command = [sys.executable, "-m", "pyprune.triton_kernels.aot", "--json", "--architecture", str(architecture)]
-    command += ["--offered"] * offered + ["--experts"] * experts
+    command += ["--offered"] * offered
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
 
 
-def kernels(architectures: Sequence[int] = ARCHITECTURES, experts: bool = False) -> list[dict[str, Any]]:
+def kernels() -> list[dict[str, Any]]:
     """A row for each distinct kernel and architecture; what is offered for tuning after every branch."""
-    jobs = [(architecture, offered, experts) for architecture in architectures for offered in (False, True)]
+    jobs = [(architecture, offered) for architecture in ARCHITECTURES for offered in (False, True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(_compiled, *zip(*jobs, strict=True))
         return list({json.dumps(row, sort_keys=True): row for rows in found for row in rows}.values())
@@ -60,20 +60,10 @@ def update(key: str, value: Any) -> None:
         temporary.write_text(by_line.dumps({**result, key: value}, ("kernels", "cuda")))
 
 
-def merged(known: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`found`, behind those known rows that are of another kernel or architecture than any of it."""
-    new = {(row["kernel"], row["architecture"]) for row in found}
-    return [row for row in known if (row["kernel"], row["architecture"]) not in new] + found
-
-
-def main(given: list[str] | None = None) -> None:
+def main() -> None:
     """Compile, print, write."""
-    parser = argparse.ArgumentParser(description="Compile the Triton kernels and write what they need.")
-    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, help="this one alone")
-    parser.add_argument("--experts", action="store_true", help="kernels of experts alone")
-    arguments = parser.parse_args(given)
-    some = arguments.experts or arguments.architecture is not None
-    rows = kernels([arguments.architecture] if arguments.architecture else ARCHITECTURES, arguments.experts)
+    argparse.ArgumentParser(description="Compile the Triton kernels and write what they need.").parse_args()
+    made_of, rows = fingerprint(), kernels()
     table = Table(title="Triton kernels as machine code", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in rows[0]:
         table.add_column(
@@ -86,13 +76,8 @@ def main(given: list[str] | None = None) -> None:
     console = Console()
     console.width = max(console.width, 200)
     console.print(table)
-    versions = {name: version(name) for name in ("triton", "torch")}
-    if some:
-        known = json.loads(RESULT.read_text())
-        if known["versions"] != versions:
-            raise SystemExit(f"the other rows are of {known['versions']}: compile all, without options")
-        rows = merged(known["kernels"], rows)
-    update("versions", versions)
+    update("versions", {name: version(name) for name in ("triton", "torch")})
+    update("fingerprint", made_of)
     update("kernels", rows)
 
 
