@@ -32,7 +32,7 @@ transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Files whose tests take long, first: at the end one process would wait for another.
-LONG = ("test_triton_static", "test_real_model", "test_heterogeneous", "test_demo", "test_triton_kernels")
+LONG = ("test_triton_experts", "test_real_model", "test_gpu_command", "test_cuda_simulated", "test_cli_failures")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,7 +38,7 @@ def pruned(dense: Any, compensate: str, batches: Tensor, keep: float = 0.7) -> t
 
 
 def test_prune_save_reload(dense: Any, tokenizer: Any, tmp_path: Path) -> None:
-    batches, held_out = windows(tokenizer, "first", 2048, 512), windows(tokenizer, "second", 1024, 512)
+    batches, held_out = windows(tokenizer, "first", 1280, 256), windows(tokenizer, "second", 512, 256)
     model, report = pruned(dense, "least-squares", batches)
     assert set(report.mask.widths) == {1088}
     assert report.parameters_before - report.parameters_after == 30 * 3 * 576 * (1536 - 1088)
