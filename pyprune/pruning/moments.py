@@ -23,7 +23,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """`a^T b` of `[T, F]` and `[T, D]`, summed in float32, in which products of 16-bit floats are exact."""
     if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a.t(), b, out_dtype=torch.float32)
-    return a.float().t() @ b.float()
+    with torch.autocast(a.device.type, enabled=False):  # which is the user's, or the layer's that is watched
+        return a.float().t() @ b.float()
 
 
 class Moments:
