@@ -114,7 +114,7 @@ def rows(library: Path) -> list[dict[str, Any]]:
             architecture = next(a for a in ARCHITECTURES if f".{a}." in cubin.name)
             said = _tool(cuobjdump, "-res-usage", cubin.name, folder=folder)
             usage = {n: (int(r), int(s)) for n, r, s in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", said)}
-            assembly = _tool(nvdisasm, "-c", cubin.name, folder=folder)
+            assembly = _tool(nvdisasm, "-ndf", "-c", cubin.name, folder=folder)
             table += [_row(n, architecture, opcodes, usage) for n, opcodes in _functions(assembly)]
     return sorted(
         table, key=lambda row: [str(row[n]) for n in ("architecture", "kernel", "weights", "tokens", "gated")]
