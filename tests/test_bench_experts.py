@@ -16,7 +16,7 @@ def test_a_rehearsal_measures_every_case_and_variant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCH.parent))  # as when the script is run
-    bench = importlib.import_module("bench.gpu.experts")
+    bench, rows_of = (importlib.import_module(f"bench.gpu.{name}") for name in ("experts", "expert_rows"))
     with pytest.raises(SystemExit):
         bench.main(["--dry-run"])
     path = tmp_path / "experts.json"
@@ -37,8 +37,8 @@ def test_a_rehearsal_measures_every_case_and_variant(
         assert {"triton", "torch", "triton #1", *ways, *gather} <= row["variants"].keys()
         assert row["bytes"] == row["active"] * row["keep"] * 32 * 3 * 32 * 2
         for name, facts in row["variants"].items():
-            assert facts["us"] > 0 and facts["error"] <= max(2 * facts["torch_error"], bench.CLOSE), name
-            assert facts["captured"] or facts["why_not_captured"] == bench.WAITS
+            assert facts["us"] > 0 and facts["error"] <= max(2 * facts["torch_error"], rows_of.CLOSE), name
+            assert facts["captured"] or facts["why_not_captured"] == rows_of.WAITS
             assert facts["share_of_read"] == pytest.approx(row["bytes"] / facts["us"] / 1e3 / row["read_gb_s"])
         dense = next(r for r in rows if (r["model"], r["tokens"], r["keep"]) == (row["model"], row["tokens"], 1.0))
         best = min(dense["variants"][name]["us"] for name in ("grouped_mm", "batched_mm", "eager"))
