@@ -16,8 +16,8 @@ from pyprune.ffn.accelerate import accelerate
 from pyprune.model import checkpoint, surgery
 from pyprune.model.families import find_ffns
 from pyprune.pruning.blocks import kept_count
-from pyprune.pruning.calibration import constant_output
 from pyprune.pruning.influence import influence
+from pyprune.pruning.residual import constant_output
 
 WINDOW = 24  # longer than every sliding or local window of the tiny models
 # A layer's norms stand elsewhere, its attention runs beside the FFN, or its config lists its layers.

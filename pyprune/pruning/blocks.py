@@ -16,11 +16,12 @@ from ..model.described import Described
 from ..model.families import FFN
 from ..model.mask import KeepIndex, Mask
 from ..model.probe import evaluating
-from .calibration import LayerStream, constant_output
+from .calibration import LayerStream
 from .influence import influence
 from .repair import REPAIRS, Repair
 from .repair import parse as parse_repair
 from .repair.mean_bias import mean_bias
+from .residual import constant_output
 from .run import Run, Totals
 from .text import Text
 

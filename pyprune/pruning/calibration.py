@@ -7,8 +7,8 @@ stays near the size of the model whatever its depth. Knows no pruning method.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..model.narrowing import replaced
 from ..model.probe import evaluating
 from .moments import Gathered, in_order, shares, split
 from .observing import See, observing
+from .residual import adds_output, constant_output
 
 
 class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest nobody needs
@@ -39,39 +40,6 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
-
-
-@contextmanager
-def constant_output(ffn: FFN, value: Tensor | None = None) -> Iterator[None]:
-    """Inside the block, `ffn` gives `value` (`[D]`) for every token; None for zeros."""
-
-    def substitute(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return torch.zeros_like(output) if value is None else value.to(output).expand_as(output)
-
-    handle = ffn.down.register_forward_hook(substitute)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@torch.no_grad()
-def adds_output(module: nn.Module, forward: Callable[[], Tensor]) -> bool:
-    """Whether what `module` puts out is added to what `forward` gives as it is: no norm, no multiplier between.
-
-    Args:
-        module: a down projection.
-        forward: runs a layer that holds it; its hidden state, of the shape of the module's output but for batch
-            dimensions of 1.
-    """
-    plain = forward()
-    change = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)).to(plain)
-    handle = module.register_forward_hook(lambda module, args, out: out + change.view_as(out))
-    try:
-        changed = forward()
-    finally:
-        handle.remove()
-    return torch.allclose(changed - plain, change, atol=1e-2 * float(plain.abs().max().clamp_min(1)))
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..base.progress import Progress, quiet
 from ..model.families import FFN
 from ..model.probe import evaluating
-from .calibration import LayerStream, constant_output
+from .calibration import LayerStream
+from .residual import constant_output
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...base.errors import UnsupportedModelError
 from ...model.families import FFN, decoder_layers
-from ...pruning.calibration import adds_output
+from ...pruning.residual import adds_output
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,45 @@
+"""What a module gives to the hidden state: put in its place, and whether it arrives there as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.units import FFN
+
+
+@contextmanager
+def constant_output(ffn: FFN, value: Tensor | None = None) -> Iterator[None]:
+    """Inside the block, `ffn` gives `value` (`[D]`) for every token; None for zeros."""
+
+    def substitute(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return torch.zeros_like(output) if value is None else value.to(output).expand_as(output)
+
+    handle = ffn.down.register_forward_hook(substitute)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def adds_output(module: nn.Module, forward: Callable[[], Tensor]) -> bool:
+    """Whether what `module` puts out is added to what `forward` gives as it is: no norm, no multiplier between.
+
+    Args:
+        module: a down projection.
+        forward: runs a layer that holds it; its hidden state, of the shape of the module's output but for batch
+            dimensions of 1.
+    """
+    plain = forward()
+    change = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)).to(plain)
+    handle = module.register_forward_hook(lambda module, args, out: out + change.view_as(out))
+    try:
+        changed = forward()
+    finally:
+        handle.remove()
+    return torch.allclose(changed - plain, change, atol=1e-2 * float(plain.abs().max().clamp_min(1)))
