@@ -437,6 +437,9 @@ MADE_UP = {
     ("gum", 0.5, True): [55.5, 56.6, 57.5],
     ("random", 0.5, False): [49.0, 53.0, 50.0],
     ("random", 0.5, True): [56.0, 54.0, 57.0],
+    # Enough cells for a correlation, and none of another method to compare them with.
+    ("l0", 0.4, False): [48.0, 49.0, 47.0],
+    ("l0", 0.3, False): [46.0, 45.0, 47.0],
 }
 
 
@@ -494,15 +497,16 @@ def test_correlation_by_hand(finetune: SimpleNamespace) -> None:
     left, right = np.array([1.0, 7.0, 7.0, 9.0]), np.array([20.0, 10.0, 30.0, 40.0])
     assert correlation.spearman(left, right, [0] * 4) == pytest.approx(3 / math.sqrt(22.5))
     # Within each of two widths one falls as the other rises, though over all both are higher at the second width.
-    left, right, widths = [1.0, 2.0, 3.0, 11.0, 12.0, 13.0], [3.0, 2.0, 1.0, 13.0, 12.0, 11.0], [0.5] * 3 + [0.3] * 3
+    left, right = [1.0, 2.0, 3.0, 4.0, 11.0, 12.0, 13.0, 14.0], [4.0, 3.0, 2.0, 1.0, 14.0, 13.0, 12.0, 11.0]
+    widths = [0.5] * 4 + [0.3] * 4
     assert correlation.correlation(left, right, widths)["value"] == pytest.approx(-1)
-    everything = correlation.correlation(left, right, [0] * 6)
-    assert everything["value"] == pytest.approx(1 - 6 * (4 + 4) * 2 / (6 * 35))  # 1 - 6 sum d^2 / (n (n^2 - 1))
-    assert everything["low"] <= everything["value"] <= everything["high"] and everything["n"] == 6
+    everything = correlation.correlation(left, right, [0] * 8)
+    assert everything["value"] == pytest.approx(1 - 6 * 2 * (9 + 1 + 1 + 9) / (8 * 63))  # 1 - 6 sum d^2 / (n (n^2 - 1))
+    assert everything["low"] <= everything["value"] <= everything["high"] and everything["n"] == 8
     few = {"value": None, "low": None, "high": None}
-    assert correlation.correlation(left[:4], right[:4], [0] * 4) == {**few, "n": 4}
-    assert correlation.correlation([1.0] * 6, right, [0] * 6) == {**few, "n": 6}
-    with pytest.raises(InputError, match=r"right and strata must be as long as left \(6\); got \(4, 6\)"):
+    assert correlation.correlation(left[:7], right[:7], [0] * 7) == {**few, "n": 7}
+    assert correlation.correlation([1.0] * 8, right, [0] * 8) == {**few, "n": 8}
+    with pytest.raises(InputError, match=r"right and strata must be as long as left \(8\); got \(4, 8\)"):
         correlation.correlation(left, right[:4], widths)
 
 
@@ -532,17 +536,17 @@ def test_headlines(finetune: SimpleNamespace) -> None:
 def test_table(finetune: SimpleNamespace) -> None:
     lines = finetune.table.finetune_table(_result(MADE_UP))
     assert lines[0].startswith(
-        "a CPU, 1 threads, torch 2, 2026-01-01. 21 runs, 0.2 hours of one process, at commit 0123456789"
+        "a CPU, 1 threads, torch 2, 2026-01-01. 27 runs, 0.3 hours of one process, at commit 0123456789"
     )
     rows = [line.split(" | ") for line in lines if line.startswith("| ") and "% |" in line[:9]]
-    assert [row[1] for row in rows] == ["dense, trained on", "gum", "movement", "random"]
+    assert [row[1] for row in rows] == ["dense, trained on", "gum", "movement", "random", "l0", "l0"]
     assert rows[2][2] == "51.0 [48.5, 53.5]" and rows[2][3] == "56.0 [53.5, 58.5]"
     assert rows[0][3] == "-" and rows[0][6] == "90 [90, 90]"
     assert len({line.count("|") for line in lines if line.startswith("|") and "minus" not in line}) == 2
     compared = [line.split(" | ")[0] for line in lines if line.startswith("| ") and " minus " in line]
     assert compared[0] == "| random minus movement" and len(compared) == 4
-    (explained,) = [line for line in lines if line.startswith("Rank correlation over 6 cells")]
-    assert "BLEU with unique neurons none from 6 cells" in explained and "50% kept 0.87 to 0.87" in explained
+    (explained,) = [line for line in lines if line.startswith("Rank correlation over 8 cells")]
+    assert "BLEU with unique neurons none from 8 cells" in explained and "50% kept 0.87 to 0.87" in explained
     assert finetune.table.finetune_table({"runs": {}, "dense": {}}) == ["Nothing was run yet."]
 
 

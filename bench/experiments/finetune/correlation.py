@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from pyprune.base.errors import check
 
 Array = NDArray[np.float64]
-# With fewer cells any order is likely by chance.
-LEAST = 5
+# Of fewer cells, drawn again, most samples have the same few: the interval is too narrow, and for one order a point.
+LEAST = 8
 
 
 def ranks(values: Array) -> Array:
@@ -52,7 +52,7 @@ def correlation(
         samples, seed: of the bootstrap.
 
     Returns:
-        `value`, `low`, `high`, `n`; None for the numbers with fewer than 5 cells or where a side does not vary.
+        `value`, `low`, `high`, `n`; None for the numbers with fewer than 8 cells or where a side does not vary.
 
     Raises:
         InputError: lengths that differ.
