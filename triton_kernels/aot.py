@@ -5,7 +5,6 @@ The launches are those that the launchers would make, planned on meta tensors, s
     python -m pyprune.triton_kernels.aot --architecture 90          a line for each kernel
     python -m pyprune.triton_kernels.aot --architecture 90 --json   the same as JSON
     ... --offered    the configurations that are offered for tuning, not every branch
-    ... --experts    kernels of experts alone
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .checks import INTERPRETED
-from .expert_variants import ExpertVariant, expert_offered, expert_variants
+from .expert_variants import ExpertVariant
 from .hardware import has_descriptors
 from .launch import Launch
 from .variants import Variant, offered, variants
@@ -194,15 +192,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="aot", description="compile the Triton kernels without a GPU")
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, default=90)
     parser.add_argument("--offered", action="store_true", help="what is offered for tuning, not every branch")
-    parser.add_argument("--experts", action="store_true", help="kernels of experts alone")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    wanted: Iterable[Either]
-    if given.experts:
-        own = expert_offered(given.architecture) if given.offered else expert_variants()
-        wanted = (replace(variant, architecture=given.architecture) for variant in own)
-    else:
-        wanted = (offered if given.offered else variants)(given.architecture)
+    wanted = (offered if given.offered else variants)(given.architecture)
     rows = static_table(wanted, given.architecture)
     if given.json:
         print(json.dumps(rows, indent=1))

@@ -13,7 +13,7 @@ from . import decode, elementwise, prefill
 from .candidates import candidates
 from .config import Config, DecodeConfig
 from .defaults import prefill_config
-from .expert_variants import DTYPES, ExpertVariant, expert_variants
+from .expert_variants import DTYPES, ExpertVariant, expert_offered, expert_variants
 from .launch import Launch, Operands
 
 
@@ -127,8 +127,9 @@ def _variants() -> Iterator[Variant]:
         yield Variant(512, k, 16, dtype, gated, False, "gelu_tanh", "act_mul")
 
 
-def offered(architecture: int) -> Iterator[Variant]:
-    """Every configuration that is offered on sm_`architecture`, for a wide layer: the hardest on registers."""
+def offered(architecture: int) -> Iterator[Variant | ExpertVariant]:
+    """Every configuration that is offered on sm_`architecture`, for wide layers: the hardest on registers."""
+    yield from (replace(variant, architecture=architecture) for variant in expert_offered(architecture))
     forms = ((False, False, False), (True, False, False), (True, True, False), (True, True, True))
     for m in (1, 16, 64, 4096):
         for gated, gather, int8 in forms:

@@ -53,11 +53,11 @@ def kernels() -> list[dict[str, Any]]:
         return list({json.dumps(row, sort_keys=True): row for rows in found for row in rows}.values())
 
 
-def update(key: str, value: Any) -> None:
-    """Set one key of the result; what other scripts wrote there stays."""
+def update(**new: Any) -> None:
+    """Set keys of the result; what other scripts wrote there stays."""
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     with new_file(RESULT) as temporary:
-        temporary.write_text(by_line.dumps({**result, key: value}, ("kernels", "cuda")))
+        temporary.write_text(by_line.dumps({**result, **new}, ("kernels", "cuda")))
 
 
 def main() -> None:
@@ -76,9 +76,8 @@ def main() -> None:
     console = Console()
     console.width = max(console.width, 200)
     console.print(table)
-    update("versions", {name: version(name) for name in ("triton", "torch")})
-    update("fingerprint", made_of)
-    update("kernels", rows)
+    versions = {name: version(name) for name in ("triton", "torch")}
+    update(versions=versions, fingerprint=made_of, kernels=rows)
 
 
 if __name__ == "__main__":
