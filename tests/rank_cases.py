@@ -5,10 +5,13 @@ rank_cases.py OUT NAME ...    every case NAME, in one group; rank r writes OUT/N
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,30 @@ def launched(arguments: list[str], processes: int = 2, **environment: str) -> su
     paths = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
     known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
     return subprocess.run([*words, *arguments], capture_output=True, text=True, timeout=900, env=known, check=False)
+
+
+@contextmanager
+def group(sharded: bool = False) -> Iterator[int]:
+    """Inside, this process is one of a group; gives its rank.
+
+    The group's threads must end with it, as one that still lives when Python ends may abort the process. Torch's caches
+    of `sharded` tensors keep the group: there the process is left before Python's end.
+    """
+    import torch
+    import torch.distributed as dist
+
+    import pyprune  # noqa: F401  # with torch._dynamo, which would hold a group that began before it
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    yield dist.get_rank()
+    dist.destroy_process_group()
+    if sharded:
+        sys.stdout.flush()
+        os._exit(0)
+    gc.collect()
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    assert not [name for name in names if "gloo" in name], names
 
 
 def cases() -> dict[str, Any]:
@@ -87,16 +114,12 @@ def wrong() -> dict[str, Any]:
     }
 
 
-def main(out: Path, names: list[str]) -> None:
+def main(rank: int, out: Path, names: list[str]) -> None:
     import torch
-    import torch.distributed as dist
     from safetensors.torch import save_file
 
     from pyprune.base.ranks import Ranks
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
     for name in names:
         if name in wrong():
             try:
@@ -112,8 +135,8 @@ def main(out: Path, names: list[str]) -> None:
             weights, facts = pruned(*cases()[name]())
             save_file(weights, out / f"{name}-{rank}.safetensors")
         (out / f"{name}-{rank}.json").write_text(json.dumps(facts))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    with group() as number:
+        main(number, Path(sys.argv[1]), sys.argv[2:])

@@ -114,14 +114,8 @@ def failed(name: str, rank: int, out: Path) -> str:
     return ""
 
 
-def main(out: Path) -> None:
-    import torch
-    import torch.distributed as dist
+def main(rank: int, out: Path) -> None:
     from safetensors.torch import save_file
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
 
     def keep(name: str, weights: dict[str, Any], report: dict[str, Any]) -> None:
         save_file(weights, out / f"{name}-{rank}.safetensors")
@@ -141,8 +135,10 @@ def main(out: Path) -> None:
         keep("resumed", *recovered(asked, folder=folder))
     for name in WRONG:
         (out / f"{name}-{rank}.txt").write_text(failed(name, rank, out))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    from rank_cases import group
+
+    with group() as number:
+        main(number, Path(sys.argv[1]))

@@ -13,18 +13,14 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent)]
 
 
-def main(folder: Path, mask_file: Path, out: Path) -> None:
+def main(rank: int, folder: Path, mask_file: Path, out: Path) -> None:
     import torch
-    import torch.distributed as dist
     from rank_cases import text
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     import pyprune
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
     ids = text()[:, :12]
 
     def load() -> Any:
@@ -73,8 +69,10 @@ def main(folder: Path, mask_file: Path, out: Path) -> None:
     refused("prune", lambda: pyprune.prune(load(), method="random", repair=None))
     save_file(found, out / f"logits-{rank}.safetensors")
     (out / f"facts-{rank}.json").write_text(json.dumps(facts))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]))
+    from rank_cases import group
+
+    with group(sharded=True) as number:
+        main(number, *map(Path, sys.argv[1:4]))

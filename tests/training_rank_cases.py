@@ -197,14 +197,11 @@ def by_cut_trainer(rank: int, folder: Path, resume: bool = False) -> dict[str, A
     return state_of(into or model, callback.mask) if rank <= 0 else kept
 
 
-def main(out: Path) -> None:
-    import torch
+def main(rank: int, out: Path) -> None:
     import torch.distributed as dist
     from safetensors.torch import save_file
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ranks = dist.get_world_size()
     for name, method in METHODS.items():
         save_file(trained(method, rank, ranks), out / f"{name}-{rank}.safetensors")
     stop = {"checkpoint": out / "state", "on_step": lambda done, loss: done == 4}
@@ -223,8 +220,10 @@ def main(out: Path) -> None:
     for name in ("whole", "cut"):
         found = by_cut_trainer(rank, out / "fsdp-trainer", name == "cut")
         save_file(found, out / f"fsdp-trainer-{name}-{rank}.safetensors")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    from rank_cases import group
+
+    with group(sharded=True) as number:
+        main(number, Path(sys.argv[1]))
