@@ -446,25 +446,26 @@ MADE_UP = {
 def test_comparisons_on_made_up_numbers(finetune: SimpleNamespace) -> None:
     found = finetune.answers.comparisons(_result(MADE_UP))
     said = {(a["what"], a["metric"]): a for a in found}
-    gum = said["gum minus movement", "bleu"]
+    gum = said["gum against movement", "bleu"]
     assert gum["verdict"] == "better" and gum["n"] == 3
     # Each seed's mean over its two cells: 0.5, 0.55, 0.55.
     assert gum["mean"] == pytest.approx(1.6 / 3) and gum["low"] > 0
     assert [c["place"] for c in gum["cells"]] == [[0.5, False], [0.5, True]]
     # Perplexity here falls as BLEU rises, and lower is better.
-    assert said["gum minus movement", "perplexity"]["verdict"] == "better"
-    assert said["gum minus movement", "perplexity"]["mean"] < 0
-    random = said["random minus movement", "bleu"]
+    assert said["gum against movement", "perplexity"]["verdict"] == "better"
+    ratios = [math.log(p * q) / 2 for p, q in ((50 / 50.5, 55 / 55.5), (51 / 51.5, 56 / 56.6), (52 / 52.6, 57 / 57.5))]
+    assert said["gum against movement", "perplexity"]["mean"] == pytest.approx(sum(ratios) / 3)
+    random = said["random against movement", "bleu"]
     assert random["verdict"] == "no difference shown" and random["low"] < 0 < random["high"]
-    distilled = said["distilled minus plain", "bleu"]
+    distilled = said["distilled against plain", "bleu"]
     # Every method is a cell; seeds must not be taken for flags, 1 for True.
     assert [c["place"] for c in distilled["cells"]] == [[0.5, m] for m in ("gum", "movement", "random")]
     assert all(c["n"] == 3 for c in distilled["cells"])
     assert distilled["mean"] == pytest.approx(np.mean([5, 5, 5, 5, 5.1, 4.9, 7, 1, 7]))
     # All runs have the same share of unique neurons.
-    unique = said["gum minus movement", "unique"]
+    unique = said["gum against movement", "unique"]
     assert unique["mean"] == 0 and unique["verdict"] == "no difference shown"
-    assert ("movement minus magnitude", "bleu") not in said
+    assert ("movement against magnitude", "bleu") not in said
     runs = list(_result(MADE_UP)["runs"].values())
     (spread,) = finetune.answers.ranges(runs, "bleu")
     # Means: plain 51, 51.53, 50.67; distilled 56, 56.53, 55.67.
@@ -475,8 +476,8 @@ def test_comparisons_where_seeds_are_missing(finetune: SimpleNamespace) -> None:
     values = {("movement", 0.5, False): [50.0], ("gum", 0.5, False): [52.0, 53.0], ("gum", 0.3, False): [40.0]}
     values[("gum:criterion=wanda", 0.3, False)] = [41.0]
     found = {a["what"]: a for a in finetune.answers.comparisons(_result(values)) if a["metric"] == "bleu"}
-    assert list(found) == ["gum minus movement", "gum:criterion=wanda minus gum"]
-    one = found["gum minus movement"]
+    assert list(found) == ["gum against movement", "gum:criterion=wanda against gum"]
+    one = found["gum against movement"]
     assert one["n"] == 1 and one["mean"] == 2 and one["low"] is None and one["verdict"] == "one seed, no interval"
     assert finetune.answers.comparisons(_result({})) == []
 
@@ -516,7 +517,8 @@ def test_headlines(finetune: SimpleNamespace) -> None:
     random, gum, explains = finetune.headlines.headlines(result)
     assert random.startswith("- **Is random as good as the established methods?** *e2e, scratch*: against movement ")
     assert "BLEU no difference shown, perplexity no difference shown" in random
-    assert "against movement BLEU better, +0.53 [+" in gum and "contradict" not in gum
+    assert "against movement BLEU better, +0.53 [+" in gum and "perplexity better, x0.990 [x0." in gum
+    assert "contradict" not in gum
     assert "*e2e, scratch*: BLEU" not in explains  # no share of unique neurons differs
     for i, (place, row) in enumerate(
         {**MADE_UP, ("gum", 0.5, False): [20, 21, 22], ("gum", 0.5, True): [20, 21, 22]}.items()
@@ -528,7 +530,7 @@ def test_headlines(finetune: SimpleNamespace) -> None:
     _, gum, explains = finetune.headlines.headlines(result)
     assert "*e2e, smol*: against random BLEU worse" in gum
     assert gum.endswith(
-        " Models contradict each other in gum minus movement by BLEU, gum minus movement by perplexity."
+        " Models contradict each other in gum against movement by BLEU, gum against movement by perplexity."
     )
     assert "*e2e, smol*: BLEU +1.00 [+1.00, +1.00]; *e2e, smol*: low perplexity +1.00 [" in explains
 
@@ -542,9 +544,9 @@ def test_table(finetune: SimpleNamespace) -> None:
     assert [row[1] for row in rows] == ["dense, trained on", "gum", "movement", "random", "l0", "l0"]
     assert rows[2][2] == "51.0 [48.5, 53.5]" and rows[2][3] == "56.0 [53.5, 58.5]"
     assert rows[0][3] == "-" and rows[0][6] == "90 [90, 90]"
-    assert len({line.count("|") for line in lines if line.startswith("|") and "minus" not in line}) == 2
-    compared = [line.split(" | ")[0] for line in lines if line.startswith("| ") and " minus " in line]
-    assert compared[0] == "| random minus movement" and len(compared) == 4
+    assert len({line.count("|") for line in lines if line.startswith("|") and "against" not in line}) == 2
+    compared = [line.split(" | ")[0] for line in lines if line.startswith("| ") and " against " in line]
+    assert compared[0] == "| random against movement" and len(compared) == 4
     (explained,) = [line for line in lines if line.startswith("Rank correlation over 8 cells")]
     assert "BLEU with unique neurons none from 8 cells" in explained and "50% kept 0.87 to 0.87" in explained
     assert finetune.table.finetune_table({"runs": {}, "dense": {}}) == ["Nothing was run yet."]

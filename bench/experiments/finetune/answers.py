@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .correlation import correlation
@@ -62,12 +63,20 @@ def higher_is_better(metric: str) -> bool:
 
 
 def value(run: Run, metric: str) -> float:
-    """One number of a run."""
+    """One number of a run, on the scale of means and differences: of a perplexity, which is positive and skewed over
+    seeds, the natural logarithm.
+    """
     if metric == UNIQUE:
         return 100 * float(run["redundancy"]["unique"][THRESHOLD])
     if metric == SENSITIVITY:
         return float(run["redundancy"]["sensitivity"])
-    return float(run["metrics"][metric]["value"])
+    found = float(run["metrics"][metric]["value"])
+    return math.log(found) if metric == PERPLEXITY else found
+
+
+def shown(metric: str, number: float) -> float:
+    """What a mean of `value` stands for: of perplexities the geometric mean, and of a difference of them a ratio."""
+    return math.exp(number) if metric == PERPLEXITY else number
 
 
 def cell(runs: list[Run], method: str, keep: float, distilled: bool) -> list[Run]:
@@ -115,12 +124,14 @@ def _pairs(runs: list[Run]) -> list[tuple[str, str, Any, Any]]:
     """(coordinate, words, left, right) of every comparison; a method with options also against the method without."""
     variants = sorted({r["method"] for r in runs if ":" in r["method"]})
     pairs = [*PAIRS, *((method, method.partition(":")[0]) for method in variants)]
-    found: list[tuple[str, str, Any, Any]] = [("method", f"{left} minus {right}", left, right) for left, right in pairs]
-    return [*found, ("distilled", "distilled minus plain", True, False)]
+    found: list[tuple[str, str, Any, Any]] = [
+        ("method", f"{left} against {right}", left, right) for left, right in pairs
+    ]
+    return [*found, ("distilled", "distilled against plain", True, False)]
 
 
 def comparisons(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Paired differences of each (task, model, size) in main metric, perplexity and uniqueness.
+    """Paired differences of each (task, model, size) in main metric, log perplexity and uniqueness.
 
     Returns:
         Entries with `task`, `model`, `size`, `what`, `left`, `right`, `metric`; `mean`, `low`, `high`, `n` of left
@@ -163,12 +174,14 @@ def correlations(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def ranges(runs: list[Run], metric: str) -> list[dict[str, float]]:
-    """Best minus worst method by share kept, `plain` and `distilled`, where two methods or more have both."""
+    """Highest minus lowest method (perplexity: over the lowest) by share kept, `plain` and `distilled`, where two
+    methods or more have both.
+    """
     found = []
     for keep in sorted({r["keep"] for r in runs if r["method"] != DENSE}):
         sides = [[cell(runs, m, keep, flag) for flag in (False, True)] for m in sorted({r["method"] for r in runs})]
         both = [[sum(value(r, metric) for r in side) / len(side) for side in pair] for pair in sides if all(pair)]
         if len(both) > 1:
-            plain, distilled = (max(column) - min(column) for column in zip(*both, strict=True))
+            plain, distilled = (shown(metric, max(side) - min(side)) for side in zip(*both, strict=True))
             found.append({"keep": keep, "plain": plain, "distilled": distilled})
     return found

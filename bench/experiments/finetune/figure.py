@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from pyprune.base.errors import check
 from pyprune.base.files import new_file
 
-from .answers import Run, cell, groups, label, main_metric, value
+from .answers import Run, cell, groups, label, main_metric, shown, value
 from .intervals import over_seeds
 from .settings import DENSE
 
@@ -32,8 +32,10 @@ def _line(axes: Any, runs: list[Run], metric: str, method: str, distilled: bool,
     if not keeps:
         return
     found = [over_seeds([value(r, metric) for r in cell(runs, method, keep, distilled)]) for keep in keeps]
-    means = [f["mean"] for f in found]
-    errors = [0.0 if f["low"] is None else f["mean"] - f["low"] for f in found]
+    means, lows, highs = (
+        [shown(metric, f["mean"] if f[k] is None else f[k]) for f in found] for k in ("mean", "low", "high")
+    )
+    errors = [[m - low for m, low in zip(means, lows, strict=True)], [h - m for m, h in zip(means, highs, strict=True)]]
     words = f"{method}, distilled" if distilled else method
     # A little apart: intervals at one place would hide each other.
     places = [keep + shift for keep in keeps]
@@ -64,7 +66,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                     _line(axes, runs, metric, method, distilled, colour, shift)
             if dense := cell(runs, DENSE, 1.0, False):
                 mean = over_seeds([value(r, metric) for r in dense])["mean"]
-                axes.axhline(mean, color=_GREY, linestyle=":", label="dense, trained on")
+                axes.axhline(shown(metric, mean), color=_GREY, linestyle=":", label="dense, trained on")
             axes.set_title(f"{task}, {model}, {size}", fontsize=10)
             axes.set_xlabel("share of neurons that stays")
             axes.set_ylabel(label(metric))

@@ -16,7 +16,7 @@ EXPLAINS = "Does uniqueness explain it?"
 
 
 def _against(entry: dict[str, Any]) -> str:
-    """For example `BLEU no difference shown` or `perplexity worse by +0.05 [+0.03, +0.07]`."""
+    """For example `BLEU no difference shown` or `perplexity worse, x1.05 [x1.03, x1.07]`."""
     name = label(entry["metric"])
     if entry["verdict"] == NONE_SHOWN:
         return f"{name} {NONE_SHOWN}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.tables.readme import markdown, provenance
 
-from .answers import PERPLEXITY, UNIQUE, Run, cell, comparisons, correlations, groups, label, quality, value
+from .answers import PERPLEXITY, UNIQUE, Run, cell, comparisons, correlations, groups, label, quality, shown, value
 from .answers import ranges as ranges_of
 from .correlation import LEAST
 from .intervals import over_seeds
@@ -15,20 +15,22 @@ from .settings import DENSE
 _DIGITS = {PERPLEXITY: 2, UNIQUE: 0}
 
 
-def interval(values: list[float], digits: int) -> str:
-    """`mean [low, high]`, or the value of one seed."""
-    if not values:
+def _words(found: dict[str, Any], metric: str, pattern: str) -> str:
+    """`mean [low, high]`, or the mean alone where there is no interval."""
+    mean, *ends = (pattern.format(shown(metric, found[k])) for k in ("mean", "low", "high") if found[k] is not None)
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
+
+
+def interval(runs: list[Run], metric: str) -> str:
+    """Mean over seeds with its interval, or the value of one seed."""
+    if not runs:
         return "-"
-    found = over_seeds(values)
-    mean = f"{found['mean']:.{digits}f}"
-    return mean if found["low"] is None else f"{mean} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    return _words(over_seeds([value(r, metric) for r in runs]), metric, f"{{:.{_DIGITS.get(metric, 1)}f}}")
 
 
 def difference(found: dict[str, Any]) -> str:
-    """`mean [low, high]` with signs, of one comparison."""
-    if found["low"] is None:
-        return f"{found['mean']:+.2f}"
-    return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    """Of one comparison: a difference with its sign, of perplexities a ratio."""
+    return _words(found, found["metric"], "x{:.3f}" if found["metric"] == PERPLEXITY else "{:+.2f}")
 
 
 def _sensitivity(runs: list[Run]) -> str:
@@ -38,23 +40,18 @@ def _sensitivity(runs: list[Run]) -> str:
 
 def _cells(runs: list[Run], keep: float, method: str) -> list[str]:
     plain, distilled = (cell(runs, method, keep, flag) for flag in (False, True))
-    numbers = [
-        interval([value(r, metric) for r in side], _DIGITS.get(metric, 1))
-        for metric in quality(runs)
-        for side in (plain, distilled)
-    ]
     return [
         f"{keep:.0%}",
         "dense, trained on" if method == DENSE else method,
-        *numbers,
-        interval([value(r, UNIQUE) for r in plain], _DIGITS[UNIQUE]),
+        *(interval(side, metric) for metric in quality(runs) for side in (plain, distilled)),
+        interval(plain, UNIQUE),
         _sensitivity(plain),
         str(len(plain)) if len(plain) == len(distilled) or not distilled else f"{len(plain)} + {len(distilled)}",
     ]
 
 
 def _start_line(dense: dict[str, Any], runs: list[Run]) -> str:
-    def shown(name: str) -> str:
+    def words(name: str) -> str:
         found, digits = dense["metrics"][name], _DIGITS.get(name, 1)
         return f"{label(name)} {found['value']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
 
@@ -65,7 +62,7 @@ def _start_line(dense: dict[str, Any], runs: list[Run]) -> str:
         steps += f", the last {recipe['cooldown']:.0%} of them with the final mask"
     return (
         f"{dense['task']}. The dense model after {dense['recipe']['dense_steps']} steps: "
-        f"{', '.join(map(shown, quality(runs)))} (95 % over {dense['inputs']} inputs). Each run: {steps}."
+        f"{', '.join(map(words, quality(runs)))} (95 % over {dense['inputs']} inputs). Each run: {steps}."
     )
 
 
@@ -98,7 +95,8 @@ def _compared(found: list[dict[str, Any]], metrics: list[str]) -> list[str]:
     rows: dict[str, dict[str, str]] = {}
     for entry in found:
         rows.setdefault(entry["what"], {})[entry["metric"]] = _judged(entry)
-    header = ["mean over cells, by seed", *(f">{label(metric)}" for metric in metrics)]
+    units = [f">{label(metric)}, {'ratio' if metric == PERPLEXITY else 'difference'}" for metric in metrics]
+    header = ["mean over cells, by seed", *units]
     return markdown(header, [[what, *(row.get(m, "-") for m in metrics)] for what, row in rows.items()])
 
 
@@ -130,7 +128,9 @@ def _narrowed(runs: list[Run]) -> str:
         if found := ranges_of(runs, metric):
             each = (f"{r['keep']:.0%} kept {r['plain']:.2f} to {r['distilled']:.2f}" for r in found)
             words.append(f"{label(metric)}, {', '.join(each)}")
-    return f"Best minus worst method, plain to distilled: {'; '.join(words)}." if words else ""
+    if not words:
+        return ""
+    return f"Highest minus lowest method (perplexity: over the lowest), plain to distilled: {'; '.join(words)}."
 
 
 def _refused(result: dict[str, Any], key: tuple[str, ...]) -> list[str]:
