@@ -254,6 +254,11 @@ def test_models_that_do_not_fit_are_refused(tiny: Callable[..., Any], ids: Tenso
     with pytest.raises(InputError, match="teacher must be another model"):
         attach(student, student)
     attach(student, tiny("llama", hidden_size=64, head_dim=16))  # without hidden states any size will do
+    with torch.no_grad():
+        student.train()(input_ids=ids)
+    with pytest.raises(InputError, match=r"labels must be given to the student that distils \(no label_smoothing"):
+        student(input_ids=ids)
+    student.eval()
     with pytest.raises(InputError, match="labels must have shape"):
         student(input_ids=ids, labels=ids, logits_to_keep=1)
 

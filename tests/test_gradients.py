@@ -8,6 +8,7 @@ import torch
 from conftest import VOCABULARY, WIDTH, make_model
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
+from tower_cases import make_tower
 
 from pyprune import InputError
 from pyprune.base.statistics import ActivationStats
@@ -108,6 +109,22 @@ def test_down_row_carries_what_its_activation_does(spelling, ids):
         assert_close(down.square(), stats.mask_square)
         if weights.gate is not None and weights.up_bias is None:
             assert_close((weights.up * stats.parts[-2]).sum(1), down)
+
+
+def test_a_block_that_several_layers_run_has_one_mask(ids):
+    """The same neuron in each place at once, by a mask that plain autograd goes through."""
+    model = make_tower("zamba").double()
+    (ffn,) = families.find_ffns(model)
+    square = torch.zeros(WIDTH, dtype=torch.float64)
+    for window in ids:
+        mask = torch.ones(WIDTH, dtype=torch.float64, requires_grad=True)
+        handles = [down.register_forward_pre_hook(lambda _, args, m=mask: (args[0] * m,)) for down in ffn.downs]
+        loss_of(model, window).backward()
+        square += mask.grad.square() / len(ids)
+        for handle in handles:
+            handle.remove()
+    assert len(ffn.downs) == 2
+    assert_close(collect(model, ids)[0].mask_square, square, rtol=1e-6, atol=1e-12)
 
 
 def test_summed_loss_in_rows():

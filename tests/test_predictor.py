@@ -100,6 +100,15 @@ def test_the_error_is_that_of_leaving_each_sample_out():
     assert predictor.error == pytest.approx(np.sqrt(np.mean(np.square(residuals))), rel=1e-4)
 
 
+def test_a_layer_that_all_samples_narrow_alike_says_nothing_of_its_own():
+    """Its spread is rounding alone, which is no scale."""
+    sizes, generator = [96, 96, 96], np.random.default_rng(0)
+    samples = [(31, int(a), int(b)) for a, b in generator.integers(16, 96, (24, 2))]
+    predictor = fit(sizes, samples, [true_loss(w, sizes, np.ones((3, 2))) for w in samples])
+    near, far = (predictor((width, 50, 50)) for width in (31, 40))
+    assert abs(near - far) < 1
+
+
 def test_losses_that_say_nothing_of_single_layers_leave_the_even_spread():
     sizes = [32] * 4
     rows = candidate_widths(sizes, 4)

@@ -19,6 +19,7 @@ import torch
 import typer
 from safetensors.torch import load_file
 from torch import Tensor
+from tower_cases import make_tower
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -366,14 +367,34 @@ def test_mode_lora_says_what_it_needs(
 
 
 def test_dtypes_come_back(pair: Callable[..., Any], windows: Tensor) -> None:
-    """Weights are float32 while they are trained, so that small steps add up; then bfloat16 again."""
+    """Weights are float32 while they are trained, so that small steps add up; then bfloat16 again, as are buffers."""
     student, teacher = pair()
+    student.model.register_buffer("mine", torch.ones(3))
     student, teacher = student.to(torch.bfloat16), teacher.to(torch.bfloat16)
     before = weights(student)
     report = recover(student, teacher, windows, config(precision="bfloat16", learning_rate=1e-2))
     assert report.precision == "bfloat16"
-    assert all(p.dtype == torch.bfloat16 for p in student.parameters())
+    assert {t.dtype for t in (*student.parameters(), student.model.mine)} == {torch.bfloat16}
     assert not same(weights(student), before)
+
+
+def test_adapters_begin_by_the_seed_alone(pair: Callable[..., Any], windows: Tensor) -> None:
+    found = []
+    for state in (1, 2):
+        student, teacher = pair()
+        torch.manual_seed(state)
+        recover(student, teacher, windows, config(mode="lora", steps=2))
+        found.append(weights(student))
+    assert same(*found)
+
+
+def test_what_the_loss_does_not_depend_on_is_resumed(windows: Tensor, tmp_path: Path) -> None:
+    """A vision tower that no text goes through has no state of the optimizer."""
+    found = []
+    for _ in range(2):
+        student, teacher = make_tower("llava"), make_tower("llava", seed=1)
+        found.append(recover(student, teacher, windows, config(train="all", steps=2), folder=tmp_path))
+    assert found[0].train == found[1].train and found[1].steps == 2
 
 
 def test_hidden_states_are_distilled(pair: Callable[..., Any], windows: Tensor) -> None:

@@ -5,9 +5,11 @@ import json
 
 import pytest
 import torch
+from moe_cases import listed, make_mixture
+from tower_cases import make_tower
 from transformers import AutoModelForCausalLM
 
-from pyprune import CheckpointError, InputError
+from pyprune import CheckpointError, InputError, UnsupportedModelError
 from pyprune.model import checkpoint
 from pyprune.model.families import find_ffns
 from pyprune.training import TrainingConfig, TrainingPruner, methods
@@ -164,6 +166,48 @@ def test_the_cut_model_is_the_masked_model(family, tiny, ids, masked, tmp_path, 
         assert loaded.config.pyprune["base_fingerprint"] == mask.fingerprint
 
 
+def test_a_block_that_several_layers_run_is_masked_in_each(ids):
+    """The cut model is the masked one there too; and the gradient is that of one mask for all places."""
+    model = make_tower("zamba")
+    dense = model(ids, use_cache=False).logits
+    pruner = pruner_of(model)
+    one_step(model, pruner, ids)
+    one_step(model, pruner, ids)
+    masked = model(ids, use_cache=False).logits
+    assert len(pruner._masks[0]._downs) == 2 and not torch.allclose(masked, dense, atol=1e-3)
+    pruner.finish()
+    torch.testing.assert_close(model(ids, use_cache=False).logits, masked, rtol=1e-4, atol=1e-5)
+    assert not [m for m in model.modules() if m._forward_pre_hooks]
+
+
+def test_experts_of_a_layer_are_cut_to_one_width(ids):
+    """Those that are modules of their own, though scores of the whole model compete."""
+    model = listed(make_mixture("mixtral"))
+    pruner = pruner_of(model, method="gum", steps=3, multiple=8)
+    for _ in range(3):
+        one_step(model, pruner, ids)
+    masked = model(ids).logits
+    widths = pruner.finish().widths
+    assert len(widths) == 8 and len({*widths[:4]}) == len({*widths[4:]}) == 1 and not any(w % 8 for w in widths)
+    torch.testing.assert_close(model(ids).logits, masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "message"),
+    [
+        ("zamba", "smoothed:criterion=fisher", "runs in several places, where the gradients of criteria are not"),
+        ("deepseek_v3", "movement", "is an expert whose weights lie in a tensor"),
+        ("qwen3_moe", "smoothed", "is an expert whose weights lie in a tensor"),
+    ],
+)
+def test_what_cannot_be_masked_is_left_as_it_was(kind, method, message):
+    model = make_tower(kind) if kind == "zamba" else make_mixture(kind)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match=message):
+            pruner_of(model, method=method)
+        assert not [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
 @pytest.mark.parametrize("method", methods.names())
 def test_every_method_follows_the_schedule(method, tiny, ids):
     model = tiny("llama")
@@ -181,6 +225,16 @@ def test_every_method_follows_the_schedule(method, tiny, ids):
     assert json.loads(json.dumps(mask.provenance)) == mask.provenance
     if method != "movement-soft":
         assert abs(sum(mask.widths) - 0.4 * 288) <= 16 or pruner.config.scope == "layer"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [*methods.names(), "gum:criterion=wanda", "movement:criterion=taylor-neuron"])
+def test_every_method_on_a_gpu(method, tiny, ids):
+    model, ids = tiny("llama").cuda(), ids.cuda()
+    pruner = pruner_of(model, method=method, steps=6, warmup=3)
+    for _ in range(4):
+        one_step(model, pruner, ids)
+    assert all(t.is_cuda for state in pruner._states for name, t in state.items() if name != "seed")
 
 
 def test_soft_movement_keeps_what_the_penalty_leaves(tiny, ids):
@@ -215,6 +269,24 @@ def test_l0_trains_under_gates_and_is_judged_under_the_mask(tiny, ids):
     torch.testing.assert_close(seen[1], seen[0] * gates)
     torch.testing.assert_close(seen[3], seen[2] * pruner.masks[1])
     assert sum(pruner.widths) == round(pruner.config.schedule(3) * 288)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_reentrant_checkpoints_see_the_same_gates(tiny, ids):
+    """Their first pass runs without gradients; loss and gradients are those of a model without checkpoints."""
+    found = []
+    for reentrant in (None, True, False):
+        model = tiny("llama").train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        pruner = pruner_of(model, method=methods.L0(initial=0.6), steps=9)
+        pruner.before_step(0)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        found.append((loss.detach(), find_ffns(model)[0].down.weight.grad, pruner._masks[0].gradient))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
 
 
 @pytest.mark.parametrize(("scope", "widths"), [("layer", (48, 48, 48)), ("global", None)])
@@ -294,6 +366,15 @@ def test_finish_warns_of_an_early_end_and_of_scores_that_never_moved(tiny, ids):
     messages = [str(w.message) for w in caught]
     assert any("training ended after 2 steps, the schedule ends at 7" in m for m in messages)
     assert any("the scores of layers [1] never moved" in m for m in messages)
+
+
+def test_finish_warns_where_a_multiple_leaves_everything(tiny, ids):
+    model = tiny("llama")
+    pruner = pruner_of(model, keep=0.95, multiple=64, scope="global")
+    one_step(model, pruner, ids)
+    one_step(model, pruner, ids)
+    with pytest.warns(UserWarning, match="no neuron was removed: 64 is too coarse a multiple"):
+        assert pruner.finish().widths == (96, 96, 96)
 
 
 def test_not_a_number_is_refused_with_layer_and_step(tiny, ids):

@@ -85,6 +85,10 @@ def test_movement_from_the_ranks_of_a_criterion():
         place = ([0.2, -0.2, 0.0], [0.0, -0.2, 0.2], [0.0, -0.2, 0.2])[step]
         moved = 0.5 * (step + 1)
         assert state["scores"].tolist() == pytest.approx([place[0] - moved, place[1], place[2] + moved])
+    # What a criterion gives is on the host; the state is where the model is.
+    there = {name: tensor.to("meta") for name, tensor in state.items()} | {"seed": state["seed"]}
+    method.update(there, Gathered(ffn, 1, torch.zeros(3, device="meta")), Moment(3, 1.0, 0.0))
+    assert there["judged"].is_meta and there["scores"].is_meta
     assert method.reads_weights and not make("movement").reads_weights
     assert make("gum", criterion="wanda").needs == {"gradient", "products", "activations"}
 

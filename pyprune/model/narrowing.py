@@ -45,7 +45,9 @@ def narrowed(ffn: FFN, keep: Tensor, down: Tensor | None = None) -> Iterator[Non
     def forward(a: Tensor) -> Tensor:
         return nn.functional.linear(a.index_select(-1, keep), rows.t(), bias)
 
-    with replaced(ffn.down, forward):
+    with ExitStack() as stack:
+        for place in ffn.downs:
+            stack.enter_context(replaced(place, forward))
         yield
 
 

@@ -49,6 +49,11 @@ class FFN:
         return self.holder.get_submodule(self.pattern.down)
 
     @property
+    def downs(self) -> list[nn.Module]:
+        """Its down projection, and those of its twins."""
+        return [h.get_submodule(self.pattern.down) for h in (self.holder, *(twin for _, twin in self.twins))]
+
+    @property
     def gated(self) -> bool:
         return self.pattern.gated
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class _Layer:
         self.all = NeuronSums(len(weights[0]), weights[0].device)
         # Of the window at hand: sums over tokens of abs(a g) and of a g, and over weights of w g.
         self.window = torch.zeros_like(self.all.sums)
-        self.activation: Tensor | None = None
+        self.activation: Tensor | None = None  # of the forward pass at hand, the last
         # A bias of the down projection belongs to no neuron.
         inputs = [p for name, _ in ffn.pattern.inputs for p in ffn.holder.get_submodule(name).parameters()]
         self.parameters: list[nn.Parameter] = [*inputs, ffn.down.get_parameter("weight")]
@@ -59,15 +60,14 @@ class _Layer:
     def hook(self) -> list[Any]:
         """Start watching; gives the handles."""
         handles = [p.register_post_accumulate_grad_hook(self._collect) for p in self.parameters]
-        return [self.ffn.down.register_forward_pre_hook(self._enter), *handles]
+        return [*(down.register_forward_pre_hook(self._enter) for down in self.ffn.downs), *handles]
 
     def _enter(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.activation = args[0].detach()
-        args[0].register_hook(self._leave)
+        args[0].register_hook(partial(self._leave, self.activation))
 
-    def _leave(self, gradient: Tensor) -> None:
-        assert self.activation is not None
-        product = (_wide(self.activation) * _wide(gradient)).flatten(0, -2)
+    def _leave(self, activation: Tensor, gradient: Tensor) -> None:
+        product = (_wide(activation) * _wide(gradient)).flatten(0, -2)
         self.activation = None
         self.window[0] += product.abs().sum(0, dtype=torch.float64)
         self.window[1] += product.sum(0, dtype=torch.float64)

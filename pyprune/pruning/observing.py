@@ -38,8 +38,7 @@ def observing(group: list[FFN], see: See) -> Iterator[None]:
             def entering(_: nn.Module, args: tuple[Tensor, ...], ffn: FFN = ffn) -> None:
                 see(ffn, args[0].reshape(-1, args[0].shape[-1]), None, None)
 
-            places = [ffn.holder, *(twin for _, twin in ffn.twins)]
-            handles += [h.get_submodule(ffn.pattern.down).register_forward_pre_hook(entering) for h in places]
+            handles += [down.register_forward_pre_hook(entering) for down in ffn.downs]
     try:
         yield
     finally:

@@ -21,7 +21,8 @@ class TrainingConfig:
         method: the method with its options (`pyprune.training.methods`), or its short form, as `gum:similarity=0.5`.
         keep: share of neurons that stays at the end, in (0, 1]. For `movement-soft` it shapes the schedule only.
         steps: optimizer steps of the whole training.
-        warmup, cooldown: of those, the steps before anything is removed, and those after the last removal.
+        warmup, cooldown: of those, the steps before anything is removed, and those at the final share, in which scores
+            still learn and neurons may change places.
         initial: share of neurons kept at the start.
         scope: `layer` keeps the same share in every layer, `global` the highest scores of the whole model; None for
             what the method was published with.

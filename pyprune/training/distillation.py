@@ -107,6 +107,11 @@ class Distillation:
         names = ("labels", "num_items_in_batch", "output_hidden_states")
         self._taken = {name: kwargs.get(name) for name in names}
         if self._taken["labels"] is None:
+            wanted = student.training and torch.is_grad_enabled()
+            rule = (
+                "be given to the student that distils (no label_smoothing_factor or compute_loss_func in the Trainer)"
+            )
+            check(not wanted, "labels", rule, None)
             return args, kwargs
         rest = {name: value for name, value in kwargs.items() if name not in names}
         if self.config.hidden_weight or self._taken["output_hidden_states"]:
@@ -152,7 +157,7 @@ def attach(student: nn.Module, teacher: nn.Module, config: DistillationConfig | 
 
     Raises:
         InputError: the teacher is the student itself, has another vocabulary size, or, with a hidden_weight, another
-            hidden size or number of layers.
+            hidden size or number of layers; later, a training pass of the student without labels.
     """
     config = config or DistillationConfig()
     check_pair(student, teacher, config)

@@ -15,7 +15,8 @@ class DistillationConfig:
     Attributes:
         temperature: T, above 0.
         kl_weight, ce_weight, hidden_weight: of the three parts, 0 or more, one of them above 0.
-        layers: numbers of the decoder layers whose outputs the hidden part compares; None for all of them.
+        layers: numbers of the decoder layers whose outputs the hidden part compares, of the last one after the final
+            norm; None for all of them.
 
     Raises:
         InputError: a value breaks its rule.

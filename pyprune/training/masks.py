@@ -57,10 +57,10 @@ class NeuronMask:
     def __init__(self, ffn: FFN, gradient: bool, moments: bool, needs: Set[str] = frozenset()) -> None:
         self.ffn = ffn
         self._step = StepStatistics(ffn, needs) if needs else None
-        self._down: nn.Module = ffn.down
+        self._downs = ffn.downs
         self._gathers_gradient, self._gathers_moments = gradient, moments
         self.set(torch.ones(ffn.intermediate_size, dtype=torch.bool))
-        self._handle = self._down.register_forward_pre_hook(self._hook)
+        self._handles = [down.register_forward_pre_hook(self._hook) for down in self._downs]
 
     def set(self, keep: Tensor, gates: Tensor | None = None) -> None:
         """Put the mask `keep` (`[F]` bool) in force, and forget what was gathered.
@@ -90,16 +90,19 @@ class NeuronMask:
 
     def remove(self) -> None:
         """Take the mask off the model."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         if self._step is not None:
             self._step.remove()
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if module is not self._down:
+        if not any(module is down for down in self._downs):
             return None  # a copy of the projection, as `probe` makes them: it has other neurons
         activations, *rest = args
         if not (module.training and torch.is_grad_enabled()):
-            return (activations * self._still.to(activations.dtype), *rest)
+            # Reentrant checkpoints train without gradients first: their loss must be of what is computed again.
+            factor = self._mask.detach() if module.training else self._still
+            return (activations * factor.to(activations), *rest)
         if self._gathers_gradient:
             masked = _StraightThrough.apply(activations, self._mask)
         else:

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import CheckpointError, InputError, check
+from ..base.errors import CheckpointError, InputError, UnsupportedModelError, check
 from ..base.ranks import Ranks
 from ..model import families, surgery
 from ..model import provenance as model_provenance
 from ..model.mask import KeepIndex, Mask
+from ..model.units import tied
 from ..model.weights import is_sharded, whole
 from ..pruning.importance.base import NEEDS
 from . import methods, persist, selection
@@ -61,7 +62,8 @@ class TrainingPruner:
 
     Raises:
         InputError: the model is masked already, or the multiple leaves no narrower width.
-        UnsupportedModelError: an FFN that pyprune does not know; the model is unchanged then.
+        UnsupportedModelError: an FFN that pyprune does not know, or that cannot be masked or judged; the model is
+            unchanged then.
     """
 
     @torch.inference_mode(False)
@@ -78,6 +80,7 @@ class TrainingPruner:
         rule = "be one without a criterion where weights are cut over processes (FSDP2)"
         check(not reads, "method", rule, self._method.NAME)
         self._ffns = families.find_ffns(model, sharded=self._sharded)
+        self._check_learnable()
         if self._method.cutoff(self._moment(0)) is None:
             sizes = [ffn.intermediate_size for ffn in self._ffns]
             selection.check_narrows(sizes, config.scope, config.keep, config.floor, config.multiple)
@@ -94,6 +97,16 @@ class TrainingPruner:
         self._masks = [NeuronMask(ffn, "gradient" in needs, "products" in needs, asked) for ffn in self._ffns]
         self._optimizers = Optimizers()
         self._share: float | None = None  # v(t) of the masks in force
+
+    def _check_learnable(self) -> None:
+        """Raise `UnsupportedModelError` for an FFN that cannot be masked, or judged in several places at once."""
+        for ffn in self._ffns:
+            _ = ffn.down  # which experts whose weights lie in a tensor refuse
+            if (ffn.twins or ffn.shared) and self._method.needs & {"gradients", "gradients2"}:
+                raise UnsupportedModelError(
+                    f"{ffn.name} runs in several places, where the gradients of criteria are not gathered: "
+                    f"method {self._method.NAME} must have another criterion there"
+                )
 
     @property
     def masks(self) -> list[Tensor]:
@@ -151,6 +164,9 @@ class TrainingPruner:
             widths = selection.global_widths(scores, moment.keep, self.config.floor, multiple)
         else:
             widths = selection.layer_widths(scores, moment.keep, self.config.floor, multiple)
+        if final:  # experts of a layer that are modules of their own keep one width
+            pairs = zip(tied(self._ffns, widths), scores, strict=True)
+            widths = [selection.round_width(width, multiple, len(score)) for width, score in pairs]
         keeps = [selection.top(score, width) for score, width in zip(scores, widths, strict=True)]
         if self._ranks.several:  # the first rank's: other hardware may round otherwise
             whole = torch.cat(keeps)
@@ -247,8 +263,8 @@ class TrainingPruner:
                 `before_step`.
 
         Warns:
-            UserWarning: the schedule has not ended, the scores of a layer never moved, or an optimizer keeps something
-                that cannot be cut (see `optimizers`).
+            UserWarning: the schedule has not ended, the scores of a layer never moved, no neuron was removed, or an
+                optimizer keeps something that cannot be cut (see `optimizers`).
         """
         self._alive()
         given = model_provenance.check_json(provenance)
@@ -269,6 +285,8 @@ class TrainingPruner:
                 stacklevel=3,
             )
         kept = self.keep
+        if kept == 1 > self.config.keep and self.done >= schedule.end and self._method.cutoff(self._moment(0)) is None:
+            warnings.warn(f"no neuron was removed: {self.config.multiple} is too coarse a multiple", stacklevel=3)
         keeps = tuple(KeepIndex(mask.keep.nonzero().flatten(), mask.keep.numel()) for mask in self._masks)
         self.remove()
         facts = {"training": self.config.to_json(), "steps": self.done, "kept": kept, **given}

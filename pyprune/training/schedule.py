@@ -24,7 +24,7 @@ class CubicSchedule:
         keep: v_f, share of neurons kept at the end, in (0, 1].
         steps: optimizer steps of the whole training.
         warmup: steps before anything is removed.
-        cooldown: steps at the end, in which nothing more is removed.
+        cooldown: steps at the end, at the final share. Scores still learn there, so neurons may still change places.
         initial: v_0, the share kept at the start, in [keep, 1].
 
     Raises:

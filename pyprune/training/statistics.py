@@ -4,6 +4,7 @@ The statistics are those of the batches of the step, and no pass over the model 
 computes anyway. A removed neuron is judged straight through its mask where only its activation counts (the moments,
 `neuron_taylor`, `mask_square`: a_tj as it was before the mask, dL/da' behind it), and so it can come back; by its
 weights' gradients, which are zero while it is removed (`sample_taylor`, `parts`, `parts_square`), its score only fades.
+`parts` are the gradients that the optimizer gets: where the loop clips them, they are clipped, and all else is not.
 """
 
 from __future__ import annotations

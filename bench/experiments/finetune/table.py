@@ -59,7 +59,7 @@ def _start_line(dense: dict[str, Any], runs: list[Run]) -> str:
     start = "steps from the model before it saw the task" if runs[0]["model"] == "smol" else "more"
     steps = f"{recipe['steps']} {start}"
     if "cooldown" in recipe:
-        steps += f", the last {recipe['cooldown']:.0%} of them with the final mask"
+        steps += f", the last {recipe['cooldown']:.0%} of them at the final share"
     return (
         f"{dense['task']}. The dense model after {dense['recipe']['dense_steps']} steps: "
         f"{', '.join(map(words, quality(runs)))} (95 % over {dense['inputs']} inputs). Each run: {steps}."

@@ -64,7 +64,7 @@ def fit(sizes: Sequence[int], samples: Sequence[Widths], losses: Sequence[float]
     x = 1 - np.asarray(samples, dtype=np.float64) / np.asarray(sizes, dtype=np.float64)
     powers = x[:, :, None] ** _POWERS  # [N, L, 2]
     own, common = powers.reshape(len(y), -1), powers.sum(1)
-    mean, scale = own.mean(0), np.where(own.std(0) > 0, own.std(0), 1.0)
+    mean, scale = own.mean(0), np.where(own.std(0) > _LITTLE, own.std(0), 1.0)
     columns = np.concatenate([np.ones((len(y), 1)), common, (own - mean) / scale], 1)
     penalty = np.r_[np.zeros(1 + len(_POWERS)), np.ones(own.shape[1])]
     best: tuple[float, float, np.ndarray] | None = None

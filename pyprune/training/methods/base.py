@@ -27,7 +27,7 @@ class Moment:
         step: t, the optimizer steps taken before this one.
         keep: v(t), the share of neurons that the schedule keeps.
         progress: the share already removed, of all that is to be removed (`CubicSchedule.progress`).
-        final: nothing more is to be removed: the cut, or a step of the cool-down.
+        final: the share is the final one: the cut, or a step of the cool-down.
     """
 
     step: int

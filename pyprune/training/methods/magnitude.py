@@ -1,4 +1,4 @@
-"""Gradual magnitude pruning: the L2 norm of a neuron's weights, taken anew at every step."""
+"""Gradual magnitude pruning: the L2 norm of a neuron's weights, taken anew at every step, before the optimizer's."""
 
 from __future__ import annotations
 

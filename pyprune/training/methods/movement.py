@@ -107,6 +107,7 @@ class Movement(Method):
         if self.criterion is not None and (moment.progress == 0 or moment.step == 0):
             generator = torch.Generator().manual_seed(int(state["seed"]))
             now = importance.get(self.criterion)(gathered.ffn.weights(), gathered.statistics, generator)
+            now = now.to(state["scores"].device)
             total = state["judged"] = state.get("judged", torch.zeros_like(now)) + now
             ranks = total.argsort(stable=True).argsort().to(state["scores"])
             place = self.spread * (ranks / max(1, len(ranks) - 1) - 0.5)

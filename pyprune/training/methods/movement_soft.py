@@ -17,8 +17,8 @@ class MovementSoft(Movement):
 
     As in the public code, tau and the weight both grow by the schedule, from zero to their final values: each is its
     final value times the schedule's progress. Scores start at zero, sigmoid one half, and must fall to
-    ln(tau / (1 - tau)), -2.2 for the usual 0.1: with `rate` 1e-2 and Adam that takes 220 steps at least, and plain
-    gradient steps hardly get there.
+    ln(tau / (1 - tau)), -2.2 for the usual 0.1: with `score_rate` 1e-2 and Adam that takes 220 steps at least, and
+    plain gradient steps hardly get there.
 
     Attributes:
         threshold: tau, in (0, 1).

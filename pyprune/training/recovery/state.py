@@ -101,7 +101,8 @@ class State:
                 stored = tensors[f"weight.{name}"]
                 check(stored.shape == parameter.shape, f"{name} of the state to resume", "fit", tuple(stored.shape))
                 parameter.copy_(stored)
-                keys = ("step", "exp_avg", "exp_avg_sq") if facts["steps"] else ()
+                # A parameter that the loss does not depend on has none.
+                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
                 run.optimizer.state[parameter] = {
                     key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" or parameter.is_cuda else "cpu")
                     for key in keys

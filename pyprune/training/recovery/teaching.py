@@ -47,12 +47,14 @@ def _freeze(student: nn.Module, config: RecoverConfig) -> None:
 def _trainable(student: Any, config: RecoverConfig) -> Iterator[Adapters | None]:
     """float32 weights, the chosen ones trainable, in training mode; afterwards everything as it was, but trained."""
     dtypes = {n: p.dtype for n, p in student.named_parameters()}
+    kinds = {n: b.dtype for n, b in student.named_buffers()}
     wanted = {n: p.requires_grad for n, p in student.named_parameters()}
     adapters = None
     with evaluating(student):
         student.float()
         try:
             if config.mode == "lora":
+                torch.manual_seed(config.seed)  # adapters begin at random
                 names = projections(student, config.train == "ffn")
                 adapters = Adapters(student, names, config.rank, config.alpha)
             else:
@@ -66,6 +68,8 @@ def _trainable(student: Any, config: RecoverConfig) -> Iterator[Adapters | None]
                 parameter.data = parameter.data.to(dtypes[name])
                 parameter.requires_grad_(wanted[name])
                 parameter.grad = None
+            for name, buffer in student.named_buffers():
+                buffer.data = buffer.data.to(kinds[name])
 
 
 @torch.inference_mode(False)
