@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 
 class Letters:
@@ -73,11 +74,12 @@ class Says(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(max_position_embeddings=64, vocab_size=128)
+        self.generation_config = GenerationConfig(eos_token_id=0)
         self.answers = answers
         self.eval()
 
-    def generate(self, ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
+    def generate(self, ids: Tensor, generation_config: GenerationConfig, **_: Any) -> Tensor:
         prompts = ["".join(map(chr, row)) for row in ids.tolist()]
-        texts = [[ord(c) for c in self.answers[prompt]][:max_new_tokens] for prompt in prompts]
+        texts = [[ord(c) for c in self.answers[prompt]][: generation_config.max_new_tokens] for prompt in prompts]
         longest = max(map(len, texts))
         return torch.cat([ids, torch.tensor([text + [0] * (longest - len(text)) for text in texts])], dim=1)

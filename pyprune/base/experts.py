@@ -132,7 +132,9 @@ class Experts:
             weights: `[T, K]` floating point, what their results are multiplied by.
         """
         check(x.ndim == 2, "x", "have two dimensions", tuple(x.shape))
-        self.one(0).check_x(x)
+        # Without its index: how many neurons it names is on the device, and a read would wait for it.
+        scales = None if self.scales is None else self.scales[0]
+        Record.unchecked(self.rows[0], self.gated, self.activation, scales).check_x(x)
         integers = (torch.int64, torch.int32)
         check(index.dtype in integers, "index", "be int64 or int32", index.dtype)
         shape = (x.shape[0], index.shape[-1] if index.ndim else 0)

@@ -31,12 +31,18 @@ def cache_folder() -> Path:
     named = os.environ.get("PYPRUNE_CACHE")
     if named:
         return Path(named).expanduser().absolute()
-    home = Path.home()
     if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "pyprune"
+        return _home() / "Library" / "Caches" / "pyprune"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "pyprune" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "pyprune"
+        return Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local") / "pyprune" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "pyprune"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # a user without a home: no folder, so that nothing is kept
+        return Path(os.devnull)
 
 
 def _sync(path: Path) -> None:

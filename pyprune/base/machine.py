@@ -122,7 +122,8 @@ def fast_bfloat16(device: torch.device) -> bool:
     """Whether a device has instructions that multiply bfloat16; where it has none, that is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every build
+    return bool(supported and supported() and torch.cpu._is_avx512_bf16_supported())
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")

@@ -103,7 +103,7 @@ def read_documents(path: str | Path) -> list[Document]:
         raise InputError(f"text must be UTF-8; {file} is not ({error})") from error
     if file.suffix != ".jsonl":
         return [content]
-    return [_record(line, f"{file}:{n}") for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+    return [_record(line, f"{file}:{n}") for n, line in enumerate(content.split("\n"), 1) if line.strip()]
 
 
 def halves(text: str) -> tuple[str, str]:

@@ -156,8 +156,8 @@ def evaluate(
     if whole:
         check(text is None, "text", "be left out with --suite, which has its own", text)
 
-        def load(name: str) -> Any:
-            return _load(name, dtype, place, *((weights, width) if name == model else (None, None)))
+        def load(name: str, dense: bool) -> Any:
+            return _load(name, dtype, place, *((None, None) if dense else (weights, width)))
 
         size = TOKENS if tokens is None else tokens, WINDOW if window is None else window
         judge(
@@ -207,9 +207,10 @@ def generate(
 ) -> None:
     """Continue a prompt, with one model or two side by side."""
     place, prompt, texts = choose_device(device), as_text(prompt, "prompt"), {}
-    for name in [n for n in (against, model) if n is not None]:
-        loaded = _load(name, dtype, place, *((weights, width) if name == model else (None, None)))
-        texts[name] = generate_text(loaded, loading.load_tokenizer(name), prompt, new_tokens, temperature, seed, chat)
+    for name, how in (*([] if against is None else [(against, (None, None))]), (model, (weights, width))):
+        loaded = _load(name, dtype, place, *how)
+        title = name if name not in texts else f"{name}, " + ", ".join(str(given) for given in how if given is not None)
+        texts[title] = generate_text(loaded, loading.load_tokenizer(name), prompt, new_tokens, temperature, seed, chat)
     show(
         {"prompt": prompt, "texts": texts},
         as_json,

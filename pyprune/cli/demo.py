@@ -40,6 +40,7 @@ from .screen import megabytes, table
 
 PROMPT = "Explain in two sentences what a list is in Python."
 METHOD = "wanda"  # looks at activations only, so it takes seconds
+_FILES = ("results.json", "diagnose.json", "redundancy.json", "suite.json", "demo.png", "report.html")
 _NEW_TOKENS = 48
 _WINDOW = 1024
 _EVALUATION_TOKENS = 4096
@@ -115,7 +116,7 @@ def _reload(folder: Path, model: Any, ids: Tensor) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         expected = Path(temporary) / "logits.safetensors"
         save_file({"ids": ids, "logits": logits}, expected)
-        command = [sys.executable, "-I", str(fresh.__file__), str(folder), str(expected), PROMPT, str(_NEW_TOKENS)]
+        command = [sys.executable, "-P", str(fresh.__file__), str(folder), str(expected), PROMPT, str(_NEW_TOKENS)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise PypruneError(f"a fresh process could not use {folder}: {done.stderr.strip().splitlines()[-1:]}")
@@ -129,10 +130,12 @@ def _check_out(out: Path) -> None:
         raise PypruneError(
             f"the demo writes a report, and {missing[0]} is not installed: pip install 'pyprune[report]'"
         )
-    for name in ("dense", "pruned"):
-        folder = out / name
-        if folder.exists() and not (folder / checkpoint.MANIFEST).is_file():
-            raise InputError(f"out must be a folder of the demo's own; {folder} is something else")
+    own = [(out / name / checkpoint.MANIFEST).is_file() for name in ("dense", "pruned")]
+    made = [name for name, its in zip(("dense", "pruned"), own, strict=True) if not its]
+    made += [] if any(own) else _FILES
+    strange = out if out.exists() and not out.is_dir() else next((out / n for n in made if (out / n).exists()), None)
+    if strange is not None:
+        raise InputError(f"out must be a folder of the demo's own; {strange} is something else")
 
 
 def _keep_facts(

@@ -17,6 +17,7 @@ from ..base.files import new_file
 from ..base.memory import PeakMemory
 from ..evaluation.diagnose import PARTS, Budget, check_parts, described
 from ..evaluation.diagnose import diagnose as run_diagnosis
+from ..evaluation.tasks.encoding import prompt_ids
 from ..model import loading
 from .options import (
     MODEL_HELP,
@@ -47,7 +48,7 @@ def _prompts(tokenizer: Any, file: Path | None) -> list[Tensor] | None:
     except UnicodeDecodeError as error:
         raise InputError(f"prompts_file must be UTF-8; {file} is not ({error})") from error
     check(bool(lines), "prompts_file", "have a line that is not empty", str(file))
-    return [torch.tensor(tokenizer(line, verbose=False)["input_ids"], dtype=torch.int64) for line in lines]
+    return [torch.tensor(prompt_ids(tokenizer, line), dtype=torch.int64) for line in lines]
 
 
 def _number(found: dict[str, Any], pattern: str = "{:.3g}") -> str:
@@ -179,6 +180,7 @@ def diagnose(
     budget = Budget(prompts, prompt_tokens, new_tokens, temperature, items or None, shots)
     chosen = [part.strip() for part in parts.split(",") if part.strip()]
     check_parts(chosen)
+    check(out is None or not out.is_dir(), "out", "be a file", str(out))
     place = choose_device(device)
     tokenizer = loading.load_tokenizer(dense)
     check_same_tokenizer(tokenizer, loading.load_tokenizer(pruned), "pruned")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, ParamSpec
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -96,6 +97,11 @@ def printable() -> None:
             stream.reconfigure(errors="replace")
 
 
+def _no_memory(error: RuntimeError) -> bool:
+    """Whether torch had no memory left, which on a CPU has no kind of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def verb(function: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
     """Turn what goes wrong into one line and an exit code (see `EXIT_CODES`), never a traceback."""
 
@@ -106,7 +112,9 @@ def verb(function: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
                 rule = f"be 1 for {function.__name__}, which runs in one process"
                 check(ranks.launched() == 1, "WORLD_SIZE", rule, ranks.launched())
             function(*args, **kwargs)
-        except (PypruneError, OSError, MemoryError) as error:
+        except (PypruneError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _no_memory(error):
+                raise
             message = str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
             if not getattr(error, "told", False):
                 if kwargs.get("as_json"):

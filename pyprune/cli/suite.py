@@ -67,7 +67,7 @@ def _reference(path: str) -> Suite:
 
 def judge(
     model: str,
-    load: Callable[[str], Any],
+    load: Callable[[str, bool], Any],
     data: Path | None,
     against: str | None,
     tokens: int,
@@ -81,7 +81,7 @@ def judge(
 
     Args:
         model: its name.
-        load: gives the model of a name.
+        load: gives the model of a name; True: for the dense one.
         against: the dense model, or a `.json` file with its result; None for neither.
         data, tokens, window, start, items, new_tokens: as for `evaluation.domains.suite`.
     """
@@ -92,10 +92,11 @@ def judge(
     dense = None
     if against is not None and not file:
         check_same_tokenizer(loading.load_tokenizer(against), tokenizer, "against")
-        dense = load(against)
+        dense = load(against, True)
     options: dict[str, Any] = {"tokens": tokens, "window": window, "start": start, "new_tokens": new_tokens}
     with Bars() as bars:
-        found = suite(load(model), tokenizer, material, dense=dense, reference=reference, **options, progress=bars)
+        own = load(model, False)
+        found = suite(own, tokenizer, material, dense=dense, reference=reference, **options, progress=bars)
     facts = {"model": model, "dense": against, "machine": machine.facts(), **found.to_json()}
     show(facts, as_json, *tables(facts))
 

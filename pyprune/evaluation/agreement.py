@@ -15,6 +15,7 @@ from ..base.progress import Progress, quiet
 from ..model.decode import decode
 from .likeness import distinct, divergence, repetition
 from .perplexity import exponential
+from .tasks.encoding import prompt_ids
 
 # Agreement is reported for this many first tokens, and for all.
 STEPS = (1, 4, 16)
@@ -105,7 +106,7 @@ def generation_deltas(
     """
     check(bool(prompts) and all(p.strip() for p in prompts), "prompts", "be some, none of them empty", len(prompts))
     check(new_tokens >= 1, "new_tokens", "be at least 1", new_tokens)
-    starts = [torch.tensor(tokenizer(prompt, verbose=False)["input_ids"], dtype=torch.int64) for prompt in prompts]
+    starts = [torch.tensor(prompt_ids(tokenizer, prompt), dtype=torch.int64) for prompt in prompts]
     texts = [decode(model, starts, new_tokens, progress=progress) for model in (dense, pruned)]
     same = [common_start(a.tolist(), b.tolist(), new_tokens) for a, b in zip(*texts, strict=True)]
     steps = [*(n for n in STEPS if n < new_tokens), new_tokens]

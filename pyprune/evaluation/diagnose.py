@@ -19,6 +19,7 @@ from ..base.windows import start_ids
 from ..model.decode import check_prompts
 from .analysis import generation_drift, representation_hierarchy
 from .tasks import run_tasks
+from .tasks.suite import read_tasks
 
 PARTS = ("hierarchy", "drift", "tasks")
 
@@ -127,6 +128,8 @@ def diagnose(
     """
     check_parts(parts)
     chosen = budget or Budget()
+    if "tasks" in parts:  # complains before anything is measured
+        read_tasks(tasks, chosen.items, chosen.shots, seed)
     starts: list[Tensor] = []
     if "drift" in parts:
         starts = (

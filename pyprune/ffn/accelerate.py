@@ -17,7 +17,7 @@ from ..model.surgery import set_widths
 from ..model.units import OWN
 from ..model.weights import check_finite
 from . import accelerate_experts, dispatch, first_use, sharded
-from .mlp import MODES, PrunedMLP
+from .mlp import MODES, PrunedMLP, check_biases
 from .mlp_state import DownStandIn
 from .quantisation import WEIGHTS, check_fits, check_width, row_bytes
 
@@ -68,9 +68,9 @@ def accelerate(
         InputError: unknown mode, backend or weights, a mask that is missing or belongs to another model, weights that
             are not finite, or not in the dtype asked for, a hidden_size that int4 cannot have (see
             `quantisation.check_width`); the model is unchanged then.
-        UnsupportedModelError: an FFN that pyprune does not know, or a model that is accelerated already; a mask, a mode
-            or a backend for a model of which some FFNs cannot run from records, or `compact` with a mask for one with
-            experts, which `prune(model, mask=mask)` takes.
+        UnsupportedModelError: an FFN that pyprune does not know, or a model that is accelerated already; a mask, a
+            mode, a backend or batch_invariant for a model of which some FFNs cannot run from records, or `compact` with
+            a mask for one with experts, which `prune(model, mask=mask)` takes.
     """
     check_choice(mode, "mode", MODES)
     check_choice(backend, "backend", dispatch.names())
@@ -83,7 +83,9 @@ def accelerate(
     reasons = {bank.name: accelerate_experts.why_not(bank, backend, weights) for bank in banks}
     banks = [bank for bank in banks if reasons[bank.name] is None]
     left = [_why_left(ffn, reasons) for ffn in every if ffn not in ffns]
-    _check_all(model, [one for one in left if one], bool(banks) and mode == "compact", mask, mode, backend)
+    _check_all(
+        model, [one for one in left if one], bool(banks) and mode == "compact", mask, (mode, backend, batch_invariant)
+    )
     keeps = accelerate_experts.keeps_of(every, mask if parts is None else None)
     if parts is None and mask is not None:
         mask.check_fits([f.intermediate_size for f in every], families.fingerprint(model, every))
@@ -96,15 +98,17 @@ def accelerate(
     if weights is not None:
         _check_fits(ffns, WEIGHTS[weights])
         accelerate_experts.check_finite(banks, WEIGHTS[weights])
-    if mask is not None and mode == "compact":
-        set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
+    for ffn in ffns if parts is None else []:
+        check_biases(ffn.weights())
     if measure and backend == "auto" and not batch_invariant:
         first_use.measure(first_use.problems(ffns, mode, mask, weights))
         accelerate_experts.measure(model, banks, weights, keeps)
-    if backend == "auto" and not keeps:
+    if backend == "auto" and not keeps and not batch_invariant:
         banks = accelerate_experts.not_slower(model, banks, weights)
     own = _record_bytes(ffns, mask if mode == "compact" else None, weights)
     room = Room(own + accelerate_experts.record_bytes(banks, weights))
+    if mask is not None and mode == "compact":
+        set_widths(model, families.ffn_block(model, ffns), list(mask.widths))
     ffns.reverse()
     while ffns:
         ffn = ffns.pop()
@@ -130,16 +134,17 @@ def _why_left(ffn: FFN, reasons: dict[str, str | None]) -> tuple[FFN, str] | Non
 
 
 def _check_all(
-    model: nn.Module, left: list[tuple[FFN, str]], experts: bool, mask: Mask | None, mode: str, backend: str
+    model: nn.Module, left: list[tuple[FFN, str]], experts: bool, mask: Mask | None, asked: tuple[str, str, bool]
 ) -> None:
     """Say which FFNs stay as they are, or refuse what was asked for all of them.
 
     Args:
         left: those, with their reasons.
         experts: whether some will run from records without a choice of neurons.
+        asked: mode, backend and batch_invariant.
 
     Raises:
-        UnsupportedModelError: a mask, a mode or a backend is given, and not all FFNs can follow it.
+        UnsupportedModelError: a mask, a mode, a backend or batch_invariant is given, and not all FFNs can follow it.
     """
     kind = type(model).__name__
     if left:
@@ -149,7 +154,7 @@ def _check_all(
         for ffn, reason in left:
             first.setdefault(reason, ffn.group if ffn.expert else ffn.name)
         why = "; ".join(f"{name}: {reason}" for reason, name in first.items())
-        if mask is not None or mode != "compact" or backend != "auto":
+        if mask is not None or asked != ("compact", "auto", False):
             raise UnsupportedModelError(f"{what} cannot run from a record ({why}), and all were asked for")
         warnings.warn(f"{what} stay as they are, in torch ({why})", stacklevel=3)
     if experts and mask is not None:

@@ -24,6 +24,13 @@ from .quantisation import WEIGHTS, cast, channel_scales, check_fits, name_of
 MODES = ("compact", "gather")
 
 
+def check_biases(weights: FFNWeights) -> None:
+    """Raise `UnsupportedModelError` where one of gate and up alone has a bias: a record has none for both, or two."""
+    given = [bias is not None for bias in weights.input_biases]
+    if any(given) and not all(given):
+        raise UnsupportedModelError("an FFN must have a bias on both gate and up, or on neither; it has one on one")
+
+
 def pack(weights: FFNWeights, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Copy an FFN into a neuron-major record.
 
@@ -44,12 +51,10 @@ def pack(weights: FFNWeights, keep: Tensor | None = None) -> tuple[Tensor, Tenso
     record = weights.down.new_empty((rows, len(parts) * d))
     for i, part in enumerate(parts):
         record[:, i * d : (i + 1) * d] = part if keep is None else part[keep]
-    biases = weights.input_biases
-    columns = [b for b in biases if b is not None]
+    check_biases(weights)
+    columns = [b for b in weights.input_biases if b is not None]
     if not columns:
         return record, None
-    if len(columns) < len(biases):
-        raise UnsupportedModelError("an FFN must have a bias on both gate and up, or on neither; it has one on one")
     bias = torch.stack(columns, dim=1)
     return record, bias if keep is None else bias[keep]
 
@@ -233,7 +238,7 @@ class PrunedMLP(FamilyState):
             self._whole().check_x(x)
             native_tokens = 0  # those are of another dtype
         backend, channels = self.backend, buffers["channel_scales"]
-        if torch.is_grad_enabled() and self._needs_grad(x):
+        if (torch.is_grad_enabled() and self._needs_grad(x)) or operators.dual():
             out = self._forward_with_grad(x)
             out = out if channels is None else out * channels
         else:
@@ -280,6 +285,7 @@ class PrunedMLP(FamilyState):
                 "a layer that runs compensated down rows cannot be trained, for what it learns would be lost at the "
                 "next width; call set_width with compensated=False first"
             )
+        operators.check_dual(self.backend, self.batch_invariant)
         if self.backend == "auto" and not self.batch_invariant:
             # Training differentiates plain torch itself, which saves what the backward pass needs.
             return reference.ffn(x, self.running)

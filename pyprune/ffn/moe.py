@@ -20,6 +20,7 @@ from .mlp import MODES
 from .mlp_state import NO_PROJECTION, NoProjectionError, fitting
 from .moe_operator import BACKENDS as KERNELS
 from .moe_operator import MOE, arguments, kernel_on
+from .operators import check_dual, dual
 from .quantisation import WEIGHTS, cast, channel_scales, dequantise
 
 BACKENDS = ("auto", *KERNELS)
@@ -221,12 +222,14 @@ class PrunedMoE(nn.Module):
             index, weights = weights, index
         x = hidden.reshape(-1, hidden.shape[-1])
         tokens = x.shape[0]
-        index, weights = index.reshape(tokens, -1), weights.reshape(tokens, -1)
+        index, weights = (t.reshape(tokens, t.shape[-1]) for t in (index, weights))
         experts = self.experts
         experts.check_call(x, index, weights)
         backend = self.backend
-        if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad or self.record.requires_grad):
-            if backend == "auto" and not torch.compiler.is_compiling():
+        needed = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad or self.record.requires_grad)
+        if needed or dual():
+            check_dual(backend, self.batch_invariant)
+            if backend == "auto" and not self.batch_invariant and not torch.compiler.is_compiling():
                 # Training differentiates plain torch itself, which saves what the backward pass needs.
                 experts.check_index(index)
                 return self._scaled(reference.moe(x, experts, index, weights)).view(hidden.shape)
@@ -235,7 +238,7 @@ class PrunedMoE(nn.Module):
             pairs = self.picked if self.batch_invariant else index.numel()
             # Those of another dtype than expected are for torch.
             kernel = "cpu" if kernel_on(self.record.device.type) == "cpu" else "auto"
-            backend = kernel if x.dtype == self.dtype and pairs <= self.native_pairs else "torch"
+            backend = kernel if x.dtype == self.dtype and 0 < pairs <= self.native_pairs else "torch"
         out = MOE(*arguments(x, experts, index, weights, backend, self.batch_invariant))
         return self._scaled(out).view(hidden.shape)
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..base import reference
+from ..base.errors import BackendError
 from ..base.record import Record
 from . import dispatch
 from .backends import Problem
@@ -26,6 +28,19 @@ _SCHEMA = (
 )
 _TENSORS = 6  # the first arguments
 LIBRARY = torch.library.Library("pyprune", "FRAGMENT")
+
+
+def dual() -> bool:
+    """Whether forward-mode derivatives are being taken (`torch.func.jvp`): the operators do not carry them."""
+    return forward_ad._current_level >= 0
+
+
+def check_dual(backend: str, batch_invariant: bool) -> None:
+    """Raise `BackendError` where forward-mode derivatives would be lost."""
+    if dual() and (backend != "auto" or batch_invariant):
+        raise BackendError(
+            f"forward-mode derivatives need backend 'auto' without batch_invariant; got {backend!r}, {batch_invariant}"
+        )
 
 
 def _record(tensors: Sequence[Any], form: Sequence[Any]) -> Record:

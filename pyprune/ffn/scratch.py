@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # Of a GPU's memory, and on a CPU, where only tests come here.
 _SHARE = 1 / 8
@@ -21,11 +22,15 @@ _Key = tuple[object, ...]
 @dataclass
 class _Kept:
     rows: Tensor
+    place: _Key
+    storages: tuple[StorageWeakRef, StorageWeakRef]
     versions: tuple[int, int]
     stream: int
 
 
-_KEPT: dict[_Key, _Kept] = {}
+# By the identities of record and index, for as long as both live; and what watches for their end.
+_KEPT: dict[tuple[int, int], _Kept] = {}
+_ENDS: dict[tuple[int, int], tuple[weakref.finalize, ...]] = {}
 
 
 def _room(device: torch.device) -> int:
@@ -52,26 +57,53 @@ def _stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
-def _key(record: Tensor, index: Tensor) -> _Key:
+def _place(record: Tensor, index: Tensor) -> _Key:
     where = (record.device, record.dtype, record.data_ptr(), tuple(record.shape), record.stride())
     return (*where, index.data_ptr(), index.shape[0])
 
 
-def _keep(key: _Key, record: Tensor, index: Tensor, rows: Tensor, versions: tuple[int, int]) -> None:
+def _there(kept: _Kept, record: Tensor, index: Tensor) -> bool:
+    """Whether rows are of these tensors still: `module.to` and `data = ` put others into the same parameter, which may
+    lie at the old address.
+    """
+    mine = (t.untyped_storage()._cdata for t in (record, index))
+    return kept.place == _place(record, index) and all(s.cdata == m for s, m in zip(kept.storages, mine, strict=True))
+
+
+def _forget(key: tuple[int, int]) -> None:
+    _KEPT.pop(key, None)
+    for finalizer in _ENDS.pop(key, ()):
+        finalizer.detach()
+
+
+def _keep(key: tuple[int, int], record: Tensor, index: Tensor, rows: Tensor, versions: tuple[int, int]) -> None:
     if rows.is_cuda:
         # Once for a mask: whatever stream takes the rows next finds them written.
         torch.cuda.current_stream(rows.device).synchronize()
-    _KEPT[key] = _Kept(rows, versions, _stream(rows.device))
-    for tensor in (record, index):
-        weakref.finalize(tensor, _KEPT.pop, key, None).atexit = False
+    storages = StorageWeakRef(record.untyped_storage()), StorageWeakRef(index.untyped_storage())
+    _KEPT[key] = _Kept(rows, _place(record, index), storages, versions, _stream(rows.device))
+    _ENDS[key] = tuple(weakref.finalize(tensor, _forget, key) for tensor in (record, index))
+    for finalizer in _ENDS[key]:
+        finalizer.atexit = False
+
+
+def _take_again(kept: _Kept, record: Tensor, index: Tensor) -> None:
+    """Into the same memory, which other streams may be reading, and may read next."""
+    waits = kept.rows.is_cuda and not _capturing(kept.rows.device)
+    if waits:
+        torch.cuda.synchronize(kept.rows.device)
+    torch.index_select(record.detach(), 0, index, out=kept.rows)
+    if waits:
+        torch.cuda.current_stream(kept.rows.device).synchronize()
 
 
 def compacted(record: Tensor, index: Tensor) -> Tensor:
     """The rows `index` of `record`, `[K, P*D]` contiguous; not to be written.
 
-    They are kept until `record` or `index` is freed, and taken anew, into the same memory, after either was written
-    to. An eighth of the GPU's memory is the most that is kept; what does not fit is taken at every call, as are rows
-    of inference tensors, which do not tell whether they were written to.
+    They are kept until `record` or `index` is freed or gets other memory, and taken anew, into the same memory, after
+    either was written to (not through `data`, of which nobody knows). An eighth of the GPU's memory is the most that is
+    kept; what does not fit is taken at every call, as are rows of inference tensors, which do not tell whether they
+    were written to.
 
     In the capture of a CUDA graph nothing is kept: rows that were kept before are read, and nothing is allocated;
     others are taken by the graph itself, at every replay, with a warning. So call once before, by `warming.warmup`. A
@@ -83,8 +115,11 @@ def compacted(record: Tensor, index: Tensor) -> Tensor:
     """
     if record.is_inference() or index.is_inference():
         return record.index_select(0, index)
-    key, versions, capturing = _key(record, index), (record._version, index._version), _capturing(record.device)
+    key, versions, capturing = (id(record), id(index)), (record._version, index._version), _capturing(record.device)
     kept = _KEPT.get(key)
+    if kept is not None and not _there(kept, record, index):
+        _forget(key)
+        kept = None
     if kept is None:
         rows = record.detach().index_select(0, index)
         if capturing:
@@ -97,7 +132,7 @@ def compacted(record: Tensor, index: Tensor) -> Tensor:
             _keep(key, record, index, rows, versions)
         return rows
     if kept.versions != versions:
-        torch.index_select(record.detach(), 0, index, out=kept.rows)
+        _take_again(kept, record, index)
         if not capturing:
             kept.versions = versions
     if not capturing and kept.stream != _stream(record.device):

@@ -15,6 +15,7 @@ from . import dispatch
 from .backends import Problem
 from .mlp import PrunedMLP
 from .moe import PrunedMoE
+from .sharded import ShardedMLP
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ def _distinct(name: str, module: PrunedMLP, tokens: int) -> tuple[Any, ...]:
     """What two modules must share for one to prepare all that the other needs."""
     # Kernels are compiled for which operands there are. What is kept of a gather belongs to its own weights.
     operands = (module.neuron_bias is None, module.down_bias is None, module.record.device)
-    return (_problem(module, tokens), module.backend, operands, None if module.index is None else name)
+    # Processes that add up their shares must all make the same calls, whatever widths each has.
+    alone = module.index is not None or isinstance(module, ShardedMLP)
+    return (_problem(module, tokens), module.backend, operands, name if alone else None)
 
 
 @torch.no_grad()

@@ -50,6 +50,20 @@ def checksum(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def sketch(model: nn.Module) -> str:
+    """A hex number that tells a model from its fine-tunes, by a sample of every parameter.
+
+    Rounded to bfloat16 first, so that it is one in every dtype. Parameters that are not there take part by name.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(repr((name, tuple(parameter.shape))).encode())
+        if not parameter.is_meta:
+            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 256)]
+            digest.update(values.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def check_there(model: nn.Module) -> None:
     """Raise `UnsupportedModelError` when a parameter has no values: on the meta device, or offloaded by hooks."""
     name = next((name for name, p in model.named_parameters() if p.is_meta), None)

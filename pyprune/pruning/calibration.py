@@ -191,7 +191,8 @@ class LayerStream:
     def _layer_on(self, hidden: Tensor) -> Tensor:
         args, kwargs = self._calls[self._position]
         lower = self._products != torch.float32 and hidden.dtype == torch.float32
-        with torch.autocast(hidden.device.type, self._products, enabled=lower):
+        # Inside another autocast the cache of narrow weights would outlive a cut of the weights.
+        with torch.autocast(hidden.device.type, self._products, enabled=lower, cache_enabled=False):
             return _first(self._layers[self._position](hidden, *args, **kwargs))
 
     def _window(self, states: Tensor, window: int, device: torch.device | None = None) -> Tensor:

@@ -157,10 +157,11 @@ def mend(
         assert isinstance(repair, Fit)
         damping = repair.fixed if repair.fixed is not None else _chosen(parts, moving, residual, found, sources)
     new = _descend(parts, moving, residual, damping or 0.0)
-    for i in moving:
-        check(bool(new[i].isfinite().all()), f"fitted rows of {group[i].name}", "be finite", "NaN or infinity")
-    for i in moving:
-        place = every.down[i] if squares else every.down_bias[i]  # type: ignore[index]
+    places = [every.down[i] if squares else every.down_bias[i] for i in moving]  # type: ignore[index]
+    for i, place in zip(moving, places, strict=True):
+        fits = bool(new[i].to(place.dtype).isfinite().all())
+        check(fits, f"fitted rows of {group[i].name}", f"be finite in {place.dtype}", "NaN or infinity")
+    for i, place in zip(moving, places, strict=True):
         place.copy_(new[i].view(place.shape))
     return Mended(cut / total, float(residual.double().square().sum()) / total, damping, few)
 

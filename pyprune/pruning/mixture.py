@@ -14,7 +14,7 @@ from ..base.errors import InputError, check, is_finite
 from ..base.progress import Progress, quiet
 from ..base.text import DEFAULT_TEXT, Document, file_and_half, load_text, module_source
 from ..base.windows import check_size, cut, start_ids, token_stream
-from ..model import families
+from ..model.weights import sketch
 from . import written
 
 SELF, BUILTIN = "self", "builtin"
@@ -202,8 +202,7 @@ def mix(
         needed = count * window
         if name in own and model is not None:
             kind = name.partition(":")[2]
-            mark = families.fingerprint(model, families.find_ffns(model))
-            row, called = written.stream(model, tokenizer, needed, kind, seed, mark, progress), name
+            row, called = written.stream(model, tokenizer, needed, kind, seed, sketch(model), progress), name
         else:
             documents, called = _documents(name)
             row = token_stream(tokenizer, documents, head, needed)

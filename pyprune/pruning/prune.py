@@ -184,12 +184,15 @@ def _prune(
         mask.check_fits(described.sizes, fingerprint)
     check_rebuilds(described, options, mask)
     device = next(model.parameters()).device
-    with evaluating(model), PeakMemory(device=device) as memory, in_blocks(model):
+    # Statistics and fits have their own precision, whatever the caller's autocast multiplies in.
+    there = next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")
+    plainly = torch.autocast(there, enabled=False, cache_enabled=False)
+    with evaluating(model), PeakMemory(device=device) as memory, in_blocks(model), plainly:
         chosen = options, run.windows, progress, run.batches
         pruner = Pruner(described, *chosen, ranks) if layers is None else OffloadedPruner(layers, *chosen)
-        plan = Plan(list(mask.layers)) if mask else pruner.agreed(options.allocation.plan(pruner, options.keep))
-        options.repair.prepare(described)
         try:
+            plan = Plan(list(mask.layers)) if mask else pruner.agreed(options.allocation.plan(pruner, options.keep))
+            options.repair.prepare(described)
             keeps = pruner.run(plan.layers)
         finally:
             if layers is not None:

@@ -344,7 +344,8 @@ class Pruner:
             check(stats.tokens > 0, f"text for {ffn.name}", "reach it with a token at least", 0)
             return True
         needed = max(LEAST_TOKENS, width if "gram" in self.options.repair.needs else 0)
-        if self.options.repair.needs and stats.tokens < needed:
+        halves = stats.seen is None or 0 < stats.seen.tokens < stats.tokens  # tokens to fit, and tokens to choose by
+        if self.options.repair.needs and (stats.tokens < needed or not halves):
             self.few[ffn.name] = stats.tokens
             return False
         return True

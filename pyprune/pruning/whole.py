@@ -51,7 +51,7 @@ class WholeForwards:
         words = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.words.items()}
         try:
             self._model(**words, use_cache=False)
-        except (_Stop, PypruneError):
+        except (_Stop, PypruneError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model makes of keywords and shapes
             kind = type(self._model).__name__

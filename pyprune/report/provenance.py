@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -109,11 +110,11 @@ def _described(machine: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _options(**given: Any) -> str:
-    """Options with their values, those without one left out; nothing in a value is a command."""
+    """Options with their values, those without one left out; nothing in a name or value is a command."""
     parts = [
         f"--{name.replace('_', '-')} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
         for name, value in given.items()
-        if value is not None and not isinstance(value, bool | list | dict)
+        if value is not None and not isinstance(value, bool | list | dict) and re.fullmatch(r"[a-z][a-z0-9_]*", name)
     ]
     return " ".join(parts)
 
@@ -133,7 +134,7 @@ def _sources(used: list[dict[str, Any]] | None, else_: str) -> str:
         name = str(part["source"])
         own = name.partition(":")[0] in ("self", "builtin")
         name = "builtin:prose" if name.startswith(_DEFAULT_TEXT) else name if own else f"FILE{number}"
-        words.append(f"--text {name}@{part['share']:.3g}")
+        words.append(f"--text {shlex.quote(name)}@{part['share']:.3g}")
     return " ".join(words)
 
 
@@ -160,7 +161,7 @@ def _pruning(facts: Facts) -> Iterator[str]:
         plain["damping"] = "auto"
     flags = "--no-sequential" if config.get("sequential") is False else ""
     text = _sources(provenance.get("sources"), _text(provenance.get("text")))
-    yield _command(f"pyprune {verb} DENSE --out PRUNED", _options(**plain, **sizes), flags, text)
+    yield _command(f"pyprune {verb} DENSE --out PRUNED", _options(**{**plain, **sizes}), flags, text)
 
 
 def _commands(facts: Facts) -> Iterator[str]:

@@ -170,7 +170,7 @@ class Base:
 
 
 def _rows(tensor: Tensor, which: np.ndarray) -> np.ndarray:
-    values: np.ndarray = tensor.detach()[torch.from_numpy(which)].to(torch.float64).numpy()
+    values: np.ndarray = tensor.detach().cpu()[torch.from_numpy(which)].to(torch.float64).numpy()
     return values
 
 

@@ -82,7 +82,7 @@ def _distance(ffn: FFN, part: str, kind: str, values: np.ndarray, name: str, fou
     for got, wanted in zip(np.split(values, len(blocks)), blocks, strict=True):
         if wanted is None:
             return float("inf")
-        exact = wanted.detach().to(torch.float64).numpy()
+        exact = wanted.detach().to("cpu", torch.float64).numpy()
         error += float(((got[: len(exact)] - exact) ** 2).sum()) + float((got[len(exact) :].astype(float) ** 2).sum())
         size += float((exact**2).sum())
     return float(np.sqrt(error / size)) if size else float(np.sqrt(error))

@@ -145,7 +145,7 @@ def plan(base: Base, ffns: list[FFN], widths: list[int], kind: str, arch: str) -
 
 def _quantised(values: Tensor, kind: Any) -> Callable[[], np.ndarray]:
     def make() -> np.ndarray:
-        found: np.ndarray = package().quants.quantize(values.to(torch.float32).contiguous().numpy(), kind)
+        found: np.ndarray = package().quants.quantize(values.to("cpu", torch.float32).contiguous().numpy(), kind)
         return found
 
     return make

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from ..base.clock import clock
 from ..base.errors import check
+from ..base.memory import available, device_available
 from ..ffn import native
 
 _GIB = 1 << 30
@@ -60,7 +60,7 @@ def cache_bytes(device: torch.device) -> int:
 def free_memory(device: torch.device | str) -> int:
     """Bytes that can still be allocated on `device`."""
     device = torch.device(device)
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    return device_available(device) if device.type == "cuda" else available()
 
 
 def buffer_bytes(device: torch.device | str) -> int:

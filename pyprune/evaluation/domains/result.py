@@ -53,6 +53,11 @@ class Losses:
     window: int
     sha256: str
 
+    @property
+    def measured(self) -> tuple[str, int, int]:
+        """What it was measured on: the hash of the token ids, how many windows, and tokens in each."""
+        return self.sha256, len(self.losses), self.window
+
     @cached_property
     def values(self) -> Tensor:
         """`[N]` float64."""
@@ -85,14 +90,16 @@ class Suite:
 
     def __post_init__(self) -> None:
         if self.dense is not None:
-            hashes = {name: found.sha256 for name, found in self.domains.items()}
+            hashes = {name: found.measured for name, found in self.domains.items()}
             self.dense.check_measured("dense", hashes, len(self.correct.get("accuracy", ())), _way(self.writing))
 
-    def check_measured(self, argument: str, hashes: Mapping[str, str], questions: int, way: tuple[int, bool]) -> None:
-        """Raise `InputError` unless this was measured on windows of these hashes, questions and way to write."""
-        for name, sha256 in hashes.items():
+    def check_measured(
+        self, argument: str, hashes: Mapping[str, tuple[str, int, int]], questions: int, way: tuple[int, bool]
+    ) -> None:
+        """Raise `InputError` unless this is of these windows (`Losses.measured`), questions and way to write."""
+        for name, measured in hashes.items():
             found = self.domains.get(name)
-            same = found is not None and found.sha256 == sha256
+            same = found is not None and found.measured == measured
             check(same, argument, f"be measured on the same windows of {name}", "others" if found else "none")
         mine = len(self.correct.get("accuracy", ()))
         check(mine == questions, argument, f"have answered the same {questions} questions of PIQA", mine)

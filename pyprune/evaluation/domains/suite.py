@@ -83,7 +83,7 @@ def suite(
     check(new_tokens >= 0, "new_tokens", "be 0 (for no writing) or more", new_tokens)
     windows = domain_windows(tokenizer, material.domains, tokens, window, start)
     if earlier is not None:  # complains before anything is measured
-        hashes = {name: _sha256(ids) for name, ids in windows.items()}
+        hashes = {name: (_sha256(ids), *ids.shape) for name, ids in windows.items()}
         way = (new_tokens, bool(new_tokens) and has_chat(tokenizer))
         earlier.check_measured("reference", hashes, len(material.questions), way)
     judge = dense if dense is not None or earlier is not None else model

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ...base.errors import check
 from ...base.progress import Progress, quiet
+from ...model.decode import end_tokens, plainly
 from .encoding import Row, check_rows, prompt_ids
 from .records import GenerationRecord, full_prompt
 
@@ -86,25 +88,19 @@ def written(
     rows = [prompt_ids(tokenizer, full_prompt(record)) for record in records]
     check_rows(model, rows, "records", new_tokens)
     device = next(model.parameters()).device
-    end = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    ends = end_tokens(model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    how = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
     texts = [""] * len(rows)
     done = 0
     for numbers in _groups(rows):
         progress("generation", done, len(rows))
         ids = torch.tensor([rows[i] for i in numbers], device=device)
-        # Every setting that a checkpoint's generation_config may bring along and that would bend greedy decoding.
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            pad_token_id=pad,
-            stopping_criteria=[partial(_written_lines, tokenizer, ids.shape[1])],
-        )
+        stops = [partial(_written_lines, tokenizer, ids.shape[1])]
+        with plainly(model):
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=how, stopping_criteria=stops
+            )
         for i, row in zip(numbers, out[:, ids.shape[1] :].tolist(), strict=True):
             texts[i] = tokenizer.decode(row, skip_special_tokens=True)
         done += len(numbers)

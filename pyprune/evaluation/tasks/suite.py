@@ -196,6 +196,23 @@ def _orders(tasks: Sequence[TaskResult], seed: int) -> list[tuple[str, str, Orde
     return found
 
 
+def read_tasks(
+    files: Sequence[str | Path] | None, items: int | None, shots: int, seed: int
+) -> list[tuple[str, tuple[Record, ...]]]:
+    """The name and the records of each task; arguments and errors as in `run_tasks`."""
+    check(items is None or items >= 2, "items", "be at least 2, or None for all", items)
+    paths = [shipped(name) for name in ASKED] if files is None else [Path(file) for file in files]
+    check(bool(paths), "files", "be at least one, or None for those of the package", paths)
+    names = [path.stem for path in paths]
+    check(len(set(names)) == len(names), "files", "have different names, which are the tasks'", names)
+    tasks = [(name, _drawn(read_records(path), items, seed)) for name, path in zip(names, paths, strict=True)]
+    for name, records in tasks:
+        if kind_of(records) == "choice":
+            rule = f"be from 0 to {len(records) - 1}, one less than the records of {name}"
+            check(0 <= shots < len(records), "shots", rule, shots)
+    return tasks
+
+
 def run_tasks(
     dense: Any,
     pruned: Any | None,
@@ -222,14 +239,9 @@ def run_tasks(
             more items than shots, models of different vocabularies, prompts longer than a model's context, answers by
             letter that are not one token.
     """
-    check(items is None or items >= 2, "items", "be at least 2, or None for all", items)
     _check_models(dense, pruned)
-    paths = [shipped(name) for name in ASKED] if files is None else [Path(file) for file in files]
-    check(bool(paths), "files", "be at least one, or None for those of the package", paths)
-    names = [path.stem for path in paths]
-    check(len(set(names)) == len(names), "files", "have different names, which are the tasks'", names)
     # All files are read before the first model runs: a mistake in the last one should not cost the time of the others.
-    tasks = [(name, _drawn(read_records(path), items, seed)) for name, path in zip(names, paths, strict=True)]
+    tasks = read_tasks(files, items, shots, seed)
     run = _Run(dense, pruned, tokenizer, progress, shots, seed)
     results: list[TaskResult] = []
     skipped: list[tuple[str, str]] = []

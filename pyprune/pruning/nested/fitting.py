@@ -148,8 +148,9 @@ def _fit(
     widths: list[list[int]],
     repair: LeastSquares,
     progress: Progress,
+    sources: Tensor | None = None,
 ) -> tuple[Rows, Errors]:
-    """`compensate` for shares and widths that are checked."""
+    """`compensate` for shares and widths that are checked; `sources` of the windows, None for one."""
     model, ffns, target = described.model, described.ffns, repair.share
     dead: list[int] = []
     found: list[tuple[Tensor, ...]] = []
@@ -157,7 +158,7 @@ def _fit(
     repair.check_model(described)
     with evaluating(model):
         for share, counts in zip(names, widths, strict=True):
-            stream = LayerStream(model, ffns, ids, target > 0)
+            stream = LayerStream(model, ffns, ids, target > 0, sources)
             rows: list[Tensor] = []
             relative: list[tuple[float, float]] = []
             for ffn, count in zip(ffns, counts, strict=True):
@@ -239,6 +240,7 @@ def prune_nested(
     _check(options)
     options = options.suited(model)
     run = Run(model, text, tokenizer, options.needs_text(), options.purpose, provenance, seed, progress)
+    check(run.batches is None, "text", "be windows of token ids with nested widths", "batches")
     described, ids = run.described, run.ids
     described.check_plain("nested widths")
     names, widths = _chosen(shares, described.sizes)
@@ -260,7 +262,8 @@ def prune_nested(
     errors: Errors = []
     rows: Rows | None = None
     if fit is not None and ids is not None:
-        rows, errors = _fit(sorted_model, ids, names, widths, fit, progress)
+        sources = None if run.windows is None else run.windows.sources
+        rows, errors = _fit(sorted_model, ids, names, widths, fit, progress, sources)
     nested = Nested(tuple(names), tuple(map(tuple, widths)), rows, sorted_model.fingerprint)
     write(model, base, run.facts(_facts(options)), nested=nested.entry())
     holder: Any = model

@@ -13,6 +13,7 @@ The folder `.NAME.stream` beside the output NAME holds:
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -86,7 +87,9 @@ class State:
     def __init__(self, out: Path, settings: dict[str, Any], spill: Path | None = None) -> None:
         self.folder = folder_of(out)
         self.out, self._layers = self.folder / "out", self.folder / "layers"
-        self._states = self.folder if spill is None else Path(spill) / self.folder.name
+        # Outputs of one name in several places may share a folder for hidden states.
+        own = hashlib.sha256(str(self.folder.absolute()).encode()).hexdigest()[:12]
+        self._states = self.folder if spill is None else Path(spill) / f"{self.folder.name}.{own}"
         self.settings = json.loads(json.dumps(settings))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: BinaryIO | None = (self.folder / "lock").open("ab")

@@ -45,6 +45,7 @@ def part(module: PrunedMLP, start: int, stop: int) -> PrunedMLP:
         transposed=module.transposed,
         backend=module.backend,
         batch_invariant=module.batch_invariant,
+        channel_scales=module.channel_scales,
     ).requires_grad_(False)
 
 

@@ -140,5 +140,6 @@ class Run:
         if self.best is None:
             self.report.best = self.report.steps
             return
-        for name, parameter in self.named.items():
-            parameter.data.copy_(self.best[name])
+        with torch.no_grad():  # and not through `data`, by which nobody would know that the weights are others
+            for name, parameter in self.named.items():
+                parameter.copy_(self.best[name])
