@@ -101,3 +101,20 @@ def test_bad_input(tiny: Callable[..., Any], tokenizer: Any, prompts: list[str],
     model = tiny("llama", vocab_size=1024)
     with pytest.raises(InputError, match=message):
         generation_deltas(model, model, tokenizer, prompts, new_tokens)
+
+
+@pytest.mark.parametrize(
+    "own", [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 2}, {"num_beams": 3}, {"suppress_tokens": [9]}]
+)
+def test_a_checkpoints_own_penalties_bend_nothing(own: dict[str, Any], tiny: Callable[..., Any]) -> None:
+    """Greedy is the likeliest token, by hand, and the model's generation config is there again afterwards."""
+    model = tiny("llama")
+    prompt = torch.tensor([5, 9, 9, 5])
+    row = prompt
+    for _ in range(12):
+        row = torch.cat([row, model(row[None]).logits[0, -1].argmax()[None]])
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    kept = model.generation_config
+    (found,) = decode(model, [prompt], 12)
+    assert found.tolist() == row[4 : 4 + len(found)].tolist() and model.generation_config is kept

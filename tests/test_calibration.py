@@ -8,7 +8,7 @@ from pyprune import InputError, UnsupportedModelError, prune
 from pyprune.base.windows import stack_batches
 from pyprune.model import surgery
 from pyprune.model.families import find_ffns
-from pyprune.pruning.calibration import LayerStream
+from pyprune.pruning.calibration import LayerStream, adds_ffn
 
 STREAMED = ("gpt2", "gpt_neo", "opt", "falcon", "gpt_neox", "llama", "gemma2", "gemma3_text", "phi3", "lfm2", "biogpt")
 
@@ -171,3 +171,24 @@ def test_unknown_precision_is_refused_before_anything_changes(tiny):
     model = tiny("llama")
     with pytest.raises(InputError, match="precision must be one of auto, float32, bfloat16"):
         prune(model, 0.5, "random", repair=None, precision="half")
+
+
+@pytest.mark.parametrize(("name", "adds"), [("llama", True), ("gemma2", False), ("olmo2", False)])
+def test_one_loud_channel_does_not_hide_a_norm_behind_the_ffn(name, adds, tiny):
+    model = tiny(name)
+    for loud in (0.0, 1000.0):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[:, 3] += loud
+        assert adds_ffn(model, find_ffns(model)) == adds
+    assert adds_ffn(model.bfloat16(), find_ffns(model)) == adds
+
+
+def test_pruning_is_the_same_inside_an_autocast(tiny, ids):
+    """Statistics, fits and the layers' own products keep their precision."""
+    found = []
+    for enabled in (False, True):
+        model = tiny("llama")
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            prune(model, 0.5, "obs", allocation="uniform:multiple=8", text=ids)
+        found.append(model.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

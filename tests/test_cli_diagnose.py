@@ -92,6 +92,14 @@ def test_what_is_refused(tiny_checkpoint: Path, pruned: Path, tmp_path: Path, to
     assert "text must hold at least 768 tokens, for 24 prompts of 32; got 64" in refused(2, "diagnose", *both, *few)
     long = ("--prompt-tokens", 500, "--prompts", 1, "--window", 64, "--parts", "drift")
     assert "prompt 0 must have at most 464 tokens: 512 of context" in refused(2, "diagnose", *both, *long)
+    late = "comparing representations"  # not before the arguments are known to do
+    for wrong, message in (
+        (("--task", tmp_path / "no"), "task file must be an existing file"),
+        (("--items", 1), "items must be at least 2, or None for all; got 1"),
+        (("--items", 2), "shots must be from 0 to 1, one less than the records of"),
+        (("--out", tmp_path), "out must be a file"),
+    ):
+        assert message in refused(2, "diagnose", *both, *wrong) and late not in message
     empty = tmp_path / "empty"
     empty.write_text("\n \n")
     assert "prompts_file must have a line" in refused(2, "diagnose", *both, "--prompts-file", empty)

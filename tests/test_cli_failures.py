@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from pyprune.cli import commands
 from pyprune.cli.commands import app
 from pyprune.model import checkpoint
 
@@ -161,3 +163,31 @@ def test_shards(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "x").glob("model-*.safetensors"))) > 1
     assert (tmp_path / "x" / "model.safetensors.index.json").is_file()
     assert call("verify", tmp_path / "x").exit_code == 0
+
+
+def test_a_lack_of_memory_is_one_line(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*given: object, **options: object) -> None:
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr("pyprune.model.loading.load_model", load)
+    assert "DefaultCPUAllocator" in refused(
+        1,
+        "eval",
+        tiny_checkpoint,
+    )
+
+
+def test_a_model_beside_itself_keeps_its_weights(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MODEL is quantised, what it is held against is not, though both have one name."""
+    seen: list[object] = []
+    real = commands._load
+
+    def load(model: str, dtype: str, device: str, weights: str | None, width: float | None = None) -> object:
+        seen.append(weights)
+        return real(model, dtype, device, weights, width)
+
+    monkeypatch.setattr(commands, "_load", load)
+    both = tiny_checkpoint, "--against", tiny_checkpoint
+    done = call("generate", *both, "--weights", "int8", "--prompt", "a", "--json")
+    assert done.exit_code == 0, done.output
+    assert seen == [None, "int8"] and len(json.loads(done.stdout)["texts"]) == 2

@@ -130,6 +130,35 @@ def test_scratch_of_a_parameter_that_wants_gradients():
     assert torch.equal(scratch.compacted(record, index), record[index.long()])
 
 
+def test_scratch_follows_a_parameter_into_other_memory():
+    """By `module.to`, and by `data` that goes back and forth between two places; nothing of the past is kept."""
+    record, index = torch.nn.Parameter(torch.randn(12, 24)), torch.tensor([1, 3, 8], dtype=torch.int32)
+    module = torch.nn.Module()
+    module.rows = record
+    scratch.compacted(record, index)
+    module.bfloat16().float()
+    assert torch.equal(scratch.compacted(record, index), record[index.long()])
+    places = torch.randn(12, 24), torch.randn(12, 24)
+    for turn in range(6):
+        places[turn % 2].mul_(2)
+        record.data = places[turn % 2]
+        assert torch.equal(scratch.compacted(record, index), record[index.long()])
+    assert len(scratch._KEPT) == len(scratch._ENDS) == 1
+    for _ in range(5):
+        scratch.compacted(record, index.clone())
+    assert len(scratch._KEPT) == len(scratch._ENDS) == 1
+
+
+def test_scratch_of_new_indices_leaves_nothing_on_the_record(monkeypatch):
+    made = []
+    real = scratch.weakref.finalize
+    monkeypatch.setattr(scratch.weakref, "finalize", lambda *given: made.append(real(*given)) or made[-1])
+    record, _ = record_and_index()
+    for start in range(4):
+        scratch.compacted(record, torch.tensor([start, 9], dtype=torch.int32))
+    assert len(made) == 8 and not any(one.alive for one in made)
+
+
 def test_scratch_is_bounded(monkeypatch):
     record, index = record_and_index()
     monkeypatch.setattr(scratch, "_CPU_BYTES", 3 * 24 * 4)

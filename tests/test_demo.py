@@ -92,3 +92,9 @@ def test_demo_leaves_other_folders_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="folder of the demo's own"):
         demo.run_demo(tmp_path, 0.7, None, 256, quiet)
     assert (tmp_path / "pruned" / "thesis.tex").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    for place in (tmp_path / "other" / "results.json", tmp_path / "file"):
+        place.write_text("mine")
+        with pytest.raises(InputError, match="folder of the demo's own"):
+            demo.run_demo(tmp_path / "other" if place.name == "results.json" else place, 0.7, None, 256, quiet)
+        assert place.read_text() == "mine"

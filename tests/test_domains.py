@@ -199,6 +199,7 @@ def test_a_reference_of_something_else(model: Callable[..., Any], tokenizer: Any
 
     for change, message in (
         ({"tokens": 128}, "reference must be measured on the same windows of wikipedia; got 'others'"),
+        ({"window": SMALL["window"] * 2}, "reference must be measured on the same windows of wikipedia; got 'others'"),
         ({"items": 3}, "reference must have answered the same 3 questions of PIQA; got 6"),
         ({"new_tokens": 5}, r"reference must have written as many tokens .* as \(5, False\); got \(4, False\)"),
     ):

@@ -170,3 +170,18 @@ def test_experts_behind_a_norm_and_activations_that_are_not_finite_are_refused()
     model.model.layers[1].post_attention_layernorm.register_forward_hook(lambda *_: _[2] * 1e38)
     with pytest.raises(InputError, match=r"be finite.*; experts are removed already, so load the model again"):
         prune_experts(model, 0.5, "random", repair="least-squares", text=TEXT)
+
+
+def test_rows_that_half_precision_cannot_hold_are_refused(monkeypatch):
+    """Two weak experts that are to stand in for two loud ones: finite in float64, not in float16."""
+    model = make_mixture("mixtral", num_hidden_layers=1).half()
+    own = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        own.gate_up_proj.mul_(0.05)
+        own.gate_up_proj[2:].mul_(12)
+        own.down_proj.mul_(1000 / own.down_proj.abs().max())
+    monkeypatch.setattr("pyprune.pruning.experts.choose", lambda scores, count, groups=1: [0, 1])
+    text = torch.randint(3, 120, (12, 32), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match=r"fitted rows of .* must be finite in torch.float16"):
+        prune_experts(model, 0.5, "frequency", repair="least-squares:damping=0.001", text=text)
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -16,13 +16,18 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from pyprune import InputError, KeepIndex, Mask, UnsupportedModelError, accelerate, prune, save
+from pyprune.base.progress import quiet
+from pyprune.base.statistics import ActivationStats
 from pyprune.ffn.mlp import PrunedMLP
 from pyprune.model import experts, families
+from pyprune.model.described import Described
 from pyprune.model.families import find_ffns
 from pyprune.model.narrowing import replaced
 from pyprune.model.units import Expert, groups
 from pyprune.pruning import gradients
 from pyprune.pruning.calibration import LayerStream
+from pyprune.pruning.options import PruneOptions
+from pyprune.pruning.pruner import Pruner
 from pyprune.pruning.repair.least_squares import least_squares
 
 BARE = {"repair": None}
@@ -408,3 +413,13 @@ def test_the_config_says_how_a_bank_was_cut(tmp_path):
     assert [entry["at"] for entry in entries] == ["layers.0.mlp.experts", "layers.1.mlp.experts"]
     assert [entry["width"] for entry in entries] == [24, 32]
     assert entries[0]["tensors"][0] == ["gate_up_proj", 2, 2, True] and config["intermediate_size"] == 48
+
+
+@pytest.mark.parametrize(("share", "enough"), [(0, False), (1, True), (4, False)])
+def test_damping_is_chosen_only_with_tokens_on_both_sides(share, enough):
+    """Of an expert whose tokens all lie in the windows held out, or none of them, it would be chosen by nothing."""
+    model = make_mixture("mixtral")
+    described = Described(model)
+    pruner = Pruner(described, PruneOptions.of(0.5, repair="least-squares:damping=auto"), None, quiet)
+    stats = ActivationStats(4 * 4096, *[torch.ones(96)] * 3, seen=ActivationStats(share * 4096, *[torch.ones(96)] * 3))
+    assert pruner._enough(described.ffns[0], stats, 8) == enough and bool(pruner.few) != enough

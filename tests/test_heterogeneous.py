@@ -191,3 +191,14 @@ def test_remote_code_file_needs_only_torch_and_transformers(tiny, random_mask, i
     imports = [line for line in code.splitlines() if line.startswith(("import", "from"))]
     roots = {line.split()[1].partition(".")[0] for line in imports}
     assert roots == {"__future__", "functools", "re", "weakref", "typing", "torch", "transformers"}
+
+
+def test_a_construction_that_fails_leaves_the_config_as_it_was(tiny, random_mask, monkeypatch):
+    """Also while somebody holds the error, and with it the half-built model."""
+    model = tiny("llama")
+    prune(model, repair=None, mask=random_mask(model, (40, 48, 56)))
+    config = model.config
+    config._attn_implementation = "flash_attention_2"
+    with pytest.raises((ImportError, ValueError)) as held:
+        type(model)(config)
+    assert held.value is not None and heterogeneous.layer_widths(config) == [40, 48, 56]

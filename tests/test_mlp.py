@@ -10,12 +10,14 @@ from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError
+from pyprune import BackendError, InputError, KeepIndex, PrunedMLP, UnsupportedModelError, accelerate
+from pyprune.base import reference
 from pyprune.base.record import Record
 from pyprune.ffn.mlp import pack
 from pyprune.ffn.quantisation import WEIGHTS, quantise, widened
 from pyprune.model import patterns
 from pyprune.model.families import find_ffns
+from pyprune.model.heterogeneous import layer_widths
 from pyprune.model.patterns import FFNWeights
 
 KEEP = KeepIndex([0, 3, 4, 40, 77, 95], 96)
@@ -534,3 +536,35 @@ def test_lone_modules_of_transformers(tiny_config):
     for module in (GPT2MLP(96, tiny_config("gpt2")), Phi3MLP(tiny_config("phi3"))):
         x = torch.randn(2, 32)
         torch.testing.assert_close(PrunedMLP.from_dense(module.eval())(x), module(x))
+
+
+def test_forward_derivatives_are_those_of_torch_or_refused(tiny):
+    """Of frozen weights too, where nothing else asks for derivatives."""
+    model = accelerate(tiny("llama").requires_grad_(False))
+    module = model.model.layers[0].mlp
+    x, way = torch.randn(3, 32), torch.randn(3, 32)
+    _, tangent = torch.func.jvp(module, (x,), (way,))
+    _, wanted = torch.func.jvp(lambda t: reference.ffn(t, module.running), (x,), (way,))
+    torch.testing.assert_close(tangent, wanted)
+    assert tangent.abs().max() > 1e-3
+    module.backend = "torch"
+    with pytest.raises(BackendError, match="forward-mode derivatives need backend 'auto'"):
+        torch.func.jvp(module, (x,), (way,))
+
+
+def test_what_ends_accelerate_early_leaves_the_config(tiny, random_mask, monkeypatch):
+    """An interrupt while kernels are timed; and a bias on one of gate and up alone."""
+    model = tiny("llama")
+    mask = random_mask(model, (40, 48, 56))
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyprune.ffn.first_use.measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        accelerate(model, mask=mask)
+    model.model.layers[1].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(96))
+    with pytest.raises(UnsupportedModelError, match="a bias on both gate and up, or on neither"):
+        accelerate(model, mask=mask, measure=False)
+    assert model.config.intermediate_size == 96 and layer_widths(model.config) is None
+    assert not any(isinstance(m, PrunedMLP) for m in model.modules())

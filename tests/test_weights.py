@@ -1,5 +1,7 @@
 """Weights that are not there, not plain, or not finite: one error that says so, before anything changes."""
 
+import copy
+
 import accelerate as hf_accelerate
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from pyprune import InputError, UnsupportedModelError, accelerate, prune, prune_blocks
 from pyprune.model import checkpoint, surgery
 from pyprune.model.families import find_ffns
-from pyprune.model.weights import all_finite, leave_inference
+from pyprune.model.weights import all_finite, leave_inference, sketch
 from pyprune.training.recovery import RecoverConfig, recover
 
 BARE = {"keep": 0.5, "method": "magnitude-l2-both", "allocation": "uniform:multiple=8", "repair": None}
@@ -261,3 +263,12 @@ def test_all_finite_sees_one_bad_value_anywhere(dtype):
             other = values.clone()
             other[place] = bad
             assert not all_finite(other), (bad, place)
+
+
+def test_a_sketch_tells_fine_tunes_apart_and_not_dtypes(tiny):
+    model = tiny("llama")
+    other = copy.deepcopy(model)
+    assert sketch(other.bfloat16()) == sketch(model)
+    with torch.no_grad():
+        other.model.layers[2].self_attn.q_proj.weight.mul_(1.1)
+    assert sketch(other) != sketch(model)

@@ -307,6 +307,8 @@ def verify(
 ) -> None:
     """Check a checkpoint: hashes of its files, widths against tensors, fingerprint of the base model."""
     manifest = checkpoint.verify(folder)
+    known = [width for width in manifest["widths"] if width is not None]  # some families' configs do not say
+    said = f" ({min(known)} to {max(known)} neurons)" if known else ""
     if base is not None:
         dense = loading.load_model(base, "auto")
         found = families.fingerprint(dense, families.find_ffns(dense))
@@ -317,9 +319,8 @@ def verify(
     show(
         {"verified": True, "base_checked": base is not None, **manifest},
         as_json,
-        f"{escape(str(folder))}: {len(manifest['files'])} files have their hashes, widths fit the tensors "
-        f"({min(manifest['widths'])} to {max(manifest['widths'])} neurons), base {manifest['base_fingerprint']}"
-        + (" matches" if base else ""),
+        f"{escape(str(folder))}: {len(manifest['files'])} files have their hashes, widths fit the tensors{said}, "
+        f"base {manifest['base_fingerprint']}" + (" matches" if base else ""),
     )
 
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..base.errors import CheckpointError, UnsupportedModelError, check, is_count, one_line
 from ..base.files import check_out_folder, new_folder, sha256_of
 from . import families, heterogeneous, provenance
-from .manifest import FORMAT, MANIFEST, keep_tokenizer, read_manifest, strangers
+from .manifest import FORMAT, MANIFEST, is_tokenizer, keep_tokenizer, read_manifest, strangers
 from .shards import read_header, read_index
 from .towers import config_at, text_config
 from .weights import is_sharded
@@ -31,7 +31,10 @@ MAX_SHARD_SIZE = "50GB"
 _MOST_LAYERS = 1_000
 _WIDEST = 1 << 24
 _LOADED = {".safetensors", ".json", ".py", ".bin", ".pt", ".pth", ".pkl"}  # what a loader might read
-_DEPTH_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_DEPTH_KEYS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "encoder_layers", "decoder_layers",
+    "depth",
+)  # fmt: skip
 
 
 def _check_stock_class(model: nn.Module) -> None:
@@ -251,9 +254,12 @@ def _float(value: dict[str, Any]) -> Any:
 
 def _bounded(raw: dict[str, Any]) -> dict[str, Any]:
     """Refuse a config that would build an enormous model, or none, before a config class of Transformers reads it."""
-    for key in _DEPTH_KEYS:
-        if isinstance(raw.get(key), int) and not 0 <= raw[key] <= _MOST_LAYERS:
-            raise CheckpointError(f"config {key} must lie in [1, {_MOST_LAYERS}]; got {raw[key]!r}")
+    parts = [raw]
+    for part in parts:  # also configs of towers, which are inside
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key in _DEPTH_KEYS:
+            if isinstance(part.get(key), int) and not 0 <= part[key] <= _MOST_LAYERS:
+                raise CheckpointError(f"config {key} must lie in [1, {_MOST_LAYERS}]; got {part[key]!r}")
     for key in families.WIDTH_KEYS:  # None and lists mean something to some families; their classes know
         value = raw.get(key)
         if value is not None and not isinstance(value, list) and not _is_whole(value):
@@ -374,9 +380,11 @@ def verify(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{name} must have {entry['bytes']} bytes; it has {file.stat().st_size}")
         if sha256_of(file) != entry["sha256"]:
             raise CheckpointError(f"{name} was altered: its SHA-256 is not the one in {MANIFEST}")
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _LOADED and file.name not in {*manifest["files"], MANIFEST}:
-            raise CheckpointError(f"{file.name} lies in {folder}, but {MANIFEST} does not list it")
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        read = file.is_file() and (file.suffix in _LOADED or is_tokenizer(name))
+        if read and name not in {*manifest["files"], MANIFEST}:
+            raise CheckpointError(f"{name} lies in {folder}, but {MANIFEST} does not list it")
     widths = check_fits(folder)
     if widths != manifest["widths"]:
         raise CheckpointError(f"{MANIFEST} says widths {manifest['widths']}, config.json says {widths}")

@@ -247,7 +247,12 @@ def install() -> None:
             # Also when construction fails before its end: the config is put back when the half-built model goes.
             put_back = weakref.finalize(self, _put_back, config, saved)
             put_back.atexit = False
-        init(self, config, *args, **kwargs)
+        try:
+            init(self, config, *args, **kwargs)
+        except BaseException:
+            if saved is not None:
+                put_back()
+            raise
         if saved is not None:
             self.__dict__["_pyprune_widths"] = (saved[0], widths, put_back)
 

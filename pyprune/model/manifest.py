@@ -61,7 +61,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has format {manifest['format']!r}; this version reads {FORMAT}")
         files = {str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in manifest["files"].items()}
         list(manifest["widths"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
         raise CheckpointError(f"{path} names files outside its folder")

@@ -127,9 +127,21 @@ class Pages:
             elif id(tensor) not in owners:
                 owners[id(tensor)] = name
                 known[name] = said
+            elif not self.shards.same(known[owners[id(tensor)]], said):
+                raise CheckpointError(
+                    f"{owners[id(tensor)]} and {name} are one tensor by the config, and differ in the folder: set "
+                    "tie_word_embeddings to false in its config.json, or prune the model in memory"
+                )
         missing = [name for key, name in absent.items() if key not in owners]
         if missing:
-            raise CheckpointError(f"{kind} lacks {len(missing)} tensors in the folder, the first is {missing[0]}")
+            strange = sorted(self.shards.places.keys() - known.values())
+            # Transformers renames tensors of some families on loading, as GPT-NeoX's embed_out.
+            hint = (
+                f"; it has {strange[0]}: where that is the same under another name, prune it in memory"
+                if strange
+                else ""
+            )
+            raise CheckpointError(f"{kind} lacks {len(missing)} tensors in the folder, the first is {missing[0]}{hint}")
         self.outside = [name for name in known if not name.startswith(f"{self._path}.")]
         return known
 

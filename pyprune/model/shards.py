@@ -87,7 +87,7 @@ def read_header(file: Path) -> dict[str, Place]:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         found = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file.name} has a damaged header: {error}") from error
     end = max((place.start + place.size for place in found.values()), default=8 + length)
     if size != end:
@@ -192,6 +192,14 @@ class Shards:
                 count = self._fill(stream, raw_bytes(raw)[: min(left, len(raw))], name)
                 left -= count
                 yield raw[:count].view(DTYPES[place.dtype])
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are equal to the bit."""
+        a, b = self.places[one], self.places[other]
+        if a == b or (a.dtype, a.shape) != (b.dtype, b.shape):
+            return a == b
+        pairs = zip(self.chunks(one), self.chunks(other), strict=True)
+        return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
 
     def _fill(self, stream: Any, view: memoryview, name: str) -> int:
         done = 0

@@ -140,7 +140,7 @@ def tied(ffns: list[FFN], widths: list[int]) -> list[int]:
     for group in groups(ffns):
         mean = sum(widths[ffn.layer] for ffn in group) / len(group)
         size, own = group[0].intermediate_size, max(1, round(mean))
-        if isinstance(group[0], Expert):
+        if isinstance(group[0], Expert) and mean < size:
             own = min(size, max(ROW, round(mean / ROW) * ROW))
         for ffn in group:
             found[ffn.layer] = own

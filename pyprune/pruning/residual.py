@@ -35,20 +35,25 @@ def adds_output(module: nn.Module, forward: Callable[[], Tensor]) -> bool:
         forward: runs a layer that holds it; its hidden state, of the shape of the module's output but for batch
             dimensions of 1.
     """
-    plain = forward()
-    change = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)).to(plain)
-    size, dtypes = plain.abs() + change.abs(), [plain.dtype]
+    outputs: list[Tensor] = []
+    change = torch.zeros(())
 
     def add(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        size.add_(out.abs().view_as(size))
-        dtypes.append(out.dtype)
-        return out + change.view_as(out)
+        outputs.append(out)
+        return out + change.to(out)
 
     handle = module.register_forward_hook(add)
     try:
+        plain = forward()
+        out = outputs[0]
+        # As large as what is put out, or rounding would hide it.
+        scale = out.float().square().mean().sqrt().clamp_min(1)
+        change = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(scale) * scale
         changed = forward()
     finally:
         handle.remove()
     # What adding rounds, value by value: beside one large channel every other one must tell.
-    error, unit = (changed - plain - change).abs(), max(torch.finfo(dtype).eps for dtype in dtypes)
-    return bool((error <= 1e-4 + 4 * unit * size).all())
+    unit = max(torch.finfo(tensor.dtype).eps for tensor in (plain, out))
+    size = plain.abs().float() + (out.abs().float() + change.abs()).view_as(plain)
+    error = ((changed - plain).float() - change.view_as(plain)).abs()
+    return bool((error <= 1e-4 * scale + 4 * unit * size).all())

@@ -259,9 +259,10 @@ def _other_tiles(facts: Facts) -> Iterator[Tile]:
         )
     manifest = facts.get("pyprune")
     if manifest is not None:
-        widths = manifest["widths"]
+        widths = [width for width in manifest["widths"] if width is not None]
         size = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors"))
-        yield Tile("FFN neurons", f"{sum(widths):,}", (f"in {plural(len(widths), 'FFN')}",))
+        if widths:
+            yield Tile("FFN neurons", f"{sum(widths):,}", (f"in {plural(len(widths), 'FFN')}",))
         yield Tile("Weights", megabytes(size), (clip(manifest["model_type"], 30),))
 
 
