@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from ..base.errors import CheckpointError, check, check_choice
 from ..evaluation import generate_text, perplexity
+from ..evaluation.analysis.summarise import number
 from ..evaluation.domains.suite import NEW_TOKENS, TOKENS, WINDOW
 from ..ffn import dispatch, native
 from ..ffn.accelerate import accelerate
@@ -183,7 +184,13 @@ def evaluate(
     with Bars() as bars:
         result = perplexity(loaded, windows, bars)
     show(
-        {"model": model, "text": name, "calibrated_on_this_text": calibrated, **vars(result)},
+        {
+            "model": model,
+            "text": name,
+            "calibrated_on_this_text": calibrated,
+            **vars(result),
+            "perplexity": number(result.perplexity),
+        },
         as_json,
         f"token perplexity {result.perplexity:.3f} ({result.tokens} tokens of {escape(name)}, window {result.window})",
     )

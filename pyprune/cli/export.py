@@ -139,7 +139,7 @@ def export(
         )
         return
     tokens = prompts(tokenizer, loaded.config)
-    result = to_padded(loaded, out, tokens, tokenizer, multiple or 1, overwrite, max_shard_size)
+    result = to_padded(loaded, out, tokens, tokenizer, 1 if multiple is None else multiple, overwrite, max_shard_size)
     show(
         vars(result),
         as_json,
