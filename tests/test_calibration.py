@@ -173,6 +173,19 @@ def test_unknown_precision_is_refused_before_anything_changes(tiny):
         prune(model, 0.5, "random", repair=None, precision="half")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt_neox", "falcon", "phi"])
+def test_a_branch_that_cancels_the_residual_does_not_hide_a_sum(name, dtype, tiny):
+    """In half precision some values round as a much larger sum did."""
+    model = tiny(name).to(dtype)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(50)
+        for projection, weight in model.named_parameters():
+            if projection.endswith("dense.weight"):
+                weight.mul_(20)
+    assert adds_ffn(model, find_ffns(model))
+
+
 @pytest.mark.parametrize(("name", "adds"), [("llama", True), ("gemma2", False), ("olmo2", False)])
 def test_one_loud_channel_does_not_hide_a_norm_behind_the_ffn(name, adds, tiny):
     model = tiny(name)

@@ -422,6 +422,10 @@ def test_two_outputs_of_one_name_share_a_spill_folder(tmp_path: Path) -> None:
     kept[1].remove()
     assert files[0].is_file() and not files[1].is_file()
     kept[0].close()
+    (tmp_path / "a").rename(tmp_path / "moved")  # goes on where it is now, with the states that it has
+    again = State(tmp_path / "moved" / "pruned", {"of": "a"}, tmp_path / "spill")
+    assert again.resumed and again.states_file("hidden", 1) == files[0]
+    again.close()
 
 
 def test_a_head_of_its_own_is_not_dropped(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def generate(
     place, prompt, texts = choose_device(device), as_text(prompt, "prompt"), {}
     for name, how in (*([] if against is None else [(against, (None, None))]), (model, (weights, width))):
         loaded = _load(name, dtype, place, *how)
-        title = name if name not in texts else f"{name}, " + ", ".join(str(given) for given in how if given is not None)
+        title = ", ".join([name, *(str(given) for given in how if given is not None)]) if name in texts else name
         texts[title] = generate_text(loaded, loading.load_tokenizer(name), prompt, new_tokens, temperature, seed, chat)
     show(
         {"prompt": prompt, "texts": texts},

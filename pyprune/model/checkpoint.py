@@ -255,8 +255,8 @@ def _float(value: dict[str, Any]) -> Any:
 def _bounded(raw: dict[str, Any]) -> dict[str, Any]:
     """Refuse a config that would build an enormous model, or none, before a config class of Transformers reads it."""
     parts = [raw]
-    for part in parts:  # also configs of towers, which are inside
-        parts += [value for value in part.values() if isinstance(value, dict)]
+    for part in parts:  # also configs of towers, which are inside; what users say of a run is theirs
+        parts += [value for key, value in part.items() if isinstance(value, dict) and key != "pyprune"]
         for key in _DEPTH_KEYS:
             if isinstance(part.get(key), int) and not 0 <= part[key] <= _MOST_LAYERS:
                 raise CheckpointError(f"config {key} must lie in [1, {_MOST_LAYERS}]; got {part[key]!r}")
@@ -380,7 +380,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{name} must have {entry['bytes']} bytes; it has {file.stat().st_size}")
         if sha256_of(file) != entry["sha256"]:
             raise CheckpointError(f"{name} was altered: its SHA-256 is not the one in {MANIFEST}")
-    for file in sorted(folder.rglob("*")):
+    for file in sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]):
         name = file.relative_to(folder).as_posix()
         read = file.is_file() and (file.suffix in _LOADED or is_tokenizer(name))
         if read and name not in {*manifest["files"], MANIFEST}:

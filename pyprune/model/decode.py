@@ -7,8 +7,8 @@ and with nearly the same logits nearly always: what differs then is the models a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,17 +41,13 @@ def end_tokens(model: Any) -> list[int]:
     return [] if end is None else list(end) if isinstance(end, list | tuple) else [end]
 
 
-@contextmanager
-def plainly(model: Any) -> Iterator[None]:
-    """Inside, `generate` does what it is told: penalties, beams and the like, which a checkpoint's own generation
-    config brings, are not in force; nor are its end tokens.
+def plain(model: Any) -> Any:
+    """The model, but that its `generate` does what it is told: penalties, beams and the like, which a checkpoint's own
+    generation config brings, are not in force; nor are its end tokens. The model itself is as it was.
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
+    found = copy.copy(getattr(model, "_orig_mod", model))  # what torch.compile wraps generates by itself
+    found.generation_config = GenerationConfig()
+    return found
 
 
 def check_prompts(model: Any, prompts: Sequence[Tensor], new_tokens: int) -> None:
@@ -117,8 +113,7 @@ def decode(
         mask = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows]).to(device)
         # Its own seed for each batch: the noise of a prompt does not depend on how many others there are before it.
         noise = LogitsProcessorList([_Gumbel(temperature, seed + batch[0])] if temperature else [])
-        with plainly(model):
-            out = model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=noise)
+        out = plain(model).generate(ids, attention_mask=mask, generation_config=settings, logits_processor=noise)
         for i, row in zip(batch, out[:, ids.shape[1] :].cpu(), strict=True):
             stops = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
             found[i] = row[: int(stops[0]) + 1] if len(stops) else row

@@ -53,7 +53,8 @@ def checksum(model: nn.Module) -> str:
 def sketch(model: nn.Module) -> str:
     """A hex number that tells a model from its fine-tunes, by a sample of every parameter.
 
-    Rounded to bfloat16 first, so that it is one in every dtype. Parameters that are not there take part by name.
+    Rounded to bfloat16 first, so that it is one in float32 and bfloat16. Of parameters that are not there it has the
+    names.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -52,8 +52,9 @@ def adds_output(module: nn.Module, forward: Callable[[], Tensor]) -> bool:
         changed = forward()
     finally:
         handle.remove()
-    # What adding rounds, value by value: beside one large channel every other one must tell.
+    # What adding rounds, value by value: beside one large channel every other one must tell. Where a branch beside this
+    # one and the residual cancel, a few round as a larger sum did.
     unit = max(torch.finfo(tensor.dtype).eps for tensor in (plain, out))
     size = plain.abs().float() + (out.abs().float() + change.abs()).view_as(plain)
     error = ((changed - plain).float() - change.view_as(plain)).abs()
-    return bool((error <= 1e-4 * scale + 4 * unit * size).all())
+    return float((error <= 1e-4 * scale + 4 * unit * size).float().mean()) > 0.99

@@ -22,7 +22,7 @@ from ..base.files import cache_folder, new_file
 from ..base.machine import fast_bfloat16
 from ..base.progress import Progress, quiet
 from ..base.windows import plain_ids, start_ids
-from ..model.decode import end_tokens, plainly
+from ..model.decode import end_tokens, plain
 
 KINDS = ("plain", "chat")
 # Tokens of a document, and of what a user says, at most; documents that are written at once, and at most on a GPU.
@@ -74,8 +74,7 @@ def _continued(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, en
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, eos_token_id=ends or None,
         pad_token_id=pad,
     )  # fmt: skip
-    with plainly(model):
-        rows = model.generate(ids, attention_mask=mask, generation_config=how)[:, longest:].tolist()
+    rows = plain(model).generate(ids, attention_mask=mask, generation_config=how)[:, longest:].tolist()
     stops = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return [row[:stop] for row, stop in zip(rows, stops, strict=True)]
 

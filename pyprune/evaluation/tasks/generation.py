@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from ...base.errors import check
 from ...base.progress import Progress, quiet
-from ...model.decode import end_tokens, plainly
+from ...model.decode import end_tokens, plain
 from .encoding import Row, check_rows, prompt_ids
 from .records import GenerationRecord, full_prompt
 
@@ -97,10 +97,9 @@ def written(
         progress("generation", done, len(rows))
         ids = torch.tensor([rows[i] for i in numbers], device=device)
         stops = [partial(_written_lines, tokenizer, ids.shape[1])]
-        with plainly(model):
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=how, stopping_criteria=stops
-            )
+        out = plain(model).generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=how, stopping_criteria=stops
+        )
         for i, row in zip(numbers, out[:, ids.shape[1] :].tolist(), strict=True):
             texts[i] = tokenizer.decode(row, skip_special_tokens=True)
         done += len(numbers)

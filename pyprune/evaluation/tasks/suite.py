@@ -126,12 +126,17 @@ def _categorical(run: _Run, name: str, records: Sequence[ChoiceRecord], chance: 
     return run.result(name, "categorical", records, both, {"accuracy": chance}, found.to_json(run.seed))
 
 
+def _by_token(records: Sequence[ChoiceRecord]) -> bool:
+    """Whether there are few enough options for each to be one token."""
+    return max(len(record.choices) for record in records) <= MOST_CHOICES
+
+
 def _choice(run: _Run, name: str, records: Sequence[ChoiceRecord], skipped: list[tuple[str, str]]) -> list[TaskResult]:
     """By likelihood of the options and by answer tokens; yes or no by these alone, for both would ask the same."""
     chance = choice.chance(records)
     words = all(in_words(record) for record in records)
     by_token: list[TaskResult] = []
-    if max(len(record.choices) for record in records) <= MOST_CHOICES:
+    if _by_token(records):
         title = name if words else f"{name}, letters"
         try:
             by_token.append(_categorical(run, title, records, chance))
@@ -207,7 +212,7 @@ def read_tasks(
     check(len(set(names)) == len(names), "files", "have different names, which are the tasks'", names)
     tasks = [(name, _drawn(read_records(path), items, seed)) for name, path in zip(names, paths, strict=True)]
     for name, records in tasks:
-        if kind_of(records) == "choice":
+        if kind_of(records) == "choice" and _by_token(cast(Sequence[ChoiceRecord], records)):
             rule = f"be from 0 to {len(records) - 1}, one less than the records of {name}"
             check(0 <= shots < len(records), "shots", rule, shots)
     return tasks

@@ -37,6 +37,7 @@ except ImportError:  # Windows, where nothing keeps a second process out
 
 STATE = "state.json"
 _FORMAT = 1
+_SPILLED = "spilled"
 
 
 @dataclass
@@ -87,15 +88,13 @@ class State:
     def __init__(self, out: Path, settings: dict[str, Any], spill: Path | None = None) -> None:
         self.folder = folder_of(out)
         self.out, self._layers = self.folder / "out", self.folder / "layers"
-        # Outputs of one name in several places may share a folder for hidden states.
-        own = hashlib.sha256(str(self.folder.absolute()).encode()).hexdigest()[:12]
-        self._states = self.folder if spill is None else Path(spill) / f"{self.folder.name}.{own}"
         self.settings = json.loads(json.dumps(settings))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: BinaryIO | None = (self.folder / "lock").open("ab")
         self._take_lock()
         said = self._read()
         self.resumed = said is not None and self.out.is_dir()
+        self._states = self.folder if spill is None else Path(spill) / self._spilled()
         if self.resumed:
             assert said is not None
             self.progress = said
@@ -104,7 +103,19 @@ class State:
         self.progress = Progress()
         for place in (self.out, self._layers, self._states):
             place.mkdir(parents=True, exist_ok=True)
+        (self.folder / _SPILLED).write_text(self._states.name, encoding="utf-8")
         self.save()
+
+    def _spilled(self) -> str:
+        """The name of the folder of hidden states.
+
+        Outputs of one name in several places may share what it lies in; a run that goes on, perhaps with its output
+        elsewhere, keeps the name that it began with.
+        """
+        file = self.folder / _SPILLED
+        if self.resumed:
+            return file.read_text(encoding="utf-8") if file.is_file() else self.folder.name
+        return f"{self.folder.name}.{hashlib.sha256(str(self.folder.absolute()).encode()).hexdigest()[:12]}"
 
     def _take_lock(self) -> None:
         if fcntl is None or self._lock is None:

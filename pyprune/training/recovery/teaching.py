@@ -69,7 +69,7 @@ def _trainable(student: Any, config: RecoverConfig) -> Iterator[Adapters | None]
                 parameter.requires_grad_(wanted[name])
                 parameter.grad = None
             for name, buffer in student.named_buffers():
-                buffer.data = buffer.data.to(kinds[name])
+                buffer.data = buffer.data.to(kinds.get(name, buffer.dtype))
 
 
 @torch.inference_mode(False)
