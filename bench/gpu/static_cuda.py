@@ -1,12 +1,15 @@
 """Registers, spills and 16-byte loads of every CUDA kernel, read from the machine code in the built library.
 
-python -m bench.gpu.static_cuda          prints the table and writes its rows into bench/results/static.json
+    PYPRUNE_CUDA_ARCHS="80 90 100 120" make native
+    python -m bench.gpu.static_cuda          prints the table and writes its rows into bench/results/static.json
 
-No GPU is needed; Triton's package brings the disassembler.
+No GPU is needed; Triton's package brings the disassembler. `make test` compiles one architecture, compares it with the
+table, and reads the others there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -26,6 +29,7 @@ from pyprune.base.files import new_file
 from pyprune.ffn import native
 
 RESULT = Path(__file__).parents[1] / "results" / "static.json"
+CSRC = Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 # By compute capability: most shared memory that a block may ask for, in bytes (CUDA programming guide, technical
@@ -121,11 +125,22 @@ def rows(library: Path) -> list[dict[str, Any]]:
     )
 
 
+def fingerprint() -> str:
+    """A hex number of what the kernels are made from: device code, and every header."""
+    digest = hashlib.sha256()
+    for file in sorted(f for part in ("cuda", "common") for f in (CSRC / part).glob("*") if f.suffix != ".cpp"):
+        if file.is_file():
+            digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()} ".encode())
+    return digest.hexdigest()
+
+
 def main() -> None:
     """Read, print, write."""
     reason = native.load_cuda()
     if reason:
         raise SystemExit(reason)
+    if missing := sorted(set(ARCHITECTURES) - set(native.facts("cuda")["architectures"])):
+        raise SystemExit(f"the library is not built for {', '.join(missing)}: see python -m bench.gpu.static_cuda's top")
     found = rows(native.library("cuda"))
     table = Table(title="CUDA kernels as machine code", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in found[0]:
@@ -137,7 +152,7 @@ def main() -> None:
     console.width = max(console.width, 160)  # into a pipe rich would fold the columns at 80
     console.print(table)
     known = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    built = {key: native.facts("cuda").get(key) for key in ("nvcc", "architectures")}
+    built = {"nvcc": native.facts("cuda").get("nvcc"), "fingerprint": fingerprint()}
     with new_file(RESULT) as temporary:
         temporary.write_text(by_line.dumps({**known, "cuda_built": built, "cuda": found}, ("kernels", "cuda")))
 
