@@ -123,9 +123,8 @@ def test_recovery_follows_where_it_is_asked_for(tiny_checkpoint: Path, tmp_path:
     assert "recovery:" in text and "perplexity on held-out windows" in text
     message = "recover must be 0 minutes or more, and finite; got -1.0"
     assert message in refused(2, *arguments, "--dry-run", "--recover", -1)
-    assert "recover must be left out with --nested; got 1.0" in refused(
-        2, *arguments, "--dry-run", "--nested", "--recover", 1
-    )
+    with_nested = refused(2, "prune", tiny_checkpoint, "--dry-run", "--nested", "--recover", 1)
+    assert "recover must be left out with --nested; got 1.0" in with_nested
 
 
 def test_prune_writes_a_checkpoint(tiny_checkpoint: Path, pruned: Path, tmp_path: Path) -> None:

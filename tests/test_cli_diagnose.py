@@ -76,7 +76,8 @@ def test_parts_and_files_of_the_users_own(tiny_checkpoint: Path, pruned: Path, t
     prompts.write_text("The list\n\nA class is a\n")
     tasks.write_text('{"prompt": "A list is", "choices": ["mutable", "blue"], "answer": 0}\n' * 3)
     given = ("--parts", "drift,tasks", "--prompts-file", prompts, "--task", tasks)
-    facts = as_json("diagnose", tiny_checkpoint, pruned, *SMALL, *given)
+    size = ("--tokens", 512, "--window", 64, "--new-tokens", 5, "--items", 4)
+    facts = as_json("diagnose", tiny_checkpoint, pruned, *size, *given)
     assert "hierarchy" not in facts and facts["drift"]["greedy"]["prompts"] == 2
     assert {task["name"].partition(",")[0] for task in facts["tasks"]["tasks"]} == {"mine"}
 

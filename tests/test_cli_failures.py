@@ -93,6 +93,32 @@ def test_a_broken_model_is_no_mistake_of_the_users(tiny_checkpoint: Path, tmp_pa
     assert "config.json" in refused(2, "inspect", tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("prune X --out Y --nested --keep 0.7", "keep must be left out with --nested, which removes nothing; got 0.7"),
+        ("prune X --out Y --nested --precision auto", "precision must be left out with --nested"),
+        ("prune X --out Y --shares 0.5", "shares must be given with --nested only; got '0.5'"),
+        ("prune X --out Y --mask Z --keep 0.7", "keep must be left out with --mask, which says what stays; got 0.7"),
+        ("prune X --out Y --mask Z --multiple 8", "multiple must be left out with --mask"),
+        ("prune X --out Y.gguf --max-shard-size 5GB", "max_shard_size must be left out where --out is a GGUF file"),
+        ("inspect X --threshold 0.8", "threshold must be given with --redundancy only; got 0.8"),
+        ("inspect X --text Z", "text must be given with --redundancy only; got 'Z'"),
+        ("bench X --against Y --keep 0.5", "keep must be left out with --against and --width"),
+        ("bench X --width 0.5 --seed 0", "seed must be left out with --against and --width"),
+        ("diagnose X Y --prompts-file Z --prompts 3", "prompts must be left out with --prompts-file; got 3"),
+        ("diagnose X Y --parts hierarchy --new-tokens 3", "new_tokens must be left out where --parts lacks drift"),
+        ("diagnose X Y --parts drift --shots 1", "shots must be left out where --parts lacks tasks; got 1"),
+        ("recover X --teacher Y --out Z --rank 4", "rank must be left out unless --mode is lora; got 4"),
+        ("compare X --criteria obs", "criteria must be left out unless --preset has grid; got 'obs'"),
+        ("tune X --plain", "gated must be left out with MODEL, which has its own; got False"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(command: str, said: str) -> None:
+    """At once, whatever its value: also the default's."""
+    assert said in refused(2, *command.split())
+
+
 def test_help_tells_the_exit_codes() -> None:
     text = " ".join(call("--help").stdout.split())
     assert "0 done" in text and "2 a mistake in what was asked for" in text and "1 it could not be done" in text

@@ -301,7 +301,7 @@ def test_command_line(own_cache, tiny_checkpoint):
     [
         ((), "MODEL, or hidden_size and intermediate_size, must be given; got neither"),
         (("--hidden-size", 8), "MODEL, or hidden_size and intermediate_size, must be given"),
-        (("x/y", *SIZES), "hidden_size and intermediate_size must not be given with MODEL; got (32, 96)"),
+        (("x/y", *SIZES), "hidden_size must be left out with MODEL, which has its own; got 32"),
         (("x/y", "--mode", "dense", "--device", "cpu"), "mode must be one of compact, gather; got 'dense'"),
         ((*SIZES, "--tokens", "1,two"), "tokens must be numbers separated by commas; got '1,two'"),
         ((*SIZES, "--tokens", "0"), "tokens must be one or more numbers of at least 1; got (0,)"),

@@ -46,6 +46,7 @@ from .options import (
     WeightsOption,
     WidthOption,
     as_text,
+    check_left_out,
     choose_device,
     text_windows,
 )
@@ -228,6 +229,7 @@ def generate(
 @app.command()
 @verb
 def bench(
+    context: typer.Context,
     model: ModelArgument,
     against: Annotated[
         str | None, typer.Option(help="The dense MODEL; then MODEL is a pruned one.", show_default=False)
@@ -252,6 +254,8 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Decode, prefill and FFN speed as ratios to dense in the same run, each with its ceiling."""
+    if against is not None or width is not None:
+        check_left_out(context, "be left out with --against and --width, which say what stays", "keep", "seed")
     check(against is None or mode == "compact", "mode", "be compact with --against, whose neurons are gone", mode)
     every = Uniform(multiple=1)
     PruneOptions.of(keep, "random", every, None, seed=seed)  # complains before a long load

@@ -35,6 +35,7 @@ from .options import (
     TextOption,
     TokensOption,
     WindowOption,
+    check_left_out,
     check_sources,
     choose_device,
     text_windows,
@@ -181,6 +182,7 @@ def _goal(goal: dict[str, Any]) -> str:
 
 @verb
 def compare(
+    context: typer.Context,
     model: ModelArgument,
     text: TextOption = None,
     calibrate: Annotated[
@@ -243,11 +245,14 @@ def compare(
     The first half of --text calibrates unless --calibrate says otherwise, its second half and every --also evaluate.
     With --suite, --evaluation-tokens are those of each domain.
     """
+    if "grid" not in _words(preset):
+        check_left_out(context, "be left out unless --preset has grid", "criteria", "repair", "allocation")
     keeps = _shares(keep)
     recipes = _recipes(preset, criteria, repair, allocation, only or [])
     settings(recipes, keeps, 1, multiple, seeds)  # complains before a long load
     check(text is None or text not in (also or []), "also", "be other files than text, half of which calibrates", also)
-    check(not (whole and also), "also", "be left out with --suite, which has its own texts", also)
+    if whole:
+        check_left_out(context, "be left out with --suite, which has its own texts", "also")
     material = read_material(data, items or 0) if whole else None
     if not whole:
         check_no_suite(data=data, items=items, new_tokens=new_tokens)

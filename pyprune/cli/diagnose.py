@@ -29,12 +29,18 @@ from .options import (
     TextOption,
     TokensOption,
     WindowOption,
+    check_left_out,
     check_same_tokenizer,
     choose_device,
     text_windows,
 )
 from .screen import Bars, megabytes, show, table, verb
 
+# Options that one part alone reads.
+_OF_PARTS = {
+    "drift": ("prompts", "prompt_tokens", "prompts_file", "new_tokens", "temperature"),
+    "tasks": ("task", "items", "shots"),
+}
 _SPACES = (("embedding", "hidden states"), ("logits", "logits"), ("probabilities", "probabilities"))
 
 
@@ -146,6 +152,7 @@ def tables(facts: dict[str, Any]) -> Iterator[Any]:
 
 @verb
 def diagnose(
+    context: typer.Context,
     dense: Annotated[str, typer.Argument(help=f"The dense model. {MODEL_HELP}", metavar="DENSE", show_default=False)],
     pruned: Annotated[
         str, typer.Argument(help=f"The pruned model. {MODEL_HELP}", metavar="PRUNED", show_default=False)
@@ -180,6 +187,11 @@ def diagnose(
     budget = Budget(prompts, prompt_tokens, new_tokens, temperature, items or None, shots)
     chosen = [part.strip() for part in parts.split(",") if part.strip()]
     check_parts(chosen)
+    if prompts_file is not None:
+        check_left_out(context, "be left out with --prompts-file", "prompts", "prompt_tokens")
+    for part, of_it in _OF_PARTS.items():
+        if part not in chosen:
+            check_left_out(context, f"be left out where --parts lacks {part}", *of_it)
     check(out is None or not out.is_dir(), "out", "be a file", str(out))
     place = choose_device(device)
     tokenizer = loading.load_tokenizer(dense)

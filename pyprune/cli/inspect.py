@@ -21,6 +21,7 @@ from .options import (
     TextOption,
     TokensOption,
     WindowOption,
+    check_left_out,
     choose_device,
     text_windows,
 )
@@ -107,6 +108,7 @@ def _redundancy_tables(found: dict[str, Any]) -> Iterator[Any]:
 
 @verb
 def inspect(
+    context: typer.Context,
     model: ModelArgument,
     redundancy: Annotated[
         bool, typer.Option("--redundancy", help="Also: which neurons are alike, and how much the loss depends on each.")
@@ -126,7 +128,10 @@ def inspect(
 ) -> None:
     """The FFNs found: layer, family, plain or gated, widths, activation, bias, parameters, share of the bytes."""
     windows, name = None, ""
-    if redundancy:
+    if not redundancy:
+        sampling = ("threshold", "criteria", "keep", "text", "tokens", "window", "start_token", "seed", "device")
+        check_left_out(context, "be given with --redundancy only", *sampling)
+    else:
         windows, name = text_windows(loading.load_tokenizer(model), text, "first", tokens, window, start_token)
     loaded = loading.load_model(
         model, "float32" if redundancy else "auto", choose_device(device) if redundancy else "cpu"

@@ -79,6 +79,13 @@ ShardOption = Annotated[
 SeedOption = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 
 
+def check_left_out(context: typer.Context, rule: str, *names: str) -> None:
+    """Raise `InputError` for an option among `names` that was given, with any value: it would do nothing."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        check(source is None or source.name != "COMMANDLINE", name, rule, context.params[name])
+
+
 def choose_device(name: str) -> str:
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     check_choice(chosen.partition(":")[0], "device", ("cpu", "cuda"))

@@ -35,6 +35,7 @@ from .options import (
     SourcesOption,
     StartOption,
     WindowOption,
+    check_left_out,
     check_sources,
     choose_device,
     tokenizer_to_save,
@@ -105,6 +106,19 @@ def _check_gguf(model: str, out: Path | None, changes_more: bool, overwrite: boo
     Base(model)
 
 
+def _check_together(context: typer.Context, nested_widths: bool, mask: Path | None, out: Path | None) -> None:
+    """That no option was given which would do nothing beside others."""
+    if nested_widths:
+        check_left_out(context, "be left out with --nested, which removes nothing", "keep", "precision")
+    else:
+        check_left_out(context, "be given with --nested only", "shares")
+    if mask is not None:
+        scoring = ("keep", "method", "allocation", "target_speedup", "workload", "protect", "multiple", "floor")
+        check_left_out(context, "be left out with --mask, which says what stays", *scoring)
+    if out is not None and out.suffix == ".gguf":
+        check_left_out(context, "be left out where --out is a GGUF file, which is one", "max_shard_size")
+
+
 def _given(**values: Any) -> dict[str, Any]:
     """Those that were given on the command line."""
     return {name: value for name, value in values.items() if value is not None}
@@ -113,6 +127,7 @@ def _given(**values: Any) -> dict[str, Any]:
 @verb
 @together
 def prune(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[
         Path | None,
@@ -232,6 +247,7 @@ def prune(
 
     --target-speedup to --target are keys of --allocation and --repair, given apart.
     """
+    _check_together(context, nested_widths, mask, out)
     spread = _given(target_speedup=target_speedup, workload=workload, protect=protect, multiple=multiple, floor=floor)
     named = allocation or (ALLOCATION if target_speedup is None else "latency")
     options = PruneOptions.of(

@@ -31,6 +31,7 @@ from .options import (
     StartOption,
     TokensOption,
     WindowOption,
+    check_left_out,
     check_same_tokenizer,
     check_sources,
     choose_device,
@@ -114,6 +115,7 @@ def _worse(names: list[str]) -> str:
 @verb
 @together
 def recover(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help=f"The pruned model. {MODEL_HELP}", metavar="MODEL", show_default=False)],
     teacher: Annotated[
         str, typer.Option("--teacher", help=f"The dense model. {MODEL_HELP}", metavar="DENSE", show_default=False)
@@ -182,6 +184,8 @@ def recover(
     as_json: JsonOption = False,
 ) -> None:
     """Train a pruned model for a while, taught by the dense one, and write it as a checkpoint."""
+    if mode == "full":
+        check_left_out(context, "be left out unless --mode is lora", "rank", "alpha")
     config = RecoverConfig(
         steps=steps,
         batch=batch,

@@ -15,7 +15,7 @@ from ..ffn.quantisation import WEIGHTS
 from ..ffn.tune import MODES, layer_problems, model_problems
 from ..ffn.tune import tune as tune_problems
 from ..model import loading
-from .options import MODEL_HELP, DeviceOption, DtypeOption, JsonOption, choose_device
+from .options import MODEL_HELP, DeviceOption, DtypeOption, JsonOption, check_left_out, choose_device
 from .screen import Bars, show, table, verb
 
 
@@ -52,6 +52,7 @@ def _row(one: Tuned) -> tuple[str, ...]:
 
 @verb
 def tune(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} Or give sizes.", show_default=False)] = None,
     hidden_size: Annotated[int | None, typer.Option(help="Without MODEL: D.", show_default=False)] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="Without MODEL: F.", show_default=False)] = None,
@@ -79,10 +80,8 @@ def tune(
     options: dict[str, Any] = {"mode": mode, "keep": keep, "tokens": _numbers(tokens), "device": place}
     kept = None if weights is None else WEIGHTS[weights]
     if model is not None:
-        given = hidden_size is not None or intermediate_size is not None
-        check(
-            not given, "hidden_size and intermediate_size", "not be given with MODEL", (hidden_size, intermediate_size)
-        )
+        form = ("hidden_size", "intermediate_size", "gated", "activation")
+        check_left_out(context, "be left out with MODEL, which has its own", *form)
         check_choice(mode, "mode", MODES)  # before a long load
         problems = model_problems(loading.load_model(model, dtype), weights=kept, **options)
     else:
@@ -90,8 +89,8 @@ def tune(
             raise InputError("MODEL, or hidden_size and intermediate_size, must be given; got neither")
         default = torch.bfloat16 if place == "cuda" else torch.float32
         own = default if dtype == "auto" else WEIGHTS[dtype]
-        form: dict[str, Any] = {"gated": gated, "activation": activation, "dtype": own, "weights": kept}
-        problems = layer_problems(hidden_size, intermediate_size, **form, **options)
+        own_form: dict[str, Any] = {"gated": gated, "activation": activation, "dtype": own, "weights": kept}
+        problems = layer_problems(hidden_size, intermediate_size, **own_form, **options)
     with Bars() as bars:
         report = tune_problems(problems, budget, again, bars)
     refused = [reason for one in report.tuned for reason in one.refused]
