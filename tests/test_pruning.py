@@ -124,6 +124,19 @@ def test_bias_compensation(family_name, tiny, ids, tmp_path):
         assert loaded.config.mlp_bias is True
 
 
+def test_an_error_before_the_first_cut_leaves_no_bias(tiny, ids):
+    def interrupted(stage: str, done: int, total: int) -> None:
+        if stage == "pruning layers":
+            raise KeyboardInterrupt
+
+    model = tiny("llama")
+    before = state_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, method="wanda", repair="bias", **SMALL, text=ids, progress=interrupted)
+    assert_untouched(model, before)
+    assert model.config.mlp_bias is False
+
+
 def test_bias_compensation_where_the_format_has_none_is_refused_at_once(tiny, ids):
     model = tiny("qwen2")
     before = state_of(model)

@@ -192,7 +192,6 @@ def _prune(
         pruner = Pruner(described, *chosen, ranks) if layers is None else OffloadedPruner(layers, *chosen)
         try:
             plan = Plan(list(mask.layers)) if mask else pruner.agreed(options.allocation.plan(pruner, options.keep))
-            options.repair.prepare(described)
             keeps = pruner.run(plan.layers)
         finally:
             if layers is not None:

@@ -245,6 +245,8 @@ class Pruner:
                 ready = [self._ready(group, plan, stream) for group in stage]
                 if stream and not self.options.sequential:
                     stream.advance()
+                if not chosen:  # not before: until here an error leaves the model as it was
+                    repair.prepare(self.described)
                 for group, fitted in zip(stage, ready, strict=True):
                     chosen += self._cut(group, fitted)
                 self.leave(stage, chosen, stream)
