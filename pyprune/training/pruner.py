@@ -31,9 +31,9 @@ from ..model import families, surgery
 from ..model import provenance as model_provenance
 from ..model.mask import KeepIndex, Mask
 from ..model.units import tied
-from ..model.weights import is_sharded, whole
+from ..model.weights import is_sharded
 from ..pruning.importance.base import NEEDS
-from . import methods, persist, selection
+from . import gathering, methods, persist, selection
 from .config import TrainingConfig
 from .masks import NeuronMask
 from .methods import Gathered, Moment, State
@@ -291,7 +291,7 @@ class TrainingPruner:
         self.remove()
         facts = {"training": self.config.to_json(), "steps": self.done, "kept": kept, **given}
         if self._sharded:
-            self._gather(into)
+            gathering.gather(self.model, into, self._ranks)
             if into is not None and self._ranks.rank == 0:
                 ffns = families.find_ffns(into)
                 self._cut(into, ffns, families.ffn_block(into, ffns), keeps, facts)
@@ -315,28 +315,7 @@ class TrainingPruner:
 
     def check_into(self, into: nn.Module | None) -> None:
         """Raise `InputError`, on every process, unless `finish` can use `into`."""
-        with self._ranks.working():
-            self._check_into(into)
-
-    def _check_into(self, into: nn.Module | None) -> None:
-        if not self._sharded:
-            check(into is None, "into", "be left out where this process has the whole model", type(into).__name__)
-        elif self._ranks.rank == 0:
-            check(into is not None, "into", "be a whole model of the same config where weights are cut (FSDP2)", None)
-            assert into is not None
-            shapes = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (self.model, into))
-            mine, theirs = shapes
-            strange = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
-            check(not strange, "into", "have the parameters of the trained model", strange[:3])
-
-    @torch.no_grad()
-    def _gather(self, into: nn.Module | None) -> None:
-        """Copy the weights, which are cut over the ranks, into the first one's whole model."""
-        own = dict(into.state_dict(keep_vars=True)) if into is not None and self._ranks.rank == 0 else {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            full = whole(tensor)
-            if name in own:
-                own[name].copy_(full)
+        gathering.check_into(self.model, into, self._ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on from: `tensors`, flat by name, and `facts`, JSON values. To be taken between steps."""
