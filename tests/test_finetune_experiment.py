@@ -500,15 +500,19 @@ def test_correlation_by_hand(finetune: SimpleNamespace) -> None:
     # Within each of two widths one falls as the other rises, though over all both are higher at the second width.
     left, right = [1.0, 2.0, 3.0, 4.0, 11.0, 12.0, 13.0, 14.0], [4.0, 3.0, 2.0, 1.0, 14.0, 13.0, 12.0, 11.0]
     widths = [0.5] * 4 + [0.3] * 4
-    assert correlation.correlation(left, right, widths)["value"] == pytest.approx(-1)
-    everything = correlation.correlation(left, right, [0] * 8)
+    methods = ["random", "movement", "gum", "l0"] * 2
+    assert correlation.correlation(left, right, widths, methods)["value"] == pytest.approx(-1)
+    everything = correlation.correlation(left, right, [0] * 8, methods)
     assert everything["value"] == pytest.approx(1 - 6 * 2 * (9 + 1 + 1 + 9) / (8 * 63))  # 1 - 6 sum d^2 / (n (n^2 - 1))
     assert everything["low"] <= everything["value"] <= everything["high"] and everything["n"] == 8
     few = {"value": None, "low": None, "high": None}
-    assert correlation.correlation(left[:7], right[:7], [0] * 7) == {**few, "n": 7}
-    assert correlation.correlation([1.0] * 8, right, [0] * 8) == {**few, "n": 8}
-    with pytest.raises(InputError, match=r"right and strata must be as long as left \(8\); got \(4, 8\)"):
-        correlation.correlation(left, right[:4], widths)
+    assert correlation.correlation(left[:7], right[:7], [0] * 7, methods[:7]) == {**few, "n": 7}
+    assert correlation.correlation([1.0] * 8, right, [0] * 8, methods) == {**few, "n": 8}
+    with pytest.raises(InputError, match=r"right, strata and methods must be as long as left \(8\); got \(4, 8, 8\)"):
+        correlation.correlation(left, right[:4], widths, methods)
+    # Eight cells of one method are one witness: the interval is that of two methods, whatever their cells say.
+    two = correlation.correlation([1.0] * 4 + [2.0] * 4, [*range(8)], [0] * 8, ["random"] * 4 + ["gum"] * 4)
+    assert two["value"] > 0.8 and two["low"] == pytest.approx(two["high"])
 
 
 def test_headlines(finetune: SimpleNamespace) -> None:

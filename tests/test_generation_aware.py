@@ -84,21 +84,30 @@ def test_arms_are_judged_at_their_own_perplexity(table: ModuleType) -> None:
     found = table.arms(result()["rows"])
     line = table.line_of(found, table.Arm("dense", [result()["rows"]["dense 0"]]))
     shares = ["prose, 20 %", "prose, 40 %"]
-    assert (
-        list(found) == ["prose", "own", "target", "ridge", "ridge, target", "kl", "hidden", *shares] and len(line) == 4
-    )
-    assert found["own"].loss == pytest.approx(2.0) and len(found["own"].rows) == 2  # of domains at 1.5 and 2.5
-    value, (low, high) = table.against(found["own"], line, "exact")
-    assert value == pytest.approx(0.7 - (0.8 + 0.6) / 2) and low <= 0 <= high
-    value, (low, high) = table.against(found["own"], [found["prose"]], "exact")
-    assert value == pytest.approx(0.1) and low < 0.1 < high
-    assert [found[name].rows[0]["arm"] for name in ("kl", "hidden")] == ["target", "ridge, target"]
-    said = table.verdicts(found, line)
-    assert said["own"] == ("=", "=") and said["kl"] == ("better", "better") and said["hidden"] == ("worse", "worse")
+    assert list(found) == ["prose", "own", "target", "ridge", "ridge, target", *shares] and len(line) == 4
+    assert found["own"].losses[0] == pytest.approx(2.0) and len(found["own"].rows) == 2  # of domains at 1.5 and 2.5
+    # The line was measured in one sample only.
+    assert table.differences(found["own"], line, "exact") == pytest.approx([0.7 - (0.8 + 0.6) / 2])
+    assert table.differences(found["own"], [found["prose"]], "exact") == pytest.approx([0.1])
     answers, body = table.strategy(result())
-    assert "the model's own text, wanda: answers no difference shown, repetition no difference shown" in answers[0]
-    assert "by the KL: answers better, repetition better" in answers[1]
+    assert "the model's own text, wanda: answers worse in one sample, which has no interval" in answers[0]
+    assert "damping 0.1, target 0.5 (chosen by the hidden state): answers worse in one sample" in answers[1]
+    assert "target 0.5 (chosen by the KL): answers better in one sample" in answers[1]
     assert sum(line.startswith("| WikiText, wanda") for line in body) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "sign", "said"),
+    [
+        ([], 1, "not measured yet"),
+        ([0.1, 0.11, 0.12], 1, "better"),
+        ([0.1, 0.11, 0.12], -1, "worse"),
+        ([-0.02, -0.17, -0.1], 1, "worse in each of 3 samples, though not by the interval"),
+        ([-0.2, 0.1, 0.05], 1, "no difference shown"),
+    ],
+)
+def test_a_verdict_is_over_samples(table: ModuleType, values: list[float], sign: int, said: str) -> None:
+    assert table.verdict(values, sign) == said
 
 
 def test_the_divergence_of_two_models_by_hand(bench: ModuleType, tiny: Callable[..., Any]) -> None:

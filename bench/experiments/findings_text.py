@@ -69,7 +69,9 @@ def _answer(claim: Claim, blocks: Sequence[tuple[str, list[Row]]]) -> str:
     found = []
     for title, rows in blocks:
         verdicts = [claim.judge(row)[0] for row in rows]
-        found.append(f"{majority(verdicts)} on {title} ({_counted(verdicts)} of {len(rows)} rows)")
+        aside = claim.aside(rows)
+        counted = f"{_counted(verdicts)} of {len(rows)} rows{aside and '; '}{aside}"
+        found.append(f"{majority(verdicts)} on {title} ({counted})")
     return f"- **({claim.letter}) {claim.words}:** {'; '.join(found)}."
 
 

@@ -1,7 +1,8 @@
 """The attempts at a strategy for generation: what each arm keeps, and what of that is more than its perplexity says.
 
-Of an arm the same items are measured after calibration on each sample, and averaged; intervals are 95 %, by bootstrap
-over items, drawn together for all arms. Perplexity has no interval there: it is what is held equal.
+Of an arm the same items are measured after calibration on each sample. What arms differ by is taken within each sample,
+and its interval is over samples: which tokens a model was calibrated on moves its answers by more than which questions
+were asked.
 """
 
 from __future__ import annotations
@@ -10,14 +11,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from bench.experiments.finetune.intervals import over_seeds
 from bench.tables.readme import markdown, provenance
-from pyprune.evaluation.intervals import bootstrap_of
 
 Rows = dict[str, Any]
-CHOSEN = ("kl", "hidden")
+CHOSEN = {"kl": "the KL", "hidden": "the hidden state"}
 GRID = ("own", "target", "ridge", "ridge, target")
 BASE, LINE = "prose", ("prose, 20 %", "prose", "prose, 40 %")
 WORDS = {
@@ -30,8 +28,7 @@ WORDS = {
     "target": "own text, wanda, target 0.5",
     "ridge": "own text, wanda, damping 0.1",
     "ridge, target": "own text, wanda, damping 0.1, target 0.5",
-    "kl": "own text, wanda, damping and target by the KL",
-    "hidden": "own text, wanda, damping and target by the hidden state",
+    **{measure: f"own text, wanda, damping and target by {words}" for measure, words in CHOSEN.items()},
     "prose, 20 %": "WikiText, wanda, 20 % removed",
     "prose, 40 %": "WikiText, wanda, 40 % removed",
 }
@@ -62,15 +59,17 @@ def weights(at: float, line: Sequence[float]) -> list[float]:
 
 
 class Arm:
-    """One arm's rows: `samples` of them, mean `loss`, and `[N]` mean items by measure."""
+    """One arm's rows, one of each sample, and what it is called."""
 
-    def __init__(self, name: str, rows: Sequence[Rows]) -> None:
-        self.name, self.rows = name, rows
+    def __init__(self, name: str, rows: Sequence[Rows], also: Sequence[str] = ()) -> None:
+        self.name, self.rows, self.also = name, rows, also
         self.losses = [loss(row) for row in rows]
-        self.loss = sum(self.losses) / len(rows)
+        by = " and by ".join(CHOSEN[measure] for measure in also)
+        self.words = f"{WORDS[name]} (chosen by {by})" if also else WORDS.get(name, name)
 
-    def items(self, measure: str) -> Tensor:
-        return torch.tensor([items(row, measure) for row in self.rows], dtype=torch.float64).mean(0)
+    def of(self, sample: int) -> Rows | None:
+        """The row of a sample; of the dense model, which is calibrated on nothing, always its one."""
+        return next((row for row in self.rows if row["sample"] == sample or self.name == "dense"), None)
 
 
 def line_of(found: dict[str, Arm], dense: Arm) -> list[Arm]:
@@ -81,9 +80,14 @@ def line_of(found: dict[str, Arm], dense: Arm) -> list[Arm]:
 def arms(rows: Rows) -> dict[str, Arm]:
     """The arms that were measured, in the order of `WORDS`, and what `CHOSEN` takes of `GRID`."""
     there = {name: [row for row in rows.values() if row["arm"] == name] for name in WORDS}
+    also: dict[str, list[str]] = {}
     for measure in CHOSEN:
-        there[measure] = [_least(grid, measure) for grid in _grids(rows)]
-    return {name: Arm(name, found) for name, found in there.items() if found}
+        chosen = [_least(grid, measure) for grid in _grids(rows)]
+        if chosen and (same := [name for name in GRID if there[name] == chosen]):
+            also.setdefault(same[0], []).append(measure)
+        else:
+            there[measure] = chosen
+    return {name: Arm(name, found, also.get(name, ())) for name, found in there.items() if found}
 
 
 def _grids(rows: Rows) -> list[list[Rows]]:
@@ -98,19 +102,26 @@ def _least(grid: Sequence[Rows], measure: str) -> Rows:
     return min(grid, key=lambda row: _mean(row["chosen_by"][measure]))
 
 
-def against(arm: Arm, line: Sequence[Arm], measure: str) -> tuple[float, tuple[float, float]]:
-    """By how much an arm's mean is above that of `line` at its perplexity, with the interval; `line` of one arm is
-    taken as it is.
+def differences(arm: Arm, line: Sequence[Arm], measure: str) -> list[float]:
+    """By how much an arm's mean is above that of `line` at its perplexity, in each sample that all have; `line` of one
+    arm is taken as it is.
     """
-    columns = torch.stack([arm.items(measure), *(other.items(measure) for other in line)], 1)
-    parts = [1.0] if len(line) == 1 else weights(arm.loss, [other.loss for other in line])
-    signs = torch.tensor([1.0, *(-part for part in parts)], dtype=torch.float64)
-    return float(columns.mean(0) @ signs), bootstrap_of(columns, lambda means: means @ signs)
+    found = []
+    for row in arm.rows:
+        others = [other for one in line if (other := one.of(row["sample"])) is not None]
+        if len(others) == len(line):
+            parts = [1.0] if len(line) == 1 else weights(loss(row), [loss(other) for other in others])
+            means = [_mean(items(other, measure)) for other in others]
+            found.append(_mean(items(row, measure)) - math.fsum(p * m for p, m in zip(parts, means, strict=True)))
+    return found
 
 
-def _points(found: tuple[float, tuple[float, float]]) -> str:
-    value, (low, high) = found
-    return f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
+def _points(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    found = over_seeds(values)
+    interval = "" if found["low"] is None else f" ({found['low']:+.1%} to {found['high']:+.1%})"
+    return f"{found['mean']:+.1%}{interval}"
 
 
 def _spread(values: Sequence[float], pattern: str) -> str:
@@ -125,7 +136,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _row(arm: Arm, dense: Arm, base: Arm, line: Sequence[Arm]) -> list[str]:
-    ratios = [math.exp(value - dense.loss) for value in arm.losses]
+    ratios = [math.exp(value - dense.losses[0]) for value in arm.losses]
     prose = [math.exp(_mean(row["losses"]["wikipedia"])) for row in arm.rows]
     kl = [_mean(row["kl"]) for row in arm.rows]
     exact = [_mean(items(row, "exact")) for row in arm.rows]
@@ -133,41 +144,39 @@ def _row(arm: Arm, dense: Arm, base: Arm, line: Sequence[Arm]) -> list[str]:
     shown = [_spread(ratios, "{:.3f}"), _spread(prose, "{:.1f}"), _spread(kl, "{:.3f}")]
     shown += [_spread(exact, "{:.1%}"), _spread(repeated, "{:.1%}")]
     compared = [
-        _points(against(arm, others, measure)) if arm.name not in LINE else "-"
+        _points(differences(arm, others, measure)) if arm.name not in LINE else "-"
         for measure in ("exact", "repeated")
         for others in ([base], line)
     ]
-    return [WORDS[arm.name], str(len(arm.rows)), *shown, *compared]
+    return [arm.words, str(len(arm.rows)), *shown, *compared]
 
 
 COLUMNS = ("samples", "perplexity over dense", "WikiText", "KL on own text", "answers right", "repeated 4-grams")
 COMPARED = ("answers, less prose", "at its perplexity", "repeated, less prose", "at its perplexity")
 
 
-def verdicts(found: dict[str, Arm], line: Sequence[Arm]) -> dict[str, tuple[str, str]]:
-    """For each arm what its answers and its repetition are at equal perplexity: better, worse or no difference."""
-    named = {}
-    for name, arm in found.items():
-        if name not in LINE:
-            signs = [(against(arm, line, "exact")[1], 1), (against(arm, line, "repeated")[1], -1)]
-            named[name] = tuple(
-                "better"
-                if sign * low > 0 and sign * high > 0
-                else "worse"
-                if sign * low < 0 and sign * high < 0
-                else "="
-                for (low, high), sign in signs
-            )
-    return named  # type: ignore[return-value]
+def verdict(values: Sequence[float], sign: int) -> str:
+    """What differences by sample say, where `sign` times a positive one is better."""
+    if not values:
+        return "not measured yet"
+    found = over_seeds(values)
+    word = "better" if sign * found["mean"] > 0 else "worse"
+    if found["low"] is None:
+        return f"{word} in one sample, which has no interval"
+    if found["low"] * found["high"] > 0:
+        return word
+    if all(value * found["mean"] > 0 for value in values):
+        return f"{word} in each of {len(values)} samples, though not by the interval"
+    return "no difference shown"
 
 
-def _sentence(words: str, names: Sequence[str], found: dict[str, tuple[str, str]]) -> str:
-    """The answer to one attempt."""
+def _sentence(words: str, names: Sequence[str], found: dict[str, Arm], line: Sequence[Arm]) -> str:
+    """The answer to one attempt: what answers and repetition are at equal perplexity."""
     parts = []
-    for name in (name for name in names if name in found):
-        answers, repeated = found[name]
-        said = {"better": "better", "worse": "worse", "=": "no difference shown"}
-        parts.append(f"{WORDS[name]}: answers {said[answers]}, repetition {said[repeated]}")
+    for arm in found.values():
+        if arm.name in names or set(arm.also) & set(names):
+            answers, repeated = (verdict(differences(arm, line, m), s) for m, s in (("exact", 1), ("repeated", -1)))
+            parts.append(f"{arm.words}: answers {answers}, repetition {repeated}")
     return f"- **{words}** {'; '.join(parts) or 'Not measured yet'}."
 
 
@@ -178,11 +187,10 @@ def strategy(result: Rows) -> tuple[list[str], list[str]]:
         return [], []
     dense = Arm("dense", [result["rows"]["dense 0"]])
     line = line_of(found, dense)
-    said = verdicts(found, line)
     lead = "A strategy for generation, at equal perplexity beside calibration on prose (SmolLM2-135M, 30 % removed):"
     answers = [
-        _sentence(f"{lead} own text.", ("continued", "own", "half own"), said),
-        _sentence("The same, choosing by the KL of next-token probabilities.", ("fisher", "widths", *CHOSEN), said),
+        _sentence(f"{lead} own text.", ("continued", "own", "half own"), found, line),
+        _sentence("By the KL of next-token probabilities.", ("fisher", "widths", *CHOSEN), found, line),
     ]
     cells = [_row(arm, dense, found[BASE], line) for arm in found.values()]
     body = [
@@ -197,8 +205,7 @@ def strategy(result: Rows) -> tuple[list[str], list[str]]:
         f"answers {_mean(items(dense.rows[0], 'exact')):.1%}, repeated {_mean(items(dense.rows[0], 'repeated')):.1%}. "
         "`at its perplexity` is the difference to models calibrated on prose and cut to the share at which they would "
         "have the same perplexity, straight between the shares measured, the dense model among them. "
-        "Intervals are 95 %, by bootstrap over "
-        f"questions or prompts. {provenance(result)}",
+        f"Differences are taken within each sample; intervals are 95 %, Student's t over samples. {provenance(result)}",
         "",
         f"    {result['command']}",
         "",

@@ -152,13 +152,14 @@ def correlations(result: dict[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         Entries with `task`, `model`, `size`, `metric`, `of` (`unique` or `sensitivity`), and two correlations, `all`
-        cells together and `within` each share kept, positive where more goes along with better.
+        cells together and `within` a share kept, with distillation or without, positive where more goes along with better.
     """
     found = []
     for (task, model, size), runs in groups(result).items():
         places = sorted({(r["method"], r["keep"], r["distilled"]) for r in runs if r["method"] != DENSE})
         cells = [cell(runs, *place) for place in places]
-        keeps = [keep for _, keep, _ in places]
+        like = [(keep, distilled) for _, keep, distilled in places]
+        methods = [method.partition(":")[0] for method, _, _ in places]
 
         def means(metric: str, cells: list[list[Run]] = cells) -> list[float]:
             return [sum(value(r, metric) for r in one) / len(one) for one in cells]
@@ -167,8 +168,8 @@ def correlations(result: dict[str, Any]) -> list[dict[str, Any]]:
             good = [v if higher_is_better(metric) else -v for v in means(metric)]
             for of in (UNIQUE, SENSITIVITY):
                 entry = {"task": task, "model": model, "size": size, "metric": metric, "of": of}
-                entry["all"] = correlation(good, means(of), [0] * len(cells))
-                entry["within"] = correlation(good, means(of), keeps)
+                entry["all"] = correlation(good, means(of), [0] * len(cells), methods)
+                entry["within"] = correlation(good, means(of), like, methods)
                 found.append(entry)
     return found
 

@@ -1,4 +1,4 @@
-"""Does redundancy explain quality? Spearman's correlation over the cells of a grid, with a bootstrap over cells."""
+"""Does redundancy explain quality? Spearman's correlation over the cells of a grid, with a bootstrap over methods."""
 
 from __future__ import annotations
 
@@ -42,13 +42,20 @@ def spearman(left: Array, right: Array, strata: Sequence[Any]) -> float:
 
 
 def correlation(
-    left: Sequence[float], right: Sequence[float], strata: Sequence[Any], samples: int = 2000, seed: int = 0
+    left: Sequence[float],
+    right: Sequence[float],
+    strata: Sequence[Any],
+    methods: Sequence[str],
+    samples: int = 2000,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Spearman's coefficient within strata, and its percentile interval when cells are drawn again within them.
+    """Spearman's coefficient within strata, and its percentile interval when methods are drawn again, with all their
+    cells: those of one method are no independent witnesses.
 
     Args:
         left, right: `[N]`, a value of each cell.
         strata: `[N]`, what must not explain it: cells are ranked among their like.
+        methods: `[N]`, what is drawn.
         samples, seed: of the bootstrap.
 
     Returns:
@@ -58,16 +65,18 @@ def correlation(
         InputError: lengths that differ.
     """
     n = len(left)
-    check(n == len(right) == len(strata), "right and strata", f"be as long as left ({n})", (len(right), len(strata)))
+    lengths = len(right), len(strata), len(methods)
+    check(set(lengths) == {n}, "right, strata and methods", f"be as long as left ({n})", lengths)
     nothing = {"value": None, "low": None, "high": None, "n": n}
     a, b, places = np.asarray(left, float), np.asarray(right, float), np.asarray([str(s) for s in strata])
     if n < LEAST or np.isnan(value := spearman(a, b, places)):
         return nothing
     generator = np.random.default_rng(seed)
-    groups = [np.flatnonzero(places == stratum) for stratum in np.unique(places)]
+    named = np.asarray(methods)
+    cells = [np.flatnonzero(named == method) for method in np.unique(named)]
     found = []
     for _ in range(samples):
-        drawn = np.concatenate([generator.choice(group, len(group)) for group in groups])
+        drawn = np.concatenate([cells[i] for i in generator.integers(len(cells), size=len(cells))])
         found.append(spearman(a[drawn], b[drawn], places[drawn]))
     low, high = np.nanquantile(found, (0.025, 0.975))
     return {"value": value, "low": float(low), "high": float(high), "n": n}

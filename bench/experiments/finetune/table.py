@@ -117,7 +117,7 @@ def _explained(found: list[dict[str, Any]]) -> str:
         for entry in found
     ]
     return (
-        f"Rank correlation over {found[0]['all']['n']} cells, more being better (95 % by bootstrap over cells): "
+        f"Rank correlation over {found[0]['all']['n']} cells, more being better (95 % by bootstrap over methods): "
         f"{'; '.join(words)}."
     )
 
