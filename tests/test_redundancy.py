@@ -114,6 +114,9 @@ def test_after_pruning(tiny: Tiny, ids: Tensor) -> None:
         name: entry["after"]["sensitivity"]["sensitivity"] for name, entry in zip("abc", found.layers, strict=True)
     }
     assert all(0.5 < share < 1 for share in shares.values())
+    parts = [entry["sensitivity"]["mean"] for entry in found.layers]
+    pooled = sum(share * part for share, part in zip(shares.values(), parts, strict=True)) / sum(parts)
+    assert found.after["sensitivity"]["sensitivity"] == pytest.approx(pooled)
     for entry in found.layers:
         best = entry["after"]["sensitivity"]["sensitivity"]
         assert best >= max(after["sensitivity"] for after in entry["after"].values())

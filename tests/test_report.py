@@ -201,6 +201,16 @@ def test_what_was_not_there_is_left_out(tmp_path: Path) -> None:
     assert "Token perplexity" not in report.build(cases.fill(tmp_path, diagnose=found))
 
 
+def test_a_task_near_chance_does_not_decide_what_its_kind_keeps(tmp_path: Path) -> None:
+    """Kept 90 % of 0.6 above chance, and minus 400 % of 0.01."""
+    found = cases.diagnose()
+    guessed = {**found["tasks"]["tasks"][0], "name": "guessed"}
+    guessed["metrics"] = {guessed["main"]: cases.metric(0.26, 0.21, 0.25)}
+    found["tasks"]["tasks"].append(guessed)
+    page = report.build(cases.fill(tmp_path, diagnose=found))
+    assert "multiple choice 82%" in page  # (0.54 - 0.04) / 0.61
+
+
 def test_names_and_texts_are_never_markup(tmp_path: Path, drawn: None) -> None:
     def poisoned(value: Any) -> Any:
         if isinstance(value, dict):

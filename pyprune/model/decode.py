@@ -1,8 +1,9 @@
 """Continuations of the same prompts by different models, greedy or sampled with common random numbers.
 
 A token is sampled as the argmax of logits / T + g with Gumbel noise g, which is a sample of softmax(logits / T) exactly
-(Gumbel-max). The noise depends on seed, step and prompt alone, so two models with the same logits draw the same token,
-and with nearly the same logits nearly always: what differs then is the models and not the dice.
+(Gumbel-max). Given the same prompts, the noise of each depends on seed and step alone, so two models with the same
+logits draw the same token, and with nearly the same logits nearly always: what differs then is the models and not the
+dice.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def decode(
         longest = max(map(len, rows))
         ids = torch.stack([F.pad(row, (longest - len(row), 0)) for row in rows]).to(device)
         mask = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows]).to(device)
-        # Its own seed for each batch: the noise of a prompt does not depend on how many others there are before it.
+        # Its own seed for each batch: the noise does not depend on how long the texts of batches before it became.
         noise = LogitsProcessorList([_Gumbel(temperature, seed + batch[0])] if temperature else [])
         out = plain(model).generate(ids, attention_mask=mask, generation_config=settings, logits_processor=noise)
         for i, row in zip(batch, out[:, ids.shape[1] :].cpu(), strict=True):

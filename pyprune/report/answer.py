@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from ..evaluation.summary import comparison_lines, judged_texts, perplexity_on
@@ -78,7 +77,7 @@ def _removed(facts: Facts) -> str | None:
 
 
 def _kept(facts: Facts) -> str | None:
-    shares = {kind: fmean(values) for kind, values in retained(facts).items()}
+    shares = retained(facts)
     if not shares:
         return None
     (first, share), *others = shares.items()
@@ -200,7 +199,7 @@ def _main_tiles(facts: Facts) -> Iterator[Tile]:
         if "peak_bytes" in a and "peak_bytes" in b:
             lines.append(f"peak memory {megabytes(b['peak_bytes'])}, dense {megabytes(a['peak_bytes'])}")
         yield Tile("File", megabytes(b["file_bytes"]), tuple(lines))
-    shares = {kind: fmean(values) for kind, values in retained(facts).items()}
+    shares = retained(facts)
     if shares:
         worst = min(shares, key=lambda kind: shares[kind])
         others = [f"{KINDS[kind]} {percent(value)}" for kind, value in shares.items() if kind != worst]

@@ -30,15 +30,20 @@ def main_of(task: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def retained(facts: Facts) -> dict[str, list[float]]:
-    """Kind of task -> of each of its tasks, the share kept of what dense has above chance, where it has."""
-    found: dict[str, list[float]] = {}
+def retained(facts: Facts) -> dict[str, float]:
+    """Kind of task -> the share kept of what dense has above chance, over the tasks where it has.
+
+    Sums over sums: of a task that dense hardly answers the share alone may be anything.
+    """
+    found: dict[str, float] = {}
     tasks: Tasks = facts.part("diagnose", "tasks", "tasks") or []
     for kind in KINDS:
-        shares = [main_of(task).get("retained") for task in tasks if task["kind"] == kind]
-        known = [entry["value"] for entry in shares if entry is not None]
+        known = [entry for task in tasks if task["kind"] == kind and (entry := main_of(task)).get("retained")]
         if known:
-            found[kind] = known
+            dense, pruned = (
+                sum(e[who]["value"] - (e.get("chance") or 0.0) for e in known) for who in ("dense", "pruned")
+            )
+            found[kind] = pruned / dense
     return found
 
 
@@ -194,6 +199,6 @@ def section(facts: Facts) -> Section | None:
     shares = retained(facts)
     lead = "Each task is asked of both models, item by item."
     if shares:
-        told = [f"{KINDS[kind]} {percent(sum(values) / len(values))}" for kind, values in shares.items()]
+        told = [f"{KINDS[kind]} {percent(share)}" for kind, share in shares.items()]
         lead += f" Kept of what dense scores above chance: {listed(told)}."
     return Section("tasks", "Tasks", lead, tuple(figures), tuple(_tables(tasks, found.get("orders", []))))

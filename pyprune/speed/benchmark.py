@@ -353,7 +353,8 @@ def benchmark(
     ffn = {tokens: bench.ffn(tokens) for tokens in sorted({1, *batches, prefill_tokens})}
     decode = {batch: bench.decode(batch, prompt_tokens, new_tokens) for batch in batches}
     prefill = {prefill_tokens: bench.prefill(prefill_tokens)}
-    if bench.device.type == "cuda":
+    # The probe sits in eager passes; on a GPU it would wait for the device, and in compiled passes it has no place.
+    if bench.device.type == "cuda" or compiled:
         share = _derived_shares(bench, ffn, decode, prefill)
     else:
         share = _probed_shares(bench, batches, prompt_tokens, new_tokens, prefill_tokens)

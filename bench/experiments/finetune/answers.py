@@ -152,7 +152,7 @@ def correlations(result: dict[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         Entries with `task`, `model`, `size`, `metric`, `of` (`unique` or `sensitivity`), and two correlations, `all`
-        cells together and `within` a share kept, with distillation or without, positive where more goes along with better.
+        cells together and `within` a share kept, distilled or not; positive where more goes along with better.
     """
     found = []
     for (task, model, size), runs in groups(result).items():

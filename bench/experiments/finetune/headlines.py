@@ -60,7 +60,8 @@ def _explained(found: list[dict[str, Any]]) -> str:
             words.append(f"*{entry['task']}, {entry['model']}*: {quality} {coefficient(within)}{verdict}")
     if not words:
         return "Too few cells for a correlation."
-    return f"Rank correlation of quality with the share of unique neurons, at one share kept, distilled or not: {'; '.join(words)}."
+    of = "Rank correlation of quality with the share of unique neurons, at one share kept, distilled or not"
+    return f"{of}: {'; '.join(words)}."
 
 
 def answers_table(results: dict[str, Any]) -> list[str]:

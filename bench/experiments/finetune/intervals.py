@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pyprune.base.errors import check
+from pyprune.evaluation.intervals import tails
 
 # Student's t at 97.5 %, by degrees of freedom; beyond them the normal quantile, a little too narrow.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -38,7 +39,7 @@ def bootstrap(
     # How often each example is drawn: [samples, N] counts.
     counts = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=samples)
     scores = [score(sums) for sums in counts @ rows]
-    low, high = np.quantile(scores, (0.025, 0.975))
+    low, high = np.quantile(scores, tails(len(rows), len(rows) - 1))
     return {"value": score(rows.sum(0)), "low": float(low), "high": float(high)}
 
 

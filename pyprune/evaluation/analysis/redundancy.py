@@ -7,6 +7,7 @@ similarity 0.8 or more, each pair counted once. Similarity is by activations on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -145,6 +146,12 @@ def _layer(ffn: FFN, cosine: Tensor, signed: float, stats: ActivationStats, thre
     }
 
 
+def _weighted(shares: list[float], parts: Sequence[float]) -> float:
+    """The share of all, from those of parts of it; where there is nothing, as a part says."""
+    whole = math.fsum(parts)
+    return math.fsum(s * part for s, part in zip(shares, parts, strict=True)) / whole if whole else fmean(shares)
+
+
 def _total(layers: list[dict[str, Any]], sensitivities: list[Tensor]) -> dict[str, Any]:
     count = sum(layer["neurons"] for layer in layers)
 
@@ -220,9 +227,12 @@ def neuron_redundancy(
             layers.append({**_layer(ffn, cosine, signed, stats, threshold), "after": after})
             stream.advance()
         progress("comparing neurons", len(ffns), len(ffns))
-    total = _total(layers, [g.sample_taylor.double().cpu() for g in gradients])
+    sensitivities = [g.sample_taylor.double().cpu() for g in gradients]
+    total = _total(layers, sensitivities)
+    # Each layer counts by what its share is of: its neurons, and its sensitivity before.
+    of = {"uniqueness": [n["neurons"] for n in layers], "sensitivity": [float(s.sum()) for s in sensitivities]}
     after = {
-        name: {key: fmean(layer["after"][name][key] for layer in layers) for key in ("uniqueness", "sensitivity")}
+        name: {key: _weighted([layer["after"][name][key] for layer in layers], parts) for key, parts in of.items()}
         for name in criteria
     }
     return Redundancy(float(threshold), float(keep), len(ids), ids.shape[1], layers, total, after)
