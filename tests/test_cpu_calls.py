@@ -189,20 +189,32 @@ def test_an_unknown_instruction_set_is_refused_with_those_there_are() -> None:
 
 def test_the_variable_forces_an_instruction_set() -> None:
     last = torch.ops.pyprune.cpu_isas().split(",")[-1]
-    code = f"""
-import os, torch
-from pyprune.ffn import native
-assert native.load() is None
-try: torch.ops.pyprune.cpu_isa("")
-except RuntimeError as error: assert "{last}); got nonsense" in str(error), error
-else: raise SystemExit("took it")
-os.environ["PYPRUNE_CPU_ISA"] = "{last}"
-print(torch.ops.pyprune.cpu_isa(""), native.facts()["isa"])
-"""
-    environment = {**os.environ, "PYPRUNE_CPU_ISA": "nonsense"}
+    code = "from pyprune.ffn import native; print(native.load(), native.isa(), native.facts()['isa'])"
+    environment = {**os.environ, "PYPRUNE_CPU_ISA": last}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [last, last]
+    assert done.stdout.split() == ["None", last, last]
+
+
+def test_a_variable_that_names_no_instruction_set_is_told_at_once() -> None:
+    """Nothing goes on in torch alone, as it would without the library."""
+    code = """
+from transformers import LlamaConfig, LlamaForCausalLM
+from pyprune import InputError, PrunedMLP, accelerate
+from pyprune.ffn import native
+sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+for verb in (accelerate, lambda model: PrunedMLP.from_dense(model.model.layers[0].mlp)):
+    try: verb(model)
+    except InputError as error: print(error)
+print(native.load())
+print(native.facts()["state"])
+"""
+    environment = {**os.environ, "PYPRUNE_CPU_ISA": "avx2.0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = torch.ops.pyprune.cpu_isas().replace(",", ", ")
+    assert done.stdout.splitlines() == [f"PYPRUNE_CPU_ISA must be one of {names}; got 'avx2.0'"] * 4
 
 
 @pytest.fixture

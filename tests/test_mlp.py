@@ -383,7 +383,7 @@ def test_loading_a_part_leaves_the_others_integers_alone(llama_ffn):
 def test_loading_what_the_weights_cannot_hold_is_refused(weights, llama_ffn):
     pruned = PrunedMLP.from_dense(llama_ffn, weights=weights)
     state = {**pruned.state_dict(), "up_proj.weight": torch.full((96, 32), float("inf"))}
-    with pytest.raises(InputError, match=r"record must be finite in torch\.float"):
+    with pytest.raises(InputError, match=r"up_proj\.weight must be finite in torch\.float"):
         pruned.load_state_dict(state)
 
 
@@ -480,6 +480,32 @@ def test_another_dtype_of_x_is_computed_or_refused(tiny, llama_ffn):
         PrunedMLP.from_dense(llama_ffn)(x.bfloat16())
     with pytest.raises(InputError, match=r"x must have at least one dimension; got \(\)"):
         pruned(torch.tensor(1.0))
+
+
+def test_the_result_has_the_dtype_of_x_with_gradients_too(tiny):
+    pruned = PrunedMLP.from_dense(find_ffns(tiny("llama"))[0].holder, weights="int8")
+    x = torch.randn(3, 32).bfloat16()
+    with torch.no_grad():
+        want = pruned(x)
+    got = pruned(x.requires_grad_())
+    assert got.requires_grad and got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@torch.no_grad()
+def test_x_of_any_number_of_dimensions(llama_ffn):
+    pruned = PrunedMLP.from_dense(llama_ffn)
+    x = torch.randn(3, 32)
+    for ones in range(12):
+        assert torch.equal(pruned(x.view(*[1] * ones, 3, 32)), pruned(x).view(*[1] * ones, 3, 32))
+
+
+@pytest.mark.parametrize("width", [2.5, True, "3", None, torch.tensor(2.5)])
+def test_a_width_that_is_no_integer_is_refused(width, llama_ffn):
+    pruned = PrunedMLP.from_dense(llama_ffn)
+    with pytest.raises(InputError, match="neurons must be an integer; got"):
+        pruned.set_width(width)
+    assert pruned.neurons == 96
 
 
 @pytest.mark.parametrize("weights", [None, "int8", "int4", "bfloat16"])

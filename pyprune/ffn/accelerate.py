@@ -16,7 +16,7 @@ from ..model.mask import Mask
 from ..model.surgery import set_widths
 from ..model.units import OWN
 from ..model.weights import check_finite
-from . import accelerate_experts, dispatch, first_use, sharded
+from . import accelerate_experts, dispatch, first_use, native, sharded
 from .mlp import MODES, PrunedMLP, check_biases
 from .mlp_state import DownStandIn
 from .quantisation import WEIGHTS, check_fits, check_width, row_bytes
@@ -67,7 +67,7 @@ def accelerate(
     Raises:
         InputError: unknown mode, backend or weights, a mask that is missing or belongs to another model, weights that
             are not finite, or not in the dtype asked for, a hidden_size that int4 cannot have (see
-            `quantisation.check_width`); the model is unchanged then.
+            `quantisation.check_width`), a PYPRUNE_CPU_ISA that is not here; the model is unchanged then.
         UnsupportedModelError: an FFN that pyprune does not know, or a model that is accelerated already; a mask, a
             mode, a backend or batch_invariant for a model of which some FFNs cannot run from records, or `compact` with
             a mask for one with experts, which `prune(model, mask=mask)` takes.
@@ -76,6 +76,7 @@ def accelerate(
     check_choice(backend, "backend", dispatch.names())
     check_choice(weights or "float32", "weights", WEIGHTS)
     check(mask is not None or mode == "compact", "mask", "be given in gather mode", mask)
+    native.check_isa()
     parts = sharded.find(model)
     every = families.find_ffns(model) if parts is None else parts.ffns
     ffns = [ffn for ffn in every if ffn.activation != OWN and not ffn.shared]

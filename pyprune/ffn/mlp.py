@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from ..model.families import FFN
 from ..model.mask import KeepIndex
 from ..model.patterns import FFNWeights, Pattern, match
 from ..model.probe import detect_activation
-from . import dispatch, operators
+from . import dispatch, native, operators
 from .mlp_state import FamilyState, Packed
 from .quantisation import WEIGHTS, cast, channel_scales, check_fits, name_of
 
 MODES = ("compact", "gather")
+_DIMENSIONS = 8  # most of x that the native libraries take
 
 
 def check_biases(weights: FFNWeights) -> None:
@@ -109,6 +111,7 @@ class PrunedMLP(FamilyState):
     ) -> None:
         super().__init__()
         check_choice(backend, "backend", dispatch.names())
+        native.check_isa()
         self.pattern = pattern
         check(
             record.gated == pattern.gated,
@@ -182,8 +185,8 @@ class PrunedMLP(FamilyState):
             group: of processes, each with some of the neurons of one FFN; None where they are all here.
 
         Raises:
-            InputError: unknown mode, backend or weights, `gather` without `keep`, `keep` of another width, or a weight
-                that is not finite in the dtype asked for.
+            InputError: unknown mode, backend or weights, `gather` without `keep`, `keep` of another width, a weight
+                that is not finite in the dtype asked for, or a PYPRUNE_CPU_ISA that is not here.
             UnsupportedModelError: `mlp` is no FFN that pyprune knows.
         """
         check_choice(mode, "mode", MODES)
@@ -234,13 +237,18 @@ class PrunedMLP(FamilyState):
         parameters: dict[str, Any] = self._parameters
         buffers = self._buffers
         rows, native_tokens = parameters["record"], self.native_tokens
-        if x.ndim == 0 or x.shape[-1] != self.hidden_size or x.dtype != self.dtype or x.device != rows.device:
+        if (
+            not 0 < x.ndim <= _DIMENSIONS
+            or x.shape[-1] != self.hidden_size
+            or x.dtype != self.dtype
+            or x.device != rows.device
+        ):
             self._whole().check_x(x)
-            native_tokens = 0  # those are of another dtype
+            native_tokens = 0  # those are of another dtype; and dispatch flattens x
         backend, channels = self.backend, buffers["channel_scales"]
         if (torch.is_grad_enabled() and self._needs_grad(x)) or operators.dual():
             out = self._forward_with_grad(x)
-            out = out if channels is None else out * channels
+            out = out if channels is None else out * channels.to(out.dtype)  # x may have another dtype
         else:
             scales, neuron_bias = buffers["scales"], parameters["neuron_bias"]
             if self._width is not None:
@@ -320,11 +328,12 @@ class PrunedMLP(FamilyState):
                 its own come back, to the bit, at the next call.
 
         Raises:
-            InputError: gather mode, `neurons` out of range, or `down` of another shape or not finite in the record's
-                dtype; nothing has changed then.
+            InputError: gather mode, `neurons` no integer or out of range, or `down` of another shape or not finite in
+                the record's dtype; nothing has changed then.
         """
         check(self.index is None, "mode", "be compact, for in gather mode the index says what runs", "gather")
         size = self.intermediate_size
+        check(isinstance(neurons, Integral) and not isinstance(neurons, bool), "neurons", "be an integer", neurons)
         check(1 <= neurons <= size, "neurons", f"lie in [1, {size}]", neurons)
         if down is not None:
             shape = (neurons, self.hidden_size)
@@ -336,7 +345,7 @@ class PrunedMLP(FamilyState):
         if self.plain_down is not None:
             self._exchange_down()
             self.plain_down = self.plain_scales = None
-        self._width = None if neurons == size else neurons
+        self._width = None if neurons == size else int(neurons)
         if down is not None:
             self.plain_down, self.plain_scales = cast(down, 1, self.record.dtype)
             self._exchange_down()

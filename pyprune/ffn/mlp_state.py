@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import UnsupportedModelError
+from ..base.errors import UnsupportedModelError, check
 from ..model.patterns import Pattern
-from .quantisation import cast, channel_scales, dequantise
+from .quantisation import cast, channel_scales, check_fits, dequantise
 
 NO_PROJECTION = (
     "the FFNs of an accelerated model have their projections in one record, which can be neither adapted nor quantised "
@@ -118,16 +118,32 @@ class FamilyState(nn.Module):
         known = self._projection_tensors()
         shapes = {name: old.shape for name, old in known.items() if name.partition(".")[0] in projections}
         found = fitting(state_dict, root, shapes, missing_keys, error_msgs)
-        tensors = {name: new.to(self.record.device) for name, new in found.items()}
         if strict:
             unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k[len(root) :] not in known)
+        if self.record.is_meta:
+            rule = "have memory before values are loaded, and assign gives it none (module.to_empty first)"
+            check(all(new.is_meta for new in found.values()), f"{prefix}record", rule, "meta")
+            return
+        tensors = {name: new.to(self.record.device) for name, new in found.items()}
         with torch.no_grad():
+            self._check_all_fit(tensors, root)
             borrowed = self.plain_down is not None
             if borrowed:
                 self._exchange_down()
-            self._assign(tensors)
-            if borrowed:
-                self._exchange_down()
+            try:
+                self._assign(tensors)
+            finally:
+                if borrowed:
+                    self._exchange_down()
+
+    def _check_all_fit(self, tensors: dict[str, Tensor], root: str) -> None:
+        """Raise `InputError` before anything changes where a weight is not finite in the record's own dtype."""
+        if self.record.dtype == self.dtype:
+            return
+        for name, tensor in tensors.items():
+            if name.endswith(".weight"):
+                local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                check_fits(local, self.record.dtype, root + name)
 
     def _exchange_down(self) -> None:
         """Swap the first down rows of the record with `plain_down`."""

@@ -2,7 +2,7 @@
 record.
 
 PYPRUNE_CPU_LIBRARY and PYPRUNE_CUDA_LIBRARY name another library to load instead; PYPRUNE_CPU_ISA, which the CPU
-library reads, forces an ISA.
+library reads, forces an ISA, or is refused.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from ..base.errors import InputError
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -43,6 +45,7 @@ _NATIVE = {
         ("architectures", "left_out", "nvcc", "compiler", "torch", "taken"),
     ),
 }
+_ISA = "PYPRUNE_CPU_ISA"
 _SOURCES = (".cpp", ".h", ".cu", ".cuh")
 _INTERFACE = 4  # that of csrc/building.py
 
@@ -79,8 +82,18 @@ def _load(which: str) -> str | None:
         if record.get("built") and record.get("interface") != _INTERFACE:
             return f"native {title} library was built for other operators: run `make native`, or reinstall pyprune"
         torch.ops.load_library(library(which))
+        return _why_no_isa() if which == "cpu" else None
     except Exception as error:
         return f"native {title} library cannot be loaded: {' '.join(str(error).split())}"
+
+
+def _why_no_isa() -> str | None:
+    """Let the loaded CPU library take the ISA that it will use; None, or why it has none."""
+    try:
+        torch.ops.pyprune.cpu_isa("")
+    except RuntimeError:
+        names = torch.ops.pyprune.cpu_isas().replace(",", ", ")
+        return f"{_ISA} must be one of {names}; got {os.environ.get(_ISA)!r}"
     return None
 
 
@@ -88,6 +101,16 @@ def _load(which: str) -> str | None:
 def load() -> str | None:
     """Load the CPU library, at the first call only; None, or in one line why it cannot be used. Never raises."""
     return _load("cpu")
+
+
+def check_isa() -> None:
+    """Raise `InputError` where PYPRUNE_CPU_ISA names what this machine or the CPU library has not.
+
+    For whoever else would go on without the library, and so without what was asked for.
+    """
+    reason = load() if os.environ.get(_ISA) else None
+    if reason is not None and reason.startswith(_ISA):
+        raise InputError(reason)
 
 
 @functools.cache

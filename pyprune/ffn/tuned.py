@@ -13,7 +13,8 @@ import importlib.util
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ from ..base.files import cache_folder, new_file
 from . import native
 from .backends import Config, Problem
 from .quantisation import name_of
+
+try:
+    import fcntl
+except ImportError:  # Windows, where of two that write at once the last one wins
+    fcntl = None  # type: ignore[assignment]
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
 _FORMAT = 1
@@ -164,7 +170,7 @@ def _read(file: Path, device: str) -> dict[str, list[Entry]]:
         if data["format"] != _FORMAT or data["identity"] != expected:
             raise ValueError(f"not a table of format {_FORMAT} for {expected}")
         table = {str(name): [_entry(entry) for entry in found] for name, found in data["entries"].items()}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         warnings.warn(f"choices in {file} are ignored: {type(error).__name__}: {error}", stacklevel=2)
         return {}
     return {name: sorted(entries, key=lambda entry: entry.seconds) for name, entries in table.items()}
@@ -183,14 +189,37 @@ def find(problem: Problem) -> list[Entry]:
     return known(problem.device).get(key(problem), [])
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other writers, in this process or another, from the tables of a folder until the block ends."""
+    if fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("ab") as lock:
+        with suppress(OSError):  # a disk without locks: what is lost is measured again
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # closing it would not do where a process was forked meanwhile
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+
 def store(device: str, found: Mapping[str, list[Entry]]) -> Path:
-    """Add to the table; what it has under other keys stays. `reload` must follow for it to be used."""
+    """Add to the table; what it has under other keys stays. `reload` must follow for it to be used.
+
+    Raises:
+        InputError: there is no such device here.
+        OSError: it cannot be written.
+    """
     file = path(device)
-    table = {**_read(file, device), **found}
-    entries = {name: [entry.to_json() for entry in table[name]] for name in sorted(table)}
-    data = {"format": _FORMAT, "identity": identity(device), "entries": entries}
-    with new_file(file) as temporary:
-        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with _alone(file.parent):
+        table = {**_read(file, device), **found}
+        entries = {name: [entry.to_json() for entry in table[name]] for name in sorted(table)}
+        data = {"format": _FORMAT, "identity": identity(device), "entries": entries}
+        with new_file(file) as temporary:
+            temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return file
 
 
