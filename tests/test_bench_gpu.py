@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +54,29 @@ def test_kernels_in_the_interpreter(load: Load, tmp_path: Path) -> None:
     for row in rows:
         assert {"compact:triton", "gather:triton", "two-kernel gather"} <= set(row["variants"]), row["failed"]
     assert len(rows) == 2
+
+
+def test_clocks_are_those_of_the_gpu_that_torch_sees(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its UUID: where CUDA_VISIBLE_DEVICES names some, number 0 is another one to NVIDIA's own tools."""
+    import torch
+
+    clocks, asked = load("bench.gpu.clocks"), []
+
+    found = {"nvmlDeviceGetHandleByUUID": lambda name, device: asked.append(name.decode()) or 1}
+    nvml = SimpleNamespace(nvmlInit_v2=lambda: 0, **found)
+
+    def smi(command: list[str], **options: Any) -> Any:
+        asked.append(command[command.index("-i") + 1])
+        raise OSError
+
+    monkeypatch.setattr(clocks.subprocess, "run", smi)
+    monkeypatch.setattr(clocks.ctypes, "CDLL", lambda name: nvml)
+    assert (clocks.clocks(), clocks.Clocks().read(), asked) == ({}, {}, [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    facts = SimpleNamespace(uuid="12345678-90ab")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: facts)
+    assert (clocks.clocks(), clocks.Clocks().read()) == ({}, {})
+    assert asked == ["GPU-12345678-90ab"] * 3
 
 
 def test_the_read_loop_reads_every_word(load: Load) -> None:

@@ -130,6 +130,15 @@ def test_scratch_of_a_parameter_that_wants_gradients():
     assert torch.equal(scratch.compacted(record, index), record[index.long()])
 
 
+def test_scratch_first_taken_in_inference_mode_follows_a_write_outside_it():
+    record, index = record_and_index()
+    with torch.inference_mode():
+        rows = scratch.compacted(record, index)
+    record += 1
+    assert scratch.compacted(record, index) is rows
+    assert torch.equal(rows, record[index.long()])
+
+
 def test_scratch_follows_a_parameter_into_other_memory():
     """By `module.to`, and by `data` that goes back and forth between two places; nothing of the past is kept."""
     record, index = torch.nn.Parameter(torch.randn(12, 24)), torch.tensor([1, 3, 8], dtype=torch.int32)

@@ -92,6 +92,8 @@ def test_candidates_where_the_default_is_another(plans: Any) -> None:
     """More tokens than the single pass has registers for; sums that no row changes; an A100, which has no clusters."""
     many = cuda.candidate_configs(dataclasses.replace(PROBLEM, tokens=8))
     assert {c["algorithm"] for c in many} == {"two_pass"} and len(many) >= 5
+    assert cuda.candidate_configs(dataclasses.replace(PROBLEM, tokens=16))
+    assert cuda.candidate_configs(dataclasses.replace(PROBLEM, tokens=17)) == [], "each would read the weights 3 times"
     invariant = cuda.candidate_configs(dataclasses.replace(PROBLEM, batch_invariant=True))
     assert [c["splits"] for c in invariant] == [17, 4, 8, 16, 32]
     with plans.planned_for((108, 163 * 1024, 0, 0)):

@@ -104,8 +104,10 @@ def test_error_of_all_dtypes(types: tuple[torch.dtype, torch.dtype]) -> None:
 
 
 def test_more_pairs_than_a_launch_takes_and_one_expert_of_all() -> None:
-    """In chunks; an expert of more tokens than a block computes together, and one that a token names twice."""
-    check(make(90, 4, 3, 32, 9), {"tokens": 4})
+    """In chunks, which share scratch memory; an expert of more tokens than a block computes together, and one that a
+    token names twice.
+    """
+    check(make(180, 4, 3, 32, 9), {"tokens": 4})
     case = make(13, 5, 2, 32, 9)
     check(case.change(index=torch.full_like(case.index, 3)))
 
@@ -160,7 +162,12 @@ def test_nothing_around_operands_is_read(types: tuple[torch.dtype, torch.dtype])
 
 def test_without_tokens_or_neurons() -> None:
     assert simulate(make(0, 4, 2, 16, 5)).shape == (0, 16)
-    assert not simulate(make(3, 4, 2, 16, 0)).any()
+    case = make(3, 4, 2, 16, 0)
+    assert not simulate(case).any()
+    kept, counts = torch.zeros(4, 2, dtype=torch.int32), torch.full((4,), 2, dtype=torch.int32)
+    named = Experts.unchecked(case.experts.rows, True, "silu", None, kept, counts)
+    with pytest.raises(RuntimeError, match="kept must be empty beside experts without rows"):
+        simulate(case.change(experts=named))
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

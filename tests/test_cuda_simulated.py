@@ -312,10 +312,11 @@ def test_kernels_that_begin_before_the_one_before_has_ended(plan: dict[str, int]
     """
     generator = torch.Generator().manual_seed(1)
     parts, width, calls = 3 if gated else 2, 72, 4
+    tokens = 11 if plan == TWO else 2  # in chunks, over the same memory too
     first, second = (torch.randn(21, parts * width, generator=generator) * 1.4 * width**-0.5 for _ in range(2))
     # Beside float32 weights x is widened, by a kernel of its own that does not overlap.
     for dtype, weights in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)):
-        x = torch.randn(2, width, generator=generator).to(dtype)
+        x = torch.randn(tokens, width, generator=generator).to(dtype)
         records = [t.to(weights) for t in (first, second)]
         for index in (None, torch.tensor([0, 3, 4, 9, 11, 12, 20], dtype=torch.int32)):
 
@@ -328,6 +329,13 @@ def test_kernels_that_begin_before_the_one_before_has_ended(plan: dict[str, int]
             assert want.isfinite().all() and want.abs().max() > 1e-7
             for order in (0, 1, 2, 3, 4):
                 assert torch.equal(chain(order, True, overlap=1), want), (order, dtype)
+
+
+def test_chunks_share_scratch_memory_and_leave_nothing_to_each_other() -> None:
+    """The simulator refuses a call that takes memory for each."""
+    case = make(27, 40, 21, form="gather", kept=9)
+    apart = [simulate(case.change(x=x)) for x in case.x.split(8)]
+    assert torch.equal(simulate(case), torch.cat(apart))
 
 
 @pytest.mark.parametrize("plan", ALGORITHMS)
@@ -408,6 +416,9 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"plan must have a step .* that fit in"):
         planned(1, 4096, 14336, algorithm=0, stages=1, bulk=1)
     case = make(3, 64, 9)
+    none = case.rows(slice(0)).change(index=torch.zeros(2).int())
+    with pytest.raises(RuntimeError, match="index must be empty beside a record without rows"):
+        simulate(none)
     with pytest.raises(RuntimeError, match="index must have one dimension"):
         simulate(case.change(index=torch.zeros(2, 4).int()))
     with pytest.raises(RuntimeError, match="scales must be given for int8 records only"):

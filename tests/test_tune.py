@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import time
+import types
+import weakref
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from moe_cases import make_mixture
 from typer.testing import CliRunner
 
 from pyprune import PrunedMLP, accelerate
+from pyprune.base import reference
 from pyprune.base.errors import BackendError, InputError, UnsupportedModelError
 from pyprune.cli.commands import app
-from pyprune.ffn import backends, contest, dispatch, first_use, native, tune, tuned
+from pyprune.ffn import backends, contest, contest_experts, dispatch, first_use, native, tune, tuned
 from pyprune.model.families import find_ffns
 
 PLAIN = {"gated": False, "activation": "relu", "dtype": torch.float32}
@@ -190,6 +193,51 @@ def test_every_refused_sum_is_seen_in_large_problems():
     assert {0, 511} <= set(judge.rows.tolist()) and len(judge.rows) == 8
     out[511, 3] += 1
     assert "is allowed" in judge.why_wrong(out)
+
+
+def test_copies_are_counted_by_what_is_read_and_fill_twice_the_cache(monkeypatch):
+    """Of a gather each reads rows that no other reads, which costs no more memory than copies of a compact record."""
+    form = {**GATED, "keep": 0.25, "mode": "gather", "tokens": [1]}
+    (problem,) = tune.layer_problems(32, 384, **form)
+    rows, read = 384 * 3 * 32 * 4, 96 * 3 * 32 * 4
+    _, records = contest._operands(problem, 2 * rows)
+    places = [(r.rows.data_ptr(), neuron) for r in records for neuron in r.index.tolist()]
+    assert len(records) == 8 and len({r.rows.data_ptr() for r in records}) == 2
+    assert len(set(places)) == len(places) == 8 * 96
+    facts = types.SimpleNamespace(L2_cache_size=5 * read)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    assert contest._copies(dataclasses.replace(problem, device="cuda"), rows, 1) == 10
+    assert contest._copies(dataclasses.replace(problem, tokens=512), rows, 1 << 30) == 1
+
+
+def test_what_a_graph_reads_is_there_when_it_is_replayed(monkeypatch):
+    """A CUDA graph holds addresses, and not the call that was captured."""
+    held, seen, operands = [], [], contest._operands
+
+    def watched(*given):
+        x, records = operands(*given)
+        held.extend(weakref.ref(tensor) for tensor in (x, *(record.rows for record in records)))
+        return x, records
+
+    monkeypatch.setattr(contest, "_operands", watched)
+    monkeypatch.setattr(contest, "graphed", lambda run, device: lambda: seen.extend(one() is not None for one in held))
+    contest.try_all(tune.layer_problems(32, 96, **GATED, tokens=[2])[0], lambda: None)
+    assert len(seen) > 4 and all(seen)
+
+
+def test_experts_are_compared_in_the_call_that_is_timed(monkeypatch):
+    problem = backends.Problem("cpu", torch.float32, 20, 32, 48, 48, True, False, "silu", experts=4, picked=2)
+
+    def wrong_from_nine_tokens_on(x, experts, index, weights):
+        out = reference.moe(x, experts, index, weights)
+        out[-1] *= 1 if len(x) <= 8 else 1.001
+        return out
+
+    ways = [("torch", {}, reference.moe), ("triton", {}, wrong_from_nine_tokens_on)]
+    monkeypatch.setattr(contest_experts, "_ways", lambda problem: ways)
+    found = contest_experts.try_all(problem, lambda: None)
+    assert [entry.backend for entry in found.entries] == ["torch"]
+    assert len(found.refused) == 1 and "is allowed" in found.refused[0]
 
 
 def test_a_second_call_goes_on_where_the_first_stopped(native_library, fake_clock, monkeypatch):

@@ -15,10 +15,17 @@ _FIELDS = (
 _NVML_SM, _NVML_MEMORY = 1, 2
 
 
+def _uuid() -> str | None:
+    """What NVIDIA's tools call torch's current GPU, whose number is another where CUDA_VISIBLE_DEVICES names some."""
+    return f"GPU-{torch.cuda.get_device_properties().uuid}" if torch.cuda.is_available() else None
+
+
 def clocks() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU's clocks, heat and power, as it words it; empty where it cannot."""
-    for fields in (_FIELDS, _FIELDS[:2] + _FIELDS[8:9]):  # a field that it does not know fails them all
-        command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    """What nvidia-smi says of the current GPU's clocks, heat and power, as it words it; empty where it cannot."""
+    uuid = _uuid()
+    # A field that it does not know fails them all.
+    for fields in (_FIELDS, _FIELDS[:2] + _FIELDS[8:9]) if uuid else ():
+        command = ["nvidia-smi", "-i", uuid, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True)
         except (OSError, subprocess.SubprocessError):
@@ -28,14 +35,18 @@ def clocks() -> dict[str, str]:
 
 
 class Clocks:
-    """Reads the first GPU's clocks in microseconds; nothing where there is no NVML."""
+    """Reads the current GPU's clocks in microseconds; nothing where there is no NVML."""
 
     def __init__(self) -> None:
         self._device: ctypes.c_void_p | None = None
+        uuid = _uuid()
+        if uuid is None:
+            return
         try:
             self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
             device = ctypes.c_void_p()
-            if not self._nvml.nvmlInit_v2() and not self._nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
+            name = uuid.encode()
+            if not self._nvml.nvmlInit_v2() and not self._nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(device)):
                 self._device = device
         except (OSError, AttributeError):
             pass

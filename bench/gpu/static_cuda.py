@@ -46,6 +46,7 @@ _NAME = re.compile(
     r"pyprune\d+(single_pass_bulk|single_pass|hidden_pass|down_pass|widen|expert_hidden|expert_down|expert_combine)"
     r"(?:ILNS_4TypeE(\d)ELi(\d)(?:ELb(\d))?)?"
 )
+_INCLUDE = re.compile(r'^#include "(.+)"', re.MULTILINE)
 _OPCODE = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
 # A copy to a shared address with a uniform register in it: see `CopyAddress` in csrc/cuda/device.h.
 _UNIFORM, _UNIFORM_COPY = "LDGSTS to a uniform register", re.compile(r"LDGSTS\S*\s+\[[^]]*\bUR")
@@ -125,12 +126,23 @@ def rows(library: Path) -> list[dict[str, Any]]:
     )
 
 
+def _sources() -> set[Path]:
+    """What nvcc compiles, and all that it includes of ours."""
+    found: set[Path] = set()
+    waiting = [*(CSRC / "cuda").glob("*.cu")]
+    while waiting:
+        file = waiting.pop().resolve()
+        if file not in found:
+            found.add(file)
+            waiting += [file.parent / name for name in _INCLUDE.findall(file.read_text(encoding="utf-8"))]
+    return found
+
+
 def fingerprint() -> str:
-    """A hex number of what the kernels are made from: device code, and every header."""
+    """A hex number of what the kernels are made from."""
     digest = hashlib.sha256()
-    for file in sorted(f for part in ("cuda", "common") for f in (CSRC / part).glob("*") if f.suffix != ".cpp"):
-        if file.is_file():
-            digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()} ".encode())
+    for file in sorted(_sources()):
+        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()} ".encode())
     return digest.hexdigest()
 
 
@@ -140,7 +152,9 @@ def main() -> None:
     if reason:
         raise SystemExit(reason)
     if missing := sorted(set(ARCHITECTURES) - set(native.facts("cuda")["architectures"])):
-        raise SystemExit(f"the library is not built for {', '.join(missing)}: see python -m bench.gpu.static_cuda's top")
+        raise SystemExit(
+            f"the library is not built for {', '.join(missing)}: see python -m bench.gpu.static_cuda's top"
+        )
     found = rows(native.library("cuda"))
     table = Table(title="CUDA kernels as machine code", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in found[0]:

@@ -185,6 +185,7 @@ class Operands {
     if (!index) return;
     check(index->dim() == 1, "index", "have one dimension");
     p_.neurons = index->size(0);
+    check(p_.rows > 0 || p_.neurons == 0, "index", "be empty beside a record without rows");
     p_.index = static_cast<const int32_t*>(dense(*index, "index", ScalarType::Int, {p_.neurons}));
     if (!place_.reads_index) return;
     bool inside = true;

@@ -88,6 +88,7 @@ class RoutedOperands {
     Call& call = r_.call;
     check(kept->dim() == 2, "kept", "have two dimensions");
     call.neurons = kept->size(1);
+    check(call.rows > 0 || call.neurons == 0, "kept", "be empty beside experts without rows");
     call.index = static_cast<const int32_t*>(dense(*kept, "kept", ScalarType::Int, {r_.experts, call.neurons}));
     r_.counts = static_cast<const int32_t*>(dense(*counts, "counts", ScalarType::Int, {r_.experts}));
     if (!place_.reads_index) return;

@@ -47,6 +47,41 @@ inline const void* after(const void* values, int64_t elements, Type type) {
   return static_cast<const char*>(values) + elements * bytes_of(type);
 }
 
+// Memory of a call whose chunks are run one by one. Their kernels follow each other as those of calls on one stream do,
+// so a chunk is given what the one before it was, scratch memory and tickets; more where it needs more.
+class OfChunks {
+ public:
+  explicit OfChunks(const Memory& memory) : from_(memory) {}
+
+  Memory memory() {
+    return {[](void* self, int64_t bytes) { return static_cast<OfChunks*>(self)->allocate(bytes); },
+            [](void* self, int32_t count) { return static_cast<OfChunks*>(self)->take_tickets(count); }, this};
+  }
+
+ private:
+  void* allocate(int64_t bytes) {
+    if (bytes > bytes_) {
+      scratch_ = from_.allocate(from_.context, bytes);
+      bytes_ = bytes;
+    }
+    return scratch_;
+  }
+
+  uint32_t* take_tickets(int32_t count) {
+    if (count > count_) {
+      tickets_ = from_.tickets(from_.context, count);
+      count_ = count;
+    }
+    return tickets_;
+  }
+
+  Memory from_;
+  void* scratch_ = nullptr;
+  int64_t bytes_ = -1;
+  uint32_t* tickets_ = nullptr;
+  int32_t count_ = -1;
+};
+
 // The FFN on `device`, in chunks of as many tokens as kernels take.
 inline Tensor compute(Place place, const Given& given, const std::vector<int64_t>& plan, const Device& device,
                       const Memory& memory, Stream stream) {
@@ -56,6 +91,7 @@ inline Tensor compute(Place place, const Given& given, const std::vector<int64_t
   Call& whole = operands.call();
   whole.out = out.mutable_data_ptr();
   if (whole.hidden_size == 0) return out;
+  OfChunks of_chunks(memory);
   for (int64_t first = 0; first < whole.tokens; first += kMaxTokens) {
     Call part = whole;
     part.tokens = whole.tokens - first < kMaxTokens ? whole.tokens - first : kMaxTokens;
@@ -63,7 +99,7 @@ inline Tensor compute(Place place, const Given& given, const std::vector<int64_t
     part.out = const_cast<void*>(after(whole.out, first * whole.hidden_size, whole.x_type));
     Failure failure = nullptr;
     try {
-      failure = run(part, options, device, memory, stream);
+      failure = run(part, options, device, of_chunks.memory(), stream);
     } catch (const Refusal& refusal) {
       refuse(refusal);
     }

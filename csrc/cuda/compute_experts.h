@@ -31,6 +31,7 @@ inline Tensor compute_experts(RoutedOperands& operands, const Tensor& x, const s
   if (call.hidden_size == 0 || call.tokens == 0) return out;
   check(whole.picked >= 1 && whole.picked <= kMostPairs, "index", "have 1 to 256 experts of each token");
   int64_t step = kMostPairs / whole.picked;
+  OfChunks of_chunks(memory);
   for (int64_t first = 0; first < call.tokens; first += step) {
     RoutedCall part = whole;
     part.call.tokens = call.tokens - first < step ? call.tokens - first : step;
@@ -40,7 +41,7 @@ inline Tensor compute_experts(RoutedOperands& operands, const Tensor& x, const s
     part.weights = after(whole.weights, first * whole.picked, whole.weights_type);
     Failure failure = nullptr;
     try {
-      failure = run_experts(part, options, device, memory, stream);
+      failure = run_experts(part, options, device, of_chunks.memory(), stream);
     } catch (const Refusal& refusal) {
       refuse(refusal);
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,8 +32,8 @@ class Effort:
     """How well a problem is timed.
 
     Attributes:
-        copy_bytes: of weights, in copies that are read in turn, so that a call finds them where a model's step does: in
-            memory.
+        copy_bytes: of weights that calls in turn read, so that each finds its own where a model's step does: in memory.
+            On a GPU at least twice its L2 cache.
         rounds: fewest and most, of all candidates in turn.
         sample: seconds of one sample, about.
         problem: seconds of all rounds, about.
@@ -81,8 +80,22 @@ class Tuned:
         }
 
 
+def _copies(problem: Problem, nbytes: int, copy_bytes: int) -> int:
+    """How many records are read in turn, each of rows of `nbytes`, by what a call reads of them. On a GPU so many, if
+    the most there are allow it, that its L2 cache holds no more than half.
+    """
+    if problem.tokens > 256:
+        return 1
+    if problem.device == "cuda":
+        copy_bytes = max(copy_bytes, 2 * torch.cuda.get_device_properties(problem.device).L2_cache_size)
+    read = nbytes * problem.kept // problem.intermediate_size
+    return min(_MOST_COPIES, -(-copy_bytes // max(read, 1)))
+
+
 def _operands(problem: Problem, copy_bytes: int) -> tuple[Tensor, list[Record]]:
-    """Random x, and copies of one record; plain FFNs have biases, as the families' have."""
+    """Random x, and records alike, each read in turn; plain FFNs have biases, as the families' have. Those of a gather
+    share rows where they read others.
+    """
     device, d, f, dtype = problem.device, problem.hidden_size, problem.intermediate_size, problem.dtype
     generator = torch.Generator(device).manual_seed(0)
 
@@ -92,23 +105,31 @@ def _operands(problem: Problem, copy_bytes: int) -> tuple[Tensor, list[Record]]:
     parts = 3 if problem.gated else 2
     made = min(f, _INT4_ROWS) if problem.weights == torch.uint8 else f
     rows, scales = cast(randn(made, parts * d).mul_(d**-0.5), parts, problem.weights or dtype)
-    rows, index = rows.repeat(-(-f // made), 1)[:f] if made < f else rows, None
+    rows = rows.repeat(-(-f // made), 1)[:f] if made < f else rows
+    indices: list[Tensor | None] = [None]
     if problem.gather:
-        order = torch.randperm(f, generator=generator, device=device)
-        index = order[: problem.kept].sort().values.int()
+        order = torch.randperm(f, generator=generator, device=device)[: f // problem.kept * problem.kept]
+        indices = [some.sort().values.int() for some in order.split(problem.kept)]
     bias, down_bias = (None, None) if problem.gated else (randn(f, 1).to(dtype), randn(d).to(dtype))
-    record = Record(rows, problem.gated, problem.activation, scales, bias, down_bias, index)
-    copies = 1 if problem.tokens > 256 else min(_MOST_COPIES, -(-copy_bytes // max(rows.nbytes, 1)))
-    others = (dataclasses.replace(record, rows=rows.clone()) for _ in range(copies - 1))
-    return randn(problem.tokens, d).to(dtype), [record, *others]
+    copies = _copies(problem, rows.nbytes, copy_bytes)
+    records: list[Record] = []
+    while len(records) < copies:
+        own = rows.clone() if records else rows
+        form = (problem.gated, problem.activation, scales, bias, down_bias)
+        records += [Record(own, *form, index) for index in indices[: copies - len(records)]]
+    return randn(problem.tokens, d).to(dtype), records
+
+
+def checked_rows(x: Tensor) -> Tensor:
+    """Which rows of a result of `x` are compared with float64: some, with the first and the last among them."""
+    return torch.linspace(0, len(x) - 1, min(_CHECKED_ROWS, len(x))).round().long().unique().to(x.device)
 
 
 class _Judge:
     """Compares some rows of a result with float64: at most twice the error of torch is allowed."""
 
     def __init__(self, x: Tensor, record: Record) -> None:
-        rows = torch.linspace(0, len(x) - 1, min(_CHECKED_ROWS, len(x))).round().long().unique()
-        self.rows = rows.to(x.device)
+        self.rows = checked_rows(x)
         few = x[self.rows]
         self.exact = reference.ffn(few.double(), widened(record))
         error = (reference.ffn(few, record).double() - self.exact).norm()
@@ -199,7 +220,9 @@ def try_all(problem: Problem, check_time: Callable[[], None], effort: Effort | N
         BackendError: nobody computes it rightly.
     """
     before, effort = _used_now(problem), effort or CAREFUL
-    found, refused = _candidates(problem, *_operands(problem, effort.copy_bytes), check_time)
+    # Held until all are timed: a CUDA graph holds only the addresses of what it reads.
+    x, records = _operands(problem, effort.copy_bytes)
+    found, refused = _candidates(problem, x, records, check_time)
     return race(problem, before, found, refused, check_time, effort)
 
 

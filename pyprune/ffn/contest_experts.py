@@ -18,7 +18,6 @@ from .moe_operator import kernel_on, why_no_kernel
 from .quantisation import cast, widened
 
 _STEPS = 8  # each routed to other experts, so that no cache holds their weights
-_CHECKED = 8  # tokens that are compared with float64
 
 
 def _operands(problem: Problem) -> tuple[Experts, list[tuple[Tensor, Tensor, Tensor]]]:
@@ -46,10 +45,6 @@ def _operands(problem: Problem) -> tuple[Experts, list[tuple[Tensor, Tensor, Ten
     return Experts(rows, problem.gated, problem.activation, scales, *kept), steps_of
 
 
-def _error(run: Callable[..., Tensor], exact: Tensor, few: tuple[Tensor, Tensor, Tensor]) -> float:
-    return float((run(*few).double() - exact).norm())
-
-
 def _ways(problem: Problem) -> list[tuple[str, Config, Callable[..., Tensor]]]:
     """Backend, configuration and function `(x, experts, index, weights)` of all that can run here."""
     offered: tuple[tuple[str, Any, Any], ...] = (
@@ -69,20 +64,21 @@ def _ways(problem: Problem) -> list[tuple[str, Config, Callable[..., Tensor]]]:
 def try_all(problem: Problem, check_time: Callable[[], None], effort: Effort | None = None) -> Tuned:
     """As `contest.try_all`, of a problem with experts."""
     experts, steps = _operands(problem)
-    x, index, factors = steps[0]
-    few = (x[:_CHECKED], index[:_CHECKED], factors[:_CHECKED])
-    exact = torch.zeros(few[0].shape, dtype=torch.float64, device=x.device)
-    for expert in few[1].unique().tolist():  # one by one: all of them are large in float64
-        tokens, place = (few[1] == expert).nonzero(as_tuple=True)
-        given = reference.ffn(few[0][tokens].double(), widened(experts.one(expert)))
-        exact.index_add_(0, tokens, given * few[2][tokens, place, None].double())
-    error = _error(lambda a, i, w: reference.moe(a, experts, i, w), exact, few)
-    allowed = 2 * error + 1e-6 * float(exact.norm())
+    whole, *routing = steps[0]
+    rows = contest.checked_rows(whole)
+    x, index, factors = (given[rows] for given in steps[0])
+    exact = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for expert in index.unique().tolist():  # one by one: all of them are large in float64
+        tokens, place = (index == expert).nonzero(as_tuple=True)
+        given = reference.ffn(x[tokens].double(), widened(experts.one(expert)))
+        exact.index_add_(0, tokens, given * factors[tokens, place, None].double())
+    error = (reference.moe(x, experts, index, factors).double() - exact).norm()
+    allowed = float(2 * error + 1e-6 * exact.norm())
     now, found, refused = clock(problem.device), [], []
     for name, config, run in _ways(problem):
         check_time()
         try:
-            own = _error(lambda a, i, w, run=run: run(a, experts, i, w), exact, few)
+            own = float((run(whole, experts, *routing)[rows].double() - exact).norm())
             if own <= allowed:
 
                 def calls(run: Callable[..., Tensor] = run) -> None:

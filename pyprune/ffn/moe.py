@@ -186,7 +186,8 @@ class PrunedMoE(nn.Module):
     def set_keep(self, keep: Sequence[KeepIndex] | None) -> None:
         """Run these neurons of each expert from now on, of the same records: any number of each.
 
-        What was compiled before is compiled again; a CUDA graph that was captured before keeps what it had.
+        What was compiled before is compiled again; a CUDA graph that was captured before must not be replayed, for the
+        memory where it reads which neurons run is freed, and must be captured again.
 
         Args:
             keep: one an expert, each of all F neurons; None for all of every expert.

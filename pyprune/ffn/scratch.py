@@ -121,7 +121,9 @@ def compacted(record: Tensor, index: Tensor) -> Tensor:
         _forget(key)
         kept = None
     if kept is None:
-        rows = record.detach().index_select(0, index)
+        # Kept beyond a block of inference mode, whose own tensors could not be written to outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            rows = record.index_select(0, index)
         if capturing:
             warnings.warn(
                 "a gather's rows are copied at every replay of this CUDA graph; "

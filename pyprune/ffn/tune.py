@@ -136,7 +136,9 @@ def tune(
 ) -> TuneReport:
     """Time the problems, those of few tokens first, and write the best of each into the user's table as it is found.
 
-    A later call goes on where this one stopped. Each candidate's result is compared with float64 before it is timed.
+    A later call goes on where this one stopped. Each candidate's result is compared with float64 before it is timed. On
+    a machine with different GPUs, tune with the one that will run as the current device: choices are kept for a type of
+    device, as it was found there.
 
     Args:
         problems: all on one device; those that share a bucket are timed once, by their representative.

@@ -21,6 +21,8 @@ class Session {
             [](void* self, int32_t count) { return static_cast<Session*>(self)->take_tickets(count); }, this};
   }
 
+  size_t allocations() const { return held_.size(); }
+
   bool tickets_are_zero() const {
     return std::all_of(tickets_.begin(), tickets_.end(), [](uint32_t n) { return n == 0; });
   }
@@ -50,6 +52,11 @@ class Session {
   std::vector<uint32_t> tickets_ = std::vector<uint32_t>(kMostChannels / 128, 0u);
 };
 
+// A last chunk, of fewer tokens, may be planned otherwise and need more.
+void check_chunks(const Session& session) {
+  STD_TORCH_CHECK(session.allocations() <= 2, "chunks took scratch memory ", session.allocations(), " times");
+}
+
 // `numbers` are [processors, bytes of shared memory, clusters or not, seed of the order of execution].
 Device pretended(const std::vector<int64_t>& numbers) {
   check(numbers.size() == 4, "device", "have four numbers");
@@ -63,6 +70,7 @@ Tensor ffn_simulated(const Given& given, const std::vector<int64_t>& plan, const
   Device as = pretended(device);
   Session session;
   Tensor out = compute(kSimulated, given, plan, as, session.memory(), nullptr);
+  check_chunks(session);
   STD_TORCH_CHECK(session.tickets_are_zero(), "tickets were left behind");
   return out;
 }
@@ -78,6 +86,7 @@ Tensor moe_simulated(const Tensor& x, const Tensor& rows, const Maybe& scales, c
   simulator::begin_stream();
   Tensor again = compute_experts(operands, x, plan, as, another.memory(), nullptr);
   simulator::end_stream();
+  check_chunks(another);
   auto bytes = static_cast<size_t>(out.numel()) * out.element_size();
   check(std::memcmp(out.const_data_ptr(), again.const_data_ptr(), bytes) == 0, "kernels", "give the same bits twice");
   return out;

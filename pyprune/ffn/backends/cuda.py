@@ -23,6 +23,8 @@ ALGORITHMS = ("single_pass", "two_pass")
 # Tokens that one launch takes; more are taken in chunks, each of which reads the weights again.
 _AT_ONCE = 8
 _MOST_CHANNELS = 1 << 17
+# Tokens for which configurations are worth timing: two chunks. With more, the weights that each reads again decide.
+_MOST_TIMED = 16
 # In the order of `PlanOptions` in plan.h, with what leaves each to the library.
 _UNSET: dict[str, int] = {
     "algorithm": -1,
@@ -112,7 +114,9 @@ def default_config(problem: Problem) -> Config:
 
 
 def candidate_configs(problem: Problem) -> list[Config]:
-    """What can be faster than the default, the most promising first; no two of them are planned alike."""
+    """The default and what can be faster, the most promising first, no two planned alike; none for many tokens."""
+    if problem.tokens > _MOST_TIMED:
+        return []
     offered: list[Config] = [default_config(problem)]
     if problem.batch_invariant:
         offered += [{**_INVARIANT, "splits": n} for n in (4, 8, 16, 32)]
