@@ -8,11 +8,19 @@ from typing import Any
 import gguf
 import numpy as np
 
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "phi3": "phi3", "gpt2": "gpt2", "gemma": "gemma"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "phi3": "phi3",
+    "gpt2": "gpt2",
+    "gemma": "gemma",
+    "gpt_neox": "gptneox",
+    "lfm2": "lfm2",
+}
 
 
-def write_dense(model: Any, path: Path, kind: str = "f32") -> Path:
-    """`model` as a GGUF file: matrices in `kind`, the rest in float32."""
+def write_dense(model: Any, path: Path, kind: str = "f32", more: dict[str, np.ndarray] | None = None) -> Path:
+    """`model` as a GGUF file: matrices in `kind`, the rest in float32; and `more` tensors."""
     config = model.config
     name = ARCHITECTURES[config.model_type]
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
@@ -46,9 +54,15 @@ def write_dense(model: Any, path: Path, kind: str = "f32") -> Path:
             values = values.reshape(shape).swapaxes(1, 2).reshape(values.shape)
         if name == "gemma" and told.endswith("norm.weight"):
             values = values + 1
+        if "query_key_value" in key:  # each head's query, key and value -> all queries, all keys, all values
+            values = values.reshape(heads, 3, -1, *values.shape[1:]).swapaxes(0, 1).reshape(values.shape)
+        if "conv.conv" in key:
+            values = values.squeeze(1)
         of = gguf.GGMLQuantizationType[kind.upper() if values.ndim == 2 else "F32"]
         values = np.ascontiguousarray(values)
         writer.add_tensor(told, gguf.quants.quantize(values, of), raw_dtype=of)
+    for told, values in (more or {}).items():
+        writer.add_tensor(told, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from pyprune import prune
+from pyprune.base.errors import CheckpointError, InputError
 from pyprune.cli.commands import app
 from pyprune.model import checkpoint
+from pyprune.serving import padded
+from pyprune.serving.padded import to_padded
 
 DIFFERING = (64, 90, 32)
 
@@ -68,6 +72,51 @@ def test_padded_gives_the_same_without_pyprune_s_file(
     same_logits(new, old)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_padding_rounds_nothing(
+    dtype: torch.dtype, tiny: Callable[..., Any], random_mask: Any, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = tiny("llama").to(dtype)
+    model.model.norm.weight.data = model.model.norm.weight.data.float() + 1e-4  # parts that stay in float32
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.float()
+    prune(model, mask=random_mask(model, DIFFERING), repair=None)
+    before = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers()) if ".mlp." not in n}
+    to_padded(model, tmp_path / "out", ids)
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    assert all(after[n].dtype == t.dtype and torch.equal(after[n], t) for n, t in before.items())
+    assert model.model.layers[2].mlp.up_proj.weight.dtype == dtype
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[n], t) for n, t in model.named_parameters())
+
+
+def test_a_failed_check_leaves_the_types(
+    tiny: Callable[..., Any], random_mask: Any, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama").bfloat16()
+    prune(model, mask=random_mask(model, DIFFERING), repair=None)
+    monkeypatch.setattr(padded, "widen", lambda ffn, width: ffn.holder.down_proj.weight.data.mul_(2))
+    with pytest.raises(CheckpointError, match=r"gives logits .* from the checkpoint's; nothing was written"):
+        to_padded(model, tmp_path / "out", ids)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not (tmp_path / "out").exists()
+
+
+def test_a_family_of_one_width(
+    tiny: Callable[..., Any], random_mask: Any, ids: torch.Tensor, same_logits: Callable[..., None], tmp_path: Path
+) -> None:
+    model = tiny("openai-gpt")
+    prune(model, mask=random_mask(model, DIFFERING), repair=None)
+    with pytest.raises(
+        InputError, match=r"multiple must fill up to 96 neurons, the one width of OpenAIGPTLMHeadModel; got 1"
+    ):
+        to_padded(model, tmp_path / "out", ids)
+    with torch.no_grad():
+        before = model(ids).logits
+        to_padded(model, tmp_path / "out", ids, multiple=96)
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert not {"per_layer_config", "auto_map"} & set(config) and not list((tmp_path / "out").glob("*.py"))
+        same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(ids).logits, before)
+
+
 def test_deci_is_read_without_pyprune(pruned: Callable[..., Path], tmp_path: Path) -> None:
     for family, bias in (("llama", None), ("qwen2", True)):
         out = tmp_path / f"out-{family}"
@@ -110,3 +159,5 @@ def test_options_of_another_target(pruned: Callable[..., Path], tmp_path: Path) 
         done = export(folder, "--out", out, *words)
         assert done.exit_code == 2 and message in done.stderr, done.output
     assert not out.exists()
+    done = export(tmp_path / "nowhere", "--out", out, "--to", "padded", "--multiple", 0)  # before a long load
+    assert "multiple must be a positive integer; got 0" in done.stderr

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from pyprune.base.errors import CheckpointError, InputError, UnsupportedModelErr
 from pyprune.cli.commands import app
 from pyprune.model import checkpoint, families, loading, provenance
 from pyprune.serving import gguf_check, gguf_plan
-from pyprune.serving.gguf_base import Base, heads_apart
+from pyprune.serving.gguf_base import Base, heads_apart, heads_grouped
 from pyprune.serving.gguf_export import plan_widths, to_gguf
 
 DIFFERING, SAME = (64, 96, 32), (64, 64, 64)
@@ -58,7 +61,7 @@ def test_only_the_ffns_differ_from_the_base(family: str, pair: Callable[..., Any
     written = to_gguf(model, base, out, "f32", "padded")
     deci = family in ("llama", "qwen2")
     widths = list(DIFFERING) if deci else [96, 96, 96]
-    assert (written.arch, written.widths) == ("deci" if deci else family, widths)
+    assert (written.arch, written.widths) == ("deci" if deci else ARCHITECTURES[family], widths)
     old, new = Base(base), Base(out)
     assert new.value(f"{written.arch}.feed_forward_length") == (widths if deci else 96)
     for key in ("tokenizer.ggml.tokens", f"{old.arch}.rope.freq_base"):
@@ -86,6 +89,11 @@ def test_heads_of_qwen_turn_as_those_of_llama() -> None:
     """Turning neighbours after the reordering is turning halves before it."""
     order = heads_apart(16, 2)
     assert order.tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+
+
+def test_queries_of_a_group_stand_before_its_key_and_value() -> None:
+    """Two groups of two queries, as Falcon has them, and GPT-NeoX with one query in each."""
+    assert heads_grouped(16, 4, 2).tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 
 
 @pytest.mark.parametrize(("kind", "apart"), [("f16", 5e-4), ("bf16", 3e-3), ("q8_0", 0.01), ("q4_0", 0.15)])
@@ -133,9 +141,54 @@ def test_a_base_of_another_model(pair: Callable[..., Any], tiny: Callable[..., A
 def test_trained_attention_is_not_the_base_s(pair: Callable[..., Any], tmp_path: Path) -> None:
     model, base = pair("llama", SAME, "q8_0")
     to_gguf(model, base, tmp_path / "near.gguf")  # as far as a rounding to eight bits
+    dense = copy.deepcopy(model)
     provenance.add_recovery(model, {"steps": 1})
-    with pytest.raises(InputError, match=r"lies 0\.00\d+ from .* export --to padded, then convert_hf_to_gguf"):
+    provenance.write(dense, "", {"training": {}, "steps": 1})  # as `TrainingPruner` does
+    for trained in (model, dense):
+        with pytest.raises(InputError, match=r"lies 0\.00\d+ from .* export --to padded, then convert_hf_to_gguf"):
+            to_gguf(trained, base, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_training_that_nothing_tells_of(kind: str, pair: Callable[..., Any], tmp_path: Path) -> None:
+    model, base = pair("llama", SAME, kind)
+    weight = model.model.layers[1].self_attn.v_proj.weight.data
+    weight += 0.003 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        InputError, match=r"blk.1.attn_v.weight \(.*\) lies 0\.00\d+ from .*: further than \w+ rounds, so training"
+    ):
         to_gguf(model, base, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_rounding_to_another_type_is_no_training(kind: str, dtype: torch.dtype, tiny: Any, tmp_path: Path) -> None:
+    for family in ("llama", "gemma"):
+        model = tiny(family)
+        for name, values in model.named_parameters():
+            if "norm" in name:
+                values.data.normal_(std=0.1)
+        base = Base(write_dense(model, tmp_path / "dense.gguf", kind))
+        assert base.check_belongs(model.to(dtype)) > 15
+    read = {
+        name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+        for name, tensor in base.tensors.items()
+    }
+    model.model.embed_tokens.weight.data = read["token_embd.weight"].to(dtype)  # what was read from the file itself
+    assert base.check_belongs(model) > 15
+
+
+def test_an_order_that_is_not_known(pair: Callable[..., Any], tmp_path: Path) -> None:
+    model, base = pair("lfm2", SAME)
+    convolution = model.model.layers[1].conv.conv.weight
+    convolution.data = convolution.data.flip(0)
+    with pytest.raises(
+        InputError, match=r"shortconv.* lies 1\.\d+ from .*: it is another model's, or in an order that"
+    ):
+        to_gguf(model, base, tmp_path / "out.gguf")
+    convolution.data = convolution.data.reshape(16, 6)
+    with pytest.raises(UnsupportedModelError, match=r"whether blk.1.shortconv.* is the checkpoint's cannot be told"):
+        Base(base).check_belongs(model)
 
 
 def test_an_ffn_that_the_base_spells_otherwise(
@@ -146,6 +199,15 @@ def test_an_ffn_that_the_base_spells_otherwise(
     biased.load_state_dict(tiny("llama").state_dict(), strict=False)
     write_dense(biased, base)
     with pytest.raises(UnsupportedModelError, match=r"of layer 0 otherwise: it has blk.0.ffn_down.bias, .* too"):
+        to_gguf(model, base, tmp_path / "out.gguf")
+
+
+def test_a_scale_beside_weights_that_are_replaced(
+    pair: Callable[..., Any], tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, base = pair("llama", SAME)
+    write_dense(tiny("llama"), base, more={"blk.1.ffn_up.scale": np.array([0.37], np.float32)})
+    with pytest.raises(UnsupportedModelError, match=r"blk.1.ffn_up.scale, which belongs to weights that are replaced"):
         to_gguf(model, base, tmp_path / "out.gguf")
 
 
@@ -170,6 +232,40 @@ def test_what_reads_back_otherwise_is_not_kept(
     with pytest.raises(CheckpointError, match=r"blk.0.ffn_up.weight reads back 2 from the model's"):
         to_gguf(model, base, tmp_path / "out.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["dense.gguf"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_llama_cpp_is_closed_and_the_model_may_be_elsewhere(
+    fails: bool, tiny: Callable[..., Any], ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, closed = tiny("llama"), []
+
+    class Llama:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.reset, self.close = (lambda: None), (lambda: closed.append(True))
+
+        def eval(self, row: list[int]) -> None:
+            assert not fails, "llama_decode returned -1"
+            self.scores = model(torch.tensor([row])).logits[0].detach().numpy()
+
+    class Elsewhere:
+        """A model on another device, to which tokens must be moved."""
+
+        dtype, device = torch.float32, torch.device("meta")
+
+        def __call__(self, tokens: torch.Tensor) -> Any:
+            assert tokens.device == self.device
+            return model(ids[: len(tokens)])
+
+    monkeypatch.setattr(gguf_check, "has_llama_cpp", lambda: True)
+    monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=Llama))
+    if fails:
+        with pytest.raises(AssertionError, match="llama_decode"):
+            gguf_check.logits(tmp_path, model, ids)
+    else:
+        found = gguf_check.logits(tmp_path, Elsewhere(), ids[:1])  # type: ignore[arg-type]
+        assert found["agree"] == 1 and found["divergence"] < 1e-6
+    assert closed == [True]
 
 
 def test_the_command(pair: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import tomllib
@@ -54,7 +55,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(
         PreTrainedConfig, vllm_plugin._ALLOWED, getattr(PreTrainedConfig, vllm_plugin._ALLOWED), raising=False
     )
-    state = types.SimpleNamespace(config=None, degree=1)
+    state = types.SimpleNamespace(config=None, degree=1, build=nn.Module)
     linear: Any = types.ModuleType("vllm.model_executor.layers.linear")
     linear.ColumnParallelLinear, linear.MergedColumnParallelLinear, linear.RowParallelLinear = Column, Merged, Row
     config: Any = types.ModuleType("vllm.config")
@@ -68,7 +69,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     distributed.get_tensor_model_parallel_world_size = lambda: state.degree
     loading = "vllm.model_executor.model_loader"
     loader: Any = types.ModuleType(f"{loading}.base_loader")
-    loader.initialize_model = lambda vllm_config, **_: nn.Module()
+    loader.initialize_model = lambda vllm_config, *, model_config=None: state.build()
     loader.process_weights_after_loading = lambda model, model_config, target_device: state.packed.append(model)
     files: Any = types.ModuleType(f"{loading}.default_loader")
 
@@ -193,6 +194,47 @@ def test_a_mask_that_is_chosen_at_start(
             strict=True,
         )
     )
+
+
+def test_a_draft_is_not_the_model(
+    vllm: Any, pruned: Callable[[str], Any], tiny: Callable[..., Any], random_mask: Any, tmp_path: Path
+) -> None:
+    """vLLM builds a draft of speculative decoding under the target's config, or under one of its own."""
+    vllm_plugin.register()
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "dense")
+    mask = random_mask(model, DIFFERING)
+    mask.save(tmp_path / "mask.safetensors")
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 3)]  # EAGLE numbers its own after the target's
+
+    class Built(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes = [Row(96, 32, prefix=name).sizes[0] for name in names]
+
+    dense = AutoConfig.from_pretrained(tmp_path / "dense")
+    target, draft = (
+        types.SimpleNamespace(model=str(tmp_path / "dense"), hf_text_config=copy.deepcopy(dense)) for _ in range(2)
+    )
+    vllm.build = Built
+    speculative = types.SimpleNamespace(draft_model_config=draft, target_model_config=target)
+    given = {"pyprune": {"mask": str(tmp_path / "mask.safetensors")}}
+
+    def make(of: Any, **more: Any) -> Any:
+        config = types.SimpleNamespace(model_config=of, additional_config=given, speculative_config=speculative)
+        vllm.config = of.hf_text_config
+        return vllm.loader.initialize_model(config, **more)
+
+    ours = make(target, model_config=target)
+    assert ours._pyprune_cut is not None and ours.sizes == [DIFFERING[0], 96]
+    for theirs in (make(target, model_config=draft), make(draft), make(draft, model_config=draft)):
+        assert theirs._pyprune_cut is None and theirs.sizes == [96, 96]
+    draft.hf_text_config = pruned("llama")  # a draft that is pruned itself
+    assert make(target, model_config=draft).sizes == [DIFFERING[0], 96]
+    speculative.draft_model_config = target  # as vLLM says where there is no draft model
+    assert make(target)._pyprune_cut is not None
+    beyond = ("model.layers.3.mlp.up_proj.weight", torch.zeros(7, 32))
+    assert next(ours._pyprune_cut.narrow([beyond]))[1] is beyond[1]
 
 
 def test_masks_that_do_not_fit(vllm: Any, tiny: Callable[..., Any], random_mask: Any, tmp_path: Path) -> None:

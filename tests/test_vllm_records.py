@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import types
@@ -217,6 +218,30 @@ def test_stored_compilations_are_named_by_what_the_race_chose(monkeypatch: pytes
         found.append(json.dumps(config.additional_config))
         assert VllmOptions.of(config.additional_config) == VllmOptions(weights="int8")
     assert len(set(found)) == 3 and found[2] == json.dumps(given) == json.dumps({"pyprune": {"weights": "int8"}})
+
+
+@needs_kernels
+def test_no_options_or_an_object_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    raced(monkeypatch, dict.fromkeys(vllm_contest.TOKENS, 0.5))
+    # Through an object of another plugin's nothing could be told to vLLM's compiler.
+    for given, kind in ((None, "RecordFFN"), (types.SimpleNamespace(compute_hash=str), "MLP")):
+        model: Any = Model()
+        model.vllm_config = types.SimpleNamespace(additional_config=given)
+        model._pyprune_options = VllmOptions.of(given)
+        vllm_plugin._packed(lambda model: None)(model)
+        assert kinds(model) == [kind] * 3
+        assert (model.vllm_config.additional_config is given) == (kind == "MLP")
+
+
+@needs_kernels
+def test_a_model_that_is_gone_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    raced(monkeypatch, dict.fromkeys(vllm_contest.FEW, 0.5))
+    before, model = len(vllm_ffn._BESIDE), Model(dtype=torch.bfloat16)
+    take_over(model, VllmOptions(weights="int8"))
+    assert len(vllm_ffn._BESIDE) == before + 3
+    del model
+    gc.collect()
+    assert len(vllm_ffn._BESIDE) == before
 
 
 @needs_kernels

@@ -16,7 +16,7 @@ from ..serving.deci import to_deci
 from ..serving.gguf_base import CONVERTER, Base
 from ..serving.gguf_export import check_out_file, to_gguf
 from ..serving.gguf_plan import TYPES, WIDTHS
-from ..serving.padded import to_padded
+from ..serving.padded import check_multiple, to_padded
 from .options import JsonOption, ShardOption
 from .screen import megabytes, show, verb
 
@@ -128,6 +128,8 @@ def export(
         check(whole, "max_shard_size", "be left out unless --to is padded or deci", max_shard_size)
         _gguf(model, base, out, kind or "bf16", widths or "as-is", checks or "auto", overwrite, as_json)
         return
+    many = 1 if multiple is None else multiple
+    check_multiple(many)
     checkpoint.check_out(out, overwrite, max_shard_size)
     loaded, tokenizer = loading.load_model(model, "auto"), _tokenizer(model)
     if to == "deci":
@@ -139,7 +141,7 @@ def export(
         )
         return
     tokens = prompts(tokenizer, loaded.config)
-    result = to_padded(loaded, out, tokens, tokenizer, 1 if multiple is None else multiple, overwrite, max_shard_size)
+    result = to_padded(loaded, out, tokens, tokenizer, many, overwrite, max_shard_size)
     show(
         vars(result),
         as_json,

@@ -17,7 +17,7 @@ from ..base.errors import check, check_choice
 from ..model import families
 from ..model.experts import Bank
 from ..model.units import OWN, Expert, groups
-from . import contest, contest_experts, tuned
+from . import contest, contest_experts, native, tuned
 from .accelerate_experts import described, picked, why_not
 from .backends import Problem
 from .contest import Effort, Tuned
@@ -148,13 +148,14 @@ def tune(
         effort: how well each is timed; None for `contest.CAREFUL`.
 
     Raises:
-        InputError: no problem, problems of two devices, one that is not here, or no time.
+        InputError: no problem, problems of two devices, a device or a PYPRUNE_CPU_ISA that is not here, or no time.
         BackendError: no backend computes a problem rightly.
     """
     chosen = {tuned.key(p): tuned.representative(p) for p in problems}
     devices = sorted({p.device for p in chosen.values()})
     check(len(devices) == 1, "problems", "be on one device", devices)
     check(budget > 0, "budget", "be more than 0 seconds", budget)
+    native.check_isa()
     device, deadline = devices[0], time.monotonic() + budget
 
     def check_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,21 @@ def prompts(tokenizer: Any | None, config: Any) -> Tensor:
 
 
 @torch.no_grad()
-def check_same(before: Tensor, model: Any, tokens: Tensor, path: Path) -> float:
-    """How far a model's logits lie from those of the checkpoint, over the largest of those.
+def exact_logits(model: Any, tokens: Tensor) -> Tensor:
+    """`[N, L, V]` logits of `[N, L]` token ids by a copy of a model, in float32 or wider."""
+    wide = copy.deepcopy(model).to(torch.promote_types(model.dtype, torch.float32))
+    logits: Tensor = wide(tokens.to(wide.device)).logits
+    return logits
+
+
+def check_same(before: Tensor, after: Tensor, path: Path) -> float:
+    """How far logits lie from those of the checkpoint, over the largest of those.
 
     More neurons are added up in another order, so logits in float32 differ by its rounding at most.
 
     Raises:
         CheckpointError: they differ by more than 1e-4.
     """
-    after = model(tokens).logits.float()
     apart = float((after - before).abs().max() / before.abs().max())
     if not apart <= 1e-4:
         raise CheckpointError(f"{path.name} gives logits {apart:.3g} from the checkpoint's; nothing was written")

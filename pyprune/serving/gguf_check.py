@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 from pathlib import Path
@@ -104,7 +105,7 @@ def logits(path: Path, model: nn.Module, tokens: Tensor, kind: str = "bf16") -> 
 
     Args:
         path: the file.
-        model: the model.
+        model: the model, on whatever device.
         tokens: `[N, L]` token ids.
         kind: type of the FFNs' matrices, which says how far they may lie apart.
 
@@ -127,14 +128,14 @@ def logits(path: Path, model: nn.Module, tokens: Tensor, kind: str = "bf16") -> 
         runner = llama_cpp.Llama(str(path), n_ctx=tokens.shape[1], logits_all=True, verbose=False)
     except Exception as error:
         raise CheckpointError(f"llama.cpp does not load what was written: {one_line(error)}") from error
-    for row in tokens:
-        runner.reset()
-        runner.eval(row.tolist())
-        theirs = torch.from_numpy(np.array(runner.scores[: len(row)])).double().log_softmax(-1)
-        own = wide(row[None]).logits[0].double().log_softmax(-1)[:, : theirs.shape[1]]
-        divergences.append((own.exp() * (own - theirs)).sum(-1))
-        same.append(own.argmax(-1) == theirs.argmax(-1))
-    runner.close()
+    with contextlib.closing(runner):
+        for row in tokens:
+            runner.reset()
+            runner.eval(row.tolist())
+            theirs = torch.from_numpy(np.array(runner.scores[: len(row)])).double().log_softmax(-1)
+            own = wide(row[None].to(wide.device)).logits[0].cpu().double().log_softmax(-1)[:, : theirs.shape[1]]
+            divergences.append((own.exp() * (own - theirs)).sum(-1))
+            same.append(own.argmax(-1) == theirs.argmax(-1))
     divergence, agree = float(torch.cat(divergences).mean()), float(torch.cat(same).double().mean())
     if not divergence <= _DIVERGENCE[kind]:
         raise CheckpointError(

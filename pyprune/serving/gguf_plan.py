@@ -76,8 +76,13 @@ def plan_widths(arch: str, neurons: list[int], kind: str, widths: str) -> tuple[
 
 
 def of_ffn(name: str) -> bool:
-    parts = name.split(".")
-    return len(parts) == 4 and parts[2] in ("ffn_gate", "ffn_up", "ffn_down") and parts[3] in ("weight", "bias")
+    return _beside_ffn(name) and name.split(".", 3)[3] in ("weight", "bias")
+
+
+def _beside_ffn(name: str) -> bool:
+    """Whether a tensor is a projection's of an FFN: its weight, its bias or, say, a scale of the weight."""
+    parts = name.split(".", 3)
+    return len(parts) == 4 and parts[2] in ("ffn_gate", "ffn_up", "ffn_down")
 
 
 def ffn_tensors(ffn: FFN, width: int, fused: bool) -> Iterator[tuple[str, Tensor]]:
@@ -167,6 +172,11 @@ def _check_spelling(base: Base, ffn: FFN, made: dict[str, Tensor], arch: str) ->
     """Raise unless the base has the FFN's tensors, at no smaller width, and nothing else that is as wide."""
     prefix = f"blk.{ffn.layer}.ffn_"
     theirs = {name for name in base.tensors if name.startswith(prefix)}
+    if scales := sorted(name for name in theirs if _beside_ffn(name) and not of_ffn(name)):
+        raise UnsupportedModelError(
+            f"{base.path.name} has {scales[0]}, which belongs to weights that are replaced: export over a base whose "
+            "FFNs stand in ordinary types"
+        )
     missing = sorted(name for name in made if name not in theirs and name.endswith("weight"))
     extra = sorted(name for name in theirs if of_ffn(name) and name not in made)
     biases = sorted(name for name in made if name not in theirs and name.endswith("bias"))

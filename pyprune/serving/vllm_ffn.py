@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class RecordFFN(nn.Module):
 
 
 # vLLM traces a model once for all numbers of tokens, so which of the two runs is decided inside an operator.
-_BESIDE: dict[str, RecordFFN] = {}
+_BESIDE: WeakValueDictionary[str, RecordFFN] = WeakValueDictionary()
 # vLLM's operators for what lies between its layers, by the activation in a record.
 _BETWEEN = {"silu": "silu_and_mul", "gelu": "gelu_and_mul", "gelu_tanh": "gelu_tanh_and_mul"}
 # These take whole vectors only, and refuse other widths.

@@ -63,8 +63,8 @@ class Cut:
         waiting = {(i, name) for i in range(len(self.layers)) for name in blocks if name.endswith("weight")}
         for name, tensor in weights:
             match = place.search(name)
-            if match and match[2] in blocks:
-                layer = int(match[1])
+            layer = int(match[1]) if match else len(self.layers)
+            if match and layer < len(self.layers) and match[2] in blocks:  # others may follow, for drafts
                 tensor = self._kept(name, tensor, self.layers[layer], blocks[match[2]], match[2])
                 waiting.discard((layer, match[2]))
             yield name, tensor

@@ -41,10 +41,15 @@ class VllmOptions:
     def of(cls, additional_config: Any) -> VllmOptions:
         """From vLLM's `additional_config`; the defaults where nothing is said in it.
 
+        vLLM names stored compilations by it, so where it is an object of another plugin's, to which nothing can be
+        added, kernels are off.
+
         Raises:
             InputError: an unknown option, or a value that breaks its rule.
         """
-        given = additional_config.get("pyprune", {}) if isinstance(additional_config, dict) else {}
+        if not isinstance(additional_config, dict | None):
+            return cls(kernels="off")
+        given = (additional_config or {}).get("pyprune", {})
         check(isinstance(given, dict), "additional_config['pyprune']", "be an object", given)
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(given) - set(known)):

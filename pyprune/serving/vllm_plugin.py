@@ -17,6 +17,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -35,6 +36,9 @@ LINEARS = {
     "RowParallelLinear": "input_size",
 }
 _ALLOWED = "allow_global_per_layer_attribute_access"
+
+# The config of a model that vLLM makes beside the one of its current config, such as a draft.
+_DRAFT: ContextVar[Any] = ContextVar("draft", default=None)
 
 log = logging.getLogger("vllm.pyprune")
 
@@ -74,10 +78,15 @@ def install() -> None:
     _allow_the_widest()
     for kind, argument in found:
         if not getattr(kind.__init__, "_pyprune", False):
-            kind.__init__ = _wrapped(kind.__init__, argument, lambda: current().model_config.hf_text_config, parallel)
+            kind.__init__ = _wrapped(kind.__init__, argument, lambda: _text_config(current), parallel)
     for step, (owner, name), made, _ in steps:
         if not getattr(step, "_pyprune", False):
             setattr(owner, name, made(step))
+
+
+def _text_config(current: Callable[[], Any]) -> Any:
+    """The config of the model that is being made."""
+    return (_DRAFT.get() or current().model_config).hf_text_config
 
 
 def _check_takes(function: Any, name: str, *arguments: str) -> None:
@@ -95,7 +104,7 @@ def _steps(loader: Any, files: Any) -> list[tuple[tuple[Any, str], Callable[[Any
 
 
 def _argument(function: Any, name: str, args: Any, kwargs: Any) -> Any:
-    return inspect.signature(function).bind(*args, **kwargs).arguments[name]
+    return inspect.signature(function).bind(*args, **kwargs).arguments.get(name)
 
 
 def _step(function: Any) -> Callable[[Any], Any]:
@@ -116,15 +125,27 @@ def _made(initialize: Any) -> Any:
         options = VllmOptions.of(config.additional_config)
         if getattr(config, "lora_config", None) is not None:
             options = options.with_adapters()
+        own = _argument(initialize, "model_config", args, kwargs) or config.model_config
         cut = None
-        if options.mask is not None:
-            cut = Cut(config.model_config.model, options.mask)
-            cut.narrow_config(config.model_config.hf_text_config)
-        model = initialize(*args, **kwargs)
+        if options.mask is not None and not _is_draft(config, own):
+            cut = Cut(own.model, options.mask)
+            cut.narrow_config(own.hf_text_config)
+        draft = _DRAFT.set(None if own is config.model_config else own)
+        try:
+            model = initialize(*args, **kwargs)
+        finally:
+            _DRAFT.reset(draft)
         model._pyprune_options, model._pyprune_cut = options, cut
         return model
 
     return initialize_model
+
+
+def _is_draft(config: Any, own: Any) -> bool:
+    """Whether a model is what speculative decoding drafts with: by a config beside the target's, or in its place."""
+    speculation = getattr(config, "speculative_config", None)
+    drafts = getattr(speculation, "draft_model_config", None) is own
+    return own is not config.model_config or (drafts and getattr(speculation, "target_model_config", None) is not own)
 
 
 def _read(get_all_weights: Any) -> Any:
@@ -164,7 +185,7 @@ def _tell_compiler(model: Any) -> None:
         id(module.vllm_config): module.vllm_config for module in model.modules() if hasattr(module, "vllm_config")
     }
     for config in configs.values() if ours else ():
-        config.additional_config = {**config.additional_config, "pyprune.ffns": ours}
+        config.additional_config = {**(config.additional_config or {}), "pyprune.ffns": ours}
 
 
 def _allow_the_widest() -> None:
@@ -216,7 +237,8 @@ def own_size(name: str, size: Any, leaves: bool, config: Callable[[], Any]) -> A
         config: gives the model's config.
 
     Returns:
-        `size`, with the widest FFN's width replaced by that of the layer's own FFN; None where it belongs to none.
+        `size`, with the widest FFN's width replaced by that of the layer's own FFN; None where it belongs to none, or
+        to a layer that the config does not count.
     """
     try:
         ours = config()
@@ -234,7 +256,10 @@ def own_size(name: str, size: Any, leaves: bool, config: Callable[[], Any]) -> A
     place = re.search(rf"(?:^|\.){re.escape(ffn['layers'].rpartition('.')[2])}\.(\d+)\.(.+)$", name)
     if place is None or place[2].rpartition(".")[0] != ffn["out"].rpartition(".")[0]:
         return None
-    width, widest = widths[int(place[1])], max(widths)
+    layer = int(place[1])
+    if layer >= len(widths):
+        return None
+    width, widest = widths[layer], max(widths)
     blocks = 1 if leaves or isinstance(size, list) else ffn["in"][0][1]
     parts = size if isinstance(size, list) else [size]
     if widest * blocks not in parts:
