@@ -3,9 +3,6 @@ GPU_PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 JOBS ?= 2
-# Without a GPU the CUDA kernels are compiled for one architecture only, in a quarter of the time; for all of them:
-# PYPRUNE_CUDA_ARCHS="80 90 100 120" make native
-export PYPRUNE_CUDA_ARCHS ?= $(if $(shell command -v nvidia-smi),,90)
 NATIVE := $(wildcard $(addprefix csrc/,*/*.cpp */*.h */*.cu */*.cuh cuda/simulator/*.cpp cuda/simulator/*.h))
 ASAN_TESTS ?= tests/test_cpu_kernels.py tests/test_cpu_calls.py tests/test_moe_kernels.py tests/test_cuda_simulated.py
 
@@ -51,6 +48,9 @@ test-arm: $(READY)
 
 # Compiles what changed: both libraries and the simulator. No compiler, no nvcc: says so and succeeds. A source that
 # does not compile: fails. First the headers of the oldest torch, once, for the test that compiles with them.
+# Without a GPU the CUDA kernels are compiled for one architecture only, in a quarter of the time; for all of them:
+# PYPRUNE_CUDA_ARCHS="80 90 100 120" make native
+native $(READY): export PYPRUNE_CUDA_ARCHS ?= $(if $(shell command -v nvidia-smi 2> /dev/null),,90)
 native: $(READY)
 	@$(BIN)/python csrc/oldest_torch.py
 	@$(BIN)/python csrc/build_native.py

@@ -71,6 +71,7 @@ def test_clocks_are_those_of_the_gpu_that_torch_sees(load: Load, monkeypatch: py
 
     monkeypatch.setattr(clocks.subprocess, "run", smi)
     monkeypatch.setattr(clocks.ctypes, "CDLL", lambda name: nvml)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert (clocks.clocks(), clocks.Clocks().read(), asked) == ({}, {}, [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     facts = SimpleNamespace(uuid="12345678-90ab")

@@ -349,9 +349,9 @@ def test_wrong_use_of_the_verb(tiny_checkpoint: Path, text: Path, tmp_path: Path
     for options, message in (
         (("--preset", "publish"), "preset must be one of published, ours, grid; got 'publish'"),
         (("--preset", "ours", "--only", "FLAP"), "only must be one of pyprune, pyprune --best"),
-        (("--criteria", "wander"), "nearest: wanda"),
-        (("--repair", "none,none"), "repair must be names that differ"),
-        (("--allocation", "even"), "allocation must be one of"),
+        (("--preset", "grid", "--criteria", "wander"), "nearest: wanda"),
+        (("--preset", "grid", "--repair", "none,none"), "repair must be names that differ"),
+        (("--preset", "grid", "--allocation", "even"), "allocation must be one of"),
         (("--keep", "half"), "keep must be numbers"),
         (("--keep", "1.2"), "keep must be shares"),
         (("--figure", tmp_path / "x.png"), "figure must be an .svg file"),

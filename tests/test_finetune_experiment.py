@@ -500,7 +500,7 @@ def test_correlation_by_hand(finetune: SimpleNamespace) -> None:
     # Within each of two widths one falls as the other rises, though over all both are higher at the second width.
     left, right = [1.0, 2.0, 3.0, 4.0, 11.0, 12.0, 13.0, 14.0], [4.0, 3.0, 2.0, 1.0, 14.0, 13.0, 12.0, 11.0]
     widths = [0.5] * 4 + [0.3] * 4
-    methods = ["random", "movement", "gum", "l0"] * 2
+    methods = ["random", "movement", "gum", "l0", "magnitude", "ema", "platon", "smoothed"]
     assert correlation.correlation(left, right, widths, methods)["value"] == pytest.approx(-1)
     everything = correlation.correlation(left, right, [0] * 8, methods)
     assert everything["value"] == pytest.approx(1 - 6 * 2 * (9 + 1 + 1 + 9) / (8 * 63))  # 1 - 6 sum d^2 / (n (n^2 - 1))
@@ -510,9 +510,11 @@ def test_correlation_by_hand(finetune: SimpleNamespace) -> None:
     assert correlation.correlation([1.0] * 8, right, [0] * 8, methods) == {**few, "n": 8}
     with pytest.raises(InputError, match=r"right, strata and methods must be as long as left \(8\); got \(4, 8, 8\)"):
         correlation.correlation(left, right[:4], widths, methods)
-    # Eight cells of one method are one witness: the interval is that of two methods, whatever their cells say.
-    two = correlation.correlation([1.0] * 4 + [2.0] * 4, [*range(8)], [0] * 8, ["random"] * 4 + ["gum"] * 4)
-    assert two["value"] > 0.8 and two["low"] == pytest.approx(two["high"])
+    # Cells of one method are one witness: twice as many of the same methods say no more.
+    few_methods = correlation.correlation(left * 2, right * 2, [0] * 16, ["random", "gum", "l0", "ema"] * 4)
+    assert few_methods == {**few, "n": 16}
+    same = [correlation.correlation(left * n, right * n, [0] * 8 * n, methods * n) for n in (1, 2)]
+    assert same[1]["high"] - same[1]["low"] > 0.9 * (same[0]["high"] - same[0]["low"])
 
 
 def test_headlines(finetune: SimpleNamespace) -> None:
@@ -524,9 +526,8 @@ def test_headlines(finetune: SimpleNamespace) -> None:
     assert "against movement BLEU better, +0.53 [+" in gum and "perplexity better, x0.990 [x0." in gum
     assert "contradict" not in gum
     assert "*e2e, scratch*: BLEU" not in explains  # no share of unique neurons differs
-    for i, (place, row) in enumerate(
-        {**MADE_UP, ("gum", 0.5, False): [20, 21, 22], ("gum", 0.5, True): [20, 21, 22]}.items()
-    ):
+    more = {("gum", 0.5, False): [20, 21, 22], ("gum", 0.5, True): [20, 21, 22], ("ema", 0.2, True): [10, 11, 12]}
+    for i, (place, row) in enumerate({**MADE_UP, **more}.items()):
         for seed, bleu in enumerate(row):
             run = _run(*place, seed, bleu) | {"model": "smol"}
             run["redundancy"] = {"unique": {"0.8": bleu / 100}, "sensitivity": 1e-3}

@@ -195,6 +195,8 @@ def test_what_was_not_there_is_left_out(tmp_path: Path) -> None:
             entry["retained"] = None
     page = report.build(cases.fill(tmp_path, diagnose=found))
     assert list(cases.captions(page)) == ["Scores, dense and pruned", "The answers among themselves"]
+    commands = " ".join(cases.text_of(page, "code"))
+    assert "--prompts" not in commands and "--items 40" in commands  # which `diagnose` refuses without their parts
     assert "Perplexity" not in page and "tile" not in re.findall(r'class="(\w+)"', page)
     found = cases.diagnose()
     found["hierarchy"]["perplexity"]["pruned"] = None  # too large for a number

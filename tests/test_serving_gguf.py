@@ -160,8 +160,8 @@ def test_training_that_nothing_tells_of(kind: str, pair: Callable[..., Any], tmp
         to_gguf(model, base, tmp_path / "out.gguf")
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_a_rounding_to_another_type_is_no_training(kind: str, dtype: torch.dtype, tiny: Any, tmp_path: Path) -> None:
     for family in ("llama", "gemma"):
         model = tiny(family)

@@ -141,7 +141,7 @@ def _of_options(rows: Sequence[Row]) -> str:
     found = []
     for task in (task for row in rows for task in categorical(row) if not _single(task) and _known(task)):
         found.append(_apart(*(task["deviations"][space]["total_variation"] for space in ("full", "restricted")), 1.0))
-    return f"over whole options less moves in {found.count(HOLDS)} of {len(found)} rows"
+    return f"over whole options the deviation is smaller in {found.count(HOLDS)} of {len(found)} rows"
 
 
 def _retained(row: Row) -> Measures:

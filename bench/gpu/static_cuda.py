@@ -132,7 +132,7 @@ def _sources() -> set[Path]:
     waiting = [*(CSRC / "cuda").glob("*.cu")]
     while waiting:
         file = waiting.pop().resolve()
-        if file not in found:
+        if file not in found and file.parent.name != "simulator":
             found.add(file)
             waiting += [file.parent / name for name in _INCLUDE.findall(file.read_text(encoding="utf-8"))]
     return found
@@ -151,7 +151,7 @@ def main() -> None:
     reason = native.load_cuda()
     if reason:
         raise SystemExit(reason)
-    if missing := sorted(set(ARCHITECTURES) - set(native.facts("cuda")["architectures"])):
+    if missing := sorted(set(ARCHITECTURES) - set(native.facts("cuda")["architectures"] or ())):
         raise SystemExit(
             f"the library is not built for {', '.join(missing)}: see python -m bench.gpu.static_cuda's top"
         )

@@ -160,6 +160,8 @@ def verdict(values: Sequence[float], sign: int) -> str:
     if not values:
         return "not measured yet"
     found = over_seeds(values)
+    if found["mean"] == 0:
+        return "no difference shown"
     word = "better" if sign * found["mean"] > 0 else "worse"
     if found["low"] is None:
         return f"{word} in one sample, which has no interval"

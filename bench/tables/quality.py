@@ -42,7 +42,7 @@ def _compare_goal(goal: Result) -> str:
         return f"- {goal['text']}: ours at {1 - goal['our_keep']:.0%} removed: not measured"
     ours, published = goal["ours"], goal["published"]
     each = f" (and on {goal['domains_met']} of {goal['domains']} by itself)" if "domains" in goal else ""
-    close = abs(math.log(ours["perplexity"] / published["perplexity"])) < _NOISE
+    close = "domains" in goal and abs(math.log(ours["perplexity"] / published["perplexity"])) < _NOISE
     within = f", by less than the {_NOISE:.0%} that another calibration sample changes" if close else ""
     return (
         f"- {goal['text']}: {ours['label']} at {1 - goal['our_keep']:.0%} removed {ours['perplexity']:.2f}; best "

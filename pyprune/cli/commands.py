@@ -235,7 +235,7 @@ def bench(
         str | None, typer.Option(help="The dense MODEL; then MODEL is a pruned one.", show_default=False)
     ] = None,
     keep: Annotated[
-        float, typer.Option(help="Without --against: keep this share of MODEL's neurons (random ones).")
+        float, typer.Option(help="Without --against or --width: keep this share of MODEL's neurons (random ones).")
     ] = 0.5,
     mode: Annotated[str, typer.Option(help=f"{' or '.join(MODES)}, for PrunedMLP.")] = "compact",
     backend: Annotated[
@@ -255,7 +255,7 @@ def bench(
 ) -> None:
     """Decode, prefill and FFN speed as ratios to dense in the same run, each with its ceiling."""
     if against is not None or width is not None:
-        check_left_out(context, "be left out with --against and --width, which say what stays", "keep", "seed")
+        check_left_out(context, "be left out with --against or --width, which say what stays", "keep", "seed")
     check(against is None or mode == "compact", "mode", "be compact with --against, whose neurons are gone", mode)
     every = Uniform(multiple=1)
     PruneOptions.of(keep, "random", every, None, seed=seed)  # complains before a long load

@@ -116,7 +116,7 @@ def _check_together(context: typer.Context, nested_widths: bool, mask: Path | No
         scoring = ("keep", "method", "allocation", "target_speedup", "workload", "protect", "multiple", "floor")
         check_left_out(context, "be left out with --mask, which says what stays", *scoring)
     if out is not None and out.suffix == ".gguf":
-        check_left_out(context, "be left out where --out is a GGUF file, which is one", "max_shard_size")
+        check_left_out(context, "be left out where --out is a GGUF file, which is not split", "max_shard_size")
 
 
 def _given(**values: Any) -> dict[str, Any]:

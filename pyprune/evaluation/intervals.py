@@ -1,8 +1,8 @@
 """95 % intervals by the bootstrap over items: of a mean, and of anything made from several means of the same items.
 
-Percentiles of the bootstrap are too narrow where items are few (of 8 items 89 % hold the mean): their variance lacks a
-factor of n / (n - 1), and their tails are the normal's. So they are taken further out, by Student's t (the expanded
-percentile interval of Hesterberg 2015, What teachers should know about the bootstrap, arXiv 1411.5279).
+Percentiles of the bootstrap are too narrow where items are few (of those of 8 items 89 % hold the mean): their
+variance lacks a factor of n / (n - 1), and their tails are the normal's. So they are taken further out, by Student's t
+(the expanded percentile interval of Hesterberg 2015, What teachers should know about the bootstrap, arXiv 1411.5279).
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from torch import Tensor
 
 _RESAMPLES = 2000
 _NORMAL = NormalDist()
+_FEW = (12.706, 4.303)
 
 
 def student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, by the expansion in powers of 1 / freedom (Abramowitz and Stegun 26.7.5);
-    within 1 % from 3 degrees of freedom on.
+    """The 97.5 % quantile of Student's t, within 0.2 %.
+
+    From 3 degrees of freedom on by the expansion in powers of their inverse (Abramowitz and Stegun 26.7.5).
     """
+    if freedom <= len(_FEW):
+        return _FEW[freedom - 1]
     z = _NORMAL.inv_cdf(0.975)
     terms = (
         (z**3 + z) / 4,

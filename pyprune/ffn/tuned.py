@@ -196,7 +196,13 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("ab") as lock:
+    lock = None
+    with suppress(OSError):  # another user's, in a folder that is shared
+        lock = (folder / ".lock").open("ab")
+    if lock is None:
+        yield
+        return
+    with lock:
         with suppress(OSError):  # a disk without locks: what is lost is measured again
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:

@@ -177,9 +177,13 @@ def _commands(facts: Facts) -> Iterator[str]:
         budget = diagnose.get("budget") or {}
         parts = ",".join(part for part in ("hierarchy", "drift", "tasks") if part in diagnose)
         sizes = {key: diagnose[key] for key in ("tokens", "window")}
-        counted = {key: budget.get(key) for key in ("prompts", "prompt_tokens", "new_tokens", "temperature")}
-        rest = {"items": budget.get("items") or 0, "dtype": diagnose.get("dtype"), "seed": diagnose.get("seed")}
-        given = _options(**sizes, parts=parts or None, **counted, **rest)
+        rest: dict[str, Any] = {}
+        if "drift" in diagnose:  # options that one part alone reads are refused without it
+            rest |= {key: budget.get(key) for key in ("prompts", "prompt_tokens", "new_tokens", "temperature")}
+        if "tasks" in diagnose:
+            rest |= {"items": budget.get("items") or 0}
+        rest |= {"dtype": diagnose.get("dtype"), "seed": diagnose.get("seed")}
+        given = _options(**sizes, parts=parts or None, **rest)
         yield _command("pyprune diagnose DENSE PRUNED", _text(diagnose["text"]), given, "--out DIR/diagnose.json")
     suite = facts.get("suite")
     if suite is not None:

@@ -23,6 +23,9 @@ _STEPS = 1.1 * 12**-0.5
 # The other types' roundings differ by who made the file: how far their values may lie from the model's, root mean
 # square over root mean square, by the bits of a weight; another model's lie 1.4 apart.
 _APART = {8: 0.02, 6: 0.05, 5: 0.15, 4: 0.2, 3: 0.35}
+# A file and a checkpoint of two 16-bit types; of their values so many are the same in bfloat16 (15 of 16, about).
+_SIXTEEN = ({"F16", torch.bfloat16}, {"BF16", torch.float16})
+_SAME = 0.9
 _FAR = 0.5  # further than this, it is not training that changed the values
 # Of the values found and wanted, how far each may be off, the type and the checkpoint's: whether they are the same.
 Told = Callable[[np.ndarray, np.ndarray, Any, Any, torch.dtype], bool]
@@ -266,7 +269,18 @@ def _as_values(found: np.ndarray, wanted: np.ndarray, slack: Any, kind: Any, dty
     quants = package().quants
     with np.errstate(over="ignore"):
         cast = quants.quantize(np.ascontiguousarray(wanted, np.float32), kind)
-    return np.array_equal(quants.dequantize(cast, kind), found)
+    if np.array_equal(quants.dequantize(cast, kind), found):
+        return True
+    return {kind.name, dtype} in _SIXTEEN and _of_one_master(found, wanted)
+
+
+def _of_one_master(found: np.ndarray, wanted: np.ndarray) -> bool:
+    """Whether values in float16 and values in bfloat16 are roundings of the same: what float16 puts midway between two
+    of bfloat16, an eighth of all, bfloat16 may have rounded the other way.
+    """
+    a, b = (torch.from_numpy(values).to(torch.bfloat16).double().numpy() for values in (found, wanted))
+    near = np.abs(found - wanted) <= 2.0**-7 * np.abs(wanted) + 2.0**-24
+    return bool(near.all() and (a == b).mean() >= _SAME)
 
 
 def _by_steps(found: np.ndarray, wanted: np.ndarray, *_: Any) -> bool:

@@ -76,7 +76,7 @@ def to_padded(
     width = -(-max(neurons) // multiple) * multiple
     block = families.ffn_block(model, ffns)
     fixed = _fixed_width(model, ffns[0], block)
-    one = f"fill up to {fixed} neurons, the one width of {type(model).__name__}"
+    one = f"fill up to {fixed} neurons, the width of {type(model).__name__} where its config says none"
     check(fixed in (None, width), "multiple", one, multiple)
     before = exact_logits(model, tokens)
     for ffn in ffns:

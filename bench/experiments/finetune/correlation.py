@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyprune.base.errors import check
+from pyprune.evaluation.intervals import tails
 
 Array = NDArray[np.float64]
-# Of fewer cells, drawn again, most samples have the same few: the interval is too narrow, and for one order a point.
-LEAST = 8
+# Of fewer cells or methods, drawn again, most samples have the same few: the interval is too narrow, or a point.
+LEAST, LEAST_METHODS = 8, 5
 
 
 def ranks(values: Array) -> Array:
@@ -59,7 +60,8 @@ def correlation(
         samples, seed: of the bootstrap.
 
     Returns:
-        `value`, `low`, `high`, `n`; None for the numbers with fewer than 8 cells or where a side does not vary.
+        `value`, `low`, `high`, `n`; None for the numbers with fewer than 8 cells or 5 methods, or where a side does not
+        vary. Samples in which one does not, such as of one method throughout, do not count.
 
     Raises:
         InputError: lengths that differ.
@@ -69,7 +71,7 @@ def correlation(
     check(set(lengths) == {n}, "right, strata and methods", f"be as long as left ({n})", lengths)
     nothing = {"value": None, "low": None, "high": None, "n": n}
     a, b, places = np.asarray(left, float), np.asarray(right, float), np.asarray([str(s) for s in strata])
-    if n < LEAST or np.isnan(value := spearman(a, b, places)):
+    if n < LEAST or len(set(methods)) < LEAST_METHODS or np.isnan(value := spearman(a, b, places)):
         return nothing
     generator = np.random.default_rng(seed)
     named = np.asarray(methods)
@@ -78,5 +80,5 @@ def correlation(
     for _ in range(samples):
         drawn = np.concatenate([cells[i] for i in generator.integers(len(cells), size=len(cells))])
         found.append(spearman(a[drawn], b[drawn], places[drawn]))
-    low, high = np.nanquantile(found, (0.025, 0.975))
+    low, high = np.nanquantile(found, tails(len(cells), len(cells) - 1))
     return {"value": value, "low": float(low), "high": float(high), "n": n}

@@ -9,11 +9,7 @@ from typing import Any
 import numpy as np
 
 from pyprune.base.errors import check
-from pyprune.evaluation.intervals import tails
-
-# Student's t at 97.5 %, by degrees of freedom; beyond them the normal quantile, a little too narrow.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_NORMAL = 1.96
+from pyprune.evaluation.intervals import student_t, tails
 
 
 def bootstrap(
@@ -50,5 +46,5 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     if n == 1:
         return {"mean": mean, "low": None, "high": None, "n": 1}
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    half = (_T[n - 2] if n - 2 < len(_T) else _NORMAL) * spread / math.sqrt(n)
+    half = student_t(n - 1) * spread / math.sqrt(n)
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}

@@ -88,7 +88,7 @@ class Backend(Protocol):
         """What it takes, without having measured, for a problem it can run; empty where there is nothing to choose."""
 
     def candidate_configs(self, problem: Problem) -> list[Config]:
-        """What `pyprune tune` times for a problem it can run; the first is the default."""
+        """What `pyprune tune` times for a problem it can run, the default first; may be empty."""
 
     def run(self, x: Tensor, record: Record, config: Config | None = None, batch_invariant: bool = False) -> Tensor:
         """The FFN of `x` `[M, D]`, by `config` (one of this backend's), or by the default."""
