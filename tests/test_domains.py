@@ -264,8 +264,8 @@ def test_wrong_use_of_the_verb(tiny_checkpoint: Path, data: Path, tmp_path: Path
     (tmp_path / "x.json").write_text("{")
     for given, message in (
         (("--suite", "--text", data / "webtext/wine.txt"), "text must be left out with --suite"),
-        (("--data", data), "data must be given with --suite only"),
-        (("--new-tokens", 4), "new_tokens must be given with --suite only; got '4'"),
+        (("--data", data), f"data must be given with --suite only; got '{data}'"),
+        (("--new-tokens", 4), "new_tokens must be given with --suite only; got 4"),
         (("--suite", "--data", tmp_path / "no"), "data must be an existing folder"),
         (("--suite", "--against", tmp_path / "x.json"), "against must be a model, or JSON of the suite"),
         (("--suite", "--window", 1), "window must be at least 2 tokens; got 1"),
@@ -319,6 +319,6 @@ def test_the_verb_compare(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> 
     assert list(result["evaluation"]) == list(NAMES) and result["suite"]["items"] == 6
     for given, message in (
         (("--suite", "--also", data / "webtext/wine.txt"), "also must be left out with --suite"),
-        (("--items", 3), "items must be given with --suite only; got '3'"),
+        (("--items", 3), "items must be given with --suite only; got 3"),
     ):
         assert message in refused(2, "compare", tiny_checkpoint, "--out", tmp_path / "d.json", *given)

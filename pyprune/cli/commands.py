@@ -55,7 +55,7 @@ from .prune_blocks import prune_blocks
 from .recover import recover
 from .report import report
 from .screen import EXIT_CODES, Bars, err, printable, show, table, verb
-from .suite import AgainstOption, DataOption, ItemsOption, NewTokensOption, check_no_suite, judge
+from .suite import AgainstOption, DataOption, ItemsOption, NewTokensOption, judge
 from .tune import tune
 
 # Of `eval` on one text.
@@ -122,6 +122,7 @@ app.command()(prune_experts)
 @app.command(name="eval")
 @verb
 def evaluate(
+    context: typer.Context,
     model: ModelArgument,
     text: TextOption = None,
     whole: Annotated[
@@ -174,7 +175,7 @@ def evaluate(
             as_json,
         )
         return
-    check_no_suite(data=data, against=against, items=items, new_tokens=new_tokens)
+    check_left_out(context, "be given with --suite only", "data", "against", "items", "new_tokens")
     tokens, window = _TOKENS if tokens is None else tokens, _WINDOW if window is None else window
     windows, name = text_windows(loading.load_tokenizer(model), text, "second", tokens, window, start_token)
     loaded = _load(model, dtype, place, weights, width)

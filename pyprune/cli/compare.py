@@ -41,7 +41,7 @@ from .options import (
     text_windows,
 )
 from .screen import err, show, table, verb
-from .suite import DataOption, ItemsOption, NewTokensOption, check_no_suite
+from .suite import DataOption, ItemsOption, NewTokensOption
 
 PRESETS = ("published", "ours", "grid")
 DEFAULT = "default"
@@ -255,7 +255,7 @@ def compare(
         check_left_out(context, "be left out with --suite, which has its own texts", "also")
     material = read_material(data, items or 0) if whole else None
     if not whole:
-        check_no_suite(data=data, items=items, new_tokens=new_tokens)
+        check_left_out(context, "be given with --suite only", "data", "items", "new_tokens")
     check(figure is None or figure.suffix == ".svg", "figure", "be an .svg file", str(figure))
     place = choose_device(device)
     tokenizer = loading.load_tokenizer(model)

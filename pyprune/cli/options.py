@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -83,7 +84,9 @@ def check_left_out(context: typer.Context, rule: str, *names: str) -> None:
     """Raise `InputError` for an option among `names` that was given, with any value: it would do nothing."""
     for name in names:
         source = context.get_parameter_source(name)
-        check(source is None or source.name != "COMMANDLINE", name, rule, context.params[name])
+        value = context.params[name]
+        shown = str(value) if isinstance(value, Path) else value
+        check(source is None or source.name != "COMMANDLINE", name, rule, shown)
 
 
 def choose_device(name: str) -> str:

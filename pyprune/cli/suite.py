@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..base import machine
-from ..base.errors import InputError, check
+from ..base.errors import InputError
 from ..evaluation.domains import Suite, read_material, suite
 from ..evaluation.domains.suite import NEW_TOKENS
 from ..model import loading
@@ -48,12 +48,6 @@ NewTokensOption = Annotated[
         show_default=str(NEW_TOKENS),
     ),
 ]
-
-
-def check_no_suite(**given: Any) -> None:
-    """Raise `InputError` for an option that only --suite has."""
-    for name, value in given.items():
-        check(value is None, name, "be given with --suite only", str(value))
 
 
 def _reference(path: str) -> Suite:

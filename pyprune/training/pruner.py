@@ -224,10 +224,8 @@ class TrainingPruner:
         if not all(finite):
             layer = finite.index(False)
             bad = int((~values[layer].isfinite()).sum())
-            raise InputError(
-                f"{what} of layer {layer} must be finite at step {self.done}; got {bad} of {values[layer].numel()} "
-                "that are not"
-            )
+            rule = f"{what} of layer {layer} must be finite at step {self.done}"
+            raise InputError(f"{rule}; got {bad} of {values[layer].numel()} that are not")
 
     def remove(self) -> None:
         """Take the masks off; the model is dense again, and this pruner is done for."""
